@@ -1,0 +1,59 @@
+# Two commands for a fresh machine: `make quickstart` and `make test`. They need python3 with venv, make and gcc.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: quickstart test check stress coverage bench-measures format clean
+
+## Install into .venv and run the main job: how fast can this machine populate memory?
+quickstart: $(VENV)/.installed
+	$(BIN)/prefault bench --quick
+
+## Install what the tests need, and run them all but the long ones.
+test: $(VENV)/.test-installed $(VENV)/uapi/.extracted
+	$(BIN)/python -m pytest
+
+## Lint, types and the layering rule.
+check: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layering.py tests/test_public.py
+
+## The long, random and large tests.
+stress: $(VENV)/.test-installed $(VENV)/uapi/.extracted
+	$(BIN)/python -m pytest -m 'stress or big' --timeout 900
+
+## Line coverage of src, child processes included.
+coverage: $(VENV)/.test-installed $(VENV)/uapi/.extracted
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+
+## The measures of docs/results/measures.md, against C.
+bench-measures: $(VENV)/.test-installed
+	$(BIN)/python bench/measures.py
+
+format: $(VENV)/.test-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+# The lock pins every package that the tests run with.
+$(VENV)/.test-installed: $(VENV)/.installed requirements/test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/test.txt
+	touch $@
+
+# The kernel's user-space headers of a recent release, newer than the distribution's, for tests/kernel/test_headers.py.
+$(VENV)/uapi/.extracted: tools/uapi_headers.py requirements/headers.txt | $(VENV)/.test-installed
+	$(BIN)/python tools/uapi_headers.py $(VENV)/uapi
+	touch $@

@@ -1,0 +1,77 @@
+"""prefault: make memory present before it is touched.
+
+Layers, lowest first; each imports only from those before it (``tests/test_layering.py`` enforces it):
+
+    sizes, ranges, errors              pure values
+    _kernel                            one thin function per system call
+    capabilities, selffile, cpus       what this kernel and process can do
+    memory, vma, backings              buffers, what is mapped where, what memory comes from
+    mapping, residency, methods        memory of our own, what is present, the ways to populate
+    plan, diagnose, discard            what to do, why it failed, giving back
+    rollback, pace, populate           the populate call
+    doctor, bench, testing             reports, measurements, help for tests
+    cli                                parse and print
+"""
+
+from prefault._version import __version__
+from prefault.backings import Anonymous, BackingSource, File, Hugetlb, Memfd, TemporaryFile
+from prefault.discard import DiscardResult, discard
+from prefault.errors import (
+    BackingFullError,
+    BeyondEndError,
+    DiscardError,
+    GuardPageError,
+    HoleError,
+    HugePagesError,
+    MappingError,
+    OutOfMemoryError,
+    PoisonedPageError,
+    PopulateError,
+    PopulateInterrupted,
+    ProtectionError,
+    SpecialMappingError,
+)
+from prefault.mapping import Mapping
+from prefault.plan import Plan, plan
+from prefault.populate import PopulateResult, populate
+from prefault.ranges import PageRange, RangeSet
+from prefault.residency import PageState, Residency, residency
+from prefault.sizes import PAGE_SIZE, format_size, parse_size
+
+__all__ = [
+    "PAGE_SIZE",
+    "Anonymous",
+    "BackingFullError",
+    "BackingSource",
+    "BeyondEndError",
+    "DiscardError",
+    "DiscardResult",
+    "File",
+    "GuardPageError",
+    "HoleError",
+    "HugePagesError",
+    "Hugetlb",
+    "Mapping",
+    "MappingError",
+    "Memfd",
+    "OutOfMemoryError",
+    "PageRange",
+    "PageState",
+    "Plan",
+    "PoisonedPageError",
+    "PopulateError",
+    "PopulateInterrupted",
+    "PopulateResult",
+    "ProtectionError",
+    "RangeSet",
+    "Residency",
+    "SpecialMappingError",
+    "TemporaryFile",
+    "__version__",
+    "discard",
+    "format_size",
+    "parse_size",
+    "plan",
+    "populate",
+    "residency",
+]

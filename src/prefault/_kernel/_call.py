@@ -1,0 +1,45 @@
+"""Calling the C library so that the GIL is released and errors become ``OSError``."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+# CDLL, not PyDLL: the GIL is released while the kernel works, so other Python threads go on.
+libc = ctypes.CDLL(None, use_errno=True)
+
+POINTER = ctypes.c_void_p
+SIZE = ctypes.c_size_t
+INT = ctypes.c_int
+UINT = ctypes.c_uint
+LONG = ctypes.c_long
+OFFSET = ctypes.c_int64
+
+
+def declare(name: str, *arguments: Any, result: Any = ctypes.c_int) -> Callable[..., int]:
+    """The C library's function ``name``, typed. It answers -1 on failure; ask :func:`fail` then."""
+    function = getattr(libc, name)
+    function.argtypes = arguments
+    function.restype = result
+    return function  # type: ignore[no-any-return]
+
+
+def declare_syscall(number: int, *arguments: Any) -> Callable[..., int]:
+    """The system call ``number``, for calls that the C library has no function for."""
+    # A function object of its own: argtypes of the shared `libc.syscall` would be overwritten by the next declaration.
+    function = libc["syscall"]
+    function.argtypes = (LONG, *arguments)
+    function.restype = LONG
+    return lambda *values: function(number, *values)
+
+
+def fail(call: str) -> NoReturn:
+    """Raise what errno says of the system call named ``call``."""
+    number = ctypes.get_errno()
+    raise OSError(number, f"{call}: {os.strerror(number)}")
+
+
+MACHINE = os.uname().machine
+"""The architecture, as uname(2) names it. System call numbers below 424 depend on it."""

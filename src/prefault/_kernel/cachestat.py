@@ -1,0 +1,53 @@
+"""cachestat(2), Linux 6.5: how much of a file is in the page cache."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+from prefault._kernel._call import POINTER, UINT, declare_syscall, fail
+
+NR_CACHESTAT = 451
+
+
+class CachestatRange(ctypes.Structure):
+    """``struct cachestat_range``."""
+
+    _fields_ = (("off", ctypes.c_uint64), ("len", ctypes.c_uint64))
+
+
+class Cachestat(ctypes.Structure):
+    """``struct cachestat``."""
+
+    _fields_ = (
+        ("nr_cache", ctypes.c_uint64),
+        ("nr_dirty", ctypes.c_uint64),
+        ("nr_writeback", ctypes.c_uint64),
+        ("nr_evicted", ctypes.c_uint64),
+        ("nr_recently_evicted", ctypes.c_uint64),
+    )
+
+
+class PageCache(NamedTuple):
+    """Base pages of a file in the page cache, by state."""
+
+    cached: int
+    dirty: int
+    writeback: int
+    evicted: int
+    recently_evicted: int
+
+
+_cachestat = declare_syscall(NR_CACHESTAT, UINT, POINTER, POINTER, UINT)
+
+
+def cachestat(fd: int, offset: int = 0, length: int = 0) -> PageCache:
+    """The page cache of ``length`` bytes of a file from ``offset`` on (0: to its end). cachestat(2).
+
+    Raises:
+        OSError: EOPNOTSUPP on hugetlbfs, EPERM for a file that the caller may not write (since Linux 6.14).
+    """
+    span, answer = CachestatRange(offset, length), Cachestat()
+    if _cachestat(fd, ctypes.addressof(span), ctypes.addressof(answer), 0):
+        fail("cachestat")
+    return PageCache(answer.nr_cache, answer.nr_dirty, answer.nr_writeback, answer.nr_evicted, answer.nr_recently_evicted)

@@ -1,0 +1,20 @@
+"""memfd_create(2), with huge pages."""
+
+from __future__ import annotations
+
+import os
+
+MFD_CLOEXEC = 1
+MFD_ALLOW_SEALING = 2
+MFD_HUGETLB = 4  # Linux 4.14
+MFD_HUGE_SHIFT = 26
+
+
+def memfd_create(name: str, flags: int = MFD_CLOEXEC) -> int:
+    """A descriptor of an anonymous file in memory. memfd_create(2), Linux 3.17."""
+    return os.memfd_create(name, flags)
+
+
+def huge_page_flag(page_size: int, shift: int = MFD_HUGE_SHIFT) -> int:
+    """The size of a huge page (a power of two, in bytes) as MAP_HUGE_* and MFD_HUGE_* encode it."""
+    return (page_size.bit_length() - 1) << shift

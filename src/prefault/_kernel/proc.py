@@ -1,0 +1,156 @@
+"""/proc: a process's maps and smaps, PROCMAP_QUERY (Linux 6.11), mounts, meminfo."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+PROCMAP_QUERY = 0xC0686611
+PROCMAP_QUERY_VMA_READABLE = 0x01
+PROCMAP_QUERY_VMA_WRITABLE = 0x02
+PROCMAP_QUERY_VMA_EXECUTABLE = 0x04
+PROCMAP_QUERY_VMA_SHARED = 0x08
+PROCMAP_QUERY_COVERING_OR_NEXT_VMA = 0x10
+
+
+class ProcmapQuery(ctypes.Structure):
+    """``struct procmap_query``."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint64),
+        ("query_flags", ctypes.c_uint64),
+        ("query_addr", ctypes.c_uint64),
+        ("vma_start", ctypes.c_uint64),
+        ("vma_end", ctypes.c_uint64),
+        ("vma_flags", ctypes.c_uint64),
+        ("vma_page_size", ctypes.c_uint64),
+        ("vma_offset", ctypes.c_uint64),
+        ("inode", ctypes.c_uint64),
+        ("dev_major", ctypes.c_uint32),
+        ("dev_minor", ctypes.c_uint32),
+        ("vma_name_size", ctypes.c_uint32),
+        ("build_id_size", ctypes.c_uint32),
+        ("vma_name_addr", ctypes.c_uint64),
+        ("build_id_addr", ctypes.c_uint64),
+    )
+
+
+def procmap_query(fd: int, query: ProcmapQuery) -> None:
+    """ioctl(PROCMAP_QUERY) on an open ``/proc/pid/maps``: one VMA by address, without reading the others.
+
+    Raises:
+        OSError: ENOENT where no VMA answers, ENOTTY before Linux 6.11.
+    """
+    fcntl.ioctl(fd, PROCMAP_QUERY, query, True)
+
+
+class MapsLine(NamedTuple):
+    """A line of ``/proc/pid/maps``, and with smaps its fields."""
+
+    start: int
+    end: int
+    permissions: str
+    """Four letters, such as ``rw-p``; the last is ``p``rivate or ``s``hared."""
+    offset: int
+    device: int
+    inode: int
+    name: str
+    fields: dict[str, int]
+    """smaps only: the counters, in bytes."""
+    vm_flags: frozenset[str]
+    """smaps only: the two-letter VmFlags."""
+
+
+_LINE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+)\s*(.*)")
+
+
+def read_maps(pid: int | str = "self") -> Iterator[MapsLine]:
+    """The lines of ``/proc/pid/maps``."""
+    return _parse(_read(f"/proc/{pid}/maps"))
+
+
+def read_smaps(pid: int | str = "self") -> Iterator[MapsLine]:
+    """The entries of ``/proc/pid/smaps``. Slow: the kernel walks the page tables of every mapping."""
+    return _parse(_read(f"/proc/{pid}/smaps"))
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _parse(text: bytes) -> Iterator[MapsLine]:
+    head: re.Match[bytes] | None = None
+    fields: dict[str, int] = {}
+    flags: frozenset[str] = frozenset()
+    for line in text.split(b"\n"):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            key, _, value = line.partition(b":")
+            if key == b"VmFlags":
+                flags = frozenset(value.decode().split())
+            elif value.endswith(b" kB"):
+                fields[key.decode()] = int(value[:-3]) * 1024
+            continue
+        if head is not None:
+            yield _maps_line(head, fields, flags)
+        head, fields, flags = match, {}, frozenset()
+    if head is not None:
+        yield _maps_line(head, fields, flags)
+
+
+def _maps_line(head: re.Match[bytes], fields: dict[str, int], flags: frozenset[str]) -> MapsLine:
+    start, end, permissions, offset, major, minor, inode, name = head.groups()
+    return MapsLine(
+        int(start, 16),
+        int(end, 16),
+        permissions.decode(),
+        int(offset, 16),
+        os.makedev(int(major, 16), int(minor, 16)),
+        int(inode),
+        os.fsdecode(name.replace(rb"\012", b"\n")),  # the one character that maps escapes
+        fields,
+        flags,
+    )
+
+
+class Mount(NamedTuple):
+    """A line of ``/proc/self/mountinfo``."""
+
+    device: int
+    root: str
+    directory: str
+    filesystem: str
+    options: str
+    """The options of the file system (not of the mount), such as ``rw,size=64k`` or ``rw,memory``."""
+
+
+def read_mounts() -> list[Mount]:
+    """The mounts that this process sees, from ``/proc/self/mountinfo``."""
+    mounts = []
+    for line in os.fsdecode(_read("/proc/self/mountinfo")).splitlines():
+        left, _, right = line.partition(" - ")
+        _, _, device, root, directory, *_ = left.split(" ")
+        filesystem, _, options = right.split(" ", 2)
+        major, _, minor = device.partition(":")
+        mounts.append(Mount(os.makedev(int(major), int(minor)), root, _unescape(directory), filesystem, options))
+    return mounts
+
+
+def _unescape(path: str) -> str:
+    """Undo mountinfo's octal escapes of space, tab, newline and backslash."""
+    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), path)
+
+
+def read_meminfo() -> dict[str, int]:
+    """``/proc/meminfo``: sizes in bytes, page counts as they are."""
+    values = {}
+    for line in _read("/proc/meminfo").decode().splitlines():
+        key, _, value = line.partition(":")
+        number, _, unit = value.strip().partition(" ")
+        values[key] = int(number) * (1024 if unit == "kB" else 1)
+    return values

@@ -1,0 +1,24 @@
+"""The transparent huge page settings in sysfs (Documentation/admin-guide/mm/transhuge.rst)."""
+
+from __future__ import annotations
+
+import re
+
+_SETTINGS = "/sys/kernel/mm/transparent_hugepage"
+
+
+def read_setting(name: str) -> str | None:
+    """The chosen word of a setting such as ``enabled`` or ``shmem_enabled``; None where the kernel has no such file."""
+    try:
+        with open(f"{_SETTINGS}/{name}") as file:
+            text = file.read().strip()
+    except FileNotFoundError:
+        return None
+    chosen = re.search(r"\[(.+?)\]", text)
+    return chosen[1] if chosen else text
+
+
+def pmd_size() -> int | None:
+    """Bytes in a huge page that one page-table entry maps (2 MiB on x86-64); None without THP."""
+    text = read_setting("hpage_pmd_size")
+    return None if text is None else int(text)

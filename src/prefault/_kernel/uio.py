@@ -1,0 +1,19 @@
+"""process_vm_readv(2)."""
+
+from __future__ import annotations
+
+from prefault._kernel._call import INT, LONG, POINTER, declare, fail
+
+_process_vm_readv = declare("process_vm_readv", INT, POINTER, LONG, POINTER, LONG, LONG, result=LONG)
+
+
+def process_vm_readv(pid: int, local: int, local_count: int, remote: int, remote_count: int) -> int:
+    """Copy from the ``remote`` iovec array (address) of process ``pid`` to our ``local`` one. process_vm_readv(2).
+
+    Returns:
+        The bytes copied; fewer than asked where an address of the remote side fails after the first.
+    """
+    result = _process_vm_readv(pid, local, local_count, remote, remote_count, 0)
+    if result < 0:
+        fail("process_vm_readv")
+    return result

@@ -1,0 +1,162 @@
+"""discard: give pages back, by the way that the mapping needs."""
+
+from __future__ import annotations
+
+import errno
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from prefault import capabilities
+from prefault._kernel import mman
+from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from prefault.errors import DiscardError
+from prefault.memory import Borrowed, Span, borrow
+from prefault.ranges import PageRange
+from prefault.residency import residency_of
+from prefault.sizes import MIB, Size, format_size
+from prefault.vma import Backing, Vma, vm_flags, vma_at
+
+_STEP = 64 * MIB
+"""One system call gives back at most this much, some 10 ms of work, so that Ctrl-C is answered."""
+
+
+class DiscardResult(NamedTuple):
+    """All whole pages of the range are given back.
+
+    Attributes:
+        bytes: in the whole pages inside the range; partial pages at its ends keep their content.
+        freed_bytes: that were present and allocated for this process before; shared memory that only others had mapped
+            is given back too, but not counted here. None where the kernel cannot tell.
+        seconds: the call took.
+        method: the advice or call that did it.
+        notes: what else a user should know.
+    """
+
+    bytes: int
+    freed_bytes: int | None
+    seconds: float
+    method: str
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.bytes:
+            return "; ".join(("nothing to discard: no whole page lies in the range", *self.notes))
+        freed = "" if self.freed_bytes is None else f", {format_size(self.freed_bytes)} of it were allocated"
+        return "; ".join(
+            (f"{format_size(self.bytes)} discarded in {self.seconds:.2g} s ({self.method}{freed})", *self.notes)
+        )
+
+
+def discard(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> DiscardResult:
+    """Give the whole pages inside the range back to the system.
+
+    What is read next is zeros; for mappings of a file on disk it is the file's content, and for private ones what was
+    written to them is lost. Memory files (memfd, tmpfs, shared anonymous memory, hugetlb) lose these pages for every process
+    that maps them: that is what frees the memory. A file on disk is never changed.
+
+    Args:
+        buffer: any writable memory, as for :func:`~prefault.populate`. Rounded **inward**: no neighbour's byte is lost.
+        offset: where to start, in bytes from the start of the buffer.
+        length: how far; None: to its end.
+
+    Raises:
+        DiscardError: the kernel refuses, for example locked shared memory; ``address`` says where.
+        TypeError, ValueError: not a buffer, a read-only one in private memory, or one with gaps that are not its own.
+
+    Source: madvise(2), MADV_DONTNEED and MADV_REMOVE; fallocate(2), FALLOC_FL_PUNCH_HOLE.
+    """
+    began = perf_counter()
+    with borrow(buffer) as memory:
+        span = memory.select(offset, length)
+        if not memory.contiguous:
+            raise ValueError("the array is not contiguous: discarding the pages it spans would lose bytes between its items")
+        parts = list(_parts(memory, span))
+        if not parts:
+            return DiscardResult(0, 0, 0.0, "none")
+        freed: int | None = 0
+        for part, _ in parts:
+            allocated = residency_of(part).allocated_bytes
+            freed = None if freed is None or allocated is None else freed + allocated
+        used: dict[str, None] = {}
+        notes: dict[str, None] = {}
+        for part, vma in parts:
+            for chunk in part.chunks(max(_STEP, vma.page_size)):
+                used[_discard_chunk(chunk, vma, memory.fd)] = None
+            if vma.shared and vma.backing is Backing.FILE:
+                notes["the file's pages stay in the page cache until the kernel wants the memory"] = None
+        total = sum(part.length for part, _ in parts)
+        return DiscardResult(total, freed, perf_counter() - began, ", ".join(used), tuple(notes))
+
+
+def _parts(memory: Borrowed, span: Span) -> list[tuple[PageRange, Vma]]:
+    """The whole pages of every mapping under ``span``. Checked as a whole before anything is discarded."""
+    parts = []
+    at = span.start
+    while at < span.stop:
+        vma = vma_at(at)
+        if vma is None or vma.start >= span.stop:
+            break
+        part = PageRange.inward(max(at, vma.start), min(span.stop, vma.stop), vma.page_size)
+        if part:
+            if vma.shared and vma.backing is Backing.SPECIAL:
+                # MADV_DONTNEED would succeed: it empties the page tables, and frees nothing.
+                raise DiscardError(
+                    errno.EINVAL, f"cannot discard {vma.describe()}: only its driver can take it back", address=part.start
+                )
+            if memory.readonly and _loses_bytes(vma):
+                raise ValueError("the buffer is read-only: its owner does not expect its bytes to change")
+            if _punches(vma) and not vma.writable:
+                raise ValueError(f"the mapping is read-only: discarding {vma.backing.value} would take its bytes from all")
+            parts.append((part, vma))
+        at = vma.stop
+    return parts
+
+
+def _punches(vma: Vma) -> bool:
+    """Whether the memory is freed only by taking it from the file, because the file is nothing but memory."""
+    return vma.shared and (vma.backing.is_shmem or vma.backing is Backing.HUGETLB)
+
+
+def _loses_bytes(vma: Vma) -> bool:
+    """Whether discarding can change what is read. It cannot where all pages are those of a file."""
+    if vma.shared:
+        return _punches(vma)
+    return vma.writable or vma.backing is not Backing.FILE
+
+
+def _discard_chunk(chunk: PageRange, vma: Vma, fd: int | None) -> str:
+    try:
+        if not _punches(vma):
+            return drop(chunk.start, chunk.length)
+        if fd is not None:
+            # Works on locked memory too, which MADV_REMOVE refuses.
+            mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+            fallocate(fd, mode, vma.file_offset + chunk.start - vma.start, chunk.length)
+            return "FALLOC_FL_PUNCH_HOLE"
+        mman.madvise(chunk.start, chunk.length, mman.MADV_REMOVE)
+        return "MADV_REMOVE"
+    except OSError as error:
+        raise DiscardError(
+            error.errno or 0,
+            f"cannot discard {format_size(chunk.length)} at {chunk.start:#x}: {_why_not(vma, error)}",
+            address=chunk.start,
+        ) from error
+
+
+def drop(start: int, length: int) -> str:
+    """Empty the page tables: private memory is freed, a shared file only unmapped."""
+    try:
+        mman.madvise(start, length, mman.MADV_DONTNEED)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not capabilities.DONTNEED_LOCKED.available:
+            raise
+        # EINVAL: locked memory (or special memory, which fails again). Linux 5.18 has an advice of its own for it.
+        mman.madvise(start, length, mman.MADV_DONTNEED_LOCKED)
+        return "MADV_DONTNEED_LOCKED"
+    return "MADV_DONTNEED"
+
+
+def _why_not(vma: Vma, error: OSError) -> str:
+    if error.errno == errno.EINVAL and "lo" in vm_flags(vma.start):
+        return "the memory is locked: munlock it first"
+    return f"the kernel refuses it for {vma.describe()}: {error.strerror}"

@@ -1,0 +1,130 @@
+"""What can go wrong, named by whose fault it is.
+
+Your call: plain ``TypeError``, ``ValueError`` and ``BufferError``. The memory or the machine: a subclass of
+:class:`PopulateError`, :class:`DiscardError` or :class:`MappingError`, each an ``OSError`` with ``errno``. The person at the
+keyboard: :class:`PopulateInterrupted`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from prefault.ranges import RangeSet
+
+
+class PopulateError(OSError):
+    """Population stopped before all of the range was populated.
+
+    Attributes:
+        errno: what the kernel said.
+        address: of the first page that could not be populated.
+        offset: the same, in bytes from the start of the buffer; negative by less than a page where the buffer starts
+            inside that page.
+        populated: the pages that this call brought in and that are still there, as addresses. Empty after a rollback.
+        populated_bytes: how many bytes that is. Pages that were populated before the call are not counted.
+    """
+
+    address: int
+    offset: int
+    populated: RangeSet
+
+    def __init__(
+        self, number: int, message: str, *, address: int = 0, offset: int = 0, populated: RangeSet | None = None
+    ) -> None:
+        super().__init__(number, message)
+        self.address = address
+        self.offset = offset
+        self.populated = populated if populated is not None else RangeSet()
+
+    @property
+    def populated_bytes(self) -> int:
+        """Bytes that this call brought in and that are still there."""
+        return self.populated.length
+
+    def __str__(self) -> str:
+        return f"{self.strerror} [{errno_name(self.errno)}]"
+
+
+class HoleError(PopulateError):
+    """Nothing is mapped at the address (ENOMEM)."""
+
+
+class ProtectionError(PopulateError):
+    """The mapping does not permit the access (EINVAL)."""
+
+
+class SpecialMappingError(PopulateError):
+    """Device, I/O or secret memory, which the kernel does not populate (EINVAL)."""
+
+
+class BackingFullError(PopulateError):
+    """No memory or space is left behind the mapping: tmpfs, hugetlb pool or disk (EFAULT, or ENOSPC from fallocate)."""
+
+
+class BeyondEndError(PopulateError):
+    """The page lies beyond the end of the mapped file (EFAULT)."""
+
+
+class GuardPageError(PopulateError):
+    """The page is a guard region (MADV_GUARD_INSTALL, Linux 6.13): any access is meant to fail (EFAULT)."""
+
+
+class PoisonedPageError(PopulateError):
+    """The page is hardware-poisoned: its content is lost (EHWPOISON)."""
+
+
+class OutOfMemoryError(PopulateError):
+    """The kernel has no memory for the page or its page table (ENOMEM with the page mapped)."""
+
+
+class PopulateInterrupted(KeyboardInterrupt):
+    """Ctrl-C while populating; what was brought in until then stays, unless ``rollback`` was asked for.
+
+    Attributes:
+        populated: the pages that this call brought in and that are still there, as addresses.
+        populated_bytes: how many bytes that is.
+    """
+
+    def __init__(self, message: str = "", populated: RangeSet | None = None) -> None:
+        # Both have defaults because pickle and copy call this with the message alone and set the attributes afterwards.
+        super().__init__(message)
+        self.populated = populated if populated is not None else RangeSet()
+
+    @property
+    def populated_bytes(self) -> int:
+        """Bytes that this call brought in and that are still there."""
+        return self.populated.length
+
+
+class DiscardError(OSError):
+    """Pages could not be given back.
+
+    Attributes:
+        address: of the part that could not be discarded; what lies before it is.
+    """
+
+    def __init__(self, number: int, message: str, *, address: int = 0) -> None:
+        super().__init__(number, message)
+        self.address = address
+
+    def __str__(self) -> str:
+        return f"{self.strerror} [{errno_name(self.errno)}]"
+
+
+class MappingError(OSError):
+    """Memory could not be mapped, or its backing not be made; nothing is left behind."""
+
+    def __str__(self) -> str:
+        return f"{self.strerror} [{errno_name(self.errno)}]"
+
+
+class HugePagesError(MappingError):
+    """The hugetlb pool is too small, or the kernel has no huge pages of that size."""
+
+
+def errno_name(number: int | None) -> str:
+    """``"EFAULT: Bad address"`` for 14."""
+    if number is None:
+        return "no errno"
+    return f"{errno.errorcode.get(number, f'errno {number}')}: {os.strerror(number)}"

@@ -1,0 +1,329 @@
+"""Memory that we own: a :class:`Mapping` over a backing."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from prefault._kernel import hugetlb, mman, thp
+from prefault.backings import Anonymous, BackingSource, File, Hugetlb, Opened, parse_backing
+from prefault.errors import HugePagesError, MappingError
+from prefault.memory import Borrowed, Hold, MemoryOwner
+from prefault.ranges import PageRange
+from prefault.sizes import MAX_SIZE, MIB, PAGE_SIZE, Size, format_size, parse_size
+
+if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
+HugeAdvice: TypeAlias = Literal["auto", "advise", "never"]
+
+_MAX_LENGTH = MAX_SIZE - (64 << 30)
+"""Room for rounding up to the largest huge page of any architecture."""
+
+_ADVICE = {"advise": mman.MADV_HUGEPAGE, "never": mman.MADV_NOHUGEPAGE}
+
+
+class Mapping(MemoryOwner):
+    """A range of memory that is mapped by us and unmapped by :meth:`close`.
+
+    ::
+
+        with prefault.Mapping("2 GiB", backing="memfd") as mapping:
+            prefault.populate(mapping)
+            array = mapping.ndarray("float64")
+
+    Args:
+        length: bytes (``"2 GiB"`` or a number), rounded up to whole pages of the backing; None maps all of a file.
+        backing: an :class:`Anonymous`, :class:`Memfd`, :class:`TemporaryFile`, :class:`File` or :class:`Hugetlb`, or one of
+            the names ``"anonymous"``, ``"memfd"``, ``"tmpfs"``, ``"hugetlb"``, ``"memfd-hugetlb"``.
+        shared: MAP_SHARED or MAP_PRIVATE. The default is private for anonymous memory and shared for files.
+        writable: whether the memory may be written (PROT_WRITE). It is always readable.
+        huge: transparent huge pages. ``"auto"`` leaves it to the system's setting, ``"advise"`` asks for them
+            (MADV_HUGEPAGE), ``"never"`` forbids them (MADV_NOHUGEPAGE).
+        noreserve: MAP_NORESERVE: neither swap space nor hugetlb pages are set aside at the time of mapping.
+        align: the address becomes a multiple of this; default 2 MiB for mappings that could hold a huge page.
+
+    Raises:
+        MappingError: the backing or the memory cannot be had. Nothing is left behind.
+        ValueError, TypeError: a wrong size, backing or option.
+    """
+
+    def __init__(
+        self,
+        length: Size | None = None,
+        *,
+        backing: BackingSource | str = "anonymous",
+        shared: bool | None = None,
+        writable: bool = True,
+        huge: HugeAdvice = "auto",
+        noreserve: bool = False,
+        align: Size | None = None,
+    ) -> None:
+        source = parse_backing(backing)
+        if huge not in ("auto", *_ADVICE):
+            raise ValueError(f"huge is 'auto', 'advise' or 'never', not {huge!r}")
+        wanted = None if length is None else parse_size(length)
+        if wanted == 0:
+            raise ValueError("a mapping of 0 bytes is not possible: mmap(2) refuses it")
+        if wanted is not None and wanted > _MAX_LENGTH:
+            raise ValueError(f"{wanted} bytes are more than the kernel can map")
+        self.backing = source
+        self.shared = not isinstance(source, Anonymous | Hugetlb) if shared is None else shared
+        self.writable = writable
+        self.huge = huge
+        opened = source.open(wanted, writable=writable and self.shared)
+        memory = _Memory(opened.fd)  # from here on it closes the descriptor
+        try:
+            self.page_size = opened.page_size
+            size = opened.size if wanted is None else wanted
+            if size is None:
+                raise ValueError(f"{type(source).__name__} has no size of its own: say how many bytes to map")
+            self._length = size if isinstance(source, File) else size + -size % opened.page_size
+            memory.map(self, opened, noreserve=noreserve, align=None if align is None else parse_size(align))
+        except BaseException:
+            memory.unmap()
+            raise
+        self._memory: _Memory | None = memory
+
+    @property
+    def range(self) -> PageRange:
+        """The addresses of the mapping, whole pages."""
+        memory = self._open_memory()
+        mapped = memory.mapped
+        if not mapped:  # closed by another thread since we looked
+            raise ValueError("the mapping is closed")
+        return PageRange(memory.address, memory.address + mapped)
+
+    @property
+    def fd(self) -> int | None:
+        """The descriptor of the file behind it; None for anonymous memory. It belongs to the mapping."""
+        return self._open_memory().fd
+
+    @property
+    def file_offset(self) -> int:
+        """Where in that file the mapping starts, in bytes."""
+        return self._open_memory().file_offset
+
+    @property
+    def closed(self) -> bool:
+        """Whether the memory was given up."""
+        return self._memory is None
+
+    def __len__(self) -> int:
+        """Bytes: what was asked for, rounded up to pages; for a :class:`File` exactly what was asked for."""
+        return self._length
+
+    def memoryview(self) -> memoryview:
+        """The bytes, to read and (if ``writable``) to write. It keeps the memory; :meth:`close` refuses while it lives."""
+        view = memoryview(self._open_memory().exporter(self._length)).cast("B")
+        return view if self.writable else view.toreadonly()
+
+    def ndarray(
+        self, dtype: numpy.typing.DTypeLike = "uint8", shape: int | tuple[int, ...] | None = None
+    ) -> numpy.ndarray[Any, Any]:
+        """The memory as an array, without a copy.
+
+        Args:
+            dtype: anything that numpy takes for one, but no Python objects.
+            shape: default: one dimension, as many items as fit.
+        """
+        import numpy
+
+        kind = numpy.dtype(dtype)
+        if kind.hasobject:
+            raise TypeError("memory that others may see or discard cannot hold Python objects")
+        if not kind.itemsize:
+            raise ValueError(f"items of dtype {kind} have no size: say how long, for example 'S8'")
+        if shape is None:
+            shape = len(self) // kind.itemsize
+        return numpy.ndarray(shape, kind, buffer=self.memoryview())
+
+    def close(self) -> None:
+        """Unmap the memory and close its file. A second call does nothing.
+
+        Raises:
+            BufferError: a view is still alive, or another thread is at work on the memory. Nothing has changed then.
+        """
+        memory = self._memory
+        if memory is not None:
+            memory.close()
+            self._memory = None
+
+    def __enter__(self) -> Mapping:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _borrow(self) -> Borrowed:
+        memory = self._open_memory()
+        pin = _Pin(memory)
+        return Borrowed(
+            memory.address, self._length,
+            readonly=not self.writable, fd=memory.fd, huge=self.huge == "advise", hold=pin,
+        )  # fmt: skip
+
+    def _open_memory(self) -> _Memory:
+        memory = self._memory
+        if memory is None:
+            raise ValueError("the mapping is closed")
+        return memory
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"at {self._open_memory().address:#x}"
+        sharing = "shared" if self.shared else "private"
+        return f"<Mapping of {format_size(self._length)}, {sharing}, {self.backing!r}, {state}>"
+
+
+class _Memory:
+    """The mapping itself and its descriptor: exactly one owner, so that both go away exactly once.
+
+    Views refer to this object, not to the Mapping: a Mapping that is forgotten while a view lives leaves the memory to the
+    view, and the last one to go unmaps it.
+    """
+
+    def __init__(self, fd: int | None) -> None:
+        self.fd = fd
+        self.address = 0
+        self.mapped = 0
+        self.file_offset = 0
+        self._lock = threading.Lock()
+        self._pins = 0
+        self._exporter: weakref.ref[Any] | None = None
+
+    def map(self, mapping: Mapping, opened: Opened, *, noreserve: bool, align: int | None) -> None:
+        length = mapping._length + -mapping._length % opened.page_size
+        if align is None:
+            align = max(opened.page_size, 2 * MIB if length >= 2 * MIB else PAGE_SIZE)
+        if align < PAGE_SIZE or align & (align - 1):
+            raise ValueError(f"an alignment is a power of two of at least {PAGE_SIZE} bytes, not {align}")
+        flags = opened.flags | (mman.MAP_SHARED if mapping.shared else mman.MAP_PRIVATE)
+        if noreserve:
+            flags |= mman.MAP_NORESERVE
+        prot = mman.PROT_READ | (mman.PROT_WRITE if mapping.writable else 0)
+        fd = -1 if opened.fd is None else opened.fd
+        try:
+            self.address = _map_aligned(length, prot, flags, fd, opened.offset, align, opened.page_size)
+        except OSError as error:
+            raise _explain(error, length, opened) from error
+        self.mapped = length
+        self.file_offset = opened.offset
+        if mapping.huge != "auto" and opened.page_size == PAGE_SIZE:
+            try:
+                mman.madvise(self.address, length, _ADVICE[mapping.huge])
+            except OSError as error:
+                if error.errno == errno.EINVAL and thp.pmd_size() is None:
+                    if mapping.huge == "advise":
+                        raise MappingError(error.errno, "this kernel has no transparent huge pages") from error
+                else:
+                    raise MappingError(error.errno or 0, f"huge={mapping.huge!r} is refused: {error.strerror}") from error
+
+    def exporter(self, length: int) -> ctypes.Array[ctypes.c_char]:
+        """The object that lends the memory out by the buffer protocol; one for all views."""
+        with self._lock:
+            if not self.mapped:  # closed by another thread since the caller looked
+                raise ValueError("the mapping is closed")
+            array = self._exporter() if self._exporter is not None else None
+            if array is None:
+                array = (ctypes.c_char * length).from_address(self.address)
+                array._memory = self  # type: ignore[attr-defined]  # the memory lives as long as the last view
+                self._exporter = weakref.ref(array)
+            return array
+
+    def pin(self) -> None:
+        with self._lock:
+            if not self.mapped:
+                raise ValueError("the mapping is closed")
+            self._pins += 1
+
+    def unpin(self) -> None:
+        with self._lock:
+            self._pins -= 1
+
+    def close(self) -> None:
+        with self._lock:
+            if self._pins:
+                raise BufferError("the mapping is in use by another thread")
+            if self._exporter is not None and self._exporter() is not None:
+                raise BufferError("a view of the mapping is still alive: delete it first")
+            self.unmap()
+
+    def unmap(self) -> None:
+        """Unmap and close, whoever looks."""
+        mapped, self.mapped = self.mapped, 0
+        fd, self.fd = self.fd, None
+        if mapped:
+            mman.munmap(self.address, mapped)
+        if fd is not None:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        # Nobody refers to it any more, so no view and no pin is left. At interpreter exit the functions may be gone.
+        with contextlib.suppress(TypeError, AttributeError):
+            self.unmap()
+
+
+class _Pin(Hold):
+    """A thread at work on the memory."""
+
+    __slots__ = ("_memory",)
+
+    def __init__(self, memory: _Memory) -> None:
+        self._memory: _Memory | None = None
+        memory.pin()
+        self._memory = memory
+
+    def release(self) -> None:
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.unpin()
+
+    def __del__(self) -> None:
+        self.release()
+
+
+def _map_aligned(length: int, prot: int, flags: int, fd: int, offset: int, align: int, page_size: int) -> int:
+    """Mmap at a multiple of ``align``: reserve more than needed, map into the middle, give back the ends."""
+    if align <= page_size:
+        return mman.mmap(0, length, prot, flags, fd, offset)  # hugetlb aligns by itself
+    reserve_flags = mman.MAP_PRIVATE | mman.MAP_ANONYMOUS | mman.MAP_NORESERVE
+    start = mman.mmap(0, length + align, mman.PROT_NONE, reserve_flags)
+    stop = start + length + align
+    address = start + -start % align
+    try:
+        mman.mmap(address, length, prot, flags | mman.MAP_FIXED, fd, offset)
+        # Giving back an end can fail: it may split a mapping, and their number is limited.
+        if start < address:
+            mman.munmap(start, address - start)
+            start = address
+        if address + length < stop:
+            mman.munmap(address + length, stop - address - length)
+    except BaseException:
+        mman.munmap(start, stop - start)
+        raise
+    return address
+
+
+def _explain(error: OSError, length: int, opened: Opened) -> MappingError:
+    what = f"{format_size(length)} cannot be mapped"
+    if opened.page_size > PAGE_SIZE and error.errno == errno.ENOMEM:
+        pool = hugetlb.read_pool(opened.page_size)
+        return HugePagesError(
+            error.errno,
+            f"{what}: it takes {length // opened.page_size} huge pages of {format_size(opened.page_size)}, and"
+            f" {pool.available} of {pool.total} are free and not reserved (write a larger number to {pool.setting},"
+            " or map with noreserve=True and populate what there is)",
+        )
+    if error.errno == errno.ENOMEM:
+        return MappingError(
+            error.errno,
+            f"{what}: beyond the address space (RLIMIT_AS), the limit of mappings (vm.max_map_count) or what overcommit"
+            " allows (vm.overcommit_memory; noreserve=True may help)",
+        )
+    return MappingError(error.errno or 0, f"{what}: {error.strerror}")

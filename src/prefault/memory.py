@@ -1,0 +1,261 @@
+"""Any buffer, and the address range that it is: borrowed for the length of a call, never unmapped by us."""
+
+from __future__ import annotations
+
+import abc
+import ctypes
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+from prefault.sizes import Size, parse_size
+
+
+class Span(NamedTuple):
+    """The bytes of memory that a call is about: addresses ``[start, stop)``, not rounded to pages."""
+
+    start: int
+    stop: int
+
+
+class Borrowed:
+    """A buffer's memory, held in place until :meth:`release`.
+
+    Attributes:
+        address: of its first byte.
+        length: bytes from the first to the last, gaps of a strided array included.
+        readonly: whether the buffer's owner forbids writing through it (the pages may be writable all the same).
+        contiguous: whether every byte between first and last belongs to the buffer.
+        fd: a descriptor of the file behind it, if the owner has one, else None. Borrowed as well.
+        huge: whether the owner asked for transparent huge pages.
+    """
+
+    __slots__ = ("_hold", "address", "contiguous", "fd", "huge", "length", "readonly")
+
+    def __init__(
+        self, address: int, length: int, *, readonly: bool, contiguous: bool = True, fd: int | None = None,
+        huge: bool = False, hold: Hold | None = None,
+    ) -> None:  # fmt: skip
+        self.address = address
+        self.length = length
+        self.readonly = readonly
+        self.contiguous = contiguous
+        self.fd = fd
+        self.huge = huge
+        self._hold = hold
+
+    def release(self) -> None:
+        """Let the owner move or free the memory again. A second call does nothing."""
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.release()
+
+    def __enter__(self) -> Borrowed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def select(self, offset: Size, length: Size | None) -> Span:
+        """The addresses of ``length`` bytes from ``offset`` on (None: to the end).
+
+        Raises:
+            ValueError: negative, or not inside the buffer.
+        """
+        start = 0 if type(offset) is int and offset == 0 else parse_size(offset)
+        if start > self.length:
+            raise ValueError(f"offset {start} lies outside the buffer of {self.length} bytes")
+        count = self.length - start if length is None else parse_size(length)
+        if count > self.length - start:
+            raise ValueError(
+                f"offset {start} and length {count} end at {start + count}, outside the buffer of {self.length} bytes"
+            )
+        return Span(self.address + start, self.address + start + count)
+
+
+class Hold(abc.ABC):
+    """What keeps borrowed memory in place."""
+
+    @abc.abstractmethod
+    def release(self) -> None:
+        """Give it back to its owner."""
+
+
+class MemoryOwner(abc.ABC):
+    """An object whose memory can be borrowed without the buffer protocol (which a Python class has only since 3.12)."""
+
+    @abc.abstractmethod
+    def _borrow(self) -> Borrowed:
+        """Its memory, pinned. ValueError when it is closed."""
+
+
+class _PyBuffer(ctypes.Structure):
+    """``Py_buffer`` (Include/cpython/object.h); the layout is part of the stable ABI since Python 3.11."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.c_void_p),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.POINTER(ctypes.c_ssize_t)),
+        ("strides", ctypes.POINTER(ctypes.c_ssize_t)),
+        ("suboffsets", ctypes.POINTER(ctypes.c_ssize_t)),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+# INDIRECT | STRIDES | ND. Not FORMAT: numpy refuses it for dates and for whatever else has no letter in struct.
+_PYBUF_ANY_LAYOUT = 0x0100 | 0x0010 | 0x0008
+
+# PyDLL functions: they need the GIL, and raise the exception that CPython set.
+_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
+_get_buffer.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int)
+_release_buffer = ctypes.pythonapi.PyBuffer_Release
+_release_buffer.argtypes = (ctypes.c_void_p,)
+_release_buffer.restype = None
+_is_contiguous = ctypes.pythonapi.PyBuffer_IsContiguous
+_is_contiguous.argtypes = (ctypes.c_void_p, ctypes.c_char)
+
+
+class _Export(Hold):
+    """An export of the buffer protocol: until its release the owner refuses to resize, close or free the memory."""
+
+    __slots__ = ("_released", "view")
+
+    def __init__(self, view: _PyBuffer) -> None:
+        self.view = view
+        self._released = False
+
+    def release(self) -> None:
+        if not self._released:
+            self._released = True
+            _release_buffer(ctypes.addressof(self.view))
+
+    def __del__(self) -> None:
+        # An asynchronous exception (Ctrl-C) can strike between the borrowing and the caller's `try`.
+        self.release()
+
+
+class _Reference(Hold):
+    """Keeps an object alive that has no exports to count."""
+
+    __slots__ = ("_object",)
+
+    def __init__(self, held: object) -> None:
+        self._object: object = held
+
+    def release(self) -> None:
+        self._object = None
+
+
+def borrow(buffer: Any) -> Borrowed:
+    """The memory of ``buffer``, in place until released.
+
+    Args:
+        buffer: a :class:`~prefault.Mapping`; anything with the buffer protocol (ndarray, mmap, memoryview, bytearray,
+            array.array, Arrow buffers, ctypes objects; read-only ones too); ``SharedMemory``; anything with
+            ``__array_interface__`` or, on the CPU, ``__dlpack__`` (tensors).
+
+    Raises:
+        TypeError: none of these.
+        ValueError: a closed mapping or a released memoryview.
+    """
+    if isinstance(buffer, MemoryOwner):
+        return buffer._borrow()
+    view = _PyBuffer()
+    pointer = ctypes.addressof(view)
+    try:
+        _get_buffer(buffer, pointer, _PYBUF_ANY_LAYOUT)
+    except TypeError:
+        return _borrow_otherwise(buffer)
+    export = _Export(view)
+    if view.ndim > 0 and not _is_contiguous(pointer, b"A"):
+        (first, stop), dense = _span_of_strides(view)
+        return Borrowed((view.buf or 0) + first, stop - first, readonly=bool(view.readonly), contiguous=dense, hold=export)
+    return Borrowed(view.buf or 0, view.len, readonly=bool(view.readonly), hold=export)
+
+
+def _span_of_strides(view: _PyBuffer) -> tuple[Span, bool]:
+    """The bytes that a strided array spans, from ``buf`` on, and whether all are its own; see :func:`_layout`."""
+    if view.suboffsets:
+        for dimension in range(view.ndim):
+            if view.suboffsets[dimension] >= 0:
+                raise ValueError("an array of pointers (PIL style suboffsets) has no one address range")
+    return _layout(view.itemsize, [view.shape[i] for i in range(view.ndim)], [view.strides[i] for i in range(view.ndim)])
+
+
+def _layout(itemsize: int, shape: list[int], strides: list[int]) -> tuple[Span, bool]:
+    """The bytes from the lowest item to the highest, counted from the first item, and whether there is no gap.
+
+    Negative strides reach below the first item. Reversed and transposed arrays have no gap.
+    """
+    if 0 in shape:
+        return Span(0, 0), True
+    dense, expected = True, itemsize
+    for stride, count in sorted((abs(stride), count) for count, stride in zip(shape, strides, strict=True) if count > 1):
+        dense = dense and stride == expected
+        expected *= count
+    reach = [(count - 1) * stride for count, stride in zip(shape, strides, strict=True)]
+    return Span(sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + itemsize), dense
+
+
+def _borrow_otherwise(buffer: Any) -> Borrowed:
+    inner = getattr(buffer, "buf", None)  # multiprocessing.shared_memory.SharedMemory; None once it is closed
+    if isinstance(inner, memoryview):
+        return borrow(inner)
+    interface = getattr(buffer, "__array_interface__", None)
+    if isinstance(interface, dict):
+        return _borrow_array_interface(buffer, interface)
+    if hasattr(buffer, "__dlpack__"):
+        import numpy
+
+        # Shares the memory (no copy) or raises; tensors of other devices than the CPU raise.
+        return borrow(numpy.from_dlpack(buffer))
+    if isinstance(buffer, str | os.PathLike):
+        raise TypeError(
+            f"{buffer!r} is a path, not memory: map it first, with prefault.Mapping(backing=prefault.File(path))"
+        )
+    if hasattr(buffer, "buf") and inner is None:
+        raise ValueError(f"the {type(buffer).__name__} is closed")
+    raise TypeError(
+        f"{type(buffer).__name__} has no memory to work on: give a buffer (ndarray, mmap, memoryview, bytearray, ...),"
+        " a SharedMemory, a prefault.Mapping, or an object with __array_interface__"
+    )
+
+
+_TYPESTR = re.compile(r"[<>|=]?(?P<letter>[a-zA-Z])(?P<size>[0-9]+)")
+
+
+def _borrow_array_interface(buffer: Any, interface: dict[str, Any]) -> Borrowed:
+    """The array interface of NumPy, version 3: a dictionary with address, shape, type and strides."""
+    data = interface.get("data")
+    if data is None:
+        raise TypeError(f"the __array_interface__ of {type(buffer).__name__} gives no address")
+    kind = _TYPESTR.match(interface["typestr"])
+    if kind is None:
+        raise TypeError(f"the __array_interface__ of {type(buffer).__name__} has an unknown type {interface['typestr']!r}")
+    itemsize = int(kind["size"]) * (4 if kind["letter"] == "U" else 1)  # of text it counts characters
+    shape = list(interface["shape"])
+    strides = interface.get("strides")
+    if strides is None:
+        (first, stop), dense = Span(0, itemsize * math.prod(shape)), True
+    else:
+        (first, stop), dense = _layout(itemsize, shape, list(strides))
+    if isinstance(data, tuple):
+        address, readonly = data
+        return Borrowed(
+            address + first, stop - first, readonly=bool(readonly), contiguous=dense, hold=_Reference(buffer)
+        )  # fmt: skip
+    # An object with the buffer protocol, in which the array starts at `offset`.
+    inner = borrow(data)
+    try:
+        inner.address, stop = inner.select(interface.get("offset", 0) + first, stop - first)
+    except BaseException:
+        inner.release()
+        raise
+    inner.length, inner.contiguous = stop - inner.address, inner.contiguous and dense
+    return inner

@@ -1,0 +1,201 @@
+"""Page ranges and sets of them: pure arithmetic, no memory is touched."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from operator import index
+from typing import NamedTuple, SupportsIndex, TypeAlias
+
+from prefault.sizes import PAGE_SIZE
+
+
+class _Ends(NamedTuple):
+    start: int
+    stop: int
+
+
+class PageRange(_Ends):
+    """Half-open byte range ``[start, stop)``, both ends on a page boundary. Ordered by start, then by stop.
+
+    The numbers are addresses or offsets; the range does not care. An empty range (``start == stop``) is allowed.
+
+    Raises:
+        ValueError: negative, backwards, or an end that is not on a page boundary.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, start: int, stop: int) -> PageRange:
+        """A range, its ends checked."""
+        if not 0 <= start <= stop:
+            raise ValueError(f"not a range: [{start:#x}, {stop:#x})")
+        if (start | stop) % PAGE_SIZE:
+            raise ValueError(f"not on page boundaries: [{start:#x}, {stop:#x}), pages of {PAGE_SIZE} bytes")
+        return super().__new__(cls, start, stop)
+
+    @classmethod
+    def outward(cls, start: int, stop: int, page_size: int = PAGE_SIZE) -> PageRange:
+        """The smallest range of whole pages that holds every byte of ``[start, stop)``; empty for no byte."""
+        if start == stop:
+            return cls(start - start % page_size, start - start % page_size)
+        return cls(start - start % page_size, stop + -stop % page_size)
+
+    @classmethod
+    def inward(cls, start: int, stop: int, page_size: int = PAGE_SIZE) -> PageRange:
+        """The largest range of whole pages that holds no byte outside ``[start, stop)``; empty where none fits."""
+        first, last = start + -start % page_size, stop - stop % page_size
+        return cls(first, max(first, last))
+
+    @property
+    def length(self) -> int:
+        """Bytes in the range."""
+        return self.stop - self.start
+
+    @property
+    def pages(self) -> int:
+        """Base pages in the range."""
+        return (self.stop - self.start) // PAGE_SIZE
+
+    def __bool__(self) -> bool:
+        return self.start < self.stop
+
+    def __contains__(self, other: object) -> bool:
+        """Whether a byte, or every byte of another range, lies inside."""
+        if isinstance(other, PageRange):
+            return self.start <= other.start and other.stop <= self.stop
+        return isinstance(other, SupportsIndex) and self.start <= index(other) < self.stop
+
+    def __and__(self, other: PageRange) -> PageRange:
+        """The common part; empty where there is none."""
+        start = max(self.start, other.start)
+        return PageRange(start, max(start, min(self.stop, other.stop)))
+
+    def shifted(self, by: int) -> PageRange:
+        """The same range ``by`` bytes further on (a multiple of the page size, negative to go back)."""
+        return PageRange(self.start + by, self.stop + by)
+
+    def chunks(self, size: int) -> Iterator[PageRange]:
+        """The range cut at every multiple of ``size`` bytes (a multiple of the page size), in order.
+
+        Cuts lie at multiples of ``size`` of the *numbers*, not counted from ``start``: chunks of an address range
+        then never split a huge page.
+        """
+        if size <= 0 or size % PAGE_SIZE:
+            raise ValueError(f"chunks are whole pages of {PAGE_SIZE} bytes, not {size}")
+        start = self.start
+        while start < self.stop:
+            stop = min(self.stop, start - start % size + size)
+            yield PageRange(start, stop)
+            start = stop
+
+    def __str__(self) -> str:
+        return f"[{self.start:#x}, {self.stop:#x})"
+
+
+class _Edge(NamedTuple):
+    at: int
+    side: int
+    opens: bool
+
+
+_Keep: TypeAlias = Callable[[bool, bool], bool]
+
+
+class RangeSet:
+    """An immutable set of pages, kept as sorted, disjoint, non-adjacent ranges.
+
+    ``|``, ``&``, ``-`` and ``^`` cost time linear in the number of ranges; a membership test is logarithmic.
+    """
+
+    __slots__ = ("_ranges", "_starts")
+
+    def __init__(self, ranges: Iterable[PageRange] = ()) -> None:
+        merged: list[PageRange] = []
+        for item in sorted(r for r in ranges if r):
+            if merged and item.start <= merged[-1].stop:
+                if item.stop > merged[-1].stop:
+                    merged[-1] = PageRange(merged[-1].start, item.stop)
+            else:
+                merged.append(item)
+        self._ranges = tuple(merged)
+        self._starts = [r.start for r in merged]
+
+    @property
+    def length(self) -> int:
+        """Bytes in all ranges together."""
+        return sum(r.length for r in self._ranges)
+
+    @property
+    def pages(self) -> int:
+        """Base pages in all ranges together."""
+        return self.length // PAGE_SIZE
+
+    @property
+    def span(self) -> PageRange:
+        """The smallest range that holds the whole set; ``[0, 0)`` for the empty set."""
+        return PageRange(self._ranges[0].start, self._ranges[-1].stop) if self._ranges else PageRange(0, 0)
+
+    def __iter__(self) -> Iterator[PageRange]:
+        return iter(self._ranges)
+
+    def __len__(self) -> int:
+        """How many ranges, not how many bytes."""
+        return len(self._ranges)
+
+    def __getitem__(self, index: int) -> PageRange:
+        return self._ranges[index]
+
+    def __contains__(self, other: SupportsIndex | PageRange) -> bool:
+        """Whether a byte, or every byte of a range, is in the set."""
+        if isinstance(other, PageRange) and not other:
+            return True
+        start = other.start if isinstance(other, PageRange) else index(other)
+        before = bisect_right(self._starts, start) - 1
+        return before >= 0 and other in self._ranges[before]
+
+    def __eq__(self, other: object) -> bool:
+        return self._ranges == other._ranges if isinstance(other, RangeSet) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._ranges)
+
+    def __or__(self, other: RangeSet) -> RangeSet:
+        return RangeSet((*self._ranges, *other._ranges))
+
+    def __and__(self, other: RangeSet) -> RangeSet:
+        return self._combine(other, lambda mine, theirs: mine and theirs)
+
+    def __sub__(self, other: RangeSet) -> RangeSet:
+        return self._combine(other, lambda mine, theirs: mine and not theirs)
+
+    def __xor__(self, other: RangeSet) -> RangeSet:
+        return self._combine(other, lambda mine, theirs: mine is not theirs)
+
+    def _combine(self, other: RangeSet, keep: _Keep) -> RangeSet:
+        """One sweep over the ends of both sets, keeping the stretches where ``keep(in self, in other)``."""
+        edges = sorted({*_edges(self, 0), *_edges(other, 1)})
+        inside = [False, False]
+        kept: list[PageRange] = []
+        previous = 0
+        for edge in edges:
+            if edge.at > previous and keep(*inside):
+                kept.append(PageRange(previous, edge.at))
+            previous = edge.at
+            inside[edge.side] = edge.opens
+        return RangeSet(kept)
+
+    def shifted(self, by: int) -> RangeSet:
+        """The same set ``by`` bytes further on."""
+        return RangeSet(r.shifted(by) for r in self._ranges)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(str, self._ranges[:8]))
+        more = f", ... {len(self) - 8} more" if len(self) > 8 else ""
+        return f"RangeSet({shown}{more})"
+
+
+def _edges(ranges: RangeSet, side: int) -> Iterator[_Edge]:
+    for item in ranges:
+        yield _Edge(item.start, side, True)
+        yield _Edge(item.stop, side, False)

@@ -1,0 +1,55 @@
+"""Files of ``/proc/self`` that are asked often, kept open."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+import weakref
+from ctypes import Structure
+from typing import ClassVar
+
+
+class SelfFile:
+    """An open ``/proc/self/<name>`` for ioctls. Opening it costs more than asking it: 4 us against 1."""
+
+    _all: ClassVar[weakref.WeakSet[SelfFile]] = weakref.WeakSet()
+
+    def __init__(self, name: str) -> None:
+        self._path = f"/proc/self/{name}"
+        self._fd = -1
+        self._lock = threading.Lock()
+        SelfFile._all.add(self)
+
+    def ioctl(self, request: int, argument: Structure) -> int:
+        """ioctl(2) with a structure that the kernel may change."""
+        fd = self._fd
+        try:
+            return int(fcntl.ioctl(fd, request, argument, True))
+        except ValueError:
+            pass  # -1: not open yet
+        except OSError as error:
+            # Somebody closed all descriptors (as daemons do at their start), and perhaps opened others since.
+            if error.errno not in (errno.EBADF, errno.ENOTTY):
+                raise
+        with self._lock:
+            if self._fd == fd:  # else another thread was faster
+                self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        return int(fcntl.ioctl(self._fd, request, argument, True))
+
+    def _forget(self) -> None:
+        fd, self._fd, self._lock = self._fd, -1, threading.Lock()
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    @classmethod
+    def forget_all(cls) -> None:
+        """After fork, in the child: the descriptors still show the parent's memory."""
+        for file in cls._all:
+            file._forget()
+
+
+os.register_at_fork(after_in_child=SelfFile.forget_all)

@@ -1,0 +1,71 @@
+"""Fixtures that change the machine, and put it back."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from prefault._kernel import hugetlb
+from support import needs, oracle
+
+
+@pytest.fixture
+def hugetlb_pool() -> Iterator[Callable[[int], None]]:
+    """A function that makes the pool of 2 MiB pages exactly as large as asked; restored afterwards."""
+    if needs.HUGE not in hugetlb.page_sizes():
+        needs.missing("the kernel has no huge pages of 2 MiB")
+    needs.root("resize the hugetlb pool")
+    before = hugetlb.read_pool(needs.HUGE)
+    in_use = before.total - before.free
+
+    def resize(pages: int) -> None:
+        gc.collect()
+        got = hugetlb.resize_pool(needs.HUGE, in_use + before.reserved + pages)
+        if got < in_use + pages:
+            needs.missing(f"the kernel found no {pages} huge pages: memory is fragmented")
+
+    yield resize
+    gc.collect()
+    hugetlb.resize_pool(needs.HUGE, before.total)
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A function that mounts a tmpfs of a size (``"64k"``) and gives its directory; unmounted afterwards."""
+    needs.root("mount a tmpfs")
+    mounted: list[Path] = []
+
+    def mount(size: str) -> Path:
+        directory = tmp_path / f"tmpfs{len(mounted)}"
+        directory.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "prefault-test", directory], capture_output=True, text=True
+        )
+        if done.returncode:
+            needs.missing(f"a tmpfs cannot be mounted: {done.stderr.strip()}")
+        mounted.append(directory)
+        return directory
+
+    yield mount
+    gc.collect()
+    for directory in mounted:
+        subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[None]:
+    """The test leaves no descriptor and no mapping behind."""
+    gc.collect()
+    before, mappings = oracle.descriptors(), oracle.mappings()
+    yield
+    gc.collect()
+    # Two files of /proc/self are opened once and kept (prefault.selffile).
+    left = {line for line in oracle.descriptors() - before if f"/proc/{os.getpid()}/" not in line}
+    assert not left
+    # The allocator and the interpreter may map an arena or two of their own.
+    assert oracle.mappings() <= mappings + 8

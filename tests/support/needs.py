@@ -1,0 +1,40 @@
+"""What a test needs of the machine. Missing, it is skipped with a reason; with PREFAULT_REQUIRE_ALL=1 it fails (CI)."""
+
+from __future__ import annotations
+
+import os
+from typing import NoReturn
+
+import pytest
+
+from prefault import capabilities
+from prefault._kernel import hugetlb
+from prefault.capabilities import Capability
+
+HUGE = 2 << 20
+
+
+def missing(reason: str) -> NoReturn:
+    if os.environ.get("PREFAULT_REQUIRE_ALL") == "1":
+        pytest.fail(f"this machine must have it (PREFAULT_REQUIRE_ALL=1): {reason}")
+    pytest.skip(reason)
+
+
+def root(why: str) -> None:
+    """Skip unless we are root; ``why`` completes "only root can ..."."""
+    if os.geteuid() != 0:
+        missing(f"only root can {why}")
+
+
+def capability(what: Capability) -> None:
+    # A test that switches capabilities off is not about the machine.
+    if not what.available and what.name not in capabilities.disabled:
+        missing(f"{what.name} (Linux {what.since}) is not available: {what.refusal}")
+
+
+def huge_pages(pages: int, page_size: int = HUGE) -> None:
+    """A hugetlb pool with so many free pages; see the fixture ``hugetlb_pool`` for making one."""
+    if page_size not in hugetlb.page_sizes():
+        missing(f"the kernel has no huge pages of {page_size >> 20} MiB")
+    if hugetlb.read_pool(page_size).available < pages:
+        missing(f"fewer than {pages} free huge pages of {page_size >> 20} MiB (vm.nr_hugepages)")

@@ -1,0 +1,581 @@
+"""The populate call itself: what it counts, how it stops, what it refuses. Why a page fails is in tests/kernel."""
+
+from __future__ import annotations
+
+import array
+import mmap
+import multiprocessing.shared_memory
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import prefault
+from prefault import pace
+from prefault.methods import METHODS
+from prefault.sizes import MIB, PAGE_SIZE
+from support import needs, oracle
+
+# The module, not the function of the same name that the package exports.
+PLANNING = sys.modules["prefault.plan"]
+
+
+@pytest.fixture
+def mapping() -> Iterator[prefault.Mapping]:
+    """64 MiB of private anonymous memory in base pages, of which nothing is populated."""
+    with prefault.Mapping("64 MiB", huge="never") as fresh:
+        yield fresh
+
+
+def address(memory: prefault.Mapping) -> int:
+    return memory.range.start
+
+
+# --- what is counted
+
+
+def test_a_fresh_mapping_is_all_work(mapping: prefault.Mapping) -> None:
+    result = prefault.populate(mapping)
+    assert (result.bytes, result.present_bytes, result.access) == (64 * MIB, 0, "write")
+    assert oracle.present_bytes(address(mapping), 64 * MIB) == 64 * MIB
+    assert result.seconds > 0
+    assert "64.0 MiB populated writable" in str(result)
+
+
+def test_what_was_populated_before_is_not_counted(mapping: prefault.Mapping) -> None:
+    prefault.populate(mapping, offset="1 MiB", length="3 MiB")
+    result = prefault.populate(mapping)
+    assert (result.bytes, result.present_bytes) == (61 * MIB, 3 * MIB)
+    again = prefault.populate(mapping)
+    assert (again.bytes, again.present_bytes) == (0, 64 * MIB)
+    assert "64.0 MiB were populated already" in str(again)
+
+
+def test_the_zero_page_is_work_for_writing_but_not_for_reading(mapping: prefault.Mapping) -> None:
+    assert prefault.populate(mapping, access="read", length="1 MiB").bytes == MIB
+    assert prefault.populate(mapping, access="read", length="1 MiB").bytes == 0
+    assert prefault.populate(mapping, access="write", length="1 MiB").bytes == MIB
+    assert prefault.populate(mapping, access="write", length="1 MiB").bytes == 0
+
+
+def test_pages_of_the_file_are_work_for_writing_in_a_private_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(os.urandom(16 * PAGE_SIZE))
+    with prefault.Mapping(backing=prefault.File(path), shared=False) as private:
+        assert prefault.populate(private, access="read").bytes == 16 * PAGE_SIZE
+        assert all(oracle.file_pages(address(private), 16 * PAGE_SIZE))
+        result = prefault.populate(private, access="write")
+        assert result.bytes == 16 * PAGE_SIZE
+        assert not any(oracle.file_pages(address(private), 16 * PAGE_SIZE))
+        assert private.memoryview() == path.read_bytes()
+
+
+def test_touching_afterwards_does_not_fault(mapping: prefault.Mapping) -> None:
+    prefault.populate(mapping)
+    pages = mapping.ndarray()[::PAGE_SIZE]
+    pages[:8] = 1  # the interpreter's own first-time faults are over now
+    before = oracle.minor_faults()
+    pages[:] = 2
+    assert oracle.minor_faults() - before < 16  # of 16384 pages
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4095, 4096, 4097])
+def test_a_part_is_rounded_outward_and_no_further(mapping: prefault.Mapping, offset: int) -> None:
+    prefault.populate(mapping, offset=offset, length=PAGE_SIZE)
+    first, last = offset // PAGE_SIZE, (offset + PAGE_SIZE - 1) // PAGE_SIZE
+    assert [index for index, there in enumerate(oracle.present(address(mapping), 16 * PAGE_SIZE)) if there] == [
+        *range(first, last + 1)
+    ]
+
+
+def test_segments_of_several_mappings() -> None:
+    """A buffer over read-only and writable, private memory: each part by its own method."""
+    with prefault.Mapping("4 MiB", huge="never") as whole:
+        from prefault._kernel import mman
+
+        mman.mprotect(address(whole) + MIB, MIB, mman.PROT_READ)
+        plan = prefault.plan(whole)
+        assert [segment.method.name for segment in plan.segments] == ["populate_write", "populate_read", "populate_write"]
+        result = prefault.populate(whole)
+        assert result.bytes == 4 * MIB
+        assert result.method == "populate_write, populate_read"
+        state = prefault.residency(whole)
+        assert state.present_bytes == 4 * MIB
+        assert state.allocated_bytes == 3 * MIB
+
+
+# --- threads
+
+
+def test_threads_share_the_work_and_the_result_says_how_many(
+    mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    run = METHODS["populate_write"].run
+
+    def spy(start: int, length: int, target: Any) -> None:
+        seen.add(threading.get_ident())
+        time.sleep(0.002)  # lets the other thread have its turn on any machine
+        run(start, length, target)
+
+    monkeypatch.setattr(METHODS["populate_write"], "run", spy)
+    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
+    result = prefault.populate(mapping, threads=8)
+    assert result.threads == 2 == len(seen)
+    assert result.bytes == 64 * MIB == oracle.present_bytes(address(mapping), 64 * MIB)
+
+
+def test_threads_are_chosen_by_size_and_cpus(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 64)
+    assert prefault.plan(mapping).threads == 2
+    assert prefault.plan(mapping, length="63 MiB").threads == 1
+    with prefault.Mapping("4 GiB", noreserve=True) as large:
+        assert prefault.plan(large).threads == 8
+    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 1)
+    assert prefault.plan(mapping).threads == 1
+
+
+def test_a_failure_among_threads_is_exact(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two holes, two threads: the lower one is reported, and every page that came in is named."""
+    from prefault._kernel import mman
+
+    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
+    start = address(mapping)
+    for hole in (21 * MIB + PAGE_SIZE, 22 * MIB):
+        mman.mprotect(start + hole, PAGE_SIZE, mman.PROT_NONE)
+    with pytest.raises(prefault.ProtectionError) as caught:
+        prefault.populate(mapping, method="populate_write", threads=2)
+    error = caught.value
+    assert error.offset == 21 * MIB + PAGE_SIZE
+    assert error.address == start + error.offset
+    there = oracle.present(start, 64 * MIB)
+    named = [start + index * PAGE_SIZE in error.populated for index in range(len(there))]
+    assert named == there
+    assert error.populated_bytes == sum(there) * PAGE_SIZE
+    assert all(there[: error.offset // PAGE_SIZE])
+
+
+def test_a_defect_in_a_helper_thread_is_raised_in_the_caller(
+    mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = threading.get_ident()
+
+    def broken(start: int, length: int, target: Any) -> None:
+        if threading.get_ident() != caller:
+            raise ZeroDivisionError("broken on purpose")
+        time.sleep(0.01)
+
+    monkeypatch.setattr(METHODS["populate_write"], "run", broken)
+    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
+    with pytest.raises(ZeroDivisionError):
+        prefault.populate(mapping, threads=2)
+    assert threading.active_count() == 1
+
+
+def test_other_python_threads_go_on_meanwhile() -> None:
+    """ctypes releases the GIL in the system call: another thread runs while one call is under way."""
+    from prefault._kernel import mman
+
+    with prefault.Mapping("1 GiB", huge="never") as large:
+        steps: list[int] = []
+        stop = threading.Event()
+
+        def count() -> None:
+            while not stop.is_set():
+                steps.append(time.perf_counter_ns())
+                time.sleep(0.001)
+
+        thread = threading.Thread(target=count)
+        thread.start()
+        began = time.perf_counter_ns()
+        mman.madvise(address(large), 1 << 30, mman.MADV_POPULATE_WRITE)
+        ended = time.perf_counter_ns()
+        stop.set()
+        thread.join()
+        assert sum(began < step < ended for step in steps) > 10
+
+
+# --- progress, interruption
+
+
+def test_progress_is_called_with_bytes_done_and_in_all(mapping: prefault.Mapping) -> None:
+    calls: list[tuple[int, int]] = []
+    prefault.populate(mapping, threads=1, progress=lambda done, total: calls.append((done, total)))
+    assert len(calls) > 3
+    assert calls == sorted(calls)
+    assert calls[-1] == (64 * MIB, 64 * MIB)
+
+
+def test_progress_true_draws_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with prefault.Mapping("16 MiB") as memory:
+        prefault.populate(memory, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "populate" in err
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_exception_in_progress_stops_the_work(
+    mapping: prefault.Mapping, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
+
+    def stop(done: int, total: int) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough") as caught:
+        prefault.populate(mapping, threads=threads, progress=stop)
+    there = oracle.present_bytes(address(mapping), 64 * MIB)
+    assert 0 < there < 64 * MIB
+    assert caught.value.__notes__ == [f"populate was stopped: {there / MIB:.1f} MiB of 64.0 MiB populated"]
+
+
+@pytest.mark.parametrize("rollback", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ctrl_c_says_exactly_what_is_there(
+    mapping: prefault.Mapping, threads: int, rollback: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal during the third chunk of the calling thread. Its handler runs when the system call is over."""
+    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
+    run = METHODS["populate_write"].run
+    caller, calls = threading.get_ident(), []
+
+    def interrupted(start: int, length: int, target: Any) -> None:
+        run(start, length, target)
+        if threading.get_ident() == caller:
+            calls.append(start)
+            if len(calls) == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(METHODS["populate_write"], "run", interrupted)
+    prefault.populate(mapping, length="1 MiB", method="populate_write")
+    calls.clear()
+    with pytest.raises(prefault.PopulateInterrupted) as caught:
+        prefault.populate(mapping, threads=threads, rollback=rollback)
+    there = oracle.present_bytes(address(mapping), 64 * MIB)
+    assert there == (MIB if rollback else MIB + caught.value.populated_bytes)
+    assert rollback or caught.value.populated_bytes >= 8 * MIB
+    assert isinstance(caught.value, KeyboardInterrupt)
+    assert "of 64.0 MiB populated" in str(caught.value)
+    assert threading.active_count() == 1
+
+
+_INTERRUPTED = """
+import prefault, sys
+mapping = prefault.Mapping(2 << 30, huge="never")
+print("ready", flush=True)
+try:
+    while True:
+        prefault.populate(mapping)
+        prefault.discard(mapping)
+except prefault.PopulateInterrupted as interruption:
+    print("populated", interruption.populated_bytes)
+except KeyboardInterrupt:
+    print("between two calls")
+"""
+
+
+def test_a_real_ctrl_c_in_a_process_of_its_own() -> None:
+    with subprocess.Popen([sys.executable, "-c", _INTERRUPTED], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        child.send_signal(signal.SIGINT)
+        said, _ = child.communicate(timeout=30)
+    assert child.returncode == 0
+    assert said.startswith(("populated ", "between"))
+
+
+def test_a_small_call_is_interrupted_with_what_is_there(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = METHODS["populate_write"].run
+
+    def interrupted(start: int, length: int, target: Any) -> None:
+        run(start, length // 2, target)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(METHODS["populate_write"], "run", interrupted)
+    with pytest.raises(prefault.PopulateInterrupted) as caught:
+        prefault.populate(mapping, length="1 MiB")
+    assert caught.value.populated_bytes == MIB // 2 == oracle.present_bytes(address(mapping), 64 * MIB)
+
+
+# --- any buffer
+
+
+def test_everything_with_memory_is_taken() -> None:
+    shared = multiprocessing.shared_memory.SharedMemory(create=True, size=8 * PAGE_SIZE)
+    try:
+        memory = mmap.mmap(-1, 8 * PAGE_SIZE)
+        buffers: list[Any] = [
+            np.zeros(8 * PAGE_SIZE, np.uint8),
+            np.zeros((64, 512), order="F"),
+            memory,
+            memoryview(memory)[100:5000],
+            bytearray(8 * PAGE_SIZE),
+            bytes(8 * PAGE_SIZE),
+            array.array("d", bytes(8 * PAGE_SIZE)),
+            shared,
+        ]
+        for buffer in buffers:
+            assert prefault.residency(buffer).range.pages == 0 or prefault.populate(buffer).seconds >= 0
+            state = prefault.residency(buffer)
+            assert state.present_bytes == state.range.length
+        del buffers, buffer
+        memory.close()
+    finally:
+        shared.close()
+        shared.unlink()
+
+
+def test_a_strided_array_is_populated_by_the_pages_it_spans() -> None:
+    whole = np.zeros((64, PAGE_SIZE), np.uint8)
+    result = prefault.populate(whole[::2, :8])
+    assert "not contiguous" in str(result)
+    assert result.bytes + result.present_bytes >= 62 * PAGE_SIZE
+
+
+def test_an_empty_buffer_is_nothing_to_do() -> None:
+    for empty in (b"", bytearray(), np.zeros((0, 5)), memoryview(b"abc")[3:]):
+        result = prefault.populate(empty)
+        assert (result.bytes, result.present_bytes) == (0, 0)
+        assert str(result) == "nothing to populate: the buffer is empty"
+        assert str(prefault.plan(empty)) == "nothing to populate: the buffer is empty"
+    with prefault.Mapping(PAGE_SIZE) as memory:
+        assert prefault.populate(memory, offset=PAGE_SIZE).bytes == 0
+        assert prefault.populate(memory, length=0).bytes == 0
+
+
+def test_in_a_child_of_fork_it_is_the_childs_memory() -> None:
+    with prefault.Mapping("1 MiB", huge="never") as memory:
+        prefault.populate(memory, length=PAGE_SIZE)  # opens the files of /proc/self
+        child = os.fork()
+        if child == 0:
+            done = prefault.populate(memory)
+            same = oracle.present_bytes(address(memory), MIB) == MIB and done.bytes == MIB - PAGE_SIZE
+            os._exit(0 if same else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert oracle.present_bytes(address(memory), MIB) == PAGE_SIZE
+
+
+# --- methods by name
+
+
+@pytest.mark.parametrize(
+    ("method", "access"),
+    [
+        ("populate_read", "read"),
+        ("populate_write", "write"),
+        ("process_madvise", "write"),
+        ("process_madvise", "read"),
+        ("process_vm_readv", "read"),
+        ("futex_add", "write"),
+        ("mlock", "read"),
+    ],
+)
+def test_methods_by_name_populate_all(mapping: prefault.Mapping, method: str, access: Any) -> None:
+    size = 8 * MIB if method != "mlock" else 32 * PAGE_SIZE  # an ordinary user may lock 64 KiB to 8 MiB
+    result = prefault.populate(mapping, length=size, method=method, access=access)
+    assert result.bytes == size == oracle.present_bytes(address(mapping), 64 * MIB)
+    assert result.method.startswith(method)
+
+
+def test_a_hint_is_counted_by_what_came_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(os.urandom(64 * PAGE_SIZE))
+    with prefault.Mapping(backing=prefault.File(path)) as memory:
+        result = prefault.populate(memory, method="willneed")
+        assert result.bytes == oracle.present_bytes(address(memory), len(memory)) == 0
+        assert "hint" in str(result)
+        assert "nothing was populated" in str(result)
+
+
+def test_fallocate_alone_allocates_but_maps_nothing() -> None:
+    with prefault.Mapping("1 MiB", backing="memfd") as memory:
+        assert memory.fd is not None
+        result = prefault.populate(memory, method="fallocate")
+        assert result.bytes == 0
+        assert os.fstat(memory.fd).st_blocks * 512 == MIB
+
+
+def test_mlock_beyond_the_limit_names_the_limit(mapping: prefault.Mapping) -> None:
+    script = (
+        "import os, resource, prefault\n"
+        "resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))\n"
+        "if os.geteuid() == 0: os.setresuid(65534, 65534, 65534)\n"
+        "try: prefault.populate(prefault.Mapping('1 MiB'), method='mlock')\n"
+        "except prefault.OutOfMemoryError as error: print(error)\n"
+    )
+    # The capability to lock goes away with root; the modules are imported before.
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert "RLIMIT_MEMLOCK is 64.0 KiB" in done.stdout, done.stderr
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize("method", ["read", "write", "read/write", "map_populate", "fallocate+write"])
+def test_methods_that_lose_bytes_or_die_of_sigbus_are_refused(mapping: prefault.Mapping, method: str) -> None:
+    mapping.memoryview()[:5] = b"hello"
+    with pytest.raises(ValueError, match="measurements"):
+        prefault.populate(mapping, method=method)
+    assert bytes(mapping.memoryview()[:5]) == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"offset": -1}, ValueError, "negative"),
+        ({"offset": 64 * MIB + 1}, ValueError, "outside"),
+        ({"offset": 1 << 70}, ValueError, "beyond"),
+        ({"length": -5}, ValueError, "negative"),
+        ({"length": 64 * MIB + 1}, ValueError, "outside"),
+        ({"offset": 64 * MIB - 1, "length": 2}, ValueError, "outside"),
+        ({"length": (1 << 63) - 1, "offset": 4096}, ValueError, "outside"),
+        ({"length": "1 MXB"}, ValueError, "unknown unit"),
+        ({"length": 1.5}, TypeError, "size"),
+        ({"access": "both"}, ValueError, "access is"),
+        ({"method": "magic"}, ValueError, "unknown method 'magic'"),
+        ({"method": "populate_read", "access": "write"}, ValueError, "populates for read"),
+        ({"method": "fallocate"}, ValueError, "descriptor"),
+        ({"threads": 0}, ValueError, "at least 1"),
+        ({"threads": 1.0}, TypeError, "number"),
+        ({"threads": True}, TypeError, "number"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_done(
+    mapping: prefault.Mapping, arguments: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        prefault.populate(mapping, **arguments)
+    with pytest.raises(error, match=text):
+        prefault.plan(mapping, **arguments)
+    assert oracle.present_bytes(address(mapping), 64 * MIB) == 0
+    mapping.close()  # nothing holds it
+
+
+def test_closed_and_released_memory_is_refused() -> None:
+    closed = prefault.Mapping(PAGE_SIZE)
+    closed.close()
+    view = memoryview(bytearray(PAGE_SIZE))
+    view.release()
+    shared = multiprocessing.shared_memory.SharedMemory(create=True, size=PAGE_SIZE)
+    shared.close()
+    shared.unlink()
+    for memory in (closed, view, shared):
+        with pytest.raises(ValueError, match=r"closed|released"):
+            prefault.populate(memory)
+
+
+@pytest.mark.parametrize("thing", [5, 1.5, None, object(), [1, 2], "text", Path("/tmp")])
+def test_what_is_not_a_buffer_is_refused(thing: Any) -> None:
+    with pytest.raises(TypeError, match=type(thing).__name__ + "|path"):
+        prefault.populate(thing)
+
+
+def test_a_failure_leaks_nothing(mapping: prefault.Mapping, no_leaks: None) -> None:
+    from prefault._kernel import mman
+
+    mman.mprotect(address(mapping) + MIB, PAGE_SIZE, mman.PROT_NONE)
+    for _ in range(50):
+        with pytest.raises(prefault.ProtectionError):
+            prefault.populate(mapping, threads=2, rollback=True)
+
+
+# --- the pace
+
+
+class FakeTimes:
+    """Clocks that a test sets: what the next chunk costs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.wall = self.cpu = self.sleeps = 0
+        monkeypatch.setattr(pace, "perf_counter_ns", lambda: self.wall)
+        monkeypatch.setattr(pace, "thread_time_ns", lambda: self.cpu)
+        monkeypatch.setattr(pace, "getrusage", lambda who: self)
+
+    @property
+    def ru_nvcsw(self) -> int:
+        return self.sleeps
+
+    def chunk(self, one: pace.Pace, cpu_ms: float, waited_ms: float = 0, *, sleeps: int = 0) -> int:
+        one.start()
+        self.cpu += int(cpu_ms * 1e6)
+        self.wall += int((cpu_ms + waited_ms) * 1e6)
+        self.sleeps += sleeps
+        one.finish()
+        return one.size
+
+
+def test_chunks_grow_and_shrink_with_their_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, one = FakeTimes(monkeypatch), pace.Pace(on_disk=False)
+    assert [times.chunk(one, 0.1) for _ in range(6)] == [8 * MIB, 16 * MIB, 32 * MIB, 64 * MIB, 64 * MIB, 64 * MIB]
+    assert times.chunk(one, 3) == 64 * MIB
+    assert [times.chunk(one, 50) for _ in range(7)][-1] == pace.SMALLEST_CHUNK
+
+
+def test_chunks_grow_while_another_thread_has_the_gil_but_not_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, one = FakeTimes(monkeypatch), pace.Pace(on_disk=False)
+    assert times.chunk(one, 3, waited_ms=5, sleeps=0) == 4 * MIB
+    assert times.chunk(one, 3, waited_ms=5, sleeps=1) == 8 * MIB
+
+
+def test_chunks_of_a_disk_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, one = FakeTimes(monkeypatch), pace.Pace(on_disk=True)
+    assert times.chunk(one, 0.1, waited_ms=30, sleeps=3) == 4 * MIB
+
+
+# --- what surrounds a call
+
+
+def test_rollback_is_refused_where_nobody_knows_what_was_there(mapping: prefault.Mapping) -> None:
+    """Without pagemap the pages of this call cannot be told from those with the user's data."""
+    from prefault._kernel import mman
+    from prefault.testing import without
+
+    mapping.memoryview()[:5] = b"hello"
+    mman.mprotect(address(mapping) + MIB, PAGE_SIZE, mman.PROT_NONE)
+    with without("pagemap", "pagemap_scan"):
+        with pytest.raises(prefault.PopulateError, match="rollback is not possible"):
+            prefault.populate(mapping, rollback=True)
+        with pytest.raises(prefault.ProtectionError):
+            prefault.populate(mapping)
+    assert bytes(mapping.memoryview()[:5]) == b"hello"
+
+
+def test_rollback_of_shared_memory_without_process_vm_readv_takes_no_byte() -> None:
+    from prefault._kernel import mman
+    from prefault.testing import without
+
+    with prefault.Mapping("1 MiB", backing="memfd") as memory, prefault.Mapping("1 MiB", backing="memfd"):
+        assert memory.fd is not None
+        os.pwrite(memory.fd, b"theirs", 0)  # in the file, not in our page tables
+        mman.mprotect(address(memory) + 8 * PAGE_SIZE, PAGE_SIZE, mman.PROT_NONE)
+        with without("process_vm_readv"), pytest.raises(prefault.ProtectionError) as caught:
+            prefault.populate(memory, rollback=True)
+        assert caught.value.populated_bytes == 0 == oracle.present_bytes(address(memory), MIB)
+        assert os.pread(memory.fd, 6, 0) == b"theirs"
+
+
+def test_huge_advice_on_shared_memory_is_not_spoilt_by_fallocate() -> None:
+    """fallocate knows nothing of the advice on a mapping, and would allocate base pages."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    needs.root("change shmem_enabled")
+    if not setting.exists():
+        needs.missing("the kernel has no transparent huge pages for shared memory")
+    before = setting.read_text().partition("[")[2].partition("]")[0]
+    setting.write_text("advise")
+    try:
+        with prefault.Mapping("16 MiB", backing="memfd", huge="advise") as memory:
+            assert prefault.plan(memory).method == "populate_write"
+            prefault.populate(memory)
+            assert oracle.smaps(address(memory))["ShmemPmdMapped"] == 16 * MIB
+    finally:
+        setting.write_text(before)

@@ -1,0 +1,148 @@
+"""The public names: all of them, each with a docstring and types; and what importing them costs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import json
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prefault
+
+_PUBLIC = [
+    "PAGE_SIZE",
+    "Anonymous",
+    "BackingFullError",
+    "BackingSource",
+    "BeyondEndError",
+    "DiscardError",
+    "DiscardResult",
+    "File",
+    "GuardPageError",
+    "HoleError",
+    "HugePagesError",
+    "Hugetlb",
+    "Mapping",
+    "MappingError",
+    "Memfd",
+    "OutOfMemoryError",
+    "PageRange",
+    "PageState",
+    "Plan",
+    "PoisonedPageError",
+    "PopulateError",
+    "PopulateInterrupted",
+    "PopulateResult",
+    "ProtectionError",
+    "RangeSet",
+    "Residency",
+    "SpecialMappingError",
+    "TemporaryFile",
+    "__version__",
+    "discard",
+    "format_size",
+    "parse_size",
+    "plan",
+    "populate",
+    "residency",
+]
+
+
+def test_the_list() -> None:
+    assert list(prefault.__all__) == _PUBLIC
+    assert len(set(_PUBLIC)) == len(_PUBLIC)  # their order is ruff's affair
+    for name in _PUBLIC:
+        assert hasattr(prefault, name)
+
+
+def test_nothing_else_is_public() -> None:
+    modules = {path.stem for path in Path(prefault.__file__).parent.iterdir()}
+    others = {name for name in vars(prefault) if not name.startswith("_")} - set(_PUBLIC)
+    assert others <= modules  # submodules become attributes
+
+
+def _objects() -> Iterator[tuple[str, Any]]:
+    """The public classes and functions, and the public methods of the classes."""
+    for name in _PUBLIC:
+        value = getattr(prefault, name)
+        if not (inspect.isclass(value) or inspect.isfunction(value)):
+            continue
+        yield name, value
+        if inspect.isclass(value):
+            for inner, member in vars(value).items():
+                if not inner.startswith("_"):
+                    found = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+                    if inspect.isfunction(found):
+                        yield f"{name}.{inner}", found
+
+
+_OBJECTS = dict(_objects())
+
+
+@pytest.mark.parametrize("name", _OBJECTS)
+def test_docstrings(name: str) -> None:
+    text = inspect.getdoc(_OBJECTS[name])
+    assert text
+    assert not text.startswith(f"{name}(")  # a docstring that a dataclass made up
+
+
+@pytest.mark.parametrize("name", [name for name, value in _OBJECTS.items() if inspect.isfunction(value)])
+def test_annotations(name: str) -> None:
+    signature = inspect.signature(_OBJECTS[name])
+    assert signature.return_annotation is not inspect.Signature.empty
+    for parameter in signature.parameters.values():
+        if parameter.name not in ("self", "cls"):
+            assert parameter.annotation is not inspect.Parameter.empty, parameter
+
+
+def test_annotations_can_be_resolved() -> None:
+    for name, value in _OBJECTS.items():
+        # Those that name numpy resolve for type checkers only: it is not imported before it is needed.
+        if inspect.isfunction(value) and "numpy" not in str(inspect.signature(value)):
+            assert "return" in typing.get_type_hints(value), name
+
+
+def _in_a_fresh_interpreter(code: str) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, json; {code}"], capture_output=True, text=True, check=True, timeout=60
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "heavy", ["numpy", "rich", "click", "prefault.bench", "prefault.cli", "prefault.doctor", "hypothesis"]
+)
+def test_importing_loads_nothing_heavy(heavy: str) -> None:
+    assert _in_a_fresh_interpreter(f"import prefault; print(json.dumps({heavy!r} in sys.modules))") is False
+
+
+def test_populating_bytes_loads_nothing_heavy() -> None:
+    code = (
+        "import prefault; prefault.populate(bytearray(100000));"
+        " print(json.dumps([name in sys.modules for name in ('numpy', 'rich')]))"
+    )
+    assert _in_a_fresh_interpreter(code) == [False, False]
+
+
+def test_importing_opens_nothing_and_starts_no_thread() -> None:
+    code = (
+        "import os, threading; b = len(os.listdir('/proc/self/fd')); import prefault;"
+        " print(json.dumps([len(os.listdir('/proc/self/fd')) - b, threading.active_count()]))"
+    )
+    assert _in_a_fresh_interpreter(code) == [0, 1]
+
+
+def test_type_information_is_shipped() -> None:
+    assert (Path(prefault.__file__).parent / "py.typed").is_file()
+
+
+def test_the_version() -> None:
+    assert prefault.__version__ == importlib.metadata.version("prefault")
+    assert len(prefault.__version__.split(".")) == 3

@@ -1,0 +1,171 @@
+"""What ``prefault doctor`` finds: plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Severity: TypeAlias = Literal["problem", "warning", "tip"]
+"""A problem: something fails or is killed. A warning: slower, weaker, or a limit is near. A tip: could be better."""
+
+Unit: TypeAlias = Literal["bytes", "count", "cpus", "mode", "flag", "word"]
+
+NOT_MOUNTED = "nothing is mounted there"
+"""Why the size of ``/dev/shm`` is unknown where it does not exist as a file system of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One number or word of the machine, and where it was read.
+
+    Attributes:
+        name: such as ``"mem_available"``; ``docs/doctor-json.md`` lists them. The memory and CPU cgroups' names occur once
+            for every directory of the hierarchy.
+        value: None where there is no limit, or where ``unknown`` says why it is not known.
+        unit: of the value. A ``flag`` is 0 or 1, a ``mode`` a number that the kernel documents.
+        source: a file, a file and its line, or a system call.
+        unknown: why it could not be read, else None.
+        meaning: for settings, what the value does to population.
+    """
+
+    name: str
+    value: int | float | str | None
+    unit: Unit
+    source: str
+    unknown: str | None = None
+    meaning: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where and when it was looked at.
+
+    Attributes:
+        kernel: the release, as uname(2) gives it.
+        architecture: as uname(2) gives it.
+        cpu_model: the ``model name`` of the first CPU; None where ``/proc/cpuinfo`` has none.
+        hypervisor: whether the CPU says that it is a virtual one; None where it cannot say (x86 only).
+        page_size: of a base page, in bytes.
+        python: version.
+        prefault: version.
+        date: of the examination, ISO 8601 with seconds, in UTC.
+        user_id: effective; 0 is root (perhaps of a container).
+        seccomp: 0 none, 1 strict, 2 a filter; None where ``/proc/self/status`` does not tell.
+    """
+
+    kernel: str
+    architecture: str
+    cpu_model: str | None
+    hypervisor: bool | None
+    page_size: int
+    python: str
+    prefault: str
+    date: str
+    user_id: int
+    seccomp: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CapabilityAnswer:
+    """One of :data:`prefault.capabilities.ALL`.
+
+    Attributes:
+        name: as in PREFAULT_WITHOUT.
+        available: whether it works here.
+        question: how the kernel was asked.
+        since: the Linux version that first answers yes.
+        refusal: why not, in plain words; None where it is available.
+        without: what prefault does where it is missing.
+    """
+
+    name: str
+    available: bool
+    question: str
+    since: str
+    refusal: str | None
+    without: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The hugetlb pool of one page size; all but ``page_size`` (bytes) are counts of such pages.
+
+    Attributes:
+        page_size: bytes.
+        total: pages in the pool, surplus included.
+        free: not in use.
+        reserved: of the free ones, promised to mappings.
+        surplus: above the size that was asked for.
+        overcommit: how many surplus pages the kernel may add on demand.
+    """
+
+    page_size: int
+    total: int
+    free: int
+    reserved: int
+    surplus: int
+    overcommit: int
+
+    @property
+    def available(self) -> int:
+        """Free pages that no mapping has reserved."""
+        return self.free - self.reserved
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Everything that was found: machine, capabilities, settings of transparent huge pages, hugetlb pools, limits."""
+
+    machine: Machine
+    capabilities: tuple[CapabilityAnswer, ...]
+    settings: tuple[Reading, ...]
+    pools: tuple[Pool, ...]
+    limits: tuple[Reading, ...]
+
+    def readings(self, name: str) -> tuple[Reading, ...]:
+        """The settings and limits of that name that are known."""
+        return tuple(r for r in (*self.settings, *self.limits) if r.name == name and r.unknown is None)
+
+    def number(self, name: str) -> float | None:
+        """The first such value as a number; None where it is unknown or unlimited."""
+        value = next((reading.value for reading in self.readings(name)), None)
+        return value if isinstance(value, int | float) else None
+
+    def size(self, name: str) -> int | None:
+        """The first such value, of bytes or a count."""
+        number = self.number(name)
+        return None if number is None else int(number)
+
+    def word(self, name: str) -> str | None:
+        """The first such value as a word; None where it is unknown."""
+        value = next((reading.value for reading in self.readings(name)), None)
+        return value if isinstance(value, str) else None
+
+    def lacks(self, name: str) -> CapabilityAnswer | None:
+        """The answer to a capability that is missing; None where it is there (or was not asked about)."""
+        return next((answer for answer in self.capabilities if answer.name == name and not answer.available), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One thing that could be better.
+
+    Attributes:
+        rule: the name of the rule, at most once in a report; stable, for programs.
+        severity: see :data:`Severity`.
+        sentence: what is so, with the numbers.
+        remedy: a command, or a setting.
+    """
+
+    rule: str
+    severity: Severity
+    sentence: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A record and the advice that follows from it, the gravest first."""
+
+    record: Record
+    advice: tuple[Advice, ...]

@@ -1,0 +1,13 @@
+"""prefault bench: the measurement published with MADV_POPULATE_READ and MADV_POPULATE_WRITE, on any machine.
+
+Modules, lowest first:
+
+    grid, published, kinds     what is measured, what was published, what the backings are
+    machine, results, jsonfile what a figure travels with; records, statistics; the file format
+    stopping, places           Ctrl-C as a descriptor; the hugetlb pool and hugetlbfs, set up and restored
+    obstacles                  why a cell cannot run here
+    measure, worker            one cell, in this process; the process that runs cells
+    client, runner             the parent's side of it; the whole grid
+    ratios, findings, report   beside the published figures; in words; as a table
+    progress                   what is shown meanwhile
+"""

@@ -1,0 +1,159 @@
+"""The file that a run is kept in: docs/bench-json.md describes it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefault.bench import published
+from prefault.bench.grid import Cell
+from prefault.bench.machine import Machine
+from prefault.bench.ratios import Ratios, ratios
+from prefault.bench.results import BenchRun, CellResult, Status
+
+KIND = "prefault-bench"
+SCHEMA = 1
+"""Raised when a reader of the old form would misread the new one; members may be added without."""
+
+
+class SchemaError(ValueError):
+    """The file is not a run of ``prefault bench``, or one of a version that this reader does not know."""
+
+
+def check_writable(path: Path) -> None:
+    """Make sure that :func:`save` can work, before an hour is spent on measuring.
+
+    Raises:
+        OSError: no file can be made there, or what is there is not a regular file.
+    """
+    target = path.resolve()  # what a symbolic link points to is replaced, not the link
+    if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+        # The file is replaced, and replacing /dev/stdout or a directory is nobody's wish.
+        raise FileExistsError(f"{path} is not a regular file")
+    trial = _beside(target)
+    trial.touch(exist_ok=False)
+    trial.unlink()
+
+
+def save(run: BenchRun, path: Path) -> None:
+    """Write the file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there before is still there.
+    """
+    target = path.resolve()
+    draft = _beside(target)
+    try:
+        with draft.open("x", encoding="utf-8") as file:
+            json.dump(to_json(run), file, indent=1)
+            file.write("\n")  # no fsync: it could wait for gigabytes that a "file" row has left to write back
+        draft.replace(target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            draft.unlink()
+        raise
+
+
+def load(path: Path) -> BenchRun:
+    """Read a file that :func:`save` wrote.
+
+    Raises:
+        SchemaError: it is something else, or of another version.
+        OSError: it cannot be read.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SchemaError(f"{path} is not JSON: {error}") from error
+    try:
+        return from_json(document)
+    except SchemaError as error:
+        raise SchemaError(f"{path}: {error}") from error
+
+
+def to_json(run: BenchRun) -> dict[str, Any]:
+    """The document. Derived figures are in it for other readers; :func:`from_json` works from the raw values."""
+    beside = ratios(run.results)
+    head = {
+        field.name: getattr(run, field.name) for field in dataclasses.fields(run) if field.name not in ("machine", "results")
+    }
+    return {
+        "kind": KIND,
+        "schema": SCHEMA,
+        **head,
+        "published_source": published.SOURCE,
+        "machine": dataclasses.asdict(run.machine),
+        "cells": [_cell_to_json(result, beside[result.cell]) for result in run.results],
+    }
+
+
+def from_json(document: Any) -> BenchRun:
+    """The run in a document.
+
+    Raises:
+        SchemaError: it is something else, or of another version.
+    """
+    if not isinstance(document, Mapping) or document.get("kind") != KIND:
+        raise SchemaError(f'not a result of prefault bench (its "kind" would be {KIND!r})')
+    if document.get("schema") != SCHEMA:
+        raise SchemaError(f"schema {document.get('schema')!r} is unknown: this version of prefault reads schema {SCHEMA}")
+    try:
+        head = {
+            field.name: document[field.name]
+            for field in dataclasses.fields(BenchRun)
+            if field.name not in ("machine", "results")
+        }
+        machine = {field.name: document["machine"][field.name] for field in dataclasses.fields(Machine)}
+        cells = tuple(_cell_from_json(entry) for entry in document["cells"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SchemaError(f"damaged: {type(error).__name__}: {error}") from error
+    return BenchRun(machine=Machine(**machine), results=cells, **head)
+
+
+def _cell_to_json(result: CellResult, beside: Ratios) -> dict[str, Any]:
+    figures = result.statistics
+    derived: dict[str, Any] = {}
+    if figures is not None:
+        derived = {
+            "best_ms": figures.best_ns / 1e6,
+            "median_ms": figures.median_ns / 1e6,
+            "mean_ms": figures.mean_ns / 1e6,
+            "worst_ms": figures.worst_ns / 1e6,
+            "stdev_ms": None if figures.stdev_ns is None else figures.stdev_ns / 1e6,
+            "doubts": list(figures.doubts),
+        }
+    cell = result.cell
+    return {
+        **dataclasses.asdict(cell),
+        "status": result.status.value,
+        "reason": result.reason,
+        "note": result.note,
+        "values_ns": list(result.values_ns),
+        **derived,
+        "ratio_to_write": beside.ours,
+        "published_ms": published.figure_ms(cell),
+        "published_ratio_size_bytes": None if beside.published is None else published.reference_size(cell.size_bytes),
+        "published_ratio_to_write": beside.published,
+        "ratio_against_published": beside.against_published,
+    }
+
+
+def _cell_from_json(entry: Mapping[str, Any]) -> CellResult:
+    return CellResult(
+        Cell(**{field.name: entry[field.name] for field in dataclasses.fields(Cell)}),
+        Status(entry["status"]),
+        tuple(map(int, entry["values_ns"])),
+        entry["reason"],
+        entry["note"],
+    )
+
+
+def _beside(target: Path) -> Path:
+    """A name in the same directory, so that the file can be moved into place."""
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")

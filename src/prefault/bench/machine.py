@@ -1,0 +1,114 @@
+"""The machine: what a figure must not travel without."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from prefault._kernel import cgroup, hugetlb, proc, thp
+from prefault._version import __version__
+from prefault.cpus import usable_cpus
+from prefault.sizes import PAGE_SIZE, format_size
+
+_THP_SETTINGS = ("enabled", "defrag", "shmem_enabled")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where figures come from. No name of a host, user or path.
+
+    Attributes:
+        kernel: the release and build that uname(2) gives.
+        architecture: such as ``x86_64``.
+        cpu: the model, as /proc/cpuinfo names it.
+        cpus: that are online.
+        usable_cpus: that this process may keep busy.
+        memory_bytes: MemTotal.
+        page_bytes: a base page.
+        virtual: whether the CPU says that a hypervisor runs it.
+        thp: the settings of transparent huge pages; None where the kernel has no such setting.
+        hugetlb_pages: the pool of each page size (bytes, as text) before anything was changed.
+        python, numpy, prefault: versions.
+    """
+
+    kernel: str
+    architecture: str
+    cpu: str
+    cpus: int
+    usable_cpus: int
+    memory_bytes: int
+    page_bytes: int
+    virtual: bool
+    thp: dict[str, str | None]
+    hugetlb_pages: dict[str, int]
+    python: str
+    numpy: str
+    prefault: str
+
+    def differences(self, other: Machine) -> list[str]:
+        """What makes times of the two no longer comparable, each a few words."""
+        pairs = (
+            ("kernel", self.kernel, other.kernel),
+            ("architecture", self.architecture, other.architecture),
+            ("CPU", self.cpu, other.cpu),
+            ("CPUs", self.usable_cpus, other.usable_cpus),
+            ("memory", format_size(self.memory_bytes), format_size(other.memory_bytes)),
+            ("base page", self.page_bytes, other.page_bytes),
+            ("transparent huge pages", self.thp, other.thp),
+        )
+        return [f"{name}: {mine} and {others}" for name, mine, others in pairs if mine != others]
+
+
+def this_machine() -> Machine:
+    """The machine that we run on, as it is now."""
+    uname = os.uname()
+    cpuinfo = _cpuinfo()
+    return Machine(
+        kernel=f"{uname.sysname} {uname.release} {uname.version}",
+        architecture=uname.machine,
+        cpu=cpuinfo.get("model name") or cpuinfo.get("Processor") or uname.machine,
+        cpus=os.cpu_count() or 1,
+        usable_cpus=usable_cpus(),
+        memory_bytes=proc.read_meminfo()["MemTotal"],
+        page_bytes=PAGE_SIZE,
+        virtual="hypervisor" in cpuinfo.get("flags", "").split(),
+        thp={name: thp.read_setting(name) for name in _THP_SETTINGS},
+        hugetlb_pages={str(size): hugetlb.read_pool(size).total for size in hugetlb.page_sizes()},
+        python=platform.python_version(),
+        numpy=metadata.version("numpy"),
+        prefault=__version__,
+    )
+
+
+def available_memory_bytes() -> int:
+    """Memory that may still be taken: MemAvailable, or less where a memory cgroup of ours is closer to its limit."""
+    available = proc.read_meminfo()["MemAvailable"]
+    rooms = map(_cgroup_room, cgroup.directories("memory"))
+    return min([available, *(room for room in rooms if room is not None)])
+
+
+def _cgroup_room(directory: Path) -> int | None:
+    for limit_name, usage_name, cache_name in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        limit, usage = cgroup.read_bytes(directory / limit_name), cgroup.read_bytes(directory / usage_name)
+        if limit is not None and usage is not None:
+            # Old page cache is charged to the group, and given up before anybody is killed.
+            counters = dict(line.split(" ", 1) for line in (cgroup.read_text(directory / "memory.stat") or "").splitlines())
+            return max(0, limit - usage + int(counters.get(cache_name, 0)))
+    return None
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The entry of the first CPU."""
+    entry = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if not line.strip():
+            break
+        key, _, value = line.partition(":")
+        entry[key.strip()] = value.strip()
+    return entry

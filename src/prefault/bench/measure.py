@@ -1,0 +1,118 @@
+"""Measure one cell, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+from prefault.backings import Anonymous, File, Memfd
+from prefault.bench.grid import PREFAULT, Cell
+from prefault.bench.kinds import HUGE_PAGE_BYTES, KINDS, Places
+from prefault.mapping import Mapping
+from prefault.methods import METHODS, Target
+from prefault.populate import populate
+from prefault.residency import residency
+from prefault.sizes import PAGE_SIZE, format_size
+
+
+@dataclass(frozen=True, slots=True)
+class Repetition:
+    """One time that was taken.
+
+    Attributes:
+        value_ns: what the method took over the whole mapping.
+        note: what was seen afterwards that a reader should know.
+    """
+
+    value_ns: int
+    note: str | None = None
+
+
+def measure(cell: Cell, repeats: int, places: Places) -> Iterator[Repetition]:
+    """Run the cell's method ``repeats`` times, each time over a fresh and empty mapping.
+
+    Only the method is timed: neither making the mapping nor giving it back.
+
+    Raises:
+        MappingError, PopulateError, OSError: it cannot be done.
+    """
+    # Once for nothing: imports, probes of the kernel and first calls are not what is measured, nor is memory that the host
+    # of a virtual machine took back: pages of another order than those before come from elsewhere.
+    with fresh_mapping(cell, places, cell.size_bytes) as mapping:
+        _runner(cell, mapping)()
+    for index in range(repeats):
+        with fresh_mapping(cell, places, cell.size_bytes) as mapping:
+            run = _runner(cell, mapping)
+            began = perf_counter_ns()
+            decided = run()
+            value_ns = perf_counter_ns() - began
+            note = decided or (_page_size_note(cell, mapping) if index == 0 else None)
+        yield Repetition(value_ns, note)
+
+
+@contextmanager
+def fresh_mapping(cell: Cell, places: Places, size_bytes: int) -> Iterator[Mapping]:
+    """A mapping as the cell wants it, of which no page is present; unmapped afterwards, its file gone."""
+    kind = KINDS[cell.backing]
+    shared = cell.sharing == "shared"
+    with ExitStack() as stack:
+        backing = kind.source(places)
+        if kind.filled:
+            # The file stays alive through a mapping of its own, and is mapped a second time for the measurement.
+            file = stack.enter_context(Mapping(size_bytes, backing=backing, shared=True, huge=kind.huge))
+            populate(file)
+            backing = File(f"/proc/self/fd/{file.fd}")
+        yield stack.enter_context(Mapping(size_bytes, backing=backing, shared=shared, huge=kind.huge))
+
+
+def target_of(mapping: Mapping) -> Target:
+    """The mapping, as far as methods need to know it. Its file, if it has one, is as long as the mapping."""
+    return Target(
+        page_size=mapping.page_size,
+        fd=mapping.fd,
+        file_base=mapping.file_offset - mapping.range.start,
+        file_size=mapping.file_offset + mapping.range.length,
+        shared=mapping.shared,
+        writable=mapping.writable,
+    )
+
+
+def warm_up(size_bytes: int, *, hugetlb: bool = False) -> None:
+    """Populate memory and give it back, so that a virtual machine's host has supplied it before the first time is taken."""
+    backing = Memfd(page_size=HUGE_PAGE_BYTES) if hugetlb else Anonymous()
+    with Mapping(size_bytes, backing=backing, huge="auto" if hugetlb else "advise", noreserve=not hugetlb) as mapping:
+        populate(mapping, access="write")
+
+
+def _runner(cell: Cell, mapping: Mapping) -> Callable[[], str | None]:
+    """What is timed: the method over the whole mapping, and nothing else."""
+    if cell.method == PREFAULT:
+
+        def call_populate() -> str:
+            result = populate(mapping)
+            return f"{result.method}, {result.threads} thread{'s' if result.threads > 1 else ''}"
+
+        return call_populate
+    method, pages, target = METHODS[cell.method], mapping.range, target_of(mapping)
+    start, length = pages.start, pages.length
+
+    def run_method() -> None:
+        method.run(start, length, target)
+
+    return run_method
+
+
+def _page_size_note(cell: Cell, mapping: Mapping) -> str | None:
+    """Whether pages came in another size than the row says."""
+    if mapping.page_size > PAGE_SIZE:
+        return None
+    huge_bytes = residency(mapping).huge_bytes
+    if huge_bytes is None:
+        return None
+    if KINDS[cell.backing].huge == "advise":
+        if huge_bytes == mapping.range.length:
+            return None
+        return f"{format_size(huge_bytes)} of {format_size(mapping.range.length)} came as huge pages"
+    return f"{format_size(huge_bytes)} of it came as huge pages, unasked" if huge_bytes else None

@@ -1,0 +1,95 @@
+"""What is shown while the grid runs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
+
+from prefault.bench.grid import Cell
+from prefault.bench.published import expected_ms
+from prefault.bench.runner import Event, Finished, Repeated, Started
+
+_LINE_SECONDS = 10.0
+
+
+@contextmanager
+def progress(cells: Sequence[Cell], repeats: int, stream: TextIO | None = None) -> Iterator[Callable[[Event], None]]:
+    """While the block runs: a bar with the time left on a terminal, else a plain line now and then. On stderr.
+
+    The value is a function that takes the events of a run.
+    """
+    stream = stream or sys.stderr
+    work = _Work(cells, repeats)
+    if not stream.isatty():
+        yield _Lines(work, stream).show
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[count]}"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    console = Console(file=stream)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as display:
+        task = display.add_task("warming memory up", total=work.total, count=work.count)
+
+        def show(event: Event) -> None:
+            work.add(event)
+            if isinstance(event, Started):
+                display.update(task, description=str(event.cell))
+            display.update(task, completed=work.done, count=work.count)
+
+        yield show
+
+
+class _Work:
+    """How much is done, weighed by how long each cell should take."""
+
+    def __init__(self, cells: Sequence[Cell], repeats: int) -> None:
+        self._weights = {cell: expected_ms(cell) for cell in cells}
+        self._repeats = repeats
+        self._finished_weight = 0.0
+        self._current_weight = 0.0
+        self._finished = 0
+        self.total = sum(self._weights.values()) * repeats  # one more for nothing, in every cell alike
+
+    @property
+    def done(self) -> float:
+        return self._finished_weight + self._current_weight
+
+    @property
+    def count(self) -> str:
+        return f"{self._finished} of {len(self._weights)} cells"
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Repeated):
+            self._current_weight += self._weights[event.cell]
+        elif isinstance(event, Finished):
+            self._finished_weight += self._weights[event.result.cell] * self._repeats
+            self._current_weight = 0.0
+            self._finished += 1
+
+
+class _Lines:
+    def __init__(self, work: _Work, stream: TextIO) -> None:
+        self._work = work
+        self._stream = stream
+        self._began = self._last = time.monotonic()
+        print(f"prefault bench: {work.count}, Ctrl-C stops and keeps what is measured", file=stream, flush=True)
+
+    def show(self, event: Event) -> None:
+        self._work.add(event)
+        now = time.monotonic()
+        if now - self._last < _LINE_SECONDS or not self._work.done:
+            return
+        self._last = now
+        left = (now - self._began) * (self._work.total / self._work.done - 1)
+        print(f"prefault bench: {self._work.count}, about {left:.0f} s left", file=self._stream, flush=True)

@@ -1,0 +1,172 @@
+"""Run the grid: every cell ends in exactly one result, whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from prefault.bench.client import CellFailedError, StoppedError, Worker, WorkerError
+from prefault.bench.grid import Cell
+from prefault.bench.kinds import Places
+from prefault.bench.machine import available_memory_bytes
+from prefault.bench.obstacles import memory_bytes, obstacle, pool_pages
+from prefault.bench.places import MARGIN_BYTES, Hugetlbfs, Pool, hugetlb_pool, hugetlbfs
+from prefault.bench.results import CellResult, Status
+from prefault.bench.stopping import StopRequest
+from prefault.sizes import GIB
+
+# How long a worker may be silent: a repetition takes a second for each GiB, and ten where the host has to find memory.
+_LIMIT_SECONDS = 60.0
+_LIMIT_SECONDS_PER_GIB = 60.0
+
+NOT_REACHED = "stopped before its turn"
+
+
+@dataclass(frozen=True, slots=True)
+class WarmedUp:
+    """Memory was populated and freed before measuring."""
+
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A cell is next."""
+
+    cell: Cell
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """One repetition of the cell is over."""
+
+    cell: Cell
+    value_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A cell has its result. One for every cell of the grid."""
+
+    result: CellResult
+
+
+Event: TypeAlias = WarmedUp | Started | Repeated | Finished
+
+
+def run(
+    cells: Sequence[Cell], *, repeats: int, places: Places, stop: StopRequest | None = None
+) -> Generator[Event, None, None]:
+    """Measure the cells in worker processes, and say what happens.
+
+    Cells in huge pages come last, so that the memory of the pool is there for the others. Close the generator, or exhaust
+    it: it sets up the hugetlb pool, and puts it back. After ``stop`` was requested the cells that are left are finished at
+    once, as stopped.
+    """
+    ordinary = [cell for cell in cells if not pool_pages(cell)]
+    huge = [cell for cell in cells if pool_pages(cell)]
+    if ordinary:
+        session = _Session(repeats, places, Pool(0), Hugetlbfs(None), stop)
+        yield from session.run(ordinary)
+    if huge:
+        with ExitStack() as stack:
+            pool, mounted = Pool(0), Hugetlbfs(None)
+            if stop is None or not stop.requested:
+                pool = stack.enter_context(hugetlb_pool(max(map(pool_pages, huge))))
+                if any(cell.backing == "hugetlbfs" for cell in huge):
+                    mounted = stack.enter_context(hugetlbfs())
+            session = _Session(repeats, replace(places, hugetlbfs=mounted.directory), pool, mounted, stop)
+            yield from session.run(huge)
+
+
+class _Session:
+    """Cells that run under the same circumstances, one worker after another."""
+
+    def __init__(self, repeats: int, places: Places, pool: Pool, mounted: Hugetlbfs, stop: StopRequest | None) -> None:
+        self._repeats = repeats
+        self._places = places
+        self._pool = pool
+        self._mounted = mounted
+        self._stop = stop
+        self._worker: Worker | None = None
+
+    def run(self, cells: Sequence[Cell]) -> Iterator[Event]:
+        try:
+            yield from self._warm_up(cells)
+            for cell in cells:
+                yield from self._cell(cell)
+            if self._worker is not None:
+                self._worker.close()
+                self._worker = None
+        finally:
+            if self._worker is not None:  # an exception, or the generator was closed
+                self._worker.kill()
+
+    @property
+    def _stopping(self) -> bool:
+        return self._stop is not None and self._stop.requested
+
+    def _warm_up(self, cells: Sequence[Cell]) -> Iterator[Event]:
+        possible = [cell for cell in cells if self._obstacle(cell) is None]
+        if not possible or self._stopping:
+            return
+        hugetlb = bool(pool_pages(possible[0]))
+        if hugetlb:
+            size_bytes = max(cell.size_bytes for cell in possible)
+        else:
+            size_bytes = min(max(map(memory_bytes, possible)), available_memory_bytes() - MARGIN_BYTES)
+        worker = self._ready_worker()
+        try:
+            worker.warm_up(size_bytes, _limit_seconds(size_bytes), hugetlb=hugetlb)
+        except (WorkerError, StoppedError):
+            self._worker = None
+        except CellFailedError:
+            return  # the cells will say why
+        else:
+            yield WarmedUp(size_bytes)
+
+    def _cell(self, cell: Cell) -> Iterator[Event]:
+        if self._stopping:
+            yield Finished(CellResult(cell, Status.STOPPED, reason=NOT_REACHED))
+            return
+        reason = self._obstacle(cell)
+        if reason is not None:
+            yield Finished(CellResult(cell, Status.UNAVAILABLE, reason=reason))
+            return
+        yield Started(cell)
+        values: list[int] = []
+        note: str | None = None
+        status, reason = Status.MEASURED, None
+        try:
+            worker = self._ready_worker()
+            worker.measure(cell, self._repeats, self._places)
+            while (repetition := worker.repetition(_limit_seconds(cell.size_bytes))) is not None:
+                values.append(repetition[0])
+                note = repetition[1] or note
+                yield Repeated(cell, repetition[0])
+        except CellFailedError as error:
+            status, reason = Status.FAILED, str(error)
+        except WorkerError as error:
+            self._worker = None
+            status, reason = Status.FAILED, str(error)
+        except StoppedError:
+            self._worker = None
+            status, reason = Status.STOPPED, f"stopped after {len(values)} of {self._repeats} repetitions"
+        yield Finished(CellResult(cell, status, tuple(values), reason, note))
+
+    def _obstacle(self, cell: Cell) -> str | None:
+        return obstacle(cell, self._places, self._pool, self._mounted)
+
+    def _ready_worker(self) -> Worker:
+        if self._worker is not None and not self._worker.alive:  # killed while it had nothing to do
+            self._worker.kill()
+            self._worker = None
+        if self._worker is None:
+            self._worker = Worker(self._stop, self._mounted.fds)
+        return self._worker
+
+
+def _limit_seconds(size_bytes: int) -> float:
+    return _LIMIT_SECONDS + _LIMIT_SECONDS_PER_GIB * size_bytes / GIB

@@ -1,0 +1,148 @@
+"""``prefault bench``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+from prefault.bench import grid, jsonfile, places, runner
+from prefault.bench.grid import Cell
+from prefault.bench.kinds import HUGE_PAGE_BYTES, KINDS, Places
+from prefault.bench.machine import this_machine
+from prefault.bench.results import BenchRun, CellResult
+from prefault.bench.stopping import StopRequest
+from prefault.sizes import parse_size
+
+_QUICK_REPEATS = 3
+_FULL_REPEATS = 10
+
+
+def _sizes(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...]:
+    sizes = []
+    for value in values:
+        try:
+            size = parse_size(value)
+        except ValueError as error:
+            raise click.UsageError(f"--{parameter.name}: {error}") from error
+        if size == 0 or size % HUGE_PAGE_BYTES:
+            raise click.UsageError(
+                f"--{parameter.name} {value} is not a multiple of 2 MiB: not every backing has such a size"
+            )
+        sizes.append(size)
+    return tuple(dict.fromkeys(sizes))
+
+
+def _one_of(valid: Iterable[str]) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], tuple[str, ...]]:
+    """A check of a filter; names are compared without regard to case."""
+    names = {name.lower(): name for name in valid}
+
+    def check(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            if value.lower() not in names:
+                listed = ", ".join(f'"{name}"' if " " in name else name for name in names.values())
+                raise click.UsageError(f"--{parameter.name} has no value {value!r}; it has: {listed}")
+        return tuple(names[value.lower()] for value in values)
+
+    return check
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="256 MiB, three repetitions, the rows that matter: some seconds.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Keep the run in FILE.")
+@click.option("--size", multiple=True, callback=_sizes, help="Of the mapping; repeatable. [2 MiB and 4 GiB, quick: 256 MiB]")
+@click.option("--repeats", type=click.IntRange(1, 1000), help="Repetitions of each cell. [10, quick: 3]")
+@click.option("--method", multiple=True, callback=_one_of(grid.METHODS), help="Only this method; repeatable.")
+@click.option("--backing", multiple=True, callback=_one_of(KINDS), help="Only this backing; repeatable.")
+@click.option("--sharing", multiple=True, callback=_one_of(("private", "shared")), help="Only private, or only shared.")
+@click.option(
+    "--file-directory", type=click.Path(), metavar="DIR", help='Where the "file" rows make their file; must be on a disk.'
+)
+@click.option("--list", "list_cells", is_flag=True, help="List the cells and measure nothing.")
+@click.pass_context
+def bench(
+    context: click.Context,
+    quick: bool,
+    json_path: Path | None,
+    size: tuple[int, ...],
+    repeats: int | None,
+    method: tuple[str, ...],
+    backing: tuple[str, ...],
+    sharing: tuple[str, ...],
+    file_directory: str | None,
+    list_cells: bool,
+) -> None:
+    """Measure how fast this machine populates memory, beside the figures published in 2021."""
+    cells = grid.select(_grid(quick, size), methods=method, backings=backing, sharings=sharing)
+    if not cells:
+        raise click.UsageError("the filters leave no cell: prefault bench --list shows what there is")
+    if list_cells:
+        for cell in cells:
+            click.echo(str(cell))
+        return
+    if json_path is not None:
+        _check_writable(json_path)
+    if file_directory is not None and not Path(file_directory).is_dir():
+        raise click.UsageError(f"--file-directory {file_directory} is not a directory")
+    directory = file_directory or places.default_file_directory()
+    with StopRequest() as stop:
+        run = _measure(
+            cells, quick=quick, repeats=repeats or (_QUICK_REPEATS if quick else _FULL_REPEATS), file=directory, stop=stop
+        )
+        # Before the table: whoever reads stdout may have gone.
+        if json_path is not None:
+            jsonfile.save(run, json_path)
+        _print(run)
+    if stop.signal is not None:
+        context.exit(128 + stop.signal)
+
+
+def _grid(quick: bool, sizes: Sequence[int]) -> list[Cell]:
+    if quick:
+        return [cell for size in sizes or (grid.QUICK_SIZE,) for cell in grid.quick_grid(size)]
+    return grid.full_grid(sizes or grid.PUBLISHED_SIZES)
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        jsonfile.check_writable(path)
+    except OSError as error:
+        raise click.ClickException(f"--json {path} cannot be written: {error.strerror or error}") from error
+
+
+def _measure(cells: Sequence[Cell], *, quick: bool, repeats: int, file: str, stop: StopRequest) -> BenchRun:
+    from prefault.bench import report  # noqa: F401  now, so that after Ctrl-C nothing has to be loaded
+    from prefault.bench.progress import progress
+
+    machine = this_machine()
+    started, began = datetime.now().astimezone().isoformat(timespec="seconds"), time.monotonic()
+    warmed_up_bytes = 0
+    results: dict[Cell, CellResult] = {}
+    events = runner.run(cells, repeats=repeats, places=Places(file=file), stop=stop)
+    with progress(cells, repeats) as show, closing(events):
+        for event in events:
+            show(event)
+            if isinstance(event, runner.Finished):
+                results[event.result.cell] = event.result
+            elif isinstance(event, runner.WarmedUp):
+                warmed_up_bytes += event.size_bytes
+    return BenchRun(
+        machine=machine,
+        started=started,
+        seconds=time.monotonic() - began,
+        quick=quick,
+        repeats=repeats,
+        warmed_up_bytes=warmed_up_bytes,
+        interrupted=stop.requested,
+        results=tuple(results[cell] for cell in cells),
+    )
+
+
+def _print(run: BenchRun) -> None:
+    from prefault.bench.report import console_for, render
+
+    render(run, console_for())

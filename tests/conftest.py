@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +22,12 @@ def hugetlb_pool() -> Iterator[Callable[[int], None]]:
     if needs.HUGE not in hugetlb.page_sizes():
         needs.missing("the kernel has no huge pages of 2 MiB")
     needs.root("resize the hugetlb pool")
+    with open(Path(tempfile.gettempdir()) / "prefault-hugetlb-pool.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the pool is the machine's: one test run at a time
+        yield from _hugetlb_pool()
+
+
+def _hugetlb_pool() -> Iterator[Callable[[int], None]]:
     before = hugetlb.read_pool(needs.HUGE)
     in_use = before.total - before.free
 

@@ -316,6 +316,27 @@ def test_a_with_block_that_leaves_a_view() -> None:
     mapping.close()
 
 
+def test_an_exception_on_its_way_out_is_not_hidden_by_a_view() -> None:
+    views: list[memoryview] = []
+
+    def fail(mapping: Mapping) -> None:
+        with mapping:
+            views.append(mapping.memoryview())
+            views[0][0] = 5
+            raise ZeroDivisionError
+
+    mapping = Mapping(PAGE_SIZE)
+    address = mapping.range.start
+    with pytest.raises(ZeroDivisionError):
+        fail(mapping)
+    assert mapping.closed
+    assert views[0][0] == 5
+    assert oracle.smaps(address)
+    views.clear()
+    gc.collect()
+    assert not oracle.smaps(address)
+
+
 def test_close_is_idempotent_and_forgets_the_descriptor() -> None:
     mapping = Mapping(PAGE_SIZE, backing="memfd")
     fd = mapping.fd

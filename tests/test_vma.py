@@ -20,7 +20,7 @@ import pytest
 
 import prefault
 from prefault import PAGE_SIZE, capabilities
-from prefault._kernel import mman
+from prefault._kernel import mman, proc
 from prefault._kernel._call import declare_syscall
 from prefault.testing import without
 from prefault.vma import Backing, Vma, file_descriptor, file_size, vm_flags, vma_at, vmas
@@ -308,6 +308,18 @@ def test_a_device_number_that_a_tmpfs_had_before(tmp_path: Path) -> None:
         if vma.device == first.device:
             return
     needs.missing("the kernel gave the number of a tmpfs to no overlay")
+
+
+def test_mount_points_with_odd_names(tmp_path: Path) -> None:
+    # Of all that separates lines for Python, the kernel escapes only the newline.
+    needs.root("mount a tmpfs")
+    place = tmp_path / "a b\nc\td\\e\rf\x0b\x1c\u2028g"
+    place.mkdir()
+    with _mounted(place, "tmpfs"), prefault.Mapping(PAGE_SIZE, backing=prefault.TemporaryFile(place)) as mapping:
+        vma = vma_at(mapping.range.start)
+        assert vma is not None
+        assert vma.backing is Backing.TMPFS
+        assert str(place) in {mount.directory for mount in proc.read_mounts()}
 
 
 def test_a_file_on_a_mount_out_of_sight_is_taken_for_a_disk(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import addressof, sizeof
@@ -283,3 +284,7 @@ ALL: tuple[Capability, ...] = (
     MEMORY_CGROUP,
 )
 """Every capability that this package asks about."""
+
+_unknown = disabled - {capability.name for capability in ALL}
+if _unknown:
+    warnings.warn(f"PREFAULT_WITHOUT names no capability by {', '.join(sorted(_unknown))}", stacklevel=2)

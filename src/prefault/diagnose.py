@@ -55,7 +55,7 @@ def diagnose(address: int, method: Method, error: OSError, fd: int | None) -> Ca
             "the kernel found no memory for the page or its page table: free some, or raise the memory limit",
         )  # fmt: skip
     return (
-        _by_protection(vma, method.access)
+        _by_protection(vma, method.access, address)
         or _by_page(address)
         or _by_file(vma, address, fd)
         or _by_backing(vma, fd)
@@ -73,7 +73,7 @@ def _telling(number: int, vma: Vma, fd: int | None) -> Cause:
     return Cause(errors.BackingFullError, number, sentence)
 
 
-def _by_protection(vma: Vma, access: Access) -> Cause | None:
+def _by_protection(vma: Vma, access: Access, address: int) -> Cause | None:
     flags = vm_flags(vma.start)
     if flags & {"io", "pf"} or vma.name.startswith("/secretmem"):
         return Cause(
@@ -87,7 +87,7 @@ def _by_protection(vma: Vma, access: Access) -> Cause | None:
             errors.ProtectionError, errno.EINVAL,
             "the mapping is not writable (PROT_WRITE is missing): populate it with access='read'",
         )  # fmt: skip
-    if flags & {"um", "ui"}:
+    if flags & {"um", "ui"} and not _looks_swapped(address):
         return Cause(
             errors.PopulateError, errno.EFAULT,
             "the memory is registered with userfaultfd, and its handler did not or may not supply the page"

@@ -37,6 +37,8 @@ class Mapping(MemoryOwner):
         with prefault.Mapping("2 GiB", backing="memfd") as mapping:
             prefault.populate(mapping)
             array = mapping.ndarray("float64")
+            ...
+            del array  # a view keeps the memory, and closing refuses while there is one
 
     Args:
         length: bytes (``"2 GiB"`` or a number), rounded up to whole pages of the backing; None maps all of a file.
@@ -158,8 +160,14 @@ class Mapping(MemoryOwner):
     def __enter__(self) -> Mapping:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except BufferError:
+            if kind is None:
+                raise
+            # The exception on its way out matters more. Views that it keeps alive keep the memory until they go.
+            self._memory = None
 
     def _borrow(self) -> Borrowed:
         memory = self._open_memory()

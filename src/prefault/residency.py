@@ -7,6 +7,7 @@ ones cannot tell everything, and the answer says what.
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import threading
 from array import array
@@ -23,6 +24,7 @@ from prefault.memory import Borrowed, borrow
 from prefault.ranges import PageRange, RangeSet
 from prefault.selffile import SelfFile
 from prefault.sizes import GIB, MIB, PAGE_SIZE, Size, format_size
+from prefault.vma import vmas
 
 if TYPE_CHECKING:
     import numpy
@@ -180,22 +182,36 @@ class _Scanner(threading.local):
     """The argument and the result vector of PAGEMAP_SCAN, one a thread, made once."""
 
     def __init__(self) -> None:
+        self.busy = False
         regions = array("Q", bytes(_REGIONS * sizeof(pagemap.PageRegion)))
         self.words = memoryview(regions)
         self.argument = pagemap.PmScanArg(size=sizeof(pagemap.PmScanArg), vec=regions.buffer_info()[0], vec_len=_REGIONS)
 
     def scan(self, start: int, stop: int, mask: int, inverted: int, any_of: int, returned: int) -> Iterator[memoryview]:
         """Regions that match, as views of 64-bit words (start, stop, categories, start, ...), valid until the next."""
-        argument = self.argument
-        argument.category_mask, argument.category_inverted = mask, inverted
-        argument.category_anyof_mask, argument.return_mask = any_of, returned
-        while start < stop:
-            argument.start, argument.end = start, min(stop, start + _SCAN_STEP)
-            count = _pagemap_file.ioctl(pagemap.PAGEMAP_SCAN, argument)
-            # Not argument.walk_end: with more than 512 regions, the size of the kernel's own buffer, it may be where that
-            # was full for the last time and not where the walk ended (seen on 6.18), and regions would come twice.
-            start = argument.end if count < _REGIONS else self.words[3 * count - 2]
-            yield self.words[: 3 * count]
+        if self.busy:
+            # A signal handler, or a finalizer, in the middle of a scan of this very thread.
+            yield from _Scanner().scan(start, stop, mask, inverted, any_of, returned)
+            return
+        self.busy = True
+        try:
+            argument = self.argument
+            argument.category_mask, argument.category_inverted = mask, inverted
+            argument.category_anyof_mask, argument.return_mask = any_of, returned
+            while start < stop:
+                argument.start, argument.end = start, min(stop, start + _SCAN_STEP)
+                try:
+                    count = _pagemap_file.ioctl(pagemap.PAGEMAP_SCAN, argument)
+                except OSError as error:
+                    if error.errno != errno.EFAULT:
+                        raise
+                    return  # beyond the end of user space, where nobody has pages
+                # Not argument.walk_end: with more than 512 regions, the size of the kernel's own buffer, it may be where
+                # that was full for the last time and not where the walk ended (seen on 6.18), and regions would come twice.
+                start = argument.end if count < _REGIONS else self.words[3 * count - 2]
+                yield self.words[: 3 * count]
+        finally:
+            self.busy = False
 
 
 _scanner = _Scanner()
@@ -324,9 +340,10 @@ def _from_mincore(pages: PageRange, cache: PageCache | None) -> Residency:
     import numpy
 
     runs: list[Run] = []
-    for part in pages.chunks(256 * MIB):
-        resident = numpy.frombuffer(mman.mincore(part.start, part.length), numpy.uint8) & numpy.uint8(1)
-        runs += _runs(part.start, resident)  # PRESENT is 1
+    for vma in vmas(pages.start, pages.stop):  # mincore refuses a range with a hole in it
+        for part in (pages & PageRange(vma.start, vma.stop)).chunks(256 * MIB):
+            resident = numpy.frombuffer(mman.mincore(part.start, part.length), numpy.uint8) & numpy.uint8(1)
+            runs += _runs(part.start, resident)  # PRESENT is 1
     reason = "mincore tells only whether a page is in memory, for a file whether it is in the page cache"
     unknown: dict[PageState, str] = {state: reason for state in PageState if state is not PageState.PRESENT}
     return Residency(pages, runs, "mincore", unknown, cache)

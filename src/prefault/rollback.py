@@ -16,7 +16,7 @@ from prefault.methods import FallocateThen
 from prefault.plan import Segment
 from prefault.ranges import PageRange, RangeSet
 from prefault.residency import swapped
-from prefault.sizes import MIB
+from prefault.sizes import MIB, PAGE_SIZE
 from prefault.vma import Backing
 
 
@@ -51,9 +51,10 @@ class Rollback:
                     for zeros in RangeSet(_zero_pages(pages, segment.target.page_size)):
                         _punch(zeros, segment)
                 drop(pages.start, pages.length)
-            if segment in self._holes:
-                for hole in self._holes[segment] & RangeSet(_holes(segment)):
-                    _punch(hole, segment)
+            for hole in self._holes.get(segment, ()):
+                # SEEK_HOLE no longer tells: allocated blocks with a page in the page cache look like data (iomap, ext4).
+                for zeros in RangeSet(_zeros_in_file(hole, segment)):
+                    _punch(zeros, segment)
         return brought_in & self._swapped
 
 
@@ -75,7 +76,19 @@ def _holes(segment: Segment) -> Iterator[PageRange]:
                 raise
             at = stop
         if start < at:
-            yield PageRange.inward(start - target.file_base, at - target.file_base)
+            end = at if at < stop else at + -at % PAGE_SIZE  # the last page of the file, in whole
+            yield PageRange.inward(start - target.file_base, end - target.file_base)
+
+
+def _zeros_in_file(pages: PageRange, segment: Segment) -> Iterator[PageRange]:
+    """The pages of a stretch of the file that hold nothing but zeros. Read from the file: its mapping may be forbidden."""
+    target = segment.target
+    assert target.fd is not None
+    for part in pages.chunks(MIB):
+        content = os.pread(target.fd, part.length, part.start + target.file_base)
+        for offset in range(0, part.length, PAGE_SIZE):
+            if not content[offset : offset + PAGE_SIZE].strip(b"\0"):
+                yield PageRange(part.start + offset, part.start + offset + PAGE_SIZE)
 
 
 def _punch(pages: PageRange, segment: Segment) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -13,7 +14,8 @@ _V1_UNLIMITED = 1 << 62
 
 def hierarchies(pid: int | str = "self") -> Iterator[tuple[frozenset[str], str]]:
     """The lines of ``/proc/pid/cgroup``: the controllers (empty for v2), and the path inside the hierarchy."""
-    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+    text = os.fsdecode(Path(f"/proc/{pid}/cgroup").read_bytes())
+    for line in text.removesuffix("\n").split("\n"):  # not splitlines(): other separators may be in a name
         _, controllers, path = line.split(":", 2)
         yield frozenset(filter(None, controllers.split(","))), path
 

@@ -132,7 +132,8 @@ class Mount(NamedTuple):
 def read_mounts() -> list[Mount]:
     """The mounts that this process sees, from ``/proc/self/mountinfo``."""
     mounts = []
-    for line in os.fsdecode(_read("/proc/self/mountinfo")).splitlines():
+    # Not splitlines(): the kernel escapes no line separator but the newline.
+    for line in os.fsdecode(_read("/proc/self/mountinfo")).removesuffix("\n").split("\n"):
         left, _, right = line.partition(" - ")
         _, _, device, root, directory, *_ = left.split(" ")
         filesystem, _, options = right.split(" ", 2)

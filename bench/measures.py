@@ -7,6 +7,7 @@ figure is good is for the reader to say.
 from __future__ import annotations
 
 import argparse
+import compileall
 import ctypes
 import mmap
 import os
@@ -157,8 +158,31 @@ def map_and_unmap() -> None:
     mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
 
 
+_IN_ANOTHER_PROCESS = "import prefault; prefault.populate(prefault.Mapping(4 << 30, huge='never'), threads=1)"
+
+
 def stalls(rounds: int) -> Iterator[Measure]:
     size = 4 * GIB
+    # What this machine does to a thread that nothing of ours can hold up: neither the GIL nor the mmap lock is shared.
+    controls: tuple[tuple[str, Callable[[], object]], ...] = (
+        ("nothing happens for 2 s", lambda: time.sleep(2)),
+        (
+            "another process populates 4 GiB",
+            lambda: subprocess.run([sys.executable, "-c", _IN_ANOTHER_PROCESS], check=True),
+        ),
+    )
+    for name, control in controls:
+        longest = []
+        for _ in range(rounds):
+            with Stalls(lambda: None) as other:
+                control()
+            longest.append(other.longest_ns / 1e6)
+        yield Measure(
+            f"longest stall of a thread while {name}",
+            f"{statistics.median(longest):.1f} ms median, {max(longest):.1f} worst",
+            "(none: the control)",
+            f"{rounds} runs",
+        )
     for name, action in (("that computes", lambda: None), ("that maps and unmaps memory", map_and_unmap)):
         for threads in (1, None):
             longest = []
@@ -229,6 +253,8 @@ def import_time(rounds: int) -> Iterator[Measure]:
 
         return once
 
+    # As an installer does; some environments never write bytecode (PYTHONDONTWRITEBYTECODE).
+    compileall.compile_dir(Path(prefault.__file__).parent, quiet=1)
     empty, ours = alternate(run("pass"), run("import prefault"), rounds)
     yield Measure(
         "import prefault, more than python -c pass",

@@ -91,5 +91,7 @@ class _Lines:
         if now - self._last < _LINE_SECONDS or not self._work.done:
             return
         self._last = now
-        left = (now - self._began) * (self._work.total / self._work.done - 1)
-        print(f"prefault bench: {self._work.count}, about {left:.0f} s left", file=self._stream, flush=True)
+        part = self._work.done / self._work.total
+        # Warming up and the small cells say little about the large ones.
+        left = f", about {(now - self._began) * (1 / part - 1):.0f} s left" if part > 0.01 else ""
+        print(f"prefault bench: {self._work.count}{left}", file=self._stream, flush=True)

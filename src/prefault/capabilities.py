@@ -69,7 +69,8 @@ class Capability:
         self.question = question
         self._probe = probe
         self._answer: OSError | bool | None = None
-        self._lock = threading.Lock()
+        # Reentrant: a signal handler may ask in the middle of a probe.
+        self._lock = threading.RLock()
 
     @property
     def available(self) -> bool:

@@ -201,7 +201,8 @@ class _Memory:
         self.address = 0
         self.mapped = 0
         self.file_offset = 0
-        self._lock = threading.Lock()
+        # Reentrant: a signal handler or a finalizer may come by in this very thread.
+        self._lock = threading.RLock()
         self._pins = 0
         self._exporter: weakref.ref[Any] | None = None
 

@@ -20,7 +20,7 @@ class SelfFile:
     def __init__(self, name: str) -> None:
         self._path = f"/proc/self/{name}"
         self._fd = -1
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant: a signal handler may ask too
         SelfFile._all.add(self)
 
     def ioctl(self, request: int, argument: Structure) -> int:
@@ -40,7 +40,7 @@ class SelfFile:
         return int(fcntl.ioctl(self._fd, request, argument, True))
 
     def _forget(self) -> None:
-        fd, self._fd, self._lock = self._fd, -1, threading.Lock()
+        fd, self._fd, self._lock = self._fd, -1, threading.RLock()
         if fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(fd)

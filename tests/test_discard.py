@@ -415,3 +415,25 @@ def test_a_mmap_of_python() -> None:
         memory[:] = b"m" * 4 * PAGE_SIZE
         assert prefault.discard(memory, offset=PAGE_SIZE).bytes == 3 * PAGE_SIZE
         assert memory[:] == b"m" * PAGE_SIZE + bytes(3 * PAGE_SIZE)
+
+
+def test_private_copies_that_became_read_only_are_not_lost(tmp_path: Path) -> None:
+    """Like the relocated data of a program: written, then protected."""
+    path = tmp_path / "data"
+    path.write_bytes(b"A" * 4 * PAGE_SIZE)
+    with prefault.Mapping(backing=prefault.File(path), shared=False) as mapping:
+        start = mapping.range.start
+        mapping.memoryview()[:4] = b"MINE"
+        mman.mprotect(start, 4 * PAGE_SIZE, mman.PROT_READ)
+        with pytest.raises(ValueError, match="read-only"):
+            prefault.discard(Span(start, 4 * PAGE_SIZE, readonly=True))
+        assert bytes(mapping.memoryview()[:4]) == b"MINE"
+        assert prefault.discard(Span(start + PAGE_SIZE, 3 * PAGE_SIZE, readonly=True)).bytes == 3 * PAGE_SIZE
+
+
+def test_a_hole_in_the_range_is_named() -> None:
+    with Region(8) as region:
+        mman.munmap(region.page(2), 2 * PAGE_SIZE)
+        result = prefault.discard(region)
+        assert result.bytes == 6 * PAGE_SIZE
+        assert "not mapped" in str(result)

@@ -448,37 +448,60 @@ def test_mmap_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, 
     assert _mapped_bytes() - before < 1 << 30
 
 
-@pytest.mark.parametrize("nth", [1, 2])
-def test_giving_back_the_ends_of_the_reservation_fails(monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
-    # munmap(2) may need one mapping more than vm.max_map_count allows.
-    munmap, mapped = mman.munmap, mman.mmap
-    calls = 0
+def test_another_thread_takes_the_place_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    mapped = mman.mmap
+    thieves: list[int] = []
 
-    def failing(address: int, length: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == nth:
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        munmap(address, length)
+    def stolen(address: int, length: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
+        if flags & mman.MAP_FIXED_NOREPLACE and len(thieves) < 3:
+            thieves.append(
+                mapped(address, PAGE_SIZE, prot, mman.MAP_PRIVATE | mman.MAP_ANONYMOUS | mman.MAP_FIXED_NOREPLACE)
+            )
+        return mapped(address, length, prot, flags, fd, offset)
 
-    def unaligned(address: int, length: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
-        if flags & mman.MAP_FIXED:
-            return mapped(address, length, prot, flags, fd, offset)
-        # An odd page in front, so that both ends have to be given back.
-        room = mapped(0, length + _HUGE + PAGE_SIZE, prot, flags, fd, offset)
-        start = room + -room % _HUGE + PAGE_SIZE
-        munmap(room, start - room)
-        munmap(start + length, room + length + _HUGE + PAGE_SIZE - start - length)
-        return start
-
+    monkeypatch.setattr(mman, "mmap", stolen)
+    with Mapping("4 MiB", backing="memfd") as mapping:
+        assert mapping.range.start % _HUGE == 0
+        assert len(thieves) == 3
+        for thief in thieves:
+            assert thief not in mapping.range
+            assert oracle.smaps(thief)
+            mman.munmap(thief, PAGE_SIZE)
+    monkeypatch.setattr(mman, "mmap", _always_stolen(mapped))
     before = _mapped_bytes()
-    monkeypatch.setattr(mman, "munmap", failing)
-    monkeypatch.setattr(mman, "mmap", unaligned)
-    with pytest.raises(MappingError, match=r"vm\.max_map_count"):
+    with pytest.raises(MappingError, match="other threads"):
         Mapping("1 GiB", backing="memfd")
-    assert calls == nth + 1
-    monkeypatch.undo()
     assert _mapped_bytes() - before < 1 << 20
+
+
+def _always_stolen(mapped: Callable[..., int]) -> Callable[..., int]:
+    def refuse(address: int, length: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
+        if flags & mman.MAP_FIXED_NOREPLACE:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        return mapped(address, length, prot, flags, fd, offset)
+
+    return refuse
+
+
+def test_a_kernel_that_takes_the_address_for_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Linux 4.17 MAP_FIXED_NOREPLACE means nothing: a taken place gives another one, perhaps not aligned."""
+    mapped = mman.mmap
+    elsewhere: list[int] = []
+
+    def old(address: int, length: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
+        hinted = flags & mman.MAP_FIXED_NOREPLACE
+        flags &= ~mman.MAP_FIXED_NOREPLACE
+        if hinted and not elsewhere:
+            elsewhere.append(mapped(address + PAGE_SIZE, length, prot, flags, fd, offset))
+            return elsewhere[0]
+        return mapped(address, length, prot, flags, fd, offset)
+
+    monkeypatch.setattr(mman, "mmap", old)
+    before = _mapped_bytes()
+    with Mapping("1 GiB", backing="memfd") as mapping:
+        assert elsewhere
+        assert mapping.range.start % _HUGE == 0
+        assert _mapped_bytes() - before < (1 << 30) + (1 << 20)
 
 
 @pytest.mark.parametrize("what", [KeyboardInterrupt, MemoryError])

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -579,3 +579,81 @@ def test_huge_advice_on_shared_memory_is_not_spoilt_by_fallocate() -> None:
             assert oracle.smaps(address(memory))["ShmemPmdMapped"] == 16 * MIB
     finally:
         setting.write_text(before)
+
+
+def test_a_file_system_without_fallocate_is_populated_all_the_same(tmp_path: Path) -> None:
+    needs.root("mount a ramfs")
+    subprocess.run(["mount", "-t", "ramfs", "prefault-test", tmp_path], check=True)
+    try:
+        path = tmp_path / "data"
+        path.write_bytes(b"hello" + bytes(16 * PAGE_SIZE - 5))
+        with prefault.Mapping(backing=prefault.File(path)) as memory:
+            result = prefault.populate(memory)
+            assert result.bytes == 16 * PAGE_SIZE == oracle.present_bytes(address(memory), 16 * PAGE_SIZE)
+            assert "no fallocate" in str(result)
+            with pytest.raises(prefault.PopulateError):
+                prefault.populate(memory, method="fallocate+populate_write")
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_without_more_threads_one_does_it_all(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    result = prefault.populate(mapping, threads=2)
+    assert (result.bytes, result.threads) == (64 * MIB, 1)
+
+
+def test_progress_of_several_threads_ends_at_all(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
+    for _ in range(10):
+        calls: list[tuple[int, int]] = []
+        prefault.discard(mapping)
+        prefault.populate(mapping, threads=2, progress=lambda done, total, calls=calls: calls.append((done, total)))  # type: ignore[misc]
+        assert calls[-1] == (64 * MIB, 64 * MIB)
+
+
+def test_a_second_ctrl_c_waits_for_the_other_threads_too(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
+    caller = threading.get_ident()
+    run = METHODS["populate_write"].run
+
+    def slow(start: int, length: int, target: Any) -> None:
+        run(start, length, target)
+        if threading.get_ident() == caller:
+            raise KeyboardInterrupt
+        time.sleep(0.3)
+
+    join = threading.Thread.join
+    joins: list[int] = []
+
+    def interrupted_join(thread: threading.Thread, timeout: float | None = None) -> None:
+        joins.append(1)
+        if len(joins) == 1:
+            raise KeyboardInterrupt
+        join(thread, timeout)
+
+    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(METHODS["populate_write"], "run", slow)
+    monkeypatch.setattr(threading.Thread, "join", interrupted_join)
+    with pytest.raises(prefault.PopulateInterrupted):
+        prefault.populate(mapping, threads=2)
+    assert threading.active_count() == 1
+
+
+def test_a_full_tmpfs_is_told_also_of_a_file_that_was_unlinked(small_tmpfs: Callable[[str], Path]) -> None:
+    path = small_tmpfs("64k") / "data"
+    with open(path, "w+b") as file:
+        file.truncate(1 << 20)
+        memory = mmap.mmap(file.fileno(), 1 << 20)
+    path.unlink()
+    with pytest.raises(prefault.BackingFullError, match=r"of 64\.0 KiB"):
+        prefault.populate(memory, method="populate_write")
+    memory.close()
+
+
+def test_a_method_is_named_by_a_text(mapping: prefault.Mapping) -> None:
+    with pytest.raises(TypeError, match="list"):
+        prefault.populate(mapping, method=["populate_write"])  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ import prefault
 from prefault import PAGE_SIZE, Mapping, PageRange, PageState, RangeSet, capabilities
 from prefault._kernel import mman, thp
 from prefault._kernel.pagemap import PageCategory
-from prefault.residency import populated_before, residency_of, swapped
+from prefault.residency import populated_before, residency_of
 from prefault.testing import without
 from support import needs, oracle
 from support.regions import READ, WRITE, Region, Span, file_of
@@ -336,7 +336,7 @@ def test_swapped_pages(tmp_path: Path) -> None:
                     assert [bool(state & PageState.SWAPPED) for state in states] == expected
                     assert not any(state & _PRESENT for state in states[2:6])
                     assert found.swapped_bytes == 4 * PAGE_SIZE
-                    assert swapped(region.address, region.page(16)) == RangeSet([PageRange(region.page(2), region.page(6))])
+                    assert found.ranges(PageState.SWAPPED) == RangeSet([PageRange(2 * PAGE_SIZE, 6 * PAGE_SIZE)])
             assert "16.0 KiB swapped" in str(prefault.residency(region))
             result = prefault.populate(region)
             assert (result.bytes, result.present_bytes) == (8 * PAGE_SIZE, 8 * PAGE_SIZE)

@@ -167,3 +167,23 @@ def test_nothing_is_opened_where_ioctls_are_not_used() -> None:
         return _kept()
 
     assert in_child(without_ioctls) == []
+
+
+_OTHERS_DESCRIPTORS = """
+import os, prefault
+prefault.populate(bytearray(4096))
+os.closerange(3, 64)
+others = [os.open("/dev/null", os.O_RDONLY) for _ in range(4)]
+child = os.fork()
+if child == 0:
+    for fd in others:
+        os.fstat(fd)
+    prefault.populate(bytearray(4096))
+    os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_child_keeps_files_that_took_the_numbers_of_ours() -> None:
+    done = subprocess.run([sys.executable, "-c", _OTHERS_DESCRIPTORS], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

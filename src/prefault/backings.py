@@ -85,7 +85,7 @@ class TemporaryFile(NamedTuple):
         size = _required(length, "a temporary file")
         try:
             # Not O_TMPFILE: hugetlbfs and some network file systems do not have it.
-            fd, path = tempfile.mkstemp(prefix="prefault-", dir=os.fspath(self.directory))
+            fd, path = tempfile.mkstemp(prefix="prefault-", dir=os.fsdecode(self.directory))
         except OSError as error:
             raise MappingError(error.errno, f"no file can be made in {self.directory}: {error.strerror}") from error
         try:

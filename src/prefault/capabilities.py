@@ -87,20 +87,27 @@ class Capability:
             return None
         if self.name in disabled:
             return "switched off by PREFAULT_WITHOUT or a test"
-        return _in_plain_words(self._answer) if isinstance(self._answer, OSError) else None
+        answer = self._ask()
+        return _in_plain_words(answer) if isinstance(answer, OSError) else None
 
     def _ask(self) -> OSError | bool:
         with self._lock:
-            if self._answer is None:
-                try:
-                    self._probe()
-                except OSError as error:
-                    if error.errno not in _REFUSALS:
-                        raise
+            if self._answer is not None:
+                return self._answer
+            try:
+                self._probe()
+            except OSError as error:
+                if error.errno not in _REFUSALS:
+                    raise
+                if error.errno != errno.ENOMEM:  # which may pass
                     self._answer = error.with_traceback(None)
-                else:
-                    self._answer = True
-            return self._answer
+                return error.with_traceback(None)
+            self._answer = True
+            return True
+
+    def forget(self) -> None:
+        """Ask again the next time."""
+        self._answer, self._lock = None, threading.RLock()
 
     def __repr__(self) -> str:
         return f"Capability({self.name!r}, available={self.available})"
@@ -285,6 +292,15 @@ ALL: tuple[Capability, ...] = (
     MEMORY_CGROUP,
 )
 """Every capability that this package asks about."""
+
+
+def _forget_answers() -> None:
+    """After fork, in the child: it may give up privileges, and a lock may have been held by a thread that it lacks."""
+    for capability in ALL:
+        capability.forget()
+
+
+os.register_at_fork(after_in_child=_forget_answers)
 
 _unknown = disabled - {capability.name for capability in ALL}
 if _unknown:

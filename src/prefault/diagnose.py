@@ -15,7 +15,7 @@ from prefault.methods import MLOCK, Access, Method
 from prefault.ranges import PageRange
 from prefault.residency import PageState, residency_of
 from prefault.sizes import PAGE_SIZE, format_size
-from prefault.vma import Backing, Vma, file_size, vm_flags, vma_at
+from prefault.vma import Backing, Vma, file_size, mount_directory, vm_flags, vma_at
 
 
 class Cause(NamedTuple):
@@ -128,7 +128,8 @@ def _by_backing(vma: Vma, fd: int | None) -> Cause | None:
     if not vma.inode:
         return None
     with contextlib.suppress(OSError):
-        space = os.fstatvfs(fd) if fd is not None else os.statvfs(vma.name)
+        # By the mount, not the name: files in memory are often unlinked as soon as they are mapped.
+        space = os.fstatvfs(fd) if fd is not None else os.statvfs(mount_directory(vma) or vma.name)
         free, total = space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize
         if total and free < PAGE_SIZE:
             where = vma.name or "the file system"

@@ -12,7 +12,7 @@ from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from prefault.errors import DiscardError
 from prefault.memory import Borrowed, Span, borrow
 from prefault.ranges import PageRange
-from prefault.residency import residency_of
+from prefault.residency import PageState, residency_of
 from prefault.sizes import MIB, Size, format_size
 from prefault.vma import Backing, Vma, vm_flags, vma_at
 
@@ -70,15 +70,15 @@ def discard(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> Dis
         span = memory.select(offset, length)
         if not memory.contiguous:
             raise ValueError("the array is not contiguous: discarding the pages it spans would lose bytes between its items")
-        parts = list(_parts(memory, span))
+        parts, holes = _parts(memory, span)
+        notes: dict[str, None] = {"a part of the range is not mapped": None} if holes else {}
         if not parts:
-            return DiscardResult(0, 0, 0.0, "none")
+            return DiscardResult(0, 0, 0.0, "none", tuple(notes))
         freed: int | None = 0
         for part, _ in parts:
             allocated = residency_of(part).allocated_bytes
             freed = None if freed is None or allocated is None else freed + allocated
         used: dict[str, None] = {}
-        notes: dict[str, None] = {}
         for part, vma in parts:
             for chunk in part.chunks(max(_STEP, vma.page_size)):
                 used[_discard_chunk(chunk, vma, memory.fd)] = None
@@ -88,12 +88,17 @@ def discard(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> Dis
         return DiscardResult(total, freed, perf_counter() - began, ", ".join(used), tuple(notes))
 
 
-def _parts(memory: Borrowed, span: Span) -> list[tuple[PageRange, Vma]]:
-    """The whole pages of every mapping under ``span``. Checked as a whole before anything is discarded."""
+def _parts(memory: Borrowed, span: Span) -> tuple[list[tuple[PageRange, Vma]], bool]:
+    """The whole pages of every mapping under ``span``, and whether there are holes between.
+
+    Checked as a whole before anything is discarded.
+    """
     parts = []
+    holes = False
     at = span.start
     while at < span.stop:
         vma = vma_at(at)
+        holes = holes or vma is None or vma.start > at
         if vma is None or vma.start >= span.stop:
             break
         part = PageRange.inward(max(at, vma.start), min(span.stop, vma.stop), vma.page_size)
@@ -103,13 +108,13 @@ def _parts(memory: Borrowed, span: Span) -> list[tuple[PageRange, Vma]]:
                 raise DiscardError(
                     errno.EINVAL, f"cannot discard {vma.describe()}: only its driver can take it back", address=part.start
                 )
-            if memory.readonly and _loses_bytes(vma):
+            if memory.readonly and _loses_bytes(vma, part):
                 raise ValueError("the buffer is read-only: its owner does not expect its bytes to change")
             if _punches(vma) and not vma.writable:
                 raise ValueError(f"the mapping is read-only: discarding {vma.backing.value} would take its bytes from all")
             parts.append((part, vma))
         at = vma.stop
-    return parts
+    return parts, holes
 
 
 def _punches(vma: Vma) -> bool:
@@ -117,11 +122,14 @@ def _punches(vma: Vma) -> bool:
     return vma.shared and (vma.backing.is_shmem or vma.backing is Backing.HUGETLB)
 
 
-def _loses_bytes(vma: Vma) -> bool:
+def _loses_bytes(vma: Vma, part: PageRange) -> bool:
     """Whether discarding can change what is read. It cannot where all pages are those of a file."""
     if vma.shared:
         return _punches(vma)
-    return vma.writable or vma.backing is not Backing.FILE
+    if vma.writable or vma.backing is not Backing.FILE:
+        return True
+    # Written before it became read-only, as the relocated data of a program is: these pages are private copies.
+    return any(run.state & PageState.SWAPPED or not run.state & PageState.FILE for run in residency_of(part).runs)
 
 
 def _discard_chunk(chunk: PageRange, vma: Vma, fd: int | None) -> str:

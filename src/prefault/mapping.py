@@ -267,10 +267,12 @@ class _Memory:
         """Unmap and close, whoever looks."""
         mapped, self.mapped = self.mapped, 0
         fd, self.fd = self.fd, None
-        if mapped:
-            mman.munmap(self.address, mapped)
-        if fd is not None:
-            os.close(fd)
+        try:
+            if mapped:
+                mman.munmap(self.address, mapped)
+        finally:
+            if fd is not None:
+                os.close(fd)
 
     def __del__(self) -> None:
         # Nobody refers to it any more, so no view and no pin is left. At interpreter exit the functions may be gone.
@@ -297,26 +299,29 @@ class _Pin(Hold):
         self.release()
 
 
+_TRIES = 64
+
+
 def _map_aligned(length: int, prot: int, flags: int, fd: int, offset: int, align: int, page_size: int) -> int:
-    """Mmap at a multiple of ``align``: reserve more than needed, map into the middle, give back the ends."""
+    """Mmap at a multiple of ``align``: look for room, and map there if it is still free.
+
+    Not over a reservation with MAP_FIXED: until Linux 6.11 a call that fails then has unmapped it already, and another
+    thread's memory may lie there by the time that we clean up.
+    """
     if align <= page_size:
         return mman.mmap(0, length, prot, flags, fd, offset)  # hugetlb aligns by itself
-    reserve_flags = mman.MAP_PRIVATE | mman.MAP_ANONYMOUS | mman.MAP_NORESERVE
-    start = mman.mmap(0, length + align, mman.PROT_NONE, reserve_flags)
-    stop = start + length + align
-    address = start + -start % align
-    try:
-        mman.mmap(address, length, prot, flags | mman.MAP_FIXED, fd, offset)
-        # Giving back an end can fail: it may split a mapping, and their number is limited.
-        if start < address:
-            mman.munmap(start, address - start)
-            start = address
-        if address + length < stop:
-            mman.munmap(address + length, stop - address - length)
-    except BaseException:
-        mman.munmap(start, stop - start)
-        raise
-    return address
+    for _ in range(_TRIES):
+        room = mman.mmap(0, length + align, mman.PROT_NONE, mman.MAP_PRIVATE | mman.MAP_ANONYMOUS | mman.MAP_NORESERVE)
+        mman.munmap(room, length + align)
+        wanted = room + -room % align
+        try:
+            address = mman.mmap(wanted, length, prot, flags | mman.MAP_FIXED_NOREPLACE, fd, offset)
+        except FileExistsError:
+            continue  # another thread was faster
+        if address == wanted:
+            return address
+        mman.munmap(address, length)  # before Linux 4.17 the address is but a hint
+    raise OSError(errno.EAGAIN, "other threads took every free place first")
 
 
 def _explain(error: OSError, length: int, opened: Opened) -> MappingError:

@@ -158,7 +158,8 @@ def borrow(buffer: Any) -> Borrowed:
     Args:
         buffer: a :class:`~prefault.Mapping`; anything with the buffer protocol (ndarray, mmap, memoryview, bytearray,
             array.array, Arrow buffers, ctypes objects; read-only ones too); ``SharedMemory``; anything with
-            ``__array_interface__`` or, on the CPU, ``__dlpack__`` (tensors).
+            ``__array_interface__`` or, on the CPU, ``__dlpack__`` (tensors). A tensor whose library exports DLPack without
+            a version counts as read-only, as numpy has it: populate it with ``access="write"``.
 
     Raises:
         TypeError: none of these.
@@ -235,9 +236,11 @@ def _borrow_array_interface(buffer: Any, interface: dict[str, Any]) -> Borrowed:
     data = interface.get("data")
     if data is None:
         raise TypeError(f"the __array_interface__ of {type(buffer).__name__} gives no address")
-    kind = _TYPESTR.match(interface["typestr"])
+    kind = _TYPESTR.match(str(interface.get("typestr")))
     if kind is None:
-        raise TypeError(f"the __array_interface__ of {type(buffer).__name__} has an unknown type {interface['typestr']!r}")
+        raise TypeError(
+            f"the __array_interface__ of {type(buffer).__name__} has an unknown type {interface.get('typestr')!r}"
+        )
     itemsize = int(kind["size"]) * (4 if kind["letter"] == "U" else 1)  # of text it counts characters
     shape = list(interface["shape"])
     strides = interface.get("strides")

@@ -335,6 +335,8 @@ def by_name(name: str, access: Access | None = None) -> Method:
     Raises:
         ValueError: there is none.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"a method is named by a text, not by {type(name).__name__}")
     if name == "process_madvise":
         name = f"process_madvise_{access or 'write'}"
     if name not in METHODS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 from prefault import capabilities
 from prefault.cpus import usable_cpus
 from prefault.memory import Borrowed, Span, borrow
-from prefault.methods import POPULATE_READ, POPULATE_WRITE, Access, FallocateThen, Method, Target, best, by_name
+from prefault.methods import FALLOCATE, POPULATE_READ, POPULATE_WRITE, Access, FallocateThen, Method, Target, best, by_name
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
 from prefault.vma import Backing, Vma, file_descriptor, vma_at
 
@@ -157,13 +158,17 @@ def _segments(memory: Borrowed, span: Span, access: Access | None, chosen: Metho
             start = at - (at - vma.start) % vma.page_size
             end = min(stop + (vma.start - stop) % vma.page_size, vma.stop)
             found = _segment(memory, vma, start, end, access, chosen)
-        if pending is not None and pending.method is found.method and pending.target == found.target:
+        if pending is not None and _same_kind(pending, found):
             found = Segment(pending.start, found.stop, found.method, found.target, pending.backing, pending.reason)
         elif pending is not None:
             yield pending
         pending, at = found, found.stop
     if pending is not None:
         yield pending
+
+
+def _same_kind(one: Segment, other: Segment) -> bool:
+    return one.method is other.method and one.target == other.target and one.backing is other.backing
 
 
 def _segment(memory: Borrowed, vma: Vma, start: int, stop: int, access: Access | None, chosen: Method | None) -> Segment:
@@ -243,3 +248,30 @@ def _threads(asked: int | None, segments: tuple[Segment, ...]) -> int:
         on_disk = any(segment.backing is Backing.FILE for segment in segments)
         return 1 if on_disk else min(worth, MAX_THREADS, usable_cpus())
     return min(asked, usable_cpus())
+
+
+def only_possible_fallocates(plan: Plan) -> Plan:
+    """The plan without fallocate for a file whose file system has none (NFS before 4.2, FAT, ramfs), and a note.
+
+    Found out by allocating the first page, which is to be done anyway.
+    """
+    first = next((s for s in plan.segments if isinstance(s.method, FallocateThen) and s.backing in _WITH_FILE), None)
+    if first is None or _has_fallocate(first):
+        return plan
+    segments = tuple(
+        segment._replace(method=segment.method.then) if isinstance(segment.method, FallocateThen) else segment
+        for segment in plan.segments
+    )
+    note = "the file system has no fallocate: holes stay holes, and a later store may find it full"
+    return plan._replace(segments=segments, notes=(*plan.notes, note))
+
+
+_WITH_FILE = (Backing.FILE, Backing.TMPFS)
+
+
+def _has_fallocate(segment: Segment) -> bool:
+    try:
+        FALLOCATE.run(segment.start, segment.target.page_size, segment.target)
+    except OSError as error:
+        return error.errno != errno.EOPNOTSUPP  # any other error the run will meet again, and explain
+    return True

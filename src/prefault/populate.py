@@ -14,7 +14,7 @@ from prefault.errors import PopulateError, PopulateInterrupted
 from prefault.memory import borrow
 from prefault.methods import Access
 from prefault.pace import FIRST_CHUNK, Pace
-from prefault.plan import Plan, Segment, make_plan
+from prefault.plan import Plan, Segment, make_plan, only_possible_fallocates
 from prefault.ranges import PageRange, RangeSet
 from prefault.residency import populated_before
 from prefault.rollback import Rollback
@@ -72,7 +72,7 @@ def populate(
     length: Size | None = None,
     method: str | None = None,
     threads: int | None = None,
-    rollback: bool = False,
+    rollback: Rollback | None = None,
     progress: Progress | bool = False,
 ) -> PopulateResult:
     """Make every page of ``buffer`` present, so that touching it faults no more; or fail, and say how far it came.
@@ -110,10 +110,13 @@ def populate(
         what = make_plan(memory, access, offset, length, method, threads)
         if not what.segments:
             return PopulateResult(0, 0, 0.0, access or "write", "none", 1)
+        undo = Rollback(what.segments) if rollback else None  # before anything is done
+        if method is None:
+            what = only_possible_fallocates(what)
         if progress is False:
-            if what.length <= FIRST_CHUNK and len(what.segments) == 1 and not rollback:
+            if what.length <= FIRST_CHUNK and len(what.segments) == 1 and undo is None:
                 return _run_small(what, memory.address, began)
-            return _Run(what, None, memory.address, rollback=rollback).run(began)
+            return _Run(what, None, memory.address, undo).run(began)
         with ExitStack() as stack:
             if callable(progress):
                 report = progress
@@ -121,7 +124,7 @@ def populate(
                 from prefault.progress import bar
 
                 report = stack.enter_context(bar("populate"))
-            return _Run(what, report, memory.address, rollback=rollback).run(began)
+            return _Run(what, report, memory.address, undo).run(began)
     finally:
         memory.release()
 
@@ -168,16 +171,17 @@ class _Run:
     """One populate call at work. Threads take chunks in order of address from one cursor."""
 
     def __init__(
-        self, plan: Plan, progress: Progress | None, origin: int, *, rollback: bool = False,
+        self, plan: Plan, progress: Progress | None, origin: int, rollback: Rollback | None = None, *,
         before: list[array[int]] | None = None,
     ) -> None:  # fmt: skip
         self._plan = plan
         self._progress = progress
-        self._rollback = Rollback(plan.segments) if rollback else None
+        self._rollback = rollback
         self._origin = origin
         self._lock = threading.Lock()
         self._index = 0
         self._at = plan.segments[0].start
+        self._taken: list[PageRange] = []
         self._done: list[PageRange] = []
         self._open: dict[int, tuple[PageRange, Segment]] = {}
         self._done_bytes = 0
@@ -193,22 +197,26 @@ class _Run:
         ]
         try:
             for helper in helpers:
-                helper.start()
+                try:
+                    helper.start()
+                except RuntimeError:  # a limit of threads (RLIMIT_NPROC, a pids cgroup), or the interpreter is going down
+                    break
             self._work(self._progress)
             for helper in helpers:
-                helper.join()
+                if helper.ident is not None:
+                    helper.join()
+            if self._defect is not None:
+                raise self._defect
+            if self._progress is not None and not self._failures:
+                self._progress(self._done_bytes, self._plan.length)  # others may have finished after us
         except BaseException as interruption:
             self._stop = True
-            for helper in helpers:
-                if helper.ident is not None:
-                    helper.join()  # at most one chunk
+            _wait_for(helpers)
             self.interrupted(interruption)
             raise
-        if self._defect is not None:
-            raise self._defect
         if self._failures:
             raise self._failed(min(self._failures, key=lambda failure: failure.address))
-        return self._result(began)
+        return self._result(began, 1 + sum(helper.ident is not None for helper in helpers))
 
     # --- work
 
@@ -253,6 +261,7 @@ class _Run:
             chunk = PageRange(self._at, min(segment.stop, self._at - self._at % size + size))
             self._at = chunk.stop
             self._open[threading.get_ident()] = chunk, segment
+            self._taken.append(chunk)
             return chunk, segment
 
     def _finish(self, done: PageRange) -> None:
@@ -263,7 +272,7 @@ class _Run:
 
     # --- the end
 
-    def _result(self, began: int) -> PopulateResult:
+    def _result(self, began: int, threads: int) -> PopulateResult:
         plan = self._plan
         present = 0
         new = 0
@@ -272,9 +281,7 @@ class _Run:
             after = _length(_populated(segment, segment.start, segment.stop)) if segment.method.hint else segment.length
             present += there
             new += max(0, after - there)
-        return PopulateResult(
-            new, present, (perf_counter_ns() - began) / 1e9, plan.access, plan.method, plan.threads, plan.notes
-        )
+        return PopulateResult(new, present, (perf_counter_ns() - began) / 1e9, plan.access, plan.method, threads, plan.notes)
 
     def _failed(self, failure: _Failure) -> PopulateError:
         """The exception for the lowest page that failed."""
@@ -282,9 +289,7 @@ class _Run:
         cause = diagnose(failure.address, segment.method, failure.error, segment.target.fd)
         brought_in, kept = self._settle()
         offset = failure.address - self._origin
-        done = f"{format_size(brought_in.length)} populated"
-        if self._rollback:
-            done += ", and discarded again"
+        done = f"{format_size(brought_in.length)} populated{self._and_undone(kept)}"
         error = cause.error(
             cause.errno,
             f"cannot populate the page at offset {offset} ({failure.address:#x}) of {format_size(self._plan.length)}:"
@@ -301,12 +306,15 @@ class _Run:
         if caught is not None:
             self._open[0] = caught, self._plan.segments[0]
         brought_in, kept = self._settle()
-        text = f"{format_size(brought_in.length)} of {format_size(self._plan.length)} populated"
-        if self._rollback:
-            text += ", and discarded again"
+        text = f"{format_size(brought_in.length)} of {format_size(self._plan.length)} populated{self._and_undone(kept)}"
         if isinstance(interruption, KeyboardInterrupt):
             raise PopulateInterrupted(f"interrupted: {text}", kept) from None
         interruption.add_note(f"populate was stopped: {text}")
+
+    def _and_undone(self, kept: RangeSet) -> str:
+        if self._rollback is None:
+            return ""
+        return f", and discarded again but for {format_size(kept.length)}" if kept else ", and discarded again"
 
     def _settle(self) -> tuple[RangeSet, RangeSet]:
         """What this call brought in, and what of that is still there. No thread is at work any more."""
@@ -317,7 +325,17 @@ class _Run:
         brought_in = done - before
         if self._rollback is None:
             return brought_in, brought_in
-        return brought_in, self._rollback.undo(brought_in)
+        return brought_in, self._rollback.undo(brought_in, RangeSet(self._taken))
+
+
+def _wait_for(helpers: list[threading.Thread]) -> None:
+    """Wait until they have finished their chunks, also through further Ctrl-C: the memory is still borrowed for them."""
+    for helper in helpers:
+        while helper.ident is not None and helper.is_alive():
+            try:
+                helper.join()
+            except KeyboardInterrupt:
+                continue  # one is under way already
 
 
 def _populated(segment: Segment, start: int, stop: int) -> array[int]:

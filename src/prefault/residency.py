@@ -6,6 +6,7 @@ ones cannot tell everything, and the answer says what.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import os
@@ -41,7 +42,7 @@ class PageState(enum.IntFlag):
     HUGE = 4
     """Mapped by one entry for a whole huge page (PMD-mapped THP, or hugetlb)."""
     SWAPPED = 8
-    """Not present; its content is in swap space."""
+    """Not present, and the entry is not empty: in swap space, or for a moment under migration; poisoned pages too."""
     FILE = 16
     """Present, and a page of a file or of shared memory: not (or not yet) a private copy."""
     WRITTEN = 32
@@ -221,39 +222,41 @@ def populated_before(start: int, stop: int, *, write: bool, private: bool) -> ar
     """What of ``[start, stop)`` needs no population: a flat array of addresses, start and stop in turn.
 
     For reading, that is what is present; for writing in private memory, what is present and neither the zero page nor a
-    page of the file that is still to be copied. Pages shared with a forked child count as populated, although the first
-    write copies them: no interface tells them apart. Where the kernel has neither PAGEMAP_SCAN nor pagemap, nothing is
+    page of the file that is still to be copied. Pages shared with a forked child count as populated although the first
+    write copies them, and so do pages of a shared file that were only read although the first write makes them dirty: no
+    interface tells these apart. Where the kernel has neither PAGEMAP_SCAN nor pagemap, nothing is
     known to be populated.
     """
     found = array("Q")
-    if capabilities.PAGEMAP_SCAN.available:
-        inverted = _COPY_PENDING if write and private else 0
-        mask = _PRESENT | inverted
-        for words in _scanner.scan(start, stop, mask, inverted, 0, mask):
-            for index in range(0, len(words), 3):
-                found.append(words[index])
-                found.append(words[index + 1])
-    elif capabilities.PAGEMAP.available:
-        for run in _from_pagemap(PageRange(start, stop), None).runs:
-            if run.state & PageState.PRESENT and not (write and private and run.state & PageState.FILE):
-                found.append(run.start)
-                found.append(run.stop)
+    with contextlib.suppress(PermissionError):  # as in residency_of
+        if capabilities.PAGEMAP_SCAN.available:
+            inverted = _COPY_PENDING if write and private else 0
+            mask = _PRESENT | inverted
+            for words in _scanner.scan(start, stop, mask, inverted, 0, mask):
+                for index in range(0, len(words), 3):
+                    found.append(words[index])
+                    found.append(words[index + 1])
+        elif capabilities.PAGEMAP.available:
+            for run in _from_pagemap(PageRange(start, stop), None).runs:
+                if run.state & PageState.PRESENT and not (write and private and run.state & PageState.FILE):
+                    found.append(run.start)
+                    found.append(run.stop)
     return found
 
 
-def swapped(start: int, stop: int) -> RangeSet:
-    """The pages of ``[start, stop)`` whose content is in swap space."""
-    return RangeSet(
-        PageRange(run.start, run.stop) for run in residency_of(PageRange(start, stop)).runs if run.state & PageState.SWAPPED
-    )
+def resident(pages: PageRange) -> RangeSet:
+    """The pages that mincore(2) finds in memory: of a shared mapping, whether this process has mapped them or not."""
+    return RangeSet(PageRange(run.start, run.stop) for run in _from_mincore(pages, None).runs)
 
 
 def residency_of(pages: PageRange, page_cache: PageCache | None = None) -> Residency:
     """The residency of addresses, for callers that have no buffer."""
-    if capabilities.PAGEMAP_SCAN.available:
-        return _from_scan(pages, page_cache)
-    if capabilities.PAGEMAP.available:
-        return _from_pagemap(pages, page_cache)
+    # A process that gave up root since we asked may not open its own pagemap: the next weaker source has to do.
+    with contextlib.suppress(PermissionError):
+        if capabilities.PAGEMAP_SCAN.available:
+            return _from_scan(pages, page_cache)
+        if capabilities.PAGEMAP.available:
+            return _from_pagemap(pages, page_cache)
     return _from_mincore(pages, page_cache)
 
 

@@ -10,52 +10,81 @@ from ctypes import addressof, c_char
 from prefault import capabilities
 from prefault._kernel import mman, uio
 from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from prefault._kernel.fiemap import FIEMAP_EXTENT_LAST, fiemap
 from prefault.discard import drop
 from prefault.errors import PopulateError
 from prefault.methods import FallocateThen
 from prefault.plan import Segment
 from prefault.ranges import PageRange, RangeSet
-from prefault.residency import swapped
+from prefault.residency import PageState, residency_of, resident
 from prefault.sizes import MIB, PAGE_SIZE
 from prefault.vma import Backing
+
+_EXTENTS = 256
 
 
 class Rollback:
     """What has to be known before a populate call in order to undo it.
 
-    Private pages were empty, the zero page, or pages of the file: dropping them restores what was, except for pages in swap,
-    whose content is nowhere else once they are read in; these stay. A page of shared memory may hold what another process
-    wrote: only pages of nothing but zeros are taken from the file, the others just leave our page tables. On a disk, the
-    holes that fallocate filled and nobody wrote to become holes again.
+    Private pages were empty, the zero page, or pages of the file: dropping them restores what was. Pages whose content is
+    nowhere else stay. A page of shared memory may hold what another process wrote: only pages of nothing but zeros that
+    were not in memory before are taken from the file, the others just leave our page tables. On a disk, the holes that
+    fallocate filled and nobody wrote to become holes again.
     """
 
     def __init__(self, segments: tuple[Segment, ...]) -> None:
-        if not (capabilities.PAGEMAP_SCAN.available or capabilities.PAGEMAP.available):
-            # Without it nobody knows which pages were there before, and to discard those would lose what they hold.
-            raise PopulateError(
-                errno.EOPNOTSUPP,
-                "rollback is not possible here: /proc/self/pagemap cannot be read, so the pages that a call brings in"
-                f" cannot be told from those before ({capabilities.PAGEMAP.refusal}); nothing was populated",
-                address=segments[0].start,
-            )
         self._segments = segments
-        self._swapped = swapped(segments[0].start, segments[-1].stop)
+        self._kept = RangeSet(pages for segment in segments for pages in _of_its_own(segment))
+        self._resident = RangeSet(
+            item for s in segments if _is_shared_memory(s) for item in resident(PageRange(s.start, s.stop))
+        )
         self._holes = {segment: RangeSet(_holes(segment)) for segment in segments if _allocates_on_disk(segment)}
 
-    def undo(self, brought_in: RangeSet) -> RangeSet:
-        """Discard the pages; those that had to stay."""
+    def undo(self, brought_in: RangeSet, taken: RangeSet) -> RangeSet:
+        """Discard the pages, and what fallocate set aside in the chunks that were ``taken`` up; those that had to stay."""
+        stayed = [*(brought_in & self._kept)]
         for segment in self._segments:
             whole = RangeSet([PageRange(segment.start, segment.stop)])
-            for pages in (brought_in & whole) - self._swapped:
-                if segment.target.shared and segment.target.writable and segment.backing is not Backing.FILE:
-                    for zeros in RangeSet(_zero_pages(pages, segment.target.page_size)):
-                        _punch(zeros, segment)
-                drop(pages.start, pages.length)
-            for hole in self._holes.get(segment, ()):
-                # SEEK_HOLE no longer tells: allocated blocks with a page in the page cache look like data (iomap, ext4).
-                for zeros in RangeSet(_zeros_in_file(hole, segment)):
-                    _punch(zeros, segment)
-        return brought_in & self._swapped
+            mine = (brought_in & whole) - self._kept
+            if _is_shared_memory(segment):
+                # fallocate may have come further than the page tables.
+                allocated = mine | (taken & whole) if isinstance(segment.method, FallocateThen) else mine
+                stayed += _punch_zeros(allocated - self._resident, segment)
+            for pages in mine:
+                try:
+                    drop(pages.start, pages.length)
+                except OSError:  # locked, before Linux 5.18
+                    stayed.append(pages)
+            stayed += _punch_zeros(self._holes.get(segment, RangeSet()), segment)
+        return RangeSet(stayed) & brought_in
+
+
+def _of_its_own(segment: Segment) -> Iterator[PageRange]:
+    """Pages whose content is nowhere else: in swap, under migration, or present and neither the file's nor the zero page.
+
+    One look at each entry decides: between two looks a page could be swapped out or migrate, and be in neither answer.
+    """
+    found = residency_of(PageRange(segment.start, segment.stop))
+    if found.source == "mincore":
+        # Nobody knows then which pages were there before, and to discard those would lose what they hold.
+        raise PopulateError(
+            errno.EOPNOTSUPP,
+            "rollback is not possible here: /proc/self/pagemap cannot be read, so the pages that a call brings in"
+            " cannot be told from those before; nothing was populated",
+            address=segment.start,
+        )
+    copies = segment.method.access == "write" and not segment.target.shared
+    for start, stop, state in found.runs:
+        present = bool(state & PageState.PRESENT)
+        if present and copies:
+            zero = PageState.ALLOCATED not in found.unknown and not state & PageState.ALLOCATED
+            present = not zero and not state & PageState.FILE
+        if present or state & PageState.SWAPPED:
+            yield PageRange(start, stop)
+
+
+def _is_shared_memory(segment: Segment) -> bool:
+    return segment.target.shared and segment.target.writable and segment.backing is not Backing.FILE
 
 
 def _allocates_on_disk(segment: Segment) -> bool:
@@ -63,32 +92,49 @@ def _allocates_on_disk(segment: Segment) -> bool:
 
 
 def _holes(segment: Segment) -> Iterator[PageRange]:
-    """The holes of the file under a segment, as addresses. Blocks that are allocated and never written look like holes."""
+    """The parts of the file under a segment that have no blocks, as addresses; none where the file system cannot tell.
+
+    By FIEMAP, not lseek(SEEK_HOLE): that moves the position of a descriptor that is not ours alone, and takes blocks that
+    were set aside and never written for a hole.
+    """
     target = segment.target
     assert target.fd is not None
     at, stop = segment.start + target.file_base, min(segment.stop + target.file_base, target.file_size)
+    stop += -stop % PAGE_SIZE  # the last page of the file, in whole
     while at < stop:
-        start = os.lseek(target.fd, at, os.SEEK_HOLE)
         try:
-            at = min(os.lseek(target.fd, start, os.SEEK_DATA), stop) if start < stop else stop
+            extents = fiemap(target.fd, at, stop - at, _EXTENTS)
         except OSError as error:
-            if error.errno != errno.ENXIO:  # no data up to the end of the file
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY):
                 raise
-            at = stop
-        if start < at:
-            end = at if at < stop else at + -at % PAGE_SIZE  # the last page of the file, in whole
-            yield PageRange.inward(start - target.file_base, end - target.file_base)
+            return
+        for extent in extents:
+            if extent.fe_logical > at:
+                yield PageRange.inward(at - target.file_base, min(extent.fe_logical, stop) - target.file_base)
+            at = max(at, extent.fe_logical + extent.fe_length)
+        if len(extents) < _EXTENTS or extents[-1].fe_flags & FIEMAP_EXTENT_LAST:
+            if at < stop:
+                yield PageRange.inward(at - target.file_base, stop - target.file_base)
+            return
 
 
-def _zeros_in_file(pages: PageRange, segment: Segment) -> Iterator[PageRange]:
-    """The pages of a stretch of the file that hold nothing but zeros. Read from the file: its mapping may be forbidden."""
-    target = segment.target
-    assert target.fd is not None
-    for part in pages.chunks(MIB):
-        content = os.pread(target.fd, part.length, part.start + target.file_base)
-        for offset in range(0, part.length, PAGE_SIZE):
-            if not content[offset : offset + PAGE_SIZE].strip(b"\0"):
-                yield PageRange(part.start + offset, part.start + offset + PAGE_SIZE)
+def _punch_zeros(pages: RangeSet, segment: Segment) -> Iterator[PageRange]:
+    """Take the pages that hold nothing but zeros from the file; those that the kernel does not let go of."""
+    for item in pages:
+        for zeros in RangeSet(_zeros(item, segment)):
+            try:
+                _punch(zeros, segment)
+            except OSError:
+                yield from _punch_each(zeros, segment)
+
+
+def _punch_each(pages: PageRange, segment: Segment) -> Iterator[PageRange]:
+    """Page by page: some are locked, and there is no descriptor to go round that; or the memfd is sealed."""
+    for page in pages.chunks(segment.target.page_size):
+        try:
+            _punch(page, segment)
+        except OSError:
+            yield page
 
 
 def _punch(pages: PageRange, segment: Segment) -> None:
@@ -99,17 +145,24 @@ def _punch(pages: PageRange, segment: Segment) -> None:
         mman.madvise(pages.start, pages.length, mman.MADV_REMOVE)
 
 
-def _zero_pages(pages: PageRange, page_size: int) -> Iterator[PageRange]:
-    """The stretches that hold nothing but zeros. Read by the kernel: a file that shrinks meanwhile is no SIGBUS."""
+def _zeros(pages: PageRange, segment: Segment) -> Iterator[PageRange]:
+    """The pages that hold nothing but zeros."""
+    step = segment.target.page_size
+    for part in pages.chunks(max(MIB, step)):
+        content = _read(part, segment)
+        for offset in range(0, len(content), step):
+            if not content[offset : offset + step].strip(b"\0"):
+                yield PageRange(part.start + offset, part.start + offset + step)
+
+
+def _read(part: PageRange, segment: Segment) -> bytes:
+    """Its bytes, read by the kernel: a guard page, or a file that shrinks meanwhile, is no signal."""
+    target = segment.target
+    if target.fd is not None:
+        return os.pread(target.fd, part.length, part.start + target.file_base)
     if not capabilities.PROCESS_VM_READV.available:
-        return  # seccomp filters it: the pages stay in the file, and only leave our page tables
-    step = max(MIB, page_size)
-    copy = (c_char * step)()
-    view = memoryview(copy).cast("B")
-    zeros = bytes(page_size)
-    for part in pages.chunks(step):
-        local, remote = mman.IoVec(addressof(copy), part.length), mman.IoVec(part.start, part.length)
-        got = uio.process_vm_readv(os.getpid(), addressof(local), 1, addressof(remote), 1)
-        for offset in range(0, got - page_size + 1, page_size):
-            if view[offset : offset + page_size] == zeros:
-                yield PageRange(part.start + offset, part.start + offset + page_size)
+        return b""  # seccomp filters it: the pages stay in the file, and only leave our page tables
+    copy = (c_char * part.length)()
+    local, remote = mman.IoVec(addressof(copy), part.length), mman.IoVec(part.start, part.length)
+    got = uio.process_vm_readv(os.getpid(), addressof(local), 1, addressof(remote), 1)
+    return bytes(copy)[: got - got % target.page_size]

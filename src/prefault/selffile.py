@@ -20,6 +20,7 @@ class SelfFile:
     def __init__(self, name: str) -> None:
         self._path = f"/proc/self/{name}"
         self._fd = -1
+        self._identity: tuple[int, int] | None = None
         self._lock = threading.RLock()  # reentrant: a signal handler may ask too
         SelfFile._all.add(self)
 
@@ -36,13 +37,15 @@ class SelfFile:
                 raise
         with self._lock:
             if self._fd == fd:  # else another thread was faster
-                self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+                opened = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+                self._identity, self._fd = _identity(opened), opened
         return int(fcntl.ioctl(self._fd, request, argument, True))
 
     def _forget(self) -> None:
         fd, self._fd, self._lock = self._fd, -1, threading.RLock()
-        if fd >= 0:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            # Not if somebody closed it and the number is another file's by now.
+            if fd >= 0 and _identity(fd) == self._identity:
                 os.close(fd)
 
     @classmethod
@@ -53,3 +56,8 @@ class SelfFile:
 
 
 os.register_at_fork(after_in_child=SelfFile.forget_all)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino

@@ -211,6 +211,11 @@ def _shmem_device() -> int:
         mman.munmap(address, PAGE_SIZE)
 
 
+def mount_directory(vma: Vma) -> str | None:
+    """Where the file system of the file behind ``vma`` is mounted; None where this process does not see it."""
+    return next((mount.directory for mount in proc.read_mounts() if mount.device == vma.device), None)
+
+
 def _is_device(vma: Vma) -> bool:
     try:
         mode = os.stat(vma.name).st_mode
@@ -220,7 +225,7 @@ def _is_device(vma: Vma) -> bool:
 
 
 def file_descriptor(vma: Vma) -> int | None:
-    """A descriptor of ours that is open for writing on the file of ``vma``, or None.
+    """A descriptor of ours that is open for reading and writing on the file of ``vma``, or None.
 
     Borrowed: never to be closed or kept. No new descriptor is opened, because closing *any* descriptor of a file drops the
     POSIX locks that this process holds on it (fcntl(2)), a database's for example.
@@ -228,7 +233,7 @@ def file_descriptor(vma: Vma) -> int | None:
     for fd in _descriptors():
         try:
             status = os.fstat(fd)
-            if (status.st_dev, status.st_ino) == (vma.device, vma.inode) and _is_writable(fd):
+            if (status.st_dev, status.st_ino) == (vma.device, vma.inode) and _is_read_write(fd):
                 return fd
         except OSError as error:
             if error.errno != errno.EBADF:  # closed by another thread since we listed it
@@ -255,5 +260,5 @@ def _descriptors() -> list[int]:
     return sorted(int(name) for name in os.listdir("/proc/self/fd"))
 
 
-def _is_writable(fd: int) -> bool:
-    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE in (os.O_RDWR, os.O_WRONLY)
+def _is_read_write(fd: int) -> bool:
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR

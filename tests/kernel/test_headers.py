@@ -38,6 +38,7 @@ UAPI = Path(sys.prefix) / "uapi"
 HEADERS = (
     "linux/errno.h",
     "linux/falloc.h",
+    "linux/fiemap.h",
     "linux/fs.h",
     "linux/futex.h",
     "linux/memfd.h",
@@ -73,6 +74,8 @@ NOT_IN_HEADERS = {
 C_STRUCTS = {
     "cachestat.Cachestat": "cachestat",
     "cachestat.CachestatRange": "cachestat_range",
+    "fiemap.Fiemap": "fiemap",
+    "fiemap.FiemapExtent": "fiemap_extent",
     "mman.IoVec": "iovec",
     "pagemap.PageRegion": "page_region",
     "pagemap.PmScanArg": "pm_scan_arg",

@@ -1,4 +1,4 @@
-"""The files of memory cgroups, v1 and v2 (Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst)."""
+"""The directories and files of cgroups, v1 and v2 (Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst)."""
 
 from __future__ import annotations
 

@@ -47,15 +47,17 @@ def hugetlb_pool(pages: int) -> Iterator[Pool]:
         yield Pool(before.available)
         return
     room = (available_memory_bytes() - MARGIN_BYTES) // HUGE_PAGE_BYTES
+    grown = False
     try:
         refusal = _grow(before.total, max(0, min(missing, room)))
+        grown = hugetlb.read_pool(HUGE_PAGE_BYTES).total > before.total
         if refusal is None and room < missing:
             refusal = f"only {format_size(max(0, room) * HUGE_PAGE_BYTES)} of memory could be given to it"
         now = hugetlb.read_pool(HUGE_PAGE_BYTES).available
         yield Pool(now, None if now >= pages else refusal)
     finally:
-        # Surplus pages are not the pool's: they go away by themselves.
-        if hugetlb.read_pool(HUGE_PAGE_BYTES).total != before.total:
+        # Surplus pages are not the pool's: they go away by themselves. What others did to the pool is theirs.
+        if grown:
             hugetlb.resize_pool(HUGE_PAGE_BYTES, before.total - before.surplus)
 
 

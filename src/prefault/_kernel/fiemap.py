@@ -1,0 +1,50 @@
+"""The FS_IOC_FIEMAP ioctl: where a file has blocks (Documentation/filesystems/fiemap.rst), Linux 2.6.28."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+
+FS_IOC_FIEMAP = 0xC020660B
+FIEMAP_EXTENT_LAST = 1
+
+
+class Fiemap(ctypes.Structure):
+    """``struct fiemap``, without the extents that follow it."""
+
+    _fields_ = (
+        ("fm_start", ctypes.c_uint64),
+        ("fm_length", ctypes.c_uint64),
+        ("fm_flags", ctypes.c_uint32),
+        ("fm_mapped_extents", ctypes.c_uint32),
+        ("fm_extent_count", ctypes.c_uint32),
+        ("fm_reserved", ctypes.c_uint32),
+    )
+
+
+class FiemapExtent(ctypes.Structure):
+    """``struct fiemap_extent``: a stretch with blocks, written to or only reserved."""
+
+    _fields_ = (
+        ("fe_logical", ctypes.c_uint64),
+        ("fe_physical", ctypes.c_uint64),
+        ("fe_length", ctypes.c_uint64),
+        ("fe_reserved64", ctypes.c_uint64 * 2),
+        ("fe_flags", ctypes.c_uint32),
+        ("fe_reserved", ctypes.c_uint32 * 3),
+    )
+
+
+def fiemap(fd: int, offset: int, length: int, extents: int) -> list[FiemapExtent]:
+    """Up to ``extents`` extents of the file that touch ``length`` bytes from ``offset`` on. The file position stays.
+
+    Raises:
+        OSError: EOPNOTSUPP where the file system cannot tell (tmpfs, NFS).
+    """
+
+    class Request(ctypes.Structure):
+        _fields_ = (("head", Fiemap), ("extents", FiemapExtent * extents))
+
+    request = Request(Fiemap(offset, length, 0, 0, extents))
+    fcntl.ioctl(fd, FS_IOC_FIEMAP, request, True)
+    return list(request.extents[: request.head.fm_mapped_extents])

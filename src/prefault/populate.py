@@ -72,7 +72,7 @@ def populate(
     length: Size | None = None,
     method: str | None = None,
     threads: int | None = None,
-    rollback: Rollback | None = None,
+    rollback: bool = False,
     progress: Progress | bool = False,
 ) -> PopulateResult:
     """Make every page of ``buffer`` present, so that touching it faults no more; or fail, and say how far it came.

@@ -262,7 +262,7 @@ def test_ctrl_c_says_exactly_what_is_there(
         prefault.populate(mapping, threads=threads, rollback=rollback)
     there = oracle.present_bytes(address(mapping), 64 * MIB)
     assert there == (MIB if rollback else MIB + caught.value.populated_bytes)
-    assert rollback or caught.value.populated_bytes >= 8 * MIB
+    assert rollback or caught.value.populated_bytes > 3 * MIB  # more than the first chunk, whose first MiB was there
     assert isinstance(caught.value, KeyboardInterrupt)
     assert "of 64.0 MiB populated" in str(caught.value)
     assert threading.active_count() == 1

@@ -111,7 +111,7 @@ def populate(
         if not what.segments:
             return PopulateResult(0, 0, 0.0, access or "write", "none", 1)
         undo = Rollback(what.segments) if rollback else None  # before anything is done
-        if method is None:
+        if method is None and (len(what.segments) > 1 or what.segments[0].target.fd is not None):
             what = only_possible_fallocates(what)
         if progress is False:
             if what.length <= FIRST_CHUNK and len(what.segments) == 1 and undo is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from typing import Any
 
@@ -26,6 +27,10 @@ class _LazyGroup(click.Group):
         command: Any = getattr(importlib.import_module(f"{__name__}.{cmd_name}"), cmd_name)
         assert isinstance(command, click.Command)
         return command
+
+
+_SIGNALLED = 128
+"""Exit statuses above it name a signal, as the shell has it."""
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,7 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         _complain(str(error))
         return 1
-    return status if isinstance(status, int) else 0
+    if not isinstance(status, int):
+        return 0
+    if status > _SIGNALLED:
+        # All is kept and put back: one more Ctrl-C would only interrupt the interpreter's own shutdown, with a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return status
 
 
 def _complain(sentence: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import sys
 from pathlib import Path
 
@@ -39,7 +40,10 @@ def main(target: Path, command: list[str]) -> None:
     console = Console(record=True, width=_COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(f"$ {' '.join([Path(command[0]).name, *command[1:]])}\n", highlight=False)
     console.print(Text.from_ansi(text.rstrip()))
-    target.write_text(console.export_svg(title="prefault"))
+    picture = console.export_svg(title="prefault")
+    # rich loads a web font, whose host the picture must not depend on: the viewer's own monospace font does as well.
+    picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)
+    target.write_text(re.sub(r"^\s*<!-- .*? -->\n", "", picture, flags=re.MULTILINE))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pytest
 import prefault
 from prefault import PAGE_SIZE, Anonymous, File, HugePagesError, Hugetlb, Mapping, MappingError, Memfd, TemporaryFile
 from prefault._kernel import hugetlb
-from prefault.backings import parse_backing
+from prefault.backings import Descriptor, parse_backing
 from support import needs
 from support.children import in_child
 
@@ -308,7 +308,7 @@ def test_a_small_tmpfs_maps_and_is_full_when_populated(small_tmpfs: Callable[[st
     directory = small_tmpfs("64k")
     with Mapping("1 MiB", backing=TemporaryFile(directory)) as mapping:
         with pytest.raises(prefault.BackingFullError):
-            prefault.populate(mapping, rollback=True)
+            prefault.populate(mapping, rollback=True, headroom="ignore")
         assert prefault.populate(mapping, length="64 KiB").bytes == 64 << 10
     assert list(directory.iterdir()) == []
     assert os.statvfs(directory).f_bavail == (64 << 10) // PAGE_SIZE
@@ -393,6 +393,81 @@ def test_more_than_the_address_space(backing: str, length: int) -> None:
     assert caught.value.errno in (errno.ENOMEM, errno.EFBIG)
 
 
+# --- descriptors
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_descriptor(file: Path, shared: bool) -> None:
+    fd = os.open(file, os.O_RDWR)
+    with Mapping(backing=Descriptor(fd), shared=shared) as mapping:
+        assert mapping.fd != fd
+        os.close(fd)  # it was duplicated
+        assert len(mapping) == 3 * PAGE_SIZE + 4
+        view = mapping.memoryview()
+        assert bytes(view[-4:]) == b"tail"
+        view[0] = 99
+        del view
+    assert file.read_bytes()[0] == (99 if shared else 0)
+    assert file.stat().st_size == 3 * PAGE_SIZE + 4
+
+
+def test_a_descriptor_of_a_memfd_is_the_same_memory() -> None:
+    with Mapping(4 * PAGE_SIZE, backing="memfd") as one:
+        assert one.fd is not None
+        with Mapping(PAGE_SIZE, backing=Descriptor(one.fd, PAGE_SIZE)) as other:
+            other.memoryview()[0] = 7
+            assert one.memoryview()[PAGE_SIZE] == 7
+
+
+def test_a_descriptor_of_huge_pages(hugetlb_pool: Callable[[int], None]) -> None:
+    hugetlb_pool(2)
+    with Mapping("4 MiB", backing="memfd-hugetlb") as one:
+        assert one.fd is not None
+        with Mapping(backing=Descriptor(one.fd)) as other:
+            assert (other.page_size, len(other)) == (needs.HUGE, 2 * needs.HUGE)
+        with pytest.raises(MappingError, match="not a multiple of the 2097152-byte page"):
+            Mapping(1, backing=Descriptor(one.fd, PAGE_SIZE))
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY])
+def test_a_descriptor_that_is_not_open_for_that(file: Path, flags: int) -> None:
+    fd = os.open(file, flags)
+    try:
+        with pytest.raises(MappingError, match=f"descriptor {fd} is not open for reading and writing") as caught:
+            Mapping(backing=Descriptor(fd))
+        assert caught.value.errno == errno.EACCES
+        if flags == os.O_WRONLY:
+            with pytest.raises(MappingError, match="not open for reading"):
+                Mapping(backing=Descriptor(fd), shared=False)
+        else:
+            Mapping(backing=Descriptor(fd), shared=False).close()
+            Mapping(backing=Descriptor(fd), writable=False).close()
+    finally:
+        os.close(fd)
+
+
+def test_what_is_no_descriptor(file: Path) -> None:
+    for fd in (-1, 1 << 20, 1 << 40):
+        with pytest.raises(MappingError, match=f"descriptor {fd} is not open") as caught:
+            Mapping(backing=Descriptor(fd))
+        assert caught.value.errno == errno.EBADF
+    for wrong in ("3", True, None):
+        with pytest.raises(TypeError, match="a descriptor is a number"):
+            Mapping(backing=Descriptor(wrong))  # type: ignore[arg-type]
+    reader, writer = os.pipe()
+    try:
+        with pytest.raises(MappingError, match="not a regular file or memfd"):
+            Mapping(PAGE_SIZE, backing=Descriptor(reader))
+    finally:
+        os.close(reader)
+        os.close(writer)
+    with file.open("r+b") as opened:
+        with pytest.raises(MappingError, match="is too short"):
+            Mapping(10 * PAGE_SIZE, backing=Descriptor(opened.fileno()))
+        with pytest.raises(MappingError, match="not a multiple of the 4096-byte page"):
+            Mapping(backing=Descriptor(opened.fileno(), 1))
+
+
 # --- huge pages
 
 
@@ -430,6 +505,6 @@ def test_a_pool_that_is_too_small(hugetlb_pool: Callable[[int], None], backing: 
         assert len(mapping) == 3 * needs.HUGE
         assert prefault.populate(mapping, length="4 MiB").bytes == 2 * needs.HUGE
         with pytest.raises(prefault.BackingFullError) as full:
-            prefault.populate(mapping)
+            prefault.populate(mapping, headroom="ignore")
         assert full.value.offset == 2 * needs.HUGE
     assert hugetlb.read_pool(needs.HUGE).available == 2

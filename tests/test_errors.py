@@ -25,7 +25,7 @@ def test_whose_subclass_each_is() -> None:
         assert issubclass(kind, OSError)
     assert {kind.__name__ for kind in _POPULATE_ERRORS} == {
         "PopulateError", "HoleError", "ProtectionError", "SpecialMappingError", "BackingFullError", "BeyondEndError",
-        "GuardPageError", "PoisonedPageError", "OutOfMemoryError",
+        "GuardPageError", "PoisonedPageError", "OutOfMemoryError", "HeadroomError", "PoolFullError", "PoolGoneError",
     }  # fmt: skip
     assert issubclass(prefault.PopulateInterrupted, KeyboardInterrupt)
     assert not issubclass(prefault.PopulateInterrupted, Exception)  # `except Exception` must not swallow Ctrl-C

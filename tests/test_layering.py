@@ -34,18 +34,20 @@ _RANKS = {
     "prefault.mapping": 5,
     "prefault.residency": 5,
     "prefault.methods": 5,
+    "prefault.headroom": 6,
     "prefault.plan": 6,
     "prefault.discard": 6,
     "prefault.diagnose": 6,
     "prefault.rollback": 7,
+    "prefault.needs": 7,
     "prefault.pace": 7,
     "prefault.populate": 8,
-    "prefault": 9,
-    "prefault.doctor": 10,
-    "prefault.testing": 10,
-    "prefault.bench": 11,
-    "prefault.cli": 12,
-    "prefault.__main__": 13,
+    "prefault": 11,
+    "prefault.doctor": 12,
+    "prefault.testing": 12,
+    "prefault.bench": 13,
+    "prefault.cli": 14,
+    "prefault.__main__": 15,
 }
 
 # What else may use ctypes, for addresses of its own memory and instances of the structures. None of them declares a function
@@ -62,7 +64,9 @@ _CTYPES = {
 }
 
 # Who may import by a name that is made at run time.
-_BY_NAME = {"prefault.cli": "loads a command, which is inside it, when that is asked for"}
+_BY_NAME = {
+    "prefault.cli": "loads a command, which is inside it, when that is asked for",
+}
 
 _HEAVY = {"numpy", "rich", "click"}
 _HEAVY_ALLOWED = ("prefault.cli", "prefault.bench")

@@ -19,6 +19,7 @@ import pytest
 import prefault
 from prefault import PAGE_SIZE, File, Mapping, MappingError, TemporaryFile
 from prefault._kernel import mman, thp
+from prefault.mapping import Pin
 from support import needs, oracle
 from support.children import in_child
 
@@ -381,7 +382,7 @@ def test_a_view_that_is_asked_for_while_another_thread_closes() -> None:
     with pytest.raises(ValueError, match="the mapping is closed"):
         memory.exporter(PAGE_SIZE)
     with pytest.raises(ValueError, match="the mapping is closed"):
-        memory.pin()
+        Pin(memory)
 
 
 # --- fork

@@ -6,6 +6,7 @@ import array
 import mmap
 import multiprocessing.shared_memory
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 
 import prefault
 from prefault import pace
+from prefault.errors import HeadroomError
 from prefault.methods import METHODS
 from prefault.sizes import MIB, PAGE_SIZE
 from support import needs, oracle
@@ -410,12 +412,15 @@ def test_mlock_beyond_the_limit_names_the_limit(mapping: prefault.Mapping) -> No
         "import os, resource, prefault\n"
         "resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))\n"
         "if os.geteuid() == 0: os.setresuid(65534, 65534, 65534)\n"
-        "try: prefault.populate(prefault.Mapping('1 MiB'), method='mlock')\n"
-        "except prefault.OutOfMemoryError as error: print(error)\n"
+        "for headroom in 'check', 'ignore':\n"
+        "    try: prefault.populate(prefault.Mapping('1 MiB'), method='mlock', headroom=headroom)\n"
+        "    except prefault.PopulateError as error: print(type(error).__name__, error)\n"
     )
     # The capability to lock goes away with root; the modules are imported before.
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
-    assert "RLIMIT_MEMLOCK is 64.0 KiB" in done.stdout, done.stderr
+    refused, failed = done.stdout.splitlines()
+    assert re.match(r"HeadroomError .*1\.0 MiB of locked memory are needed, and RLIMIT_MEMLOCK leaves 64\.0 KiB", refused)
+    assert re.match(r"OutOfMemoryError .*RLIMIT_MEMLOCK is 64\.0 KiB", failed)
 
 
 # --- bad input
@@ -650,7 +655,10 @@ def test_a_full_tmpfs_is_told_also_of_a_file_that_was_unlinked(small_tmpfs: Call
         memory = mmap.mmap(file.fileno(), 1 << 20)
     path.unlink()
     with pytest.raises(prefault.BackingFullError, match=r"of 64\.0 KiB"):
+        prefault.populate(memory, method="populate_write", headroom="ignore")
+    with pytest.raises(prefault.PopulateError, match=r"of 64\.0 KiB used") as refused:
         prefault.populate(memory, method="populate_write")
+    assert isinstance(refused.value, HeadroomError)
     memory.close()
 
 

@@ -22,21 +22,27 @@ _PUBLIC = [
     "BackingFullError",
     "BackingSource",
     "BeyondEndError",
+    "Descriptor",
     "DiscardError",
     "DiscardResult",
     "File",
     "GuardPageError",
+    "Headroom",
+    "HeadroomError",
     "HoleError",
     "HugePagesError",
     "Hugetlb",
+    "Limit",
     "Mapping",
     "MappingError",
     "Memfd",
+    "NotPopulatedError",
     "OutOfMemoryError",
     "PageRange",
     "PageState",
     "Plan",
     "PoisonedPageError",
+    "PoolFullError",
     "PopulateError",
     "PopulateInterrupted",
     "PopulateResult",
@@ -48,6 +54,7 @@ _PUBLIC = [
     "__version__",
     "discard",
     "format_size",
+    "headroom",
     "parse_size",
     "plan",
     "populate",
@@ -102,11 +109,15 @@ def test_annotations(name: str) -> None:
             assert parameter.annotation is not inspect.Parameter.empty, parameter
 
 
-def test_annotations_can_be_resolved() -> None:
-    for name, value in _OBJECTS.items():
-        # Those that name numpy resolve for type checkers only: it is not imported before it is needed.
-        if inspect.isfunction(value) and "numpy" not in str(inspect.signature(value)):
-            assert "return" in typing.get_type_hints(value), name
+@pytest.mark.parametrize("name", [name for name, value in _OBJECTS.items() if inspect.isfunction(value)])
+def test_annotations_can_be_resolved(name: str) -> None:
+    try:
+        hints = typing.get_type_hints(_OBJECTS[name])
+    except NameError as error:
+        if error.name not in ("numpy", "PoolServer"):
+            raise
+        return  # they resolve for type checkers only: neither is imported before it is needed
+    assert "return" in hints
 
 
 def _in_a_fresh_interpreter(code: str) -> Any:
@@ -117,7 +128,8 @@ def _in_a_fresh_interpreter(code: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "heavy", ["numpy", "rich", "click", "prefault.bench", "prefault.cli", "prefault.doctor", "hypothesis"]
+    "heavy",
+    ["numpy", "rich", "click", "msgspec", "socket", "prefault.bench", "prefault.cli", "prefault.doctor", "hypothesis"],
 )
 def test_importing_loads_nothing_heavy(heavy: str) -> None:
     assert _in_a_fresh_interpreter(f"import prefault; print(json.dumps({heavy!r} in sys.modules))") is False

@@ -206,3 +206,15 @@ def test_a_set_is_a_value() -> None:
     assert repr(made) == "RangeSet([0x0, 0x1000), [0x4000, 0x6000))"
     many = RangeSet(_of_pages(2 * page, 2 * page + 1) for page in range(10))
     assert repr(many).endswith(", ... 2 more)")
+
+
+@given(st.lists(st.integers(0, 50), unique=True).map(sorted))
+def test_a_set_from_edges(pages: list[int]) -> None:
+    edges = [page * PAGE_SIZE for page in pages[: len(pages) // 2 * 2]]
+    pairs = [PageRange(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+    made = RangeSet.from_edges(edges)
+    assert made == RangeSet(pairs)
+    assert all(type(one) is PageRange for one in made)
+    assert [at in made for at in range(0, 51 * PAGE_SIZE, PAGE_SIZE)] == [
+        any(at in one for one in pairs) for at in range(0, 51 * PAGE_SIZE, PAGE_SIZE)
+    ]

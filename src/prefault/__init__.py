@@ -7,30 +7,34 @@ Layers, lowest first; each imports only from those before it (``tests/test_layer
     capabilities, selffile, cpus       what this kernel and process can do
     memory, vma, backings              buffers, what is mapped where, what memory comes from
     mapping, residency, methods        memory of our own, what is present, the ways to populate
-    plan, diagnose, discard            what to do, why it failed, giving back
-    rollback, pace, populate           the populate call
+    plan, diagnose, discard, headroom  what to do, why it failed, giving back, the limits
+    rollback, pace, needs, populate    the populate call
     doctor, bench, testing             reports, measurements, help for tests
     cli                                parse and print
 """
 
 from prefault._version import __version__
-from prefault.backings import Anonymous, BackingSource, File, Hugetlb, Memfd, TemporaryFile
+from prefault.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Memfd, TemporaryFile
 from prefault.discard import DiscardResult, discard
 from prefault.errors import (
     BackingFullError,
     BeyondEndError,
     DiscardError,
     GuardPageError,
+    HeadroomError,
     HoleError,
     HugePagesError,
     MappingError,
+    NotPopulatedError,
     OutOfMemoryError,
     PoisonedPageError,
+    PoolFullError,
     PopulateError,
     PopulateInterrupted,
     ProtectionError,
     SpecialMappingError,
 )
+from prefault.headroom import Headroom, Limit, headroom
 from prefault.mapping import Mapping
 from prefault.plan import Plan, plan
 from prefault.populate import PopulateResult, populate
@@ -44,21 +48,27 @@ __all__ = [
     "BackingFullError",
     "BackingSource",
     "BeyondEndError",
+    "Descriptor",
     "DiscardError",
     "DiscardResult",
     "File",
     "GuardPageError",
+    "Headroom",
+    "HeadroomError",
     "HoleError",
     "HugePagesError",
     "Hugetlb",
+    "Limit",
     "Mapping",
     "MappingError",
     "Memfd",
+    "NotPopulatedError",
     "OutOfMemoryError",
     "PageRange",
     "PageState",
     "Plan",
     "PoisonedPageError",
+    "PoolFullError",
     "PopulateError",
     "PopulateInterrupted",
     "PopulateResult",
@@ -70,6 +80,7 @@ __all__ = [
     "__version__",
     "discard",
     "format_size",
+    "headroom",
     "parse_size",
     "plan",
     "populate",

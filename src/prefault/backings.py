@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from typing import NamedTuple, TypeAlias
@@ -122,22 +123,44 @@ class File(NamedTuple):
         except OSError as error:
             wish = "read and write it" if writable else "read it"
             raise MappingError(error.errno, f"{path} cannot be opened to {wish}: {error.strerror}") from error
-        page_size = os.fstatvfs(fd).f_bsize if _is_hugetlbfs(fd) else PAGE_SIZE
-        available = os.fstat(fd).st_size - offset
-        wanted = available if length is None else length
-        if available <= 0 or wanted > available or offset % page_size:
+        return _existing(fd, str(path), offset, length)
+
+
+class Descriptor(NamedTuple):
+    """The file behind an open descriptor, from ``offset`` on: a memfd that came over a socket, another mapping's ``fd``.
+
+    It is duplicated, so the one given may be closed, and the file is never made longer or shorter.
+
+    Attributes:
+        fd: of a regular file or memfd; open for writing too, where the mapping is to write through to it.
+        offset: where the mapping starts, a multiple of the file's page size.
+    """
+
+    fd: int
+    offset: Size = 0
+
+    def open(self, length: int | None, *, writable: bool) -> Opened:
+        """Duplicate it."""
+        offset = parse_size(self.offset)
+        if isinstance(self.fd, bool) or not isinstance(self.fd, int):
+            raise TypeError(f"a descriptor is a number, not {type(self.fd).__name__}")
+        try:
+            fd = fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        except (OSError, OverflowError, ValueError) as error:
+            raise MappingError(errno.EBADF, f"descriptor {self.fd} is not open, or none can be added") from error
+        name = f"descriptor {self.fd}"
+        mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        if not stat.S_ISREG(os.fstat(fd).st_mode) or mode == os.O_WRONLY or (writable and mode != os.O_RDWR):
+            regular = stat.S_ISREG(os.fstat(fd).st_mode)
             os.close(fd)
-            if available > 0 and offset % page_size:
-                raise MappingError(errno.EINVAL, f"offset {offset} is not a multiple of the {page_size}-byte page")
-            raise MappingError(
-                errno.EINVAL,
-                f"{path} is too short: it holds {max(0, available)} bytes from offset {offset} on,"
-                f" {'some' if length is None else length} are needed (os.truncate makes it longer)",
-            )
-        return Opened(fd, page_size, offset, size=available)
+            if not regular:
+                raise MappingError(errno.EINVAL, f"{name} is not a regular file or memfd: it cannot be mapped")
+            wish = "reading and writing" if writable else "reading"
+            raise MappingError(errno.EACCES, f"{name} is not open for {wish}")
+        return _existing(fd, name, offset, length)
 
 
-BackingSource: TypeAlias = Anonymous | Hugetlb | Memfd | TemporaryFile | File
+BackingSource: TypeAlias = Anonymous | Hugetlb | Memfd | TemporaryFile | File | Descriptor
 """Where memory comes from. A plain value; ``open(length, writable=...)`` makes it ready, and nothing is opened before.
 
 ``open`` raises MappingError where the memory cannot be had, and leaves nothing open or on disk then.
@@ -158,7 +181,9 @@ def parse_backing(backing: BackingSource | str) -> BackingSource:
     if not isinstance(backing, str):
         raise TypeError(f"a backing is a prefault.Anonymous, Memfd, ... or a name, not {type(backing).__name__}")
     if backing not in known:
-        raise ValueError(f"unknown backing {backing!r}: one of {', '.join(known)}, or prefault.File(path)")
+        raise ValueError(
+            f"unknown backing {backing!r}: one of {', '.join(known)}, prefault.Descriptor(fd), or prefault.File(path)"
+        )
     return known[backing]
 
 
@@ -189,6 +214,23 @@ def _sized(fd: int, size: int, page_size: int) -> Opened:
         os.close(fd)
         raise MappingError(error.errno, f"the file cannot be made {format_size(size)} long: {error.strerror}") from error
     return Opened(fd, page_size, size=size)
+
+
+def _existing(fd: int, name: str, offset: int, length: int | None) -> Opened:
+    """``length`` bytes of a file that is open already, if it has them; else it is closed."""
+    page_size = os.fstatvfs(fd).f_bsize if _is_hugetlbfs(fd) else PAGE_SIZE
+    available = os.fstat(fd).st_size - offset
+    wanted = available if length is None else length
+    if available <= 0 or wanted > available or offset % page_size:
+        os.close(fd)
+        if available > 0 and offset % page_size:
+            raise MappingError(errno.EINVAL, f"offset {offset} is not a multiple of the {page_size}-byte page")
+        raise MappingError(
+            errno.EINVAL,
+            f"{name} is too short: it holds {max(0, available)} bytes from offset {offset} on,"
+            f" {'some' if length is None else length} are needed (os.truncate makes it longer)",
+        )
+    return Opened(fd, page_size, offset, size=available)
 
 
 def _round_up(size: int, page_size: int) -> int:

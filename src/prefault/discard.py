@@ -70,22 +70,29 @@ def discard(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> Dis
         span = memory.select(offset, length)
         if not memory.contiguous:
             raise ValueError("the array is not contiguous: discarding the pages it spans would lose bytes between its items")
-        parts, holes = _parts(memory, span)
-        notes: dict[str, None] = {"a part of the range is not mapped": None} if holes else {}
-        if not parts:
-            return DiscardResult(0, 0, 0.0, "none", tuple(notes))
-        freed: int | None = 0
-        for part, _ in parts:
-            allocated = residency_of(part).allocated_bytes
-            freed = None if freed is None or allocated is None else freed + allocated
-        used: dict[str, None] = {}
-        for part, vma in parts:
-            for chunk in part.chunks(max(_STEP, vma.page_size)):
-                used[_discard_chunk(chunk, vma, memory.fd)] = None
-            if vma.shared and vma.backing is Backing.FILE:
-                notes["the file's pages stay in the page cache until the kernel wants the memory"] = None
-        total = sum(part.length for part, _ in parts)
-        return DiscardResult(total, freed, perf_counter() - began, ", ".join(used), tuple(notes))
+        if memory.gate is None:
+            return _discard(memory, span, began)
+        with memory.gate.discarding([span]) as (whole_blocks,):
+            return _discard(memory, whole_blocks, began)
+
+
+def _discard(memory: Borrowed, span: Span, began: float) -> DiscardResult:
+    parts, holes = _parts(memory, span)
+    notes: dict[str, None] = {"a part of the range is not mapped": None} if holes else {}
+    if not parts:
+        return DiscardResult(0, 0, 0.0, "none", tuple(notes))
+    freed: int | None = 0
+    for part, _ in parts:
+        allocated = residency_of(part).allocated_bytes
+        freed = None if freed is None or allocated is None else freed + allocated
+    used: dict[str, None] = {}
+    for part, vma in parts:
+        for chunk in part.chunks(max(_STEP, vma.page_size)):
+            used[_discard_chunk(chunk, vma, memory.fd)] = None
+        if vma.shared and vma.backing is Backing.FILE:
+            notes["the file's pages stay in the page cache until the kernel wants the memory"] = None
+    total = sum(part.length for part, _ in parts)
+    return DiscardResult(total, freed, perf_counter() - began, ", ".join(used), tuple(notes))
 
 
 def _parts(memory: Borrowed, span: Span) -> tuple[list[tuple[PageRange, Vma]], bool]:
@@ -110,7 +117,7 @@ def _parts(memory: Borrowed, span: Span) -> tuple[list[tuple[PageRange, Vma]], b
                 )
             if memory.readonly and _loses_bytes(vma, part):
                 raise ValueError("the buffer is read-only: its owner does not expect its bytes to change")
-            if _punches(vma) and not vma.writable:
+            if _punches(vma) and not vma.writable and memory.gate is None:  # which has just made it so
                 raise ValueError(f"the mapping is read-only: discarding {vma.backing.value} would take its bytes from all")
             parts.append((part, vma))
         at = vma.stop

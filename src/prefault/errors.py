@@ -78,6 +78,48 @@ class OutOfMemoryError(PopulateError):
     """The kernel has no memory for the page or its page table (ENOMEM with the page mapped)."""
 
 
+class HeadroomError(PopulateError):
+    """A limit leaves less than the populate call needs, so it did not start, or stopped before the OOM killer came (ENOMEM).
+
+    Attributes:
+        limit: the name of the limit, as :func:`prefault.headroom` lists it.
+        needed_bytes: what the call would still have taken from it.
+        available_bytes: what it leaves.
+    """
+
+    def __init__(
+        self, number: int, message: str, *, address: int = 0, offset: int = 0, populated: RangeSet | None = None,
+        limit: str = "", needed_bytes: int = 0, available_bytes: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(number, message, address=address, offset=offset, populated=populated)
+        self.limit = limit
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
+
+
+class PoolFullError(PopulateError):
+    """A pool, or a member's limit in it, does not have the blocks; no page was touched (ENOSPC)."""
+
+
+class PoolGoneError(PopulateError, ConnectionError):
+    """The pool cannot be asked: its server is gone, it is closed, or this is a fork of its process; no page was touched."""
+
+
+class NotPopulatedError(OSError):
+    """Bytes were to be read or written that are not populated, in sparse memory that faults there (EFAULT).
+
+    Attributes:
+        offset: of the first byte that is not, from the start of the memory.
+    """
+
+    def __init__(self, number: int, message: str, *, offset: int = 0) -> None:
+        super().__init__(number, message)
+        self.offset = offset
+
+    def __str__(self) -> str:
+        return f"{self.strerror} [{errno_name(self.errno)}]"
+
+
 class PopulateInterrupted(KeyboardInterrupt):
     """Ctrl-C while populating; what was brought in until then stays, unless ``rollback`` was asked for.
 

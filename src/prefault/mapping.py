@@ -8,10 +8,11 @@ import errno
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from prefault._kernel import hugetlb, mman, thp
-from prefault.backings import Anonymous, BackingSource, File, Hugetlb, Opened, parse_backing
+from prefault.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Opened, parse_backing
 from prefault.errors import HugePagesError, MappingError
 from prefault.memory import Borrowed, Hold, MemoryOwner
 from prefault.ranges import PageRange
@@ -42,8 +43,9 @@ class Mapping(MemoryOwner):
 
     Args:
         length: bytes (``"2 GiB"`` or a number), rounded up to whole pages of the backing; None maps all of a file.
-        backing: an :class:`Anonymous`, :class:`Memfd`, :class:`TemporaryFile`, :class:`File` or :class:`Hugetlb`, or one of
-            the names ``"anonymous"``, ``"memfd"``, ``"tmpfs"``, ``"hugetlb"``, ``"memfd-hugetlb"``.
+        backing: an :class:`Anonymous`, :class:`Memfd`, :class:`TemporaryFile`, :class:`File`, :class:`Descriptor` or
+            :class:`Hugetlb`, or one of the names ``"anonymous"``, ``"memfd"``, ``"tmpfs"``, ``"hugetlb"``,
+            ``"memfd-hugetlb"``.
         shared: MAP_SHARED or MAP_PRIVATE. The default is private for anonymous memory and shared for files.
         writable: whether the memory may be written (PROT_WRITE). It is always readable.
         huge: transparent huge pages. ``"auto"`` leaves it to the system's setting, ``"advise"`` asks for them
@@ -80,18 +82,22 @@ class Mapping(MemoryOwner):
         self.writable = writable
         self.huge = huge
         opened = source.open(wanted, writable=writable and self.shared)
-        memory = _Memory(opened.fd)  # from here on it closes the descriptor
+        memory = OwnedMemory(opened.fd)  # from here on it closes the descriptor
         try:
             self.page_size = opened.page_size
             size = opened.size if wanted is None else wanted
             if size is None:
                 raise ValueError(f"{type(source).__name__} has no size of its own: say how many bytes to map")
-            self._length = size if isinstance(source, File) else size + -size % opened.page_size
-            memory.map(self, opened, noreserve=noreserve, align=None if align is None else parse_size(align))
+            self._length = size if isinstance(source, File | Descriptor) else size + -size % opened.page_size
+            memory.map(
+                self._length, opened, shared=self.shared, huge=huge, noreserve=noreserve,
+                prot=mman.PROT_READ | (mman.PROT_WRITE if writable else 0),
+                align=None if align is None else parse_size(align),
+            )  # fmt: skip
         except BaseException:
             memory.unmap()
             raise
-        self._memory: _Memory | None = memory
+        self._memory: OwnedMemory | None = memory
 
     @property
     def range(self) -> PageRange:
@@ -118,7 +124,7 @@ class Mapping(MemoryOwner):
         return self._memory is None
 
     def __len__(self) -> int:
-        """Bytes: what was asked for, rounded up to pages; for a :class:`File` exactly what was asked for."""
+        """Bytes: what was asked for, rounded up to pages; for a :class:`File` or :class:`Descriptor` not rounded."""
         return self._length
 
     def memoryview(self) -> memoryview:
@@ -171,13 +177,13 @@ class Mapping(MemoryOwner):
 
     def _borrow(self) -> Borrowed:
         memory = self._open_memory()
-        pin = _Pin(memory)
+        pin = Pin(memory)
         return Borrowed(
             memory.address, self._length,
             readonly=not self.writable, fd=memory.fd, huge=self.huge == "advise", hold=pin,
         )  # fmt: skip
 
-    def _open_memory(self) -> _Memory:
+    def _open_memory(self) -> OwnedMemory:
         memory = self._memory
         if memory is None:
             raise ValueError("the mapping is closed")
@@ -189,7 +195,7 @@ class Mapping(MemoryOwner):
         return f"<Mapping of {format_size(self._length)}, {sharing}, {self.backing!r}, {state}>"
 
 
-class _Memory:
+class OwnedMemory:
     """The mapping itself and its descriptor: exactly one owner, so that both go away exactly once.
 
     Views refer to this object, not to the Mapping: a Mapping that is forgotten while a view lives leaves the memory to the
@@ -203,19 +209,25 @@ class _Memory:
         self.file_offset = 0
         # Reentrant: a signal handler or a finalizer may come by in this very thread.
         self._lock = threading.RLock()
-        self._pins = 0
+        self._pins: weakref.WeakSet[Pin] = weakref.WeakSet()
         self._exporter: weakref.ref[Any] | None = None
+        self.at_unmap: Callable[[], None] | None = None
+        """Called once the memory is gone."""
+        _all.add(self)
 
-    def map(self, mapping: Mapping, opened: Opened, *, noreserve: bool, align: int | None) -> None:
-        length = mapping._length + -mapping._length % opened.page_size
+    def map(
+        self, length: int, opened: Opened, *, shared: bool, prot: int, huge: HugeAdvice = "auto", noreserve: bool = False,
+        align: int | None = None,
+    ) -> None:  # fmt: skip
+        """Map ``length`` bytes of what was opened, rounded up to its pages. The file may end before that."""
+        length += -length % opened.page_size
         if align is None:
             align = max(opened.page_size, 2 * MIB if length >= 2 * MIB else PAGE_SIZE)
         if align < PAGE_SIZE or align & (align - 1):
             raise ValueError(f"an alignment is a power of two of at least {PAGE_SIZE} bytes, not {align}")
-        flags = opened.flags | (mman.MAP_SHARED if mapping.shared else mman.MAP_PRIVATE)
+        flags = opened.flags | (mman.MAP_SHARED if shared else mman.MAP_PRIVATE)
         if noreserve:
             flags |= mman.MAP_NORESERVE
-        prot = mman.PROT_READ | (mman.PROT_WRITE if mapping.writable else 0)
         fd = -1 if opened.fd is None else opened.fd
         try:
             self.address = _map_aligned(length, prot, flags, fd, opened.offset, align, opened.page_size)
@@ -223,15 +235,15 @@ class _Memory:
             raise _explain(error, length, opened) from error
         self.mapped = length
         self.file_offset = opened.offset
-        if mapping.huge != "auto" and opened.page_size == PAGE_SIZE:
+        if huge != "auto" and opened.page_size == PAGE_SIZE:
             try:
-                mman.madvise(self.address, length, _ADVICE[mapping.huge])
+                mman.madvise(self.address, length, _ADVICE[huge])
             except OSError as error:
                 if error.errno == errno.EINVAL and thp.pmd_size() is None:
-                    if mapping.huge == "advise":
+                    if huge == "advise":
                         raise MappingError(error.errno, "this kernel has no transparent huge pages") from error
                 else:
-                    raise MappingError(error.errno or 0, f"huge={mapping.huge!r} is refused: {error.strerror}") from error
+                    raise MappingError(error.errno or 0, f"huge={huge!r} is refused: {error.strerror}") from error
 
     def exporter(self, length: int) -> ctypes.Array[ctypes.c_char]:
         """The object that lends the memory out by the buffer protocol; one for all views."""
@@ -245,17 +257,25 @@ class _Memory:
                 self._exporter = weakref.ref(array)
             return array
 
-    def pin(self) -> None:
+    def pin(self, pin: Pin) -> None:
+        """Stay, for as long as that object lives or until :meth:`unpin`."""
         with self._lock:
             if not self.mapped:
                 raise ValueError("the mapping is closed")
-            self._pins += 1
+            self._pins.add(pin)
 
-    def unpin(self) -> None:
-        with self._lock:
-            self._pins -= 1
+    def unpin(self, pin: Pin) -> None:
+        """It is done. A second call does nothing."""
+        self._pins.discard(pin)
+
+    def forget_other_threads(self) -> None:
+        """After fork, in the child: only the thread that forked is there, and none will let go for the others."""
+        self._lock = threading.RLock()
+        me = threading.get_ident()
+        self._pins = weakref.WeakSet([pin for pin in self._pins if pin.thread == me])
 
     def close(self) -> None:
+        """Unmap and close, unless somebody looks: BufferError then."""
         with self._lock:
             if self._pins:
                 raise BufferError("the mapping is in use by another thread")
@@ -267,12 +287,15 @@ class _Memory:
         """Unmap and close, whoever looks."""
         mapped, self.mapped = self.mapped, 0
         fd, self.fd = self.fd, None
+        at_unmap, self.at_unmap = self.at_unmap, None
         try:
             if mapped:
                 mman.munmap(self.address, mapped)
         finally:
             if fd is not None:
                 os.close(fd)
+            if at_unmap is not None:
+                at_unmap()
 
     def __del__(self) -> None:
         # Nobody refers to it any more, so no view and no pin is left. At interpreter exit the functions may be gone.
@@ -280,23 +303,31 @@ class _Memory:
             self.unmap()
 
 
-class _Pin(Hold):
-    """A thread at work on the memory."""
+class Pin(Hold):
+    """A thread at work on the memory.
 
-    __slots__ = ("_memory",)
+    The memory knows it weakly: wherever an asynchronous exception (Ctrl-C) strikes, the pin ends with this object.
+    """
 
-    def __init__(self, memory: _Memory) -> None:
-        self._memory: _Memory | None = None
-        memory.pin()
+    def __init__(self, memory: OwnedMemory) -> None:
+        self.thread = threading.get_ident()
         self._memory = memory
+        memory.pin(self)
 
     def release(self) -> None:
-        memory, self._memory = self._memory, None
-        if memory is not None:
-            memory.unpin()
+        """Let go; a second call does nothing."""
+        self._memory.unpin(self)
 
-    def __del__(self) -> None:
-        self.release()
+
+_all: weakref.WeakSet[OwnedMemory] = weakref.WeakSet()
+
+
+def _forget_other_threads() -> None:
+    for memory in list(_all):
+        memory.forget_other_threads()
+
+
+os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 _TRIES = 64

@@ -7,6 +7,8 @@ import ctypes
 import math
 import os
 import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from prefault.sizes import Size, parse_size
@@ -29,13 +31,14 @@ class Borrowed:
         contiguous: whether every byte between first and last belongs to the buffer.
         fd: a descriptor of the file behind it, if the owner has one, else None. Borrowed as well.
         huge: whether the owner asked for transparent huge pages.
+        gate: what the owner wants to be asked before pages come and go, if anything.
     """
 
-    __slots__ = ("_hold", "address", "contiguous", "fd", "huge", "length", "readonly")
+    __slots__ = ("_hold", "address", "contiguous", "fd", "gate", "huge", "length", "readonly")
 
     def __init__(
         self, address: int, length: int, *, readonly: bool, contiguous: bool = True, fd: int | None = None,
-        huge: bool = False, hold: Hold | None = None,
+        huge: bool = False, gate: Gate | None = None, hold: Hold | None = None,
     ) -> None:  # fmt: skip
         self.address = address
         self.length = length
@@ -43,6 +46,7 @@ class Borrowed:
         self.contiguous = contiguous
         self.fd = fd
         self.huge = huge
+        self.gate = gate
         self._hold = hold
 
     def release(self) -> None:
@@ -80,6 +84,26 @@ class Hold(abc.ABC):
     @abc.abstractmethod
     def release(self) -> None:
         """Give it back to its owner."""
+
+
+class Gate(abc.ABC):
+    """What an owner puts before its memory, to be passed by whoever populates or discards.
+
+    Sparse memory has two reasons for one: what is not populated may be fenced off, and a pool keeps books of what is. It has
+    a block size of its own, so that it answers with the spans that are to be worked on: whole blocks.
+    """
+
+    @abc.abstractmethod
+    def populating(self, spans: Sequence[Span]) -> AbstractContextManager[Sequence[Span]]:
+        """Around populating: entering admits the spans, rounded outward to blocks, or raises before anything is touched.
+
+        Leaving with an exception takes back the admission of what was not admitted before. The pages that were brought in
+        have been discarded by then: behind a gate every populate is all or nothing.
+        """
+
+    @abc.abstractmethod
+    def discarding(self, spans: Sequence[Span]) -> AbstractContextManager[Sequence[Span]]:
+        """Around discarding: entering shuts the spans, rounded inward to blocks; leaving gives up their admission."""
 
 
 class MemoryOwner(abc.ABC):

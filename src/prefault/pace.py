@@ -19,11 +19,12 @@ _CALL_NS_WITHOUT_GIL = 8_000_000, 20_000_000
 class Pace:
     """How large the next chunk should be, for one thread: each call is to take some milliseconds of its CPU time."""
 
-    __slots__ = ("_cpu_ns", "_on_disk", "_sleeps", "_wall_ns", "size")
+    __slots__ = ("_cpu_ns", "_on_disk", "_sleeps", "_threads", "_wall_ns", "size")
 
-    def __init__(self, *, on_disk: bool) -> None:
+    def __init__(self, *, on_disk: bool, threads: int = 1) -> None:
         self.size = FIRST_CHUNK
         self._on_disk = on_disk
+        self._threads = threads
         self._sleeps = getrusage(RUSAGE_THREAD).ru_nvcsw
         self.start()
 
@@ -40,7 +41,9 @@ class Pace:
         elif wall_ns - cpu_ns > cpu_ns // 4 and self._slept():
             # Not for want of a CPU: another thread computes and gives the GIL back after sys.getswitchinterval(), 5 ms,
             # only. To wait that long after every 2 ms of work makes it several times slower.
-            shortest, longest = _CALL_NS_WITHOUT_GIL
+            # Shared among the threads: one that wants the mmap lock for writing, and may hold the GIL meanwhile (mmap.mmap
+            # does), waits for all of their calls, which looks the same from here.
+            shortest, longest = (max(a, b // self._threads) for a, b in zip(_CALL_NS, _CALL_NS_WITHOUT_GIL, strict=True))
         if cpu_ns > longest:
             self.size = max(self.size // 2, SMALLEST_CHUNK)
         elif cpu_ns < shortest:

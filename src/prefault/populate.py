@@ -7,12 +7,13 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from time import perf_counter_ns
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from prefault.diagnose import diagnose
 from prefault.errors import PopulateError, PopulateInterrupted
-from prefault.memory import borrow
+from prefault.memory import Borrowed, borrow
 from prefault.methods import Access
+from prefault.needs import Part, Shortage, Watch, missing_from, spare
 from prefault.pace import FIRST_CHUNK, Pace
 from prefault.plan import Plan, Segment, make_plan, only_possible_fallocates
 from prefault.ranges import PageRange, RangeSet
@@ -23,6 +24,10 @@ from prefault.vma import Backing
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all, in the thread that called populate. What it raises stops the work."""
+
+
+HeadroomChoice: TypeAlias = Literal["check", "ignore"]
+"""Whether the limits are looked at."""
 
 
 class PopulateResult(NamedTuple):
@@ -74,11 +79,12 @@ def populate(
     threads: int | None = None,
     rollback: bool = False,
     progress: Progress | bool = False,
+    headroom: HeadroomChoice = "check",
 ) -> PopulateResult:
     """Make every page of ``buffer`` present, so that touching it faults no more; or fail, and say how far it came.
 
     It is a command, not a hint: success means all of the range. No byte changes. Memory that cannot be had is an exception,
-    never a SIGBUS. (The OOM killer can still strike: memory limits are not looked at yet.)
+    never a SIGBUS, and a memory limit is an exception before the OOM killer strikes: see :func:`prefault.headroom`.
 
     Args:
         buffer: ndarray, mmap, memoryview, bytearray, SharedMemory, tensor, :class:`~prefault.Mapping`, ...: see
@@ -93,11 +99,14 @@ def populate(
         rollback: on failure or Ctrl-C discard the pages that this call brought in. What another thread wrote to just those
             pages meanwhile is lost.
         progress: True draws a bar on stderr; a function is called with the bytes done and in all.
+        headroom: ``"check"`` looks at the limits before the start, for the pages that are really missing, and at those of
+            memory between chunks; ``"ignore"`` does not: the kernel finds out.
 
     Returns:
         What was done. Pages that were populated before are not counted as work.
 
     Raises:
+        HeadroomError: a limit leaves less than is needed: nothing was populated; or less than at the start, in the middle.
         PopulateError: one of its subclasses says why, ``offset`` where, ``populated_bytes`` how much there is now.
         PopulateInterrupted: Ctrl-C; also says how much. At most one chunk (some milliseconds) late.
         TypeError, ValueError: not a buffer; closed or released; an offset or length outside; an unknown option.
@@ -105,45 +114,77 @@ def populate(
     Source: madvise(2), MADV_POPULATE_READ and MADV_POPULATE_WRITE (Linux 5.14, commit 4ca9b3859dac, David Hildenbrand).
     """
     began = perf_counter_ns()
+    if headroom not in ("check", "ignore"):
+        raise ValueError(f"headroom is 'check' or 'ignore', not {headroom!r}")
     memory = borrow(buffer)
     try:
-        what = make_plan(memory, access, offset, length, method, threads)
-        if not what.segments:
-            return PopulateResult(0, 0, 0.0, access or "write", "none", 1)
-        undo = Rollback(what.segments) if rollback else None  # before anything is done
-        if method is None and (len(what.segments) > 1 or what.segments[0].target.fd is not None):
-            what = only_possible_fallocates(what)
-        if progress is False:
-            if what.length <= FIRST_CHUNK and len(what.segments) == 1 and undo is None:
-                return _run_small(what, memory.address, began)
-            return _Run(what, None, memory.address, undo).run(began)
-        with ExitStack() as stack:
-            if callable(progress):
-                report = progress
-            else:
-                from prefault.progress import bar
-
-                report = stack.enter_context(bar("populate"))
-            return _Run(what, report, memory.address, undo).run(began)
+        if memory.gate is None:
+            what = make_plan(memory, access, offset, length, method, threads)
+            return _carry_out(what, memory, began, method is None, rollback, progress, headroom)
+        # The gate first: behind it the memory may be mapped otherwise, which the plan must see.
+        with memory.gate.populating([memory.select(offset, length)]) as (span,):
+            what = make_plan(memory, access, span.start - memory.address, span.stop - span.start, method, threads)
+            return _carry_out(what, memory, began, method is None, True, progress, headroom)
     finally:
         memory.release()
 
 
-def _run_small(plan: Plan, origin: int, began: int) -> PopulateResult:
+def _carry_out(
+    what: Plan, memory: Borrowed, began: int, may_choose: bool, rollback: bool, progress: Progress | bool,
+    headroom: HeadroomChoice,
+) -> PopulateResult:  # fmt: skip
+    if not what.segments:
+        return PopulateResult(0, 0, 0.0, what.access, "none", 1)
+    undo = Rollback(what.segments) if rollback else None  # before anything is done
+    # What needs no population, segment by segment.
+    before = [_populated(segment, segment.start, segment.stop) for segment in what.segments]
+    is_small = what.length <= FIRST_CHUNK and len(what.segments) == 1
+    watch = None
+    if headroom == "check" and not (is_small and _surely_fits(what.segments[0], began)):
+        parts = [
+            Part(segment, missing_from(segment.start, segment.stop, populated), memory.fd)
+            for segment, populated in zip(what.segments, before, strict=True)
+        ]
+        watch = Watch(parts, memory.address)
+        watch.start()
+        if is_small:
+            watch = None  # its only chunk has just been looked at
+    if may_choose and (len(what.segments) > 1 or what.segments[0].target.fd is not None):
+        what = only_possible_fallocates(what)
+    if progress is False:
+        if is_small and undo is None:
+            return _run_small(what, memory.address, began, before)
+        return _Run(what, None, memory.address, before, undo, watch).run(began)
+    with ExitStack() as stack:
+        if callable(progress):
+            report = progress
+        else:
+            from prefault.progress import bar
+
+            report = stack.enter_context(bar("populate"))
+        return _Run(what, report, memory.address, before, undo, watch).run(began)
+
+
+def _surely_fits(segment: Segment, now_ns: int) -> bool:
+    """Whether the last look at the limits left so much that a small call needs none of its own."""
+    # An upper bound for page tables and all. Other memory has limits of its own as well.
+    return segment.backing is Backing.ANONYMOUS and spare.spend(segment.length + segment.length // 256 + 65536, now_ns)
+
+
+def _run_small(plan: Plan, origin: int, began: int, before: list[array[int]]) -> PopulateResult:
     """One chunk in this thread, without the machinery of :class:`_Run`, which costs more than populating a page."""
     segment = plan.segments[0]
     start, length = segment.start, segment.stop - segment.start
-    before = _populated(segment, start, segment.stop)
     if segment.method.hint:
-        return _Run(plan, None, origin, before=[before]).run(began)
+        return _Run(plan, None, origin, before).run(began)
     try:
         failed = _attempt(segment, start, length) is not None
     except BaseException as interruption:
-        _Run(plan, None, origin, before=[before]).interrupted(interruption, PageRange(start, segment.stop))
+        _Run(plan, None, origin, before).interrupted(interruption, PageRange(start, segment.stop))
         raise
     if failed:
-        return _Run(plan, None, origin, before=[before]).run(began)  # does it again, and finds the page
-    present = _length(before)
+        return _Run(plan, None, origin, before).run(began)  # does it again, and finds the page
+    present = _length(before[0])
     took = (perf_counter_ns() - began) / 1e9
     return PopulateResult(length - present, present, took, segment.method.access, segment.method.name, 1, plan.notes)
 
@@ -164,19 +205,20 @@ def _attempt(segment: Segment, start: int, length: int) -> OSError | None:
 class _Failure(NamedTuple):
     address: int
     segment: Segment
-    error: OSError
+    error: OSError | Shortage
 
 
 class _Run:
     """One populate call at work. Threads take chunks in order of address from one cursor."""
 
     def __init__(
-        self, plan: Plan, progress: Progress | None, origin: int, rollback: Rollback | None = None, *,
-        before: list[array[int]] | None = None,
+        self, plan: Plan, progress: Progress | None, origin: int, before: list[array[int]],
+        rollback: Rollback | None = None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
         self._plan = plan
         self._progress = progress
         self._rollback = rollback
+        self._watch = watch
         self._origin = origin
         self._lock = threading.Lock()
         self._index = 0
@@ -188,8 +230,7 @@ class _Run:
         self._failures: list[_Failure] = []
         self._defect: BaseException | None = None
         self._stop = False
-        # What needed no population, segment by segment; looked up before anything is done.
-        self._before = before or [_populated(segment, segment.start, segment.stop) for segment in plan.segments]
+        self._before = before
 
     def run(self, began: int) -> PopulateResult:
         helpers = [
@@ -211,6 +252,8 @@ class _Run:
                 self._progress(self._done_bytes, self._plan.length)  # others may have finished after us
         except BaseException as interruption:
             self._stop = True
+            if self._watch is not None:
+                self._watch.release()  # Ctrl-C may have come just after admitting us, and helpers wait for our chunk
             _wait_for(helpers)
             self.interrupted(interruption)
             raise
@@ -228,24 +271,36 @@ class _Run:
             self._stop = True
 
     def _work(self, progress: Progress | None) -> None:
-        pace = Pace(on_disk=any(segment.backing is Backing.FILE for segment in self._plan.segments))
+        pace = Pace(
+            on_disk=any(segment.backing is Backing.FILE for segment in self._plan.segments), threads=self._plan.threads
+        )
         while not self._stop:
             taken = self._next(pace.size)
             if taken is None:
                 return
             chunk, segment = taken
             pace.start()
-            if _attempt(segment, chunk.start, chunk.length) is not None:
-                failure = _locate(chunk, segment)
-                if failure is not None:
-                    self._stop = True
-                    self._failures.append(failure)
-                    self._finish(PageRange(chunk.start, failure.address))
-                    return
+            failure = self._populate(chunk, segment)
+            if failure is not None:
+                self._stop = True
+                self._failures.append(failure)
+                self._finish(PageRange(chunk.start, failure.address))
+                return
             pace.finish()
             self._finish(chunk)
             if progress is not None:
                 progress(self._done_bytes, self._plan.length)
+
+    def _populate(self, chunk: PageRange, segment: Segment) -> _Failure | None:
+        if self._watch is None:
+            return _populate_chunk(chunk, segment)
+        shortage = self._watch.admit(chunk.start, chunk.stop)
+        if shortage is not None:
+            return _Failure(chunk.start, segment, shortage)
+        try:
+            return _populate_chunk(chunk, segment)
+        finally:
+            self._watch.release()
 
     def _next(self, size: int) -> tuple[PageRange, Segment] | None:
         """The next chunk, cut at a multiple of ``size`` so that no huge page is split."""
@@ -257,6 +312,8 @@ class _Run:
                 self._index += 1
                 self._at = segments[self._index].start
             segment = segments[self._index]
+            if self._watch is not None:
+                size = min(size, self._watch.largest_chunk)
             size = max(size, segment.target.page_size)
             chunk = PageRange(self._at, min(segment.stop, self._at - self._at % size + size))
             self._at = chunk.stop
@@ -285,21 +342,22 @@ class _Run:
 
     def _failed(self, failure: _Failure) -> PopulateError:
         """The exception for the lowest page that failed."""
-        segment = failure.segment
-        cause = diagnose(failure.address, segment.method, failure.error, segment.target.fd)
+        segment, error = failure.segment, failure.error
+        # By what is there now, so before anything is discarded.
+        cause = error if isinstance(error, Shortage) else diagnose(failure.address, segment.method, error, segment.target.fd)
         brought_in, kept = self._settle()
         offset = failure.address - self._origin
-        done = f"{format_size(brought_in.length)} populated{self._and_undone(kept)}"
-        error = cause.error(
-            cause.errno,
-            f"cannot populate the page at offset {offset} ({failure.address:#x}) of {format_size(self._plan.length)}:"
-            f" {cause.sentence}; before that {done}",
-            address=failure.address,
-            offset=offset,
-            populated=kept,
-        )
-        error.__cause__ = failure.error
-        return error
+        where = f"offset {offset} ({failure.address:#x}) of {format_size(self._plan.length)}"
+        done = f"before that {format_size(brought_in.length)} populated{self._and_undone(kept)}"
+        if isinstance(cause, Shortage):
+            message = f"stopped at {where}: for the next part {cause.sentence}; {done}"
+            return cause.error(message, address=failure.address, offset=offset, populated=kept)
+        result = cause.error(
+            cause.errno, f"cannot populate the page at {where}: {cause.sentence}; {done}",
+            address=failure.address, offset=offset, populated=kept,
+        )  # fmt: skip
+        result.__cause__ = failure.error if isinstance(failure.error, OSError) else None
+        return result
 
     def interrupted(self, interruption: BaseException, caught: PageRange | None = None) -> None:
         """Raise PopulateInterrupted for Ctrl-C, else add a note; ``caught`` is a chunk that was under way elsewhere."""
@@ -350,6 +408,10 @@ def _ranges(pairs: array[int]) -> Iterator[PageRange]:
 
 def _length(pairs: array[int]) -> int:
     return sum(pairs[1::2]) - sum(pairs[::2])
+
+
+def _populate_chunk(chunk: PageRange, segment: Segment) -> _Failure | None:
+    return None if _attempt(segment, chunk.start, chunk.length) is None else _locate(chunk, segment)
 
 
 def _locate(chunk: PageRange, segment: Segment) -> _Failure | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from operator import index
-from typing import NamedTuple, SupportsIndex, TypeAlias
+from typing import NamedTuple, SupportsIndex
 
 from prefault.sizes import PAGE_SIZE
 
@@ -93,13 +94,8 @@ class PageRange(_Ends):
         return f"[{self.start:#x}, {self.stop:#x})"
 
 
-class _Edge(NamedTuple):
-    at: int
-    side: int
-    opens: bool
-
-
-_Keep: TypeAlias = Callable[[bool, bool], bool]
+_BEYOND = 1 << 65
+"""A number after every address."""
 
 
 class RangeSet:
@@ -120,6 +116,15 @@ class RangeSet:
                 merged.append(item)
         self._ranges = tuple(merged)
         self._starts = [r.start for r in merged]
+
+    @classmethod
+    def from_edges(cls, edges: Sequence[int]) -> RangeSet:
+        """The set with these starts and stops in turn: multiples of the page size, strictly increasing. Not checked."""
+        made = cls.__new__(cls)
+        pair = tuple.__new__
+        made._starts = list(edges[::2])
+        made._ranges = tuple([pair(PageRange, ends) for ends in zip(made._starts, edges[1::2], strict=True)])
+        return made
 
     @property
     def length(self) -> int:
@@ -161,29 +166,37 @@ class RangeSet:
         return hash(self._ranges)
 
     def __or__(self, other: RangeSet) -> RangeSet:
-        return RangeSet((*self._ranges, *other._ranges))
+        return self._combine(other, 0b1110)
 
     def __and__(self, other: RangeSet) -> RangeSet:
-        return self._combine(other, lambda mine, theirs: mine and theirs)
+        return self._combine(other, 0b1000)
 
     def __sub__(self, other: RangeSet) -> RangeSet:
-        return self._combine(other, lambda mine, theirs: mine and not theirs)
+        return self._combine(other, 0b0010)
 
     def __xor__(self, other: RangeSet) -> RangeSet:
-        return self._combine(other, lambda mine, theirs: mine is not theirs)
+        return self._combine(other, 0b0110)
 
-    def _combine(self, other: RangeSet, keep: _Keep) -> RangeSet:
-        """One sweep over the ends of both sets, keeping the stretches where ``keep(in self, in other)``."""
-        edges = sorted({*_edges(self, 0), *_edges(other, 1)})
-        inside = [False, False]
-        kept: list[PageRange] = []
-        previous = 0
-        for edge in edges:
-            if edge.at > previous and keep(*inside):
-                kept.append(PageRange(previous, edge.at))
-            previous = edge.at
-            inside[edge.side] = edge.opens
-        return RangeSet(kept)
+    def _combine(self, other: RangeSet, keep: int) -> RangeSet:
+        """One sweep over the ends of both sets. Bit ``2 * (in other) + (in self)`` of ``keep`` says what stays."""
+        mine, theirs = self._ends(), other._ends()
+        mine_left, theirs_left = len(mine) - 1, len(theirs) - 1  # but for the sentinels
+        kept: list[int] = []
+        inside = keep & 1
+        one = two = 0
+        while one < mine_left or two < theirs_left:
+            at = min(mine[one], theirs[two])
+            # Where both have an edge, both change at once. An odd number of edges behind us is inside.
+            one += mine[one] == at
+            two += theirs[two] == at
+            state = keep >> ((two & 1) << 1 | one & 1) & 1
+            if state != inside:
+                inside = state
+                kept.append(at)
+        return RangeSet.from_edges(kept)
+
+    def _ends(self) -> list[int]:
+        return [*chain.from_iterable(self._ranges), _BEYOND]
 
     def shifted(self, by: int) -> RangeSet:
         """The same set ``by`` bytes further on."""
@@ -193,9 +206,3 @@ class RangeSet:
         shown = ", ".join(map(str, self._ranges[:8]))
         more = f", ... {len(self) - 8} more" if len(self) > 8 else ""
         return f"RangeSet({shown}{more})"
-
-
-def _edges(ranges: RangeSet, side: int) -> Iterator[_Edge]:
-    for item in ranges:
-        yield _Edge(item.start, side, True)
-        yield _Edge(item.stop, side, False)

@@ -12,8 +12,8 @@ import errno
 import os
 import threading
 from array import array
-from collections.abc import Iterator
-from ctypes import sizeof
+from collections.abc import Iterator, Sequence
+from ctypes import addressof, c_char, sizeof
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -244,6 +244,67 @@ def populated_before(start: int, stop: int, *, write: bool, private: bool) -> ar
     except PermissionError:
         found = array("Q")  # as in residency_of: this process gave up root
     return found
+
+
+_OCCUPIED = int(PageCategory.PRESENT | PageCategory.SWAPPED)
+_OCCUPIED_HOW = _OCCUPIED | int(PageCategory.PFNZERO | PageCategory.FILE)
+
+
+def occupied(spans: Sequence[int], *, how: bool = True) -> numpy.typing.NDArray[numpy.int64]:
+    """Pages that are present or swapped, many of them: rows of start, stop and :class:`PageCategory`, in order.
+
+    Args:
+        spans: where to look: addresses, start and stop in turn, ascending.
+        how: tell apart PRESENT, SWAPPED, PFNZERO and FILE; else only PRESENT and SWAPPED, in fewer rows.
+
+    Where the kernel cannot tell (see :class:`Residency`), PFNZERO is missing; with mincore, all but PRESENT.
+    """
+    import numpy
+
+    found: list[numpy.typing.NDArray[numpy.int64]] = []
+    with contextlib.suppress(PermissionError):  # as in residency_of
+        if capabilities.PAGEMAP_SCAN.available:
+            returned = _OCCUPIED_HOW if how else _OCCUPIED
+            guard = int(PageCategory.GUARD) if capabilities.PAGE_IS_GUARD.available else 0  # SWAPPED as well
+            words = _scan_spans(spans, guard, guard, _OCCUPIED, returned)
+            return numpy.frombuffer(words, numpy.int64).reshape(-1, 3)
+    for start, stop in zip(spans[::2], spans[1::2], strict=True):
+        rows = [(run.start, run.stop, _category_of(run.state)) for run in residency_of(PageRange(start, stop)).runs]
+        table = numpy.array(rows, numpy.int64).reshape(-1, 3)
+        found.append(table[(table[:, 2] & _OCCUPIED) != 0])
+    return numpy.concatenate(found) if found else numpy.empty((0, 3), numpy.int64)
+
+
+def _scan_spans(spans: Sequence[int], mask: int, inverted: int, any_of: int, returned: int) -> array[int]:
+    """As :meth:`_Scanner.scan`, of many spans, which may be small: so without a generator for each."""
+    words = array("Q")
+    vector = bytearray(_REGIONS * sizeof(pagemap.PageRegion))
+    pinned = (c_char * len(vector)).from_buffer(vector)
+    argument = pagemap.PmScanArg(
+        size=sizeof(pagemap.PmScanArg), vec=addressof(pinned), vec_len=_REGIONS, category_mask=mask,
+        category_inverted=inverted, category_anyof_mask=any_of, return_mask=returned,
+    )  # fmt: skip
+    ioctl = _pagemap_file.ioctl
+    for start, stop in zip(spans[::2], spans[1::2], strict=True):
+        while start < stop:
+            argument.start, argument.end = start, min(stop, start + _SCAN_STEP)
+            count = ioctl(pagemap.PAGEMAP_SCAN, argument)
+            if count:
+                words.frombytes(vector[: count * sizeof(pagemap.PageRegion)])
+            start = argument.end if count < _REGIONS else words[-2]
+    return words
+
+
+def _category_of(state: PageState) -> int:
+    """What :func:`occupied` tells of a page whose state comes from a weaker source."""
+    category = PageCategory(0)
+    if state & PageState.PRESENT:
+        category |= PageCategory.PRESENT
+    if state & PageState.SWAPPED:
+        category |= PageCategory.SWAPPED
+    if state & PageState.FILE:
+        category |= PageCategory.FILE
+    return int(category)
 
 
 def resident(pages: PageRange) -> RangeSet:

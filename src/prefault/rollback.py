@@ -10,7 +10,7 @@ from ctypes import addressof, c_char
 from prefault import capabilities
 from prefault._kernel import mman, uio
 from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from prefault._kernel.fiemap import FIEMAP_EXTENT_LAST, fiemap
+from prefault._kernel.fiemap import holes
 from prefault.discard import drop
 from prefault.errors import PopulateError
 from prefault.methods import FallocateThen
@@ -19,8 +19,6 @@ from prefault.ranges import PageRange, RangeSet
 from prefault.residency import PageState, residency_of, resident
 from prefault.sizes import MIB, PAGE_SIZE
 from prefault.vma import Backing
-
-_EXTENTS = 256
 
 
 class Rollback:
@@ -38,7 +36,21 @@ class Rollback:
         self._resident = RangeSet(
             item for s in segments if _is_shared_memory(s) for item in resident(PageRange(s.start, s.stop))
         )
-        self._holes = {segment: RangeSet(_holes(segment)) for segment in segments if _allocates_on_disk(segment)}
+        self._holes = {segment: holes_before(segment) for segment in segments if _allocates_on_disk(segment)}
+
+    @classmethod
+    def knowing(cls, segment: Segment, kept: RangeSet, resident: RangeSet, holes: RangeSet) -> Rollback:
+        """For one segment of which all was found out before, by a caller who has faster ways for many small ranges.
+
+        Args:
+            segment: all of what is populated, and perhaps more.
+            kept: pages whose content is nowhere else.
+            resident: pages of shared memory that were in memory, whether this process had mapped them or not.
+            holes: those of a file on a disk; see :func:`holes_before`.
+        """
+        known = cls.__new__(cls)
+        known._segments, known._kept, known._resident, known._holes = (segment,), kept, resident, {segment: holes}
+        return known
 
     def undo(self, brought_in: RangeSet, taken: RangeSet) -> RangeSet:
         """Discard the pages, and what fallocate set aside in the chunks that were ``taken`` up; those that had to stay."""
@@ -55,7 +67,7 @@ class Rollback:
                     drop(pages.start, pages.length)
                 except OSError:  # locked, before Linux 5.18
                     stayed.append(pages)
-            stayed += _punch_zeros(self._holes.get(segment, RangeSet()), segment)
+            stayed += _punch_zeros(self._holes.get(segment, RangeSet()) & taken, segment)
         return RangeSet(stayed) & brought_in
 
 
@@ -91,31 +103,19 @@ def _allocates_on_disk(segment: Segment) -> bool:
     return segment.backing is Backing.FILE and isinstance(segment.method, FallocateThen)
 
 
-def _holes(segment: Segment) -> Iterator[PageRange]:
-    """The parts of the file under a segment that have no blocks, as addresses; none where the file system cannot tell.
+def holes_before(segment: Segment) -> RangeSet:
+    """The holes that fallocate is about to fill; none where it does not."""
+    return RangeSet(_holes(segment)) if _allocates_on_disk(segment) else RangeSet()
 
-    By FIEMAP, not lseek(SEEK_HOLE): that moves the position of a descriptor that is not ours alone, and takes blocks that
-    were set aside and never written for a hole.
-    """
+
+def _holes(segment: Segment) -> Iterator[PageRange]:
+    """The parts of the file under a segment that have no blocks, as addresses; none where the file system cannot tell."""
     target = segment.target
     assert target.fd is not None
     at, stop = segment.start + target.file_base, min(segment.stop + target.file_base, target.file_size)
     stop += -stop % PAGE_SIZE  # the last page of the file, in whole
-    while at < stop:
-        try:
-            extents = fiemap(target.fd, at, stop - at, _EXTENTS)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY):
-                raise
-            return
-        for extent in extents:
-            if extent.fe_logical > at:
-                yield PageRange.inward(at - target.file_base, min(extent.fe_logical, stop) - target.file_base)
-            at = max(at, extent.fe_logical + extent.fe_length)
-        if len(extents) < _EXTENTS or extents[-1].fe_flags & FIEMAP_EXTENT_LAST:
-            if at < stop:
-                yield PageRange.inward(at - target.file_base, stop - target.file_base)
-            return
+    for first, end in holes(target.fd, at, stop):
+        yield PageRange.inward(first - target.file_base, end - target.file_base)
 
 
 def _punch_zeros(pages: RangeSet, segment: Segment) -> Iterator[PageRange]:

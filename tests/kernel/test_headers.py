@@ -36,6 +36,7 @@ from support.regions import PAGE, Region, file_of
 UAPI = Path(sys.prefix) / "uapi"
 
 HEADERS = (
+    "asm/socket.h",
     "linux/errno.h",
     "linux/falloc.h",
     "linux/fiemap.h",

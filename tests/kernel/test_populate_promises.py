@@ -229,7 +229,7 @@ def test_rollback_when_tmpfs_is_full(small_tmpfs: Callable[[str], Path]) -> None
             for buffer, span in ((mapping, Span(mapping.range.start, 16 * PAGE)), (region, region)):
                 there = oracle.present(span.address, span.length)
                 with pytest.raises(BackingFullError) as caught:
-                    prefault.populate(buffer, rollback=True)
+                    prefault.populate(buffer, rollback=True, headroom="ignore")
                 assert caught.value.populated_bytes == 0
                 assert oracle.present(span.address, span.length) == there
                 assert os.fstat(fd).st_blocks * 512 == 2 * PAGE
@@ -246,7 +246,7 @@ def test_rollback_when_the_hugetlb_pool_is_empty(hugetlb_pool: Callable[[int], N
             view[HUGE] = 7
             free = prefault._kernel.hugetlb.read_pool(HUGE).free
             with pytest.raises(BackingFullError) as caught:
-                prefault.populate(mapping, rollback=True)
+                prefault.populate(mapping, rollback=True, headroom="ignore")
             assert (caught.value.offset, caught.value.populated_bytes) == (3 * HUGE, 0)
             there = oracle.present(mapping.range.start, 4 * HUGE)
             assert there == [False] * 512 + [True] * 512 + [False] * 1024
@@ -349,7 +349,7 @@ def test_failures_need_no_signal_handler(small_tmpfs: Callable[[str], Path]) -> 
             with file_of(directory, 8 * PAGE) as (fd, _), Region(8, fd=fd, shared=True) as region:
                 for _ in range(2):
                     with pytest.raises(PopulateError) as caught:
-                        prefault.populate(region, access=access)
+                        prefault.populate(region, access=access, headroom="ignore")
                     names.append(type(caught.value).__name__)
                     os.ftruncate(fd, PAGE)
             with Region(8, mman.PROT_NONE) as region, pytest.raises(PopulateError) as caught:

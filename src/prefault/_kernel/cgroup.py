@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, NamedTuple
 
 from prefault._kernel.proc import Mount, read_mounts
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # What v1 reports for "no limit": the largest multiple of the page size in a signed long.
 _V1_UNLIMITED = 1 << 62
@@ -14,17 +18,31 @@ _V1_UNLIMITED = 1 << 62
 
 def hierarchies(pid: int | str = "self") -> Iterator[tuple[frozenset[str], str]]:
     """The lines of ``/proc/pid/cgroup``: the controllers (empty for v2), and the path inside the hierarchy."""
-    text = os.fsdecode(Path(f"/proc/{pid}/cgroup").read_bytes())
+    with open(f"/proc/{pid}/cgroup", "rb") as file:
+        text = os.fsdecode(file.read())
     for line in text.removesuffix("\n").split("\n"):  # not splitlines(): other separators may be in a name
         _, controllers, path = line.split(":", 2)
         yield frozenset(filter(None, controllers.split(","))), path
 
 
-def directories(controller: str, pid: int | str = "self") -> list[Path]:
-    """The cgroup directories that govern ``controller`` for a process, its own first and then each parent's.
+class Governing(NamedTuple):
+    """The cgroups that govern a controller for a process.
 
-    Empty where no hierarchy with that controller is mounted. With v1 and v2 both mounted, the v1 hierarchy that holds the
-    controller is the one; a controller lives in one of the two.
+    Attributes:
+        directories: the process' own first, and then each parent's.
+        version: 1 or 2; 0 where no hierarchy with that controller is in sight.
+        options: of the hierarchy's mount, such as ``rw,memory_hugetlb_accounting``.
+    """
+
+    directories: tuple[str, ...]
+    version: int
+    options: str = ""
+
+
+def governing(controller: str, pid: int | str = "self") -> Governing:
+    """The cgroup directories that govern ``controller`` for a process.
+
+    With v1 and v2 both mounted, the v1 hierarchy that holds the controller is the one; a controller lives in one of the two.
     """
     mounts = read_mounts()
     for controllers, path in hierarchies(pid):
@@ -32,55 +50,71 @@ def directories(controller: str, pid: int | str = "self") -> list[Path]:
             if controllers:
                 if controller not in controllers or not _is_v1_of(mount, controller):
                     continue
-            elif mount.filesystem != "cgroup2" or not _has_controller(Path(mount.directory), controller):
+            elif mount.filesystem != "cgroup2" or not _has_controller(mount.directory, controller):
                 continue
             inside = _below(mount.root, path)
             if inside is not None:
-                return _upward(Path(mount.directory), inside)
-    return []
+                return Governing(tuple(_upward(mount.directory, inside)), 1 if controllers else 2, mount.options)
+    return Governing((), 0)
+
+
+def directories(controller: str, pid: int | str = "self") -> list[Path]:
+    """The cgroup directories that govern ``controller`` for a process, its own first and then each parent's.
+
+    Empty where no hierarchy with that controller is mounted.
+    """
+    from pathlib import Path  # takes longer to import than this whole module
+
+    return [Path(directory) for directory in governing(controller, pid).directories]
 
 
 def _is_v1_of(mount: Mount, controller: str) -> bool:
     return mount.filesystem == "cgroup" and controller in mount.options.split(",")
 
 
-def _has_controller(directory: Path, controller: str) -> bool:
-    return controller in (read_text(directory / "cgroup.controllers") or "").split()
+def _has_controller(directory: str, controller: str) -> bool:
+    return controller in (read_text(posixpath.join(directory, "cgroup.controllers")) or "").split()
 
 
-def _below(root: str, path: str) -> PurePosixPath | None:
+def _below(root: str, path: str) -> str | None:
     """``path`` seen from the mount's root; None where the mount does not show it (a container's view)."""
-    try:
-        inside = PurePosixPath(path).relative_to(root)
-    except ValueError:
-        return None
+    top, parts = _parts(root), _parts(path)
+    inside = parts[len(top) :]
     # "/../x": we are outside of our cgroup namespace's root, and what the mount shows is not above us.
-    return None if ".." in inside.parts else inside
+    if parts[: len(top)] != top or ".." in inside:
+        return None
+    return "/".join(inside) or "."
 
 
-def _upward(top: Path, inside: PurePosixPath) -> list[Path]:
-    directory = top / inside
-    found = []
-    while True:
-        if directory.is_dir():
-            found.append(directory)
-        if directory == top:
-            return found
-        directory = directory.parent
+def _parts(path: str) -> list[str]:
+    return [part for part in path.split("/") if part]
 
 
-def read_text(path: Path) -> str | None:
+def _upward(top: str, inside: str) -> Iterator[str]:
+    names = [] if inside == "." else inside.split("/")
+    for depth in range(len(names), -1, -1):
+        directory = posixpath.join(top, *names[:depth])
+        if os.path.isdir(directory):
+            yield directory
+
+
+def read_text(path: str | os.PathLike[str]) -> str | None:
     """A cgroup file, stripped; None where this cgroup has no such file (or it went away)."""
     try:
-        return path.read_text().strip()
+        with open(path) as file:
+            return file.read().strip()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
 
 
-def read_bytes(path: Path) -> int | None:
+def read_bytes(path: str | os.PathLike[str]) -> int | None:
     """A size in a cgroup file; None where there is no such file, or no limit (``max``, or v1's huge number)."""
     text = read_text(path)
     if text is None or text == "max":
         return None
-    value = int(text)
+    return limited(int(text))
+
+
+def limited(value: int) -> int | None:
+    """A limit of v1 in bytes; None for the huge number that stands for no limit."""
     return None if value >= _V1_UNLIMITED else value

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
+from collections.abc import Iterator
 
 FS_IOC_FIEMAP = 0xC020660B
 FIEMAP_EXTENT_LAST = 1
@@ -48,3 +50,30 @@ def fiemap(fd: int, offset: int, length: int, extents: int) -> list[FiemapExtent
     request = Request(Fiemap(offset, length, 0, 0, extents))
     fcntl.ioctl(fd, FS_IOC_FIEMAP, request, True)
     return list(request.extents[: request.head.fm_mapped_extents])
+
+
+def holes(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The parts of ``[start, stop)`` of a file that have no blocks; none where the file system cannot tell.
+
+    By FIEMAP, not lseek(SEEK_HOLE): that moves the position of a descriptor that is not ours alone, and takes blocks that
+    were set aside and never written for a hole.
+    """
+    at = start
+    while at < stop:
+        try:
+            extents = fiemap(fd, at, stop - at, _EXTENTS)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY):
+                raise
+            return
+        for extent in extents:
+            if extent.fe_logical > at:
+                yield at, min(extent.fe_logical, stop)
+            at = max(at, extent.fe_logical + extent.fe_length)
+        if len(extents) < _EXTENTS or extents[-1].fe_flags & FIEMAP_EXTENT_LAST:
+            break
+    if at < stop:
+        yield at, stop
+
+
+_EXTENTS = 256

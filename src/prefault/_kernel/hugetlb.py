@@ -28,6 +28,11 @@ class HugetlbPool(NamedTuple):
         """Free pages that no mapping has reserved."""
         return self.free - self.reserved
 
+    @property
+    def surplus_left(self) -> int:
+        """Pages that the kernel would still take from ordinary memory when the pool is used up (nr_overcommit_hugepages)."""
+        return max(0, self.overcommit - self.surplus)
+
 
 def page_sizes() -> list[int]:
     """The sizes of huge pages that this kernel has pools for, in bytes, smallest first."""

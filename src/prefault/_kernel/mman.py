@@ -98,7 +98,12 @@ def process_madvise(pidfd: int, ranges: Sequence[tuple[int, int]], advice: int) 
         The bytes advised. A range that fails ends the call: a short count and no errno, unless it was the first.
     """
     vector = (IoVec * len(ranges))(*(IoVec(*pair) for pair in ranges))
-    result = _process_madvise(pidfd, ctypes.addressof(vector), len(ranges), advice, 0)
+    return process_madvise_vector(pidfd, ctypes.addressof(vector), len(ranges), advice)
+
+
+def process_madvise_vector(pidfd: int, vector: int, count: int, advice: int) -> int:
+    """:func:`process_madvise` of ``count`` (at most 1024) ``struct iovec`` that lie ready at the address ``vector``."""
+    result = _process_madvise(pidfd, vector, count, advice, 0)
     if result < 0:
         fail("process_madvise")
     return result

@@ -303,6 +303,22 @@ def test_of_memory(tmp_path: Path) -> None:
             assert kinds(headroom(mapping)) - {"commit"} == expected
 
 
+def test_of_many_mappings_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit is not read for each of them."""
+    asked = 0
+
+    def counted() -> list[Limit]:
+        nonlocal asked
+        asked += 1
+        return memory_limits()
+
+    monkeypatch.setattr(sys.modules["prefault.headroom.target"], "memory_limits", counted)
+    with prefault.SparseMemory(1000 * PAGE_SIZE, unpopulated="fault") as memory:
+        memory.populate_many([(page * PAGE_SIZE, PAGE_SIZE) for page in range(0, 1000, 2)])
+        assert kinds(headroom(memory)) == {"memory"}
+    assert 1 <= asked <= 2  # open and shut
+
+
 def test_of_what_has_no_memory() -> None:
     with pytest.raises(ValueError, match="floppy"):
         headroom("floppy")

@@ -42,6 +42,7 @@ _RANKS = {
     "prefault.needs": 7,
     "prefault.pace": 7,
     "prefault.populate": 8,
+    "prefault.sparse": 9,
     "prefault": 11,
     "prefault.doctor": 12,
     "prefault.testing": 12,
@@ -65,6 +66,7 @@ _CTYPES = {
 
 # Who may import by a name that is made at run time.
 _BY_NAME = {
+    "prefault": "loads sparse memory and what stands on it when they are first named",
     "prefault.cli": "loads a command, which is inside it, when that is asked for",
 }
 

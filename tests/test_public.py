@@ -49,6 +49,7 @@ _PUBLIC = [
     "ProtectionError",
     "RangeSet",
     "Residency",
+    "SparseMemory",
     "SpecialMappingError",
     "TemporaryFile",
     "__version__",

@@ -1,0 +1,81 @@
+"""Block, size and reservation of a sparse memory, and the file that reaches as far."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import NamedTuple
+
+from prefault.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Memfd, Opened
+from prefault.errors import MappingError
+from prefault.sizes import MAX_SIZE, Size, format_size, parse_size
+
+_MOST = MAX_SIZE >> 1
+
+
+class Layout(NamedTuple):
+    """Bytes; size and reservation are whole blocks."""
+
+    block: int
+    size: int
+    reservation: int
+
+
+def size_of(size: Size, what: str) -> int:
+    """A size in bytes that a mapping could have."""
+    wanted = parse_size(size)
+    if wanted == 0:
+        raise ValueError(f"a {what} of 0 bytes is not possible: mmap(2) refuses it")
+    if wanted > _MOST:
+        raise ValueError(f"a {what} of {wanted} bytes is more than the kernel can map")
+    return wanted
+
+
+def lay_out(source: BackingSource, opened: Opened, wanted: int | None, reserved: int | None, block: int | None) -> Layout:
+    """What was asked for in whole blocks.
+
+    Raises:
+        ValueError: it does not fit together.
+    """
+    page_size = opened.page_size
+    if block is None:
+        block = page_size
+    if block <= 0 or block % page_size:
+        raise ValueError(f"a block is a multiple of the page size, {page_size} bytes, not {block} bytes")
+    size = opened.size if wanted is None else wanted
+    if size is None:
+        raise ValueError(f"{type(source).__name__} has no size of its own: say how many bytes")
+    if reserved is not None and reserved < size:
+        raise ValueError(f"a reservation of {reserved} bytes is smaller than the size, {size} bytes")
+    rounded = size + -size % block
+    return Layout(block, rounded, max(rounded, 0 if reserved is None else reserved + -reserved % block))
+
+
+def to_share(source: BackingSource, shared: bool) -> BackingSource:
+    """Shared anonymous memory by another name: a memfd, which can be punched through its descriptor while it is shut."""
+    if shared and isinstance(source, Anonymous):
+        return Memfd()
+    if shared and isinstance(source, Hugetlb):
+        return Memfd(page_size=source.page_size)
+    return source
+
+
+def ensure_length(source: BackingSource, fd: int, offset: int, size: int, page_size: int) -> None:
+    """The file reaches ``size`` bytes from ``offset`` on. Only our own files are made longer.
+
+    Raises:
+        MappingError: it does not, and is not ours or cannot be made longer.
+    """
+    there = os.fstat(fd).st_size - offset
+    if size <= there + -there % page_size:
+        return
+    if isinstance(source, File | Descriptor):
+        raise MappingError(
+            errno.EINVAL,
+            f"the file holds {there} bytes from offset {offset} on, and {size} are needed, in whole blocks"
+            " (os.truncate makes it longer)",
+        )
+    try:
+        os.ftruncate(fd, offset + size)
+    except OSError as error:
+        raise MappingError(error.errno, f"the file cannot be made {format_size(size)} long: {error.strerror}") from error

@@ -43,6 +43,7 @@ _RANKS = {
     "prefault.pace": 7,
     "prefault.populate": 8,
     "prefault.sparse": 9,
+    "prefault.pool": 10,
     "prefault": 11,
     "prefault.doctor": 12,
     "prefault.testing": 12,

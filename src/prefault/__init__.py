@@ -10,6 +10,7 @@ Layers, lowest first; each imports only from those before it (``tests/test_layer
     plan, diagnose, discard, headroom  what to do, why it failed, giving back, the limits
     rollback, pace, needs, populate    the populate call
     sparse                             reservations of which parts are populated
+    pool                               what stands on sparse memory
     doctor, bench, testing             reports, measurements, help for tests
     cli                                parse and print
 """
@@ -46,6 +47,8 @@ from prefault.residency import PageState, Residency, residency
 from prefault.sizes import PAGE_SIZE, format_size, parse_size
 
 if _typing.TYPE_CHECKING:
+    from prefault import pool as pool
+    from prefault.pool import Pool, PoolStatistics
     from prefault.sparse import SparseMemory
 
 __all__ = [
@@ -74,7 +77,9 @@ __all__ = [
     "PageState",
     "Plan",
     "PoisonedPageError",
+    "Pool",
     "PoolFullError",
+    "PoolStatistics",
     "PopulateError",
     "PopulateInterrupted",
     "PopulateResult",
@@ -96,9 +101,11 @@ __all__ = [
 
 # A sixth of the import time, for those who only populate: loaded when they are first named.
 _LATER = {
+    "Pool": "prefault.pool",
+    "PoolStatistics": "prefault.pool",
     "SparseMemory": "prefault.sparse",
 }
-_LATER_MODULES = ()
+_LATER_MODULES = ("pool",)
 
 
 def __getattr__(name: str) -> _typing.Any:

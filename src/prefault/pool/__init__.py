@@ -1,0 +1,36 @@
+"""Pools: a bounded store of memory from which sparse memories draw, in one process or shared by several.
+
+Sharing needs msgspec (``pip install prefault[pool]``); a pool of one process does not.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from prefault.pool.notify import OnHighWater
+from prefault.pool.pool import Pool
+from prefault.pool.statistics import MemberStatistics, PoolStatistics
+
+if TYPE_CHECKING:
+    from prefault.pool.client import PoolClient
+
+__all__ = ["MemberStatistics", "OnHighWater", "Pool", "PoolStatistics", "connect"]
+
+
+def connect(path: str | os.PathLike[str], *, timeout: float = 30.0, on_high_water: OnHighWater | None = None) -> PoolClient:
+    """Use a pool that another process of this user serves at ``path``.
+
+    Args:
+        path: of the socket that :meth:`Pool.serve` made.
+        timeout: seconds that the server has for every answer.
+        on_high_water: called as that of :class:`Pool`, when the charge of the shared pool reaches its mark.
+
+    Raises:
+        FileNotFoundError, ConnectionError: no server is there, or it refuses.
+        PermissionError: the server is not of this user, nor root's.
+        ImportError: msgspec is not installed (``pip install prefault[pool]``).
+    """
+    from prefault.pool.client import PoolClient
+
+    return PoolClient(path, timeout=timeout, on_high_water=on_high_water)

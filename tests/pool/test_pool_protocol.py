@@ -1,0 +1,679 @@
+"""The protocol, and every client that does not keep to it: the server lives, others are served, nothing leaks."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import socket
+import stat
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from prefault import PAGE_SIZE
+from prefault.errors import PoolFullError, PoolGoneError
+from prefault.pool import Pool, place, protocol
+from prefault.pool import connect as connect_to_pool
+from prefault.pool.client import _Link
+from prefault.pool.server import PoolServer
+from support import needs, oracle
+from support.children import Child, in_child
+
+_HELLO = protocol.Hello(1, protocol.VERSION, False)
+_NOBODY = 65534
+
+
+@contextmanager
+def _served(directory: Path, *, timeout: float = 30.0, **options: Any) -> Iterator[tuple[Pool, PoolServer]]:
+    with Pool("1 MiB", block=PAGE_SIZE) as pool, pool.serve(directory / "s", timeout=timeout, **options) as server:
+        yield pool, server
+
+
+def _raw(path: str | Path, *messages: protocol.Request) -> socket.socket:
+    """A connection on which anything can be said; ``messages`` are said at once."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    place.connect_to(connection, path, 10)
+    connection.settimeout(10)
+    for message in messages:
+        connection.sendall(protocol.encode(message))
+    return connection
+
+
+def _replies(connection: socket.socket, count: int | None = None) -> list[protocol.Reply]:
+    """So many replies; None: all until the server hangs up."""
+    received, replies = bytearray(), list[protocol.Reply]()
+    while len(replies) != count:
+        body = protocol.take_message(received, protocol.MAX_REPLY)
+        if body is not None:
+            replies.append(protocol.decode_reply(body))
+            continue
+        try:
+            data = connection.recv(1 << 16)
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            assert not received, "the server hung up in the middle of a message"
+            break
+        received += data
+    return replies
+
+
+def _member(link: _Link) -> tuple[int, int]:
+    created, fd = link.ask(protocol.Create(0, 64 * PAGE_SIZE, 0, None, None), protocol.Created)
+    assert fd is not None
+    return created.member, fd
+
+
+@contextmanager
+def _neighbour(path: str | Path) -> Iterator[None]:
+    """A client of good conduct, who is served before and after, and has what it had."""
+    link = _Link(path, 10.0)
+    link.greet(events=False)
+    member, fd = _member(link)
+    link.ask(protocol.Settle(0, member, 2 * PAGE_SIZE), protocol.Done)
+    os.pwrite(fd, b"mine" * 1024, 0)
+    yield
+    link.ask(protocol.Settle(0, member, 3 * PAGE_SIZE), protocol.Done)
+    statistics = link.ask(protocol.Ask(0), protocol.Statistics)[0].statistics
+    mine = [found for found in statistics.members if found.pid == os.getpid()]
+    assert [found.charged for found in mine if found.allocated_bytes] == [3 * PAGE_SIZE]
+    assert os.pread(fd, 8, 0) == b"minemine"
+    link.ask(protocol.Close(0, member), protocol.Done)
+    os.close(fd)
+    link.close()
+
+
+def _frame(body: bytes) -> bytes:
+    return struct.pack("<I", len(body)) + body
+
+
+def _packed(*values: Any) -> bytes:
+    return _frame(msgspec.msgpack.encode(values))
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "a message of 542393671 bytes"),
+        (struct.pack("<I", 0), "a message of 0 bytes"),
+        (struct.pack("<I", 0xFFFFFFFF) + b"x" * 5000, "a message of 4294967295 bytes"),
+        (struct.pack("<I", protocol.MAX_REQUEST + 1), f"1 to {protocol.MAX_REQUEST} are allowed"),
+        (_frame(b"\xc1garbage"), "not a message"),
+        (_frame(b"\x91" * 4000), "not a message"),
+        (_frame(os.urandom(100)), "not a message"),
+        (_packed("shutdown", 1), "not a message"),
+        (_packed("hello", 1, "1", False), "not a message"),
+        (_packed("hello", 1, 1, False, "and more"), "not a message"),
+        (_packed("hello", -1, 1, False), "not a message"),
+        (_packed("hello", 1, 1 << 63, False), "not a message"),
+        (_packed("hello", 1, 99, False), "version 1 of the protocol is spoken here, not 99"),
+        (_packed("settle", 1, 1, 4096), "Hello comes first"),
+        (_packed("ask", 1), "Hello comes first"),
+        (protocol.encode(_HELLO) * 2, "Hello comes first, and once"),
+        (protocol.encode(protocol.Hello(1, 1, True)) + protocol.encode(protocol.Ask(2)), "asks for nothing"),
+    ],
+)
+def test_nonsense_is_answered_and_hung_up_on(tmp_path: Path, no_descriptors: None, said: bytes, complaint: str) -> None:
+    with _served(tmp_path) as (_, server), _neighbour(server.path), _raw(server.path) as connection:
+        connection.sendall(said)
+        last = _replies(connection)[-1]
+        assert isinstance(last, protocol.Refused)
+        assert last.kind == "protocol"
+        assert complaint in last.message
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"", b"\x05", struct.pack("<I", 100) + b"half", protocol.encode(_HELLO) + b"\x05\0\0", protocol.encode(_HELLO)[:-1]],
+)
+def test_half_a_message_has_its_time_and_no_more(tmp_path: Path, no_descriptors: None, said: bytes) -> None:
+    with _served(tmp_path, timeout=0.5) as (_, server), _neighbour(server.path), _raw(server.path) as connection:
+        connection.sendall(said)
+        assert all(isinstance(reply, protocol.Welcome) for reply in _replies(connection))  # until it hangs up
+
+
+def test_a_byte_now_and_then_does_not_buy_time(tmp_path: Path) -> None:
+    with _served(tmp_path, timeout=0.5) as (_, server), _raw(server.path, _HELLO) as connection:
+        _replies(connection, 1)
+
+        def drip() -> None:
+            for byte in _frame(b"x" * 2000):
+                connection.sendall(bytes([byte]))
+                time.sleep(0.02)
+
+        with pytest.raises(ConnectionError):
+            drip()
+
+
+def test_who_is_silent_after_hello_is_left_alone(tmp_path: Path) -> None:
+    with _served(tmp_path, timeout=0.5) as (_, server), _raw(server.path, _HELLO) as connection:
+        _replies(connection, 1)
+        time.sleep(0.8)
+        connection.sendall(protocol.encode(protocol.Ask(2)))
+        assert isinstance(_replies(connection, 1)[0], protocol.Statistics)
+
+
+def test_members_belong_to_their_connection(tmp_path: Path, no_leaks: None) -> None:
+    with _served(tmp_path) as (pool, server), _neighbour(server.path):
+        (other,) = pool.statistics().members
+        link = _Link(server.path, 10.0)
+        link.greet(events=False)
+        for number in (1, 2, 0, 1 << 62):
+            with pytest.raises(ValueError, match=f"member {number} is none of this connection"):
+                link.ask(protocol.Settle(0, number, 0), protocol.Done)
+            with pytest.raises(ValueError, match=f"member {number} is none of this connection"):
+                link.ask(protocol.Close(0, number), protocol.Done)
+        assert pool.statistics().members == (other,)
+        mine, fd = _member(link)
+        link.ask(protocol.Close(0, mine), protocol.Done)
+        with pytest.raises(ValueError, match="none of this connection"):  # closed is gone
+            link.ask(protocol.Settle(0, mine, PAGE_SIZE), protocol.Done)
+        os.close(fd)
+        link.close()
+
+
+@pytest.mark.parametrize(
+    ("wish", "error"),
+    [
+        (protocol.Create(0, 0, 0, None, None), ValueError),
+        (protocol.Create(0, (1 << 63) - 1, 0, None, None), ValueError),
+        (protocol.Create(0, PAGE_SIZE, 2 * PAGE_SIZE, None, None), ValueError),
+        (protocol.Create(0, PAGE_SIZE, 0, 1, None), ValueError),
+        (protocol.Create(0, PAGE_SIZE, PAGE_SIZE, 0, None), ValueError),
+        (protocol.Create(0, PAGE_SIZE, 0, None, ""), ValueError),
+        (protocol.Create(0, PAGE_SIZE, 0, None, "a\nb"), ValueError),
+        (protocol.Create(0, PAGE_SIZE, 0, None, "n" * 101), ValueError),
+        (protocol.Create(0, 1 << 40, 1 << 21, None, None), PoolFullError),
+        (protocol.Create(0, 1 << 53, 0, None, None), ValueError),
+    ],
+)
+def test_wishes_that_are_not_granted(
+    tmp_path: Path, no_descriptors: None, wish: protocol.Create, error: type[Exception]
+) -> None:
+    with _served(tmp_path) as (pool, server):
+        link = _Link(server.path, 10.0)
+        link.greet(events=False)
+        with pytest.raises(error):
+            link.ask(wish, protocol.Created)
+        member, fd = _member(link)
+        for charged in (1, PAGE_SIZE - 1, 65 * PAGE_SIZE, 1 << 62):
+            with pytest.raises(ValueError, match="cannot have"):
+                link.ask(protocol.Settle(0, member, charged), protocol.Done)
+        assert pool.statistics().charged == 0
+        os.close(fd)
+        link.close()
+
+
+def test_descriptors_that_a_client_sends_never_arrive(tmp_path: Path, no_leaks: None) -> None:
+    with _served(tmp_path) as (_, server), _neighbour(server.path):
+        for messages in ((), (_HELLO,)):
+            reader, writer = os.pipe()
+            with _raw(server.path, *messages) as connection:
+                _replies(connection, len(messages))
+                socket.send_fds(connection, [protocol.encode(_HELLO)], [writer] * 200)
+                os.close(writer)
+                last = _replies(connection)[-1]
+                assert isinstance(last, protocol.Refused)
+                assert "sends no descriptors" in last.message
+            assert os.read(reader, 1) == b""  # nobody holds the other end
+            os.close(reader)
+
+
+def test_one_connection_too_many_is_told_so(tmp_path: Path, no_leaks: None) -> None:
+    with _served(tmp_path, max_connections=3) as (_, server), _neighbour(server.path):
+        with _raw(server.path, _HELLO) as one, _raw(server.path, _HELLO) as two:
+            _replies(one, 1)
+            _replies(two, 1)
+            with _raw(server.path) as three:
+                (refused,) = _replies(three)
+                assert isinstance(refused, protocol.Refused)
+                assert "has 3 connections, the most that it takes" in refused.message
+            with pytest.raises(PoolGoneError, match="the pool's server refuses: it has 3 connections"):
+                connect_to_pool(server.path)
+        # A place is free again as soon as the server has seen the hang-up.
+        for _ in range(100):
+            try:
+                connect_to_pool(server.path).close()
+                break
+            except PoolGoneError:
+                time.sleep(0.02)
+        else:
+            pytest.fail("the places of closed connections are not given again")
+
+
+def _flood(path: str, count: int) -> None:
+    held = []
+    for _ in range(count):
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        place.connect_to(connection, path, 10)
+        held.append(connection)
+    for connection in held:
+        connection.close()
+
+
+def test_many_connections_at_once(tmp_path: Path, no_leaks: None) -> None:
+    with _served(tmp_path, max_connections=8) as (_, server), _neighbour(server.path):
+        _flood(server.path, 300)
+
+
+@pytest.mark.stress
+def test_a_thousand_connections_from_several_threads(tmp_path: Path, no_leaks: None) -> None:
+    with _served(tmp_path, max_connections=8) as (_, server), _neighbour(server.path):
+        threads = [threading.Thread(target=_flood, args=(server.path, 250)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def test_no_descriptors_left(tmp_path: Path, no_leaks: None) -> None:
+    """The server says so, and goes on when there are some again."""
+
+    def exhausted() -> tuple[str, bool]:
+        import resource
+
+        with _served(tmp_path) as (_, server), _neighbour(server.path):
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.settimeout(10)
+            directory = os.open(tmp_path, os.O_PATH)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+            held = []
+            try:
+                while True:
+                    held.append(os.open("/dev/null", os.O_RDONLY))
+            except OSError:
+                pass
+            connection.connect(f"/proc/self/fd/{directory}/s")
+            (refused,) = _replies(connection)
+            for fd in (*held, directory):
+                os.close(fd)
+            connection.close()
+            with connect_to_pool(server.path) as client:
+                served = client.capacity == 1 << 20
+            assert isinstance(refused, protocol.Refused)
+            return refused.message, served
+
+    message, served = in_child(exhausted)
+    assert "no descriptors left" in message
+    assert served
+
+
+def test_who_does_not_take_its_answers_is_dropped(tmp_path: Path, no_leaks: None) -> None:
+    def ask_and_never_listen(connection: socket.socket) -> None:
+        while True:  # the server stops reading what it cannot answer, and then hangs up
+            connection.sendall(protocol.encode(protocol.Ask(2)))
+
+    with _served(tmp_path, timeout=0.5) as (_, server), _neighbour(server.path), _raw(server.path, _HELLO) as deaf:
+        with pytest.raises(ConnectionError):
+            ask_and_never_listen(deaf)
+        assert len(_replies(deaf)) > 1
+
+
+def test_members_have_a_limit_too(tmp_path: Path, no_leaks: None) -> None:
+    with _served(tmp_path, max_members=3) as (_, server):
+        link = _Link(server.path, 10.0)
+        link.greet(events=False)
+        held = [_member(link) for _ in range(3)]
+        with pytest.raises(PoolFullError, match="given out 3 members"):
+            _member(link)
+        link.ask(protocol.Close(0, held[0][0]), protocol.Done)
+        held.append(_member(link))
+        for _, fd in held:
+            os.close(fd)
+        link.close()
+
+
+def test_members_that_a_connection_left_count_as_well(tmp_path: Path, no_leaks: None) -> None:
+    """Each holds a descriptor of the server: connecting again and again does not get a process more of them."""
+    with _served(tmp_path, max_members=3) as (pool, server), ExitStack() as stack:
+        for _ in range(3):
+            link = _Link(server.path, 10.0)
+            link.greet(events=False)
+            stack.callback(os.close, _member(link)[1])
+            link.close()
+        with connect_to_pool(server.path) as client:
+            with pytest.raises(PoolFullError, match="given out 3 members"):
+                client.sparse(PAGE_SIZE)
+            assert [member.orphaned for member in client.statistics().members] == [True] * 3
+        assert len(pool.statistics().members) == 3
+
+
+# --- who may come
+
+
+def test_the_socket_is_for_its_owner(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with _served(tmp_path) as (_, server):
+            mode = os.stat(server.path).st_mode
+            assert stat.S_ISSOCK(mode)
+            assert stat.S_IMODE(mode) == 0o600
+            assert os.listdir(tmp_path) == ["s"]
+    finally:
+        os.umask(before)
+    assert os.listdir(tmp_path) == []
+
+
+def _become_nobody(directory: Path) -> None:
+    """Another user, who may look into the directory."""
+    os.chdir(directory)
+    os.setgroups([])
+    os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+    os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+
+
+def test_another_user_is_refused_by_the_mode(tmp_path: Path) -> None:
+    needs.root("become another user")
+    os.chmod(tmp_path, 0o755)
+
+    def as_nobody() -> None:
+        _become_nobody(tmp_path)
+        assert stat.S_ISSOCK(os.stat("s").st_mode)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, pytest.raises(PermissionError):
+            connection.connect("s")
+
+    with _served(tmp_path):
+        in_child(as_nobody)
+
+
+def test_another_user_is_refused_by_its_credentials(tmp_path: Path) -> None:
+    needs.root("become another user")
+
+    os.chmod(tmp_path, 0o755)
+
+    def as_nobody() -> list[protocol.Reply]:
+        _become_nobody(tmp_path)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(10)
+        connection.connect("s")
+        return _replies(connection)
+
+    with _served(tmp_path) as (_, server), _neighbour(server.path):
+        os.chmod(server.path, 0o666)
+        (refused,) = in_child(as_nobody)
+        assert isinstance(refused, protocol.Refused)
+        assert refused.message == f"it serves user {os.geteuid()}, not user {_NOBODY}"
+
+
+def test_a_server_of_another_user_is_not_trusted(tmp_path: Path) -> None:
+    needs.root("become another user")
+    os.chmod(tmp_path, 0o777)
+
+    def impostor(ready: int, stop: int) -> None:
+        _become_nobody(tmp_path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind("s")
+        listener.listen()
+        os.write(ready, b"x")
+        os.read(stop, 1)
+
+    ready, tell = os.pipe()
+    wait, stop = os.pipe()
+    with Child(lambda: impostor(tell, wait)) as child:
+        os.read(ready, 1)
+        # Root may be anybody; what is asked is whether the server is of the user, or root.
+        with pytest.raises(PermissionError, match=f"runs as user {_NOBODY}"):
+            connect_to_pool(tmp_path / "s")
+        os.write(stop, b"x")
+        child.result()
+    for fd in (ready, tell, wait, stop):
+        os.close(fd)
+
+
+# --- the path
+
+
+def test_a_path_that_is_taken(tmp_path: Path, no_leaks: None) -> None:
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").symlink_to("s")
+    with _served(tmp_path) as (pool, server):
+        with pytest.raises(FileExistsError, match="a server is alive"):
+            pool.serve(server.path)
+        for name in ("file", "link", "."):
+            with pytest.raises((FileExistsError, ValueError)):
+                pool.serve(tmp_path / name)
+        connect_to_pool(server.path).close()
+    assert (tmp_path / "file").read_text() == "precious"
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+
+
+def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
+    dead = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ExitStack() as stack:
+        directory = os.open(tmp_path, os.O_PATH)
+        stack.callback(os.close, directory)
+        dead.bind(f"/proc/self/fd/{directory}/s")
+    dead.listen()
+    dead.close()
+    with _served(tmp_path) as (_, server):
+        connect_to_pool(server.path).close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_only_its_own_socket_is_removed(tmp_path: Path) -> None:
+    with _served(tmp_path) as (_, server):
+        os.unlink(server.path)
+        Path(server.path).write_text("somebody else's")
+    assert os.listdir(tmp_path) == ["s"]
+
+
+def test_a_path_longer_than_a_socket_address(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100) / ("e" * 100)
+    deep.mkdir(parents=True)
+    with _served(deep) as (_, server):
+        assert len(server.path) > 200
+        connect_to_pool(server.path).close()
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no such socket"):
+        connect_to_pool(tmp_path / "s")
+    with pytest.raises(FileNotFoundError):
+        connect_to_pool(tmp_path / "no" / "s")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConnectionRefusedError, match="no server is alive"):
+        connect_to_pool(tmp_path / "file")
+
+
+# --- fuzz
+
+
+_VALID: list[Callable[[random.Random], protocol.Request]] = [
+    lambda rng: protocol.Hello(rng.randrange(9), protocol.VERSION, rng.random() < 0.1),
+    lambda rng: protocol.Create(rng.randrange(9), rng.choice((PAGE_SIZE, 1 << 20, 1 << 40)), 0, None, None),
+    lambda rng: protocol.Settle(rng.randrange(9), rng.randrange(40), rng.randrange(80) * PAGE_SIZE),
+    lambda rng: protocol.Close(rng.randrange(9), rng.randrange(40)),
+    lambda rng: protocol.Ask(rng.randrange(9)),
+]
+
+
+def _mutated(rng: random.Random) -> bytes:
+    """Some valid messages, and perhaps a few bytes changed, cut out or put in."""
+    data = bytearray(protocol.encode(_HELLO) if rng.random() < 0.9 else b"")
+    for _ in range(rng.randrange(6)):
+        data += protocol.encode(rng.choice(_VALID)(rng))
+    for _ in range(rng.choice((0, 0, 1, 2, 8))):
+        at = rng.randrange(len(data) + 1)
+        match rng.randrange(4):
+            case 0 if at < len(data):
+                data[at] = rng.randrange(256)
+            case 1:
+                del data[at : at + rng.randrange(5)]
+            case 2:
+                data[at:at] = rng.randbytes(rng.randrange(5))
+            case 3:
+                data[at:] = rng.randbytes(rng.randrange(20))
+    return bytes(data)
+
+
+def _say(path: str, data: bytes, *, read: bool) -> None:
+    with _raw(path) as connection:
+        try:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            if read:
+                while connection.recv(1 << 16):
+                    pass
+        except ConnectionError:
+            pass
+
+
+def _fuzz(directory: Path, seed: int, rounds: int) -> None:
+    rng = random.Random(seed)
+    with _served(directory, timeout=5.0, max_members=1 << 16) as (pool, server), _neighbour(server.path):
+        for _ in range(rounds):
+            data = rng.randbytes(rng.randrange(200)) if rng.random() < 0.2 else _mutated(rng)
+            _say(server.path, data, read=rng.random() < 0.8)
+        # What the fuzzed connections left is charged to this process, which still lives: orphans, all of them.
+        statistics = pool.statistics()
+        assert all(member.orphaned for member in statistics.members[1:])
+        assert statistics.charged == sum(member.charged for member in statistics.members) <= pool.capacity
+
+
+def test_fuzz(tmp_path: Path, no_leaks: None) -> None:
+    _fuzz(tmp_path, 1, 300)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("seed", range(4))
+def test_fuzz_for_long(tmp_path: Path, no_leaks: None, seed: int) -> None:
+    _fuzz(tmp_path, seed, 10_000)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.binary(max_size=300))
+def test_bytes_are_a_message_or_a_protocol_error(data: bytes) -> None:
+    for decode in (protocol.decode_request, protocol.decode_reply):
+        try:
+            message = decode(data)
+        except protocol.ProtocolError:
+            continue
+        assert decode(protocol.encode(message)[4:]) == message
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=600), st.integers(1, 64))
+def test_framing_does_not_depend_on_how_it_arrives(data: bytes, step: int) -> None:
+    bodies = [data[at : at + 50] for at in range(0, len(data), 50)]
+    wire, received, taken = b"".join(map(_frame, bodies)), bytearray(), list[bytes]()
+    for at in range(0, len(wire), step):
+        received += wire[at : at + step]
+        while (body := protocol.take_message(received, 64)) is not None:
+            taken.append(bytes(body))
+    assert taken == bodies
+    assert not received
+
+
+# --- a server that does not keep to it
+
+
+@contextmanager
+def _impostor(path: Path, *said: bytes, fds: tuple[int, ...] = ()) -> Iterator[None]:
+    """Answers a connection with these bytes, one after each message, whatever is asked, and then nothing."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    directory = os.open(path.parent, os.O_PATH)
+    listener.bind(f"/proc/self/fd/{directory}/{path.name}")
+    os.close(directory)
+    listener.listen()
+    done = threading.Event()
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            for data in said:
+                connection.recv(4096)
+                socket.send_fds(connection, [data], fds) if fds else connection.sendall(data)
+            done.wait(10)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        listener.close()
+
+
+_WELCOME = protocol.encode(protocol.Welcome(1, 1 << 20, PAGE_SIZE, ()))
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ((), "did not answer within 0.5 s"),
+        ((_WELCOME[:-3],), "did not answer within 0.5 s"),
+        ((_WELCOME,), "did not answer within 0.5 s"),
+        ((b"\xff\xff\xff\xff",), "is no answer of a pool: a message of 4294967295 bytes"),
+        ((_frame(b"\xc1"),), "is no answer of a pool"),
+        ((protocol.encode(protocol.Done(1)),), "answered a Hello with a Done"),
+        ((_WELCOME, protocol.encode(protocol.Done(2))), "answered a Ask with a Done"),
+    ],
+)
+def test_a_client_of_an_impostor_does_not_wait_for_ever(
+    tmp_path: Path, no_descriptors: None, said: tuple[bytes, ...], complaint: str
+) -> None:
+    def ask() -> None:
+        with connect_to_pool(tmp_path / "s", timeout=0.5) as client:
+            with pytest.raises(PoolGoneError, match=complaint):
+                client.statistics()
+            client.statistics()  # and says it again, at once
+
+    with _impostor(tmp_path / "s", *said), pytest.raises(PoolGoneError, match=complaint):
+        ask()
+
+
+def test_descriptors_that_a_server_sends_unasked_are_closed(tmp_path: Path, no_leaks: None) -> None:
+    reader, writer = os.pipe()
+    with _impostor(tmp_path / "s", _WELCOME, fds=(writer, writer, writer)):
+        os.set_blocking(reader, False)
+        client = connect_to_pool(tmp_path / "s", timeout=5)
+        os.close(writer)
+        assert os.read(reader, 1) == b""
+        client.close()
+    os.close(reader)
+
+
+def test_without_msgspec_it_says_what_to_install(tmp_path: Path) -> None:
+    def without() -> str:
+        import sys
+
+        for name in [name for name in sys.modules if name.startswith(("msgspec", "prefault"))]:
+            del sys.modules[name]
+        sys.modules["msgspec"] = None  # type: ignore[assignment]
+        from prefault.pool import Pool, connect
+
+        with Pool("1 MiB", block=PAGE_SIZE) as pool:
+            for share in (lambda: pool.serve(tmp_path / "s"), lambda: connect(tmp_path / "s")):
+                with pytest.raises(ImportError, match=r"pip install prefault\[pool\]"):
+                    share()
+            return str(pool)
+
+    assert in_child(without).startswith("<Pool")
+
+
+def test_closing_a_server(tmp_path: Path, no_leaks: None) -> None:
+    with Pool("1 MiB", block=PAGE_SIZE) as pool:
+        for _ in range(3):  # the same path, again and again
+            server = pool.serve(tmp_path / "s")
+            client = connect_to_pool(server.path)
+            server.close()
+            server.close()
+            with pytest.raises(PoolGoneError, match="is gone"):
+                client.statistics()
+            client.close()
+        server = pool.serve(tmp_path / "s")
+    assert os.listdir(tmp_path) == []  # the pool closed it
+    assert "closed" in repr(server)
+    gc.collect()
+    assert oracle.descriptors()

@@ -10,7 +10,7 @@ Layers, lowest first; each imports only from those before it (``tests/test_layer
     plan, diagnose, discard, headroom  what to do, why it failed, giving back, the limits
     rollback, pace, needs, populate    the populate call
     sparse                             reservations of which parts are populated
-    pool                               what stands on sparse memory
+    pool, virtio_mem                   what stands on sparse memory
     doctor, bench, testing             reports, measurements, help for tests
     cli                                parse and print
 """
@@ -48,6 +48,7 @@ from prefault.sizes import PAGE_SIZE, format_size, parse_size
 
 if _typing.TYPE_CHECKING:
     from prefault import pool as pool
+    from prefault import virtio_mem as virtio_mem
     from prefault.pool import Pool, PoolStatistics
     from prefault.sparse import SparseMemory
 
@@ -105,7 +106,7 @@ _LATER = {
     "PoolStatistics": "prefault.pool",
     "SparseMemory": "prefault.sparse",
 }
-_LATER_MODULES = ("pool",)
+_LATER_MODULES = ("pool", "virtio_mem")
 
 
 def __getattr__(name: str) -> _typing.Any:

@@ -1,0 +1,26 @@
+"""virtio-mem: the device side of section 5.15 of the VIRTIO specification, over sparse memory and without a transport.
+
+:class:`VirtioMem` decides and does what a request asks; :mod:`prefault.virtio_mem.wire` has the structures that travel.
+"""
+
+from prefault.virtio_mem.device import VirtioMem
+from prefault.virtio_mem.wire import (
+    BlockState,
+    Config,
+    Feature,
+    Request,
+    RequestType,
+    Response,
+    ResponseType,
+)
+
+__all__ = [
+    "BlockState",
+    "Config",
+    "Feature",
+    "Request",
+    "RequestType",
+    "Response",
+    "ResponseType",
+    "VirtioMem",
+]

@@ -1,0 +1,184 @@
+"""The device over real memory: what is behind a block, and what happens when there is none."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prefault import BackingSource, RangeSet, TemporaryFile
+from prefault.backings import Descriptor
+from prefault.errors import NotPopulatedError, PoolFullError
+from prefault.sizes import GIB, MIB
+from prefault.sparse import Books, SparseMemory
+from prefault.virtio_mem import BlockState, Feature, Request, RequestType, Response, ResponseType, VirtioMem
+from support import oracle
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+PLUG, UNPLUG, UNPLUG_ALL, STATE = RequestType
+ACK, NACK, BUSY, ERROR = (Response(kind) for kind in ResponseType)
+BLOCK = 2 * MIB
+ADDR = 4 * GIB
+
+_F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1, linux/fcntl.h; not in Python's fcntl module
+
+
+def ask(device: VirtioMem, kind: int, first: int = 0, blocks: int = 1) -> Response:
+    return device.process(Request(kind, ADDR + first * device.config.block_size, blocks))
+
+
+def allocated(memory: SparseMemory) -> int:
+    assert memory.fd is not None
+    return os.fstat(memory.fd).st_blocks * 512
+
+
+@pytest.mark.parametrize("backing", ["anonymous", "memfd", "tmpfs"])
+@pytest.mark.parametrize("unpopulated", ["zeros", "fault"])
+def test_memory_comes_and_goes_with_the_blocks(backing: str, unpopulated: str) -> None:
+    with SparseMemory("64 MiB", backing=backing, block=BLOCK, unpopulated=unpopulated) as memory:  # type: ignore[arg-type]
+        device = VirtioMem(memory, addr=ADDR, requested_size="32 MiB")
+        start = memory.range.start
+        assert bool(device.offered & Feature.UNPLUGGED_INACCESSIBLE) == (unpopulated == "fault")
+        assert ask(device, PLUG, 3, 4) == ACK
+        assert oracle.present_bytes(start, 64 * MIB) == oracle.present_bytes(start + 3 * BLOCK, 4 * BLOCK) == 8 * MIB
+        content = b"x" * MIB
+        before = oracle.minor_faults()
+        with memory.view(3 * BLOCK, MIB) as view:
+            view[:] = content
+        assert oracle.minor_faults() - before < 10
+        assert ask(device, UNPLUG, 3, 2) == ACK
+        assert oracle.present_bytes(start, 64 * MIB) == oracle.present_bytes(start + 5 * BLOCK, 2 * BLOCK) == 4 * MIB
+        assert ask(device, PLUG, 3) == ACK
+        assert memory.read(3 * BLOCK, MIB) == bytes(MIB)
+        if memory.fd is not None:
+            assert allocated(memory) == device.config.plugged_size
+        device.device_reset()
+        assert oracle.present_bytes(start, 64 * MIB) == 6 * MIB
+        assert device.system_reset()
+        assert oracle.present_bytes(start, 64 * MIB) == 0
+        if memory.fd is not None:
+            assert allocated(memory) == 0
+
+
+def test_unplugged_memory_is_out_of_reach() -> None:
+    with SparseMemory("64 MiB", backing="memfd", block=BLOCK, unpopulated="fault") as memory:
+        device = VirtioMem(memory, addr=ADDR, requested_size="64 MiB")
+        assert ask(device, PLUG, 1) == ACK
+        memory.write(BLOCK, b"x")
+        for offset in (0, BLOCK - 1, 2 * BLOCK):
+            with pytest.raises(NotPopulatedError):
+                memory.read(offset, 1)
+        assert ask(device, UNPLUG, 1) == ACK
+        with pytest.raises(NotPopulatedError):
+            memory.write(BLOCK, b"x")
+
+
+def test_unplug_all_takes_what_reading_has_allocated() -> None:
+    with SparseMemory("16 MiB", backing="memfd", block=BLOCK, unpopulated="zeros", huge="never") as memory:
+        device = VirtioMem(memory, addr=ADDR, requested_size="8 MiB")
+        assert ask(device, PLUG) == ACK
+        assert not any(memory.view(4 * BLOCK, BLOCK))  # a dump of unplugged memory: it allocates in a memory file
+        assert allocated(memory) == 2 * BLOCK
+        assert ask(device, UNPLUG_ALL) == ACK
+        assert allocated(memory) == 0
+
+
+def run_out(device: VirtioMem, memory: SparseMemory, fitting: int) -> None:
+    """Memory for ``fitting`` blocks; the device is asked for more."""
+    assert ask(device, PLUG, 1, fitting - 1) == ACK
+    memory.write(BLOCK, b"kept")
+    before, taken = device.config, allocated(memory)
+    assert ask(device, PLUG, fitting, 2) == BUSY
+    assert device.busy_reason is not None
+    assert device.busy_reason.startswith("cannot plug 4.0 MiB at 0x1")
+    assert (device.config, allocated(memory)) == (before, taken)
+    assert ask(device, STATE, fitting, 2) == Response(ResponseType.ACK, BlockState.UNPLUGGED)
+    assert ask(device, PLUG, fitting) == ACK  # one does fit
+    assert ask(device, PLUG, 0) == BUSY
+    assert ask(device, UNPLUG, 2) == ACK
+    assert ask(device, PLUG, 0) == ACK
+    assert memory.read(BLOCK, 4) == b"kept"
+    assert allocated(memory) == device.config.plugged_size == fitting * BLOCK
+
+
+@pytest.mark.parametrize("unpopulated", ["zeros", "fault"])
+def test_a_full_tmpfs_is_busy(small_tmpfs: Callable[[str], Path], unpopulated: str) -> None:
+    backing: BackingSource = TemporaryFile(small_tmpfs("8m"))
+    with SparseMemory("64 MiB", backing=backing, block=BLOCK, unpopulated=unpopulated) as memory:  # type: ignore[arg-type]
+        run_out(VirtioMem(memory, addr=ADDR, requested_size="64 MiB"), memory, 4)
+
+
+@pytest.mark.parametrize("unpopulated", ["zeros", "fault"])
+def test_an_empty_pool_of_huge_pages_is_busy(hugetlb_pool: Callable[[int], None], unpopulated: str) -> None:
+    hugetlb_pool(3)
+    with SparseMemory("64 MiB", backing="memfd-hugetlb", unpopulated=unpopulated) as memory:  # type: ignore[arg-type]
+        run_out(VirtioMem(memory, addr=ADDR, requested_size="64 MiB"), memory, 3)
+
+
+class FourBlocks(Books):
+    """A pool that has four blocks."""
+
+    def __init__(self) -> None:
+        self.charged = RangeSet()
+
+    def charge(self, blocks: RangeSet) -> RangeSet:
+        new = blocks - self.charged
+        if (self.charged | new).length > 4 * BLOCK:
+            raise PoolFullError(errno.ENOSPC, "the pool is empty")
+        self.charged |= new
+        return new
+
+    def refund(self, blocks: RangeSet) -> None:
+        self.charged -= blocks
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("unpopulated", ["zeros", "fault"])
+def test_an_exhausted_pool_is_busy(unpopulated: str) -> None:
+    books = FourBlocks()
+    with SparseMemory("64 MiB", backing="memfd", block=BLOCK, unpopulated=unpopulated, books=books) as memory:  # type: ignore[arg-type]
+        device = VirtioMem(memory, addr=ADDR, requested_size="64 MiB")
+        run_out(device, memory, 4)
+        assert books.charged == device.plugged
+        assert ask(device, UNPLUG_ALL) == ACK
+        assert not books.charged
+
+
+@pytest.mark.parametrize("unpopulated", ["zeros", "fault"])
+def test_memory_that_cannot_be_given_back_is_busy(unpopulated: str) -> None:
+    """The file is sealed after the blocks were plugged: no hole can be punched any more. They stay, with their bytes."""
+    fd = os.memfd_create("sealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, 16 * MIB)
+        with SparseMemory("16 MiB", backing=Descriptor(fd), block=BLOCK, unpopulated=unpopulated) as memory:  # type: ignore[arg-type]
+            device = VirtioMem(memory, addr=ADDR, requested_size="16 MiB")
+            assert ask(device, PLUG, 1, 3) == ACK
+            memory.write(BLOCK, b"kept")
+            before = device.config
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
+            for answer in (ask(device, UNPLUG, 1, 2), ask(device, UNPLUG_ALL), ask(device, UNPLUG, 3)):
+                assert answer == BUSY
+            assert not device.system_reset()
+            assert device.config == before
+            memory.write(2 * BLOCK - 1, b"both")  # the driver goes on using it
+            assert (memory.read(BLOCK, 4), memory.read(2 * BLOCK - 1, 4)) == (b"kept", b"both")
+            assert allocated(memory) == 3 * BLOCK
+    finally:
+        os.close(fd)
+
+
+def test_a_closed_memory_is_the_owners_mistake() -> None:
+    memory = SparseMemory("16 MiB", backing="memfd", block=BLOCK)
+    device = VirtioMem(memory, addr=ADDR, requested_size="8 MiB")
+    assert ask(device, PLUG) == ACK
+    memory.close()
+    for kind in (PLUG, UNPLUG, UNPLUG_ALL):
+        with pytest.raises(ValueError, match="closed"):
+            ask(device, kind, 0 if kind is not PLUG else 1)

@@ -44,6 +44,7 @@ _RANKS = {
     "prefault.populate": 8,
     "prefault.sparse": 9,
     "prefault.pool": 10,
+    "prefault.growable": 10,
     "prefault.virtio_mem": 10,
     "prefault": 11,
     "prefault.doctor": 12,

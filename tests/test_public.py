@@ -26,6 +26,7 @@ _PUBLIC = [
     "DiscardError",
     "DiscardResult",
     "File",
+    "GrowableArray",
     "GuardPageError",
     "Headroom",
     "HeadroomError",

@@ -10,7 +10,7 @@ Layers, lowest first; each imports only from those before it (``tests/test_layer
     plan, diagnose, discard, headroom  what to do, why it failed, giving back, the limits
     rollback, pace, needs, populate    the populate call
     sparse                             reservations of which parts are populated
-    pool, virtio_mem                   what stands on sparse memory
+    pool, growable, virtio_mem         what stands on sparse memory
     doctor, bench, testing             reports, measurements, help for tests
     cli                                parse and print
 """
@@ -49,6 +49,7 @@ from prefault.sizes import PAGE_SIZE, format_size, parse_size
 if _typing.TYPE_CHECKING:
     from prefault import pool as pool
     from prefault import virtio_mem as virtio_mem
+    from prefault.growable import GrowableArray
     from prefault.pool import Pool, PoolStatistics
     from prefault.sparse import SparseMemory
 
@@ -62,6 +63,7 @@ __all__ = [
     "DiscardError",
     "DiscardResult",
     "File",
+    "GrowableArray",
     "GuardPageError",
     "Headroom",
     "HeadroomError",
@@ -102,6 +104,7 @@ __all__ = [
 
 # A sixth of the import time, for those who only populate: loaded when they are first named.
 _LATER = {
+    "GrowableArray": "prefault.growable",
     "Pool": "prefault.pool",
     "PoolStatistics": "prefault.pool",
     "SparseMemory": "prefault.sparse",

@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test check stress coverage bench-measures format clean
+.PHONY: quickstart test check stress coverage bench-measures bench-sparse format clean
 
 ## Install into .venv and run the main job: how fast can this machine populate memory?
 quickstart: $(VENV)/.installed
@@ -33,6 +33,11 @@ coverage: $(VENV)/.test-installed $(VENV)/uapi/.extracted
 ## The measures of docs/results/measures.md, against C.
 bench-measures: $(VENV)/.test-installed
 	$(BIN)/python bench/measures.py
+
+## The measures of docs/results/sparse.md.
+bench-sparse: $(VENV)/.test-installed
+	$(BIN)/python bench/sparse.py
+	$(BIN)/python bench/growable.py
 
 format: $(VENV)/.test-installed
 	$(BIN)/ruff check --fix .

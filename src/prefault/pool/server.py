@@ -79,8 +79,8 @@ class PoolServer:
         self._max_connections = max_connections
         self._max_members = max_members
         self._timeout = timeout
-        self._clients: dict[int, _Client] = {}
-        self._disconnected: dict[int, _Client] = {}
+        self._clients: set[_Client] = set()
+        self._disconnected: set[_Client] = set()
         """Those that live and have members."""
         self._events: deque[PoolStatistics] = deque(maxlen=16)
         self._pid = os.getpid()
@@ -128,20 +128,20 @@ class PoolServer:
                 for key, _ in self._selector.select(self._patience()):
                     _guarded(key.data)
                 now = time.monotonic()
-                for client in list(self._clients.values()):
+                for client in list(self._clients):
                     if client.deadline is not None and client.deadline <= now:
                         _guarded(self._drop, client)
         finally:
             self._end()
 
     def _patience(self) -> float | None:
-        deadlines = [client.deadline for client in self._clients.values() if client.deadline is not None]
+        deadlines = [client.deadline for client in self._clients if client.deadline is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _end(self) -> None:
         _guarded(place.leave, self._place)
         self._listener.close()
-        for client in list(self._clients.values()):
+        for client in list(self._clients):
             _guarded(self._drop, client)
         for key in list(self._selector.get_map().values()):
             if isinstance(key.fileobj, int) and key.fileobj != self._waker:
@@ -164,7 +164,7 @@ class PoolServer:
         os.eventfd_read(self._waker)
         while self._events:
             event = self._events.popleft()
-            for client in list(self._clients.values()):
+            for client in list(self._clients):
                 if client.events and client.answer is None:  # who has not taken the last one has no use for the next
                     self._answer(client, protocol.HighWater(0, event))
 
@@ -211,22 +211,25 @@ class PoolServer:
                 self._selector.unregister(connection)
             os.close(pidfd)
             return _turn_away(connection, f"it cannot wait for one more: {error.strerror}")
-        self._clients[pidfd] = client
+        self._clients.add(client)
         return None
 
     def _drop(self, client: _Client) -> None:
         """End a connection. Its members go when its process does, which may be this very moment."""
-        if self._clients.pop(client.pidfd, None) is None:
+        if client not in self._clients:
             return None
+        self._clients.remove(client)
         self._selector.unregister(client.connection)
         client.close()
         if not client.members:
             return self._forget(client)
-        self._disconnected[client.pidfd] = client
+        self._disconnected.add(client)
         return self._pool.orphan(client.members, client.pidfd)
 
     def _ended(self, client: _Client) -> None:
         """The process is gone. A fork of it may still hold the connection open."""
+        if client not in self._clients and client not in self._disconnected:
+            return  # an earlier event of the same round has closed the descriptor
         _guarded(self._drop, client)
         if client.members:
             self._dismiss([*client.members, *self._pool.dead()])
@@ -238,13 +241,13 @@ class PoolServer:
             self._reaper.submit(_guarded, self._pool.dismiss, member)
 
     def _forget(self, client: _Client) -> None:
-        self._disconnected.pop(client.pidfd, None)
+        self._disconnected.discard(client)
         self._selector.unregister(client.pidfd)
         os.close(client.pidfd)
 
     def _serve(self, client: _Client) -> None:
         """Something has come, or an answer can go on."""
-        if client.pidfd not in self._clients:
+        if client not in self._clients:
             return None  # dropped by an earlier event of the same round
         try:
             if client.answer is not None:
@@ -340,7 +343,7 @@ class PoolServer:
                 return protocol.Statistics(request.id, pool.statistics())
 
     def _create(self, client: _Client, request: protocol.Create) -> protocol.Reply:
-        taken = sum(len(other.members) for other in (*self._clients.values(), *self._disconnected.values()))
+        taken = sum(len(other.members) for other in (*self._clients, *self._disconnected))
         if taken >= self._max_members:
             raise PoolFullError(
                 errno.ENOSPC, f"the server has given out {taken} members, the most that it gives (max_members)"
@@ -366,7 +369,7 @@ class PoolServer:
         self._stop = True
         with contextlib.suppress(OSError):
             self._listener.close()
-            for client in self._clients.values():
+            for client in self._clients:
                 client.connection.close()
             self._selector.close()
 

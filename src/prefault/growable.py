@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from prefault._kernel import thp
-from prefault.backings import BackingSource
+from prefault.backings import Anonymous, BackingSource, parse_backing
 from prefault.errors import PopulateError
 from prefault.mapping import HugeAdvice
 from prefault.memory import Borrowed, MemoryOwner, borrow
@@ -58,8 +58,8 @@ class GrowableArray(MemoryOwner):
         capacity: the most that the array can ever take, in bytes.
         item_shape: of one item: ``(3,)`` makes an array of shape ``(len, 3)``.
         backing: what memory comes from, as for :class:`~prefault.Mapping`.
-        huge: transparent huge pages, as for :class:`~prefault.Mapping`; None asks for them where the kernel has them in a
-            size of 2 MiB, which makes growing several times faster, and 2 MiB the least memory that an array takes.
+        huge: transparent huge pages, as for :class:`~prefault.Mapping`; None asks for them for anonymous memory, where the
+            kernel has them in a size of 2 MiB. Growing is several times faster then, and 2 MiB the least that it takes.
         step: how far to populate ahead, in bytes. Default: as much again as there is, up to 4 MiB; of large arrays a
             sixty-fourth.
 
@@ -95,7 +95,9 @@ class GrowableArray(MemoryOwner):
             raise ValueError(f"a capacity of {size} bytes is too small for one item of {self._item_bytes} bytes")
         self._step = None if step is None else parse_size(step)
         if huge is None:
-            huge = "advise" if thp.pmd_size() == 2 * MIB else "auto"
+            # Not of files: tmpfs and memfds rarely have them, and the last megabyte of a small one should be usable.
+            of_its_own = isinstance(parse_backing(backing), Anonymous)
+            huge = "advise" if of_its_own and thp.pmd_size() == 2 * MIB else "auto"
         self._plain: frozenset[type] = frozenset()
         if not self.item_shape:
             self._plain = _PLAIN_TYPES.get(self.dtype.kind, frozenset())
@@ -104,7 +106,7 @@ class GrowableArray(MemoryOwner):
             elif self.dtype.names is not None:
                 self._plain = frozenset({tuple})
         memory = SparseMemory(size, backing=backing, huge=huge)
-        self._unit = max(memory.block, 2 * MIB if huge == "advise" else 0)
+        self._unit = memory.block
         self._memory: SparseMemory | None = memory
         self._all = self._whole(memory)
         self._length = 0
@@ -200,6 +202,8 @@ class GrowableArray(MemoryOwner):
             items: an array, or an object with the buffer protocol, of shape ``(n, *item_shape)``: all of it is added, or
                 nothing. The array itself and views of it will do. Or any other iterable, whose items are added one after
                 the other: if it raises, or an item does not fit, what came before stays, as with :meth:`list.extend`.
+                Integers of an array that are too large for the dtype are cut off, as numpy does; those of other iterables
+                are an OverflowError.
 
         Raises:
             The same as :meth:`append`, and whatever the iterable raises.

@@ -411,10 +411,10 @@ def _length(pairs: array[int]) -> int:
 
 
 def _populate_chunk(chunk: PageRange, segment: Segment) -> _Failure | None:
-    return None if _attempt(segment, chunk.start, chunk.length) is None else _locate(chunk, segment)
+    return None if _attempt(segment, chunk.start, chunk.length) is None else locate(chunk, segment)
 
 
-def _locate(chunk: PageRange, segment: Segment) -> _Failure | None:
+def locate(chunk: PageRange, segment: Segment) -> _Failure | None:
     """The first page of a chunk that cannot be populated; None where by now all of it can be.
 
     Methods go from the first page on and may be run again on what is populated, so halving finds the page in at most some

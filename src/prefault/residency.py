@@ -312,6 +312,24 @@ def resident(pages: PageRange) -> RangeSet:
     return RangeSet(PageRange(run.start, run.stop) for run in _from_mincore(pages, None).runs)
 
 
+def mapped_by_others(pages: PageRange) -> RangeSet:
+    """The pages that this process maps, and somebody else too (or this process twice); none where nobody can tell."""
+    try:
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return RangeSet()
+    try:
+        words = array("Q", pagemap.read_pagemap(fd, pages.start // PAGE_SIZE, pages.pages))
+    finally:
+        os.close(fd)
+    first = PageRange(pages.start, pages.start + PAGE_SIZE)
+    return RangeSet(
+        first.shifted(number * PAGE_SIZE)
+        for number, word in enumerate(words)
+        if word & pagemap.PM_PRESENT and not word & pagemap.PM_MMAP_EXCLUSIVE  # since Linux 4.2
+    )
+
+
 def residency_of(pages: PageRange, page_cache: PageCache | None = None) -> Residency:
     """The residency of addresses, for callers that have no buffer."""
     # A process that gave up root since we asked may not open its own pagemap: the next weaker source has to do.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from prefault.errors import PopulateError
 from prefault.methods import FallocateThen
 from prefault.plan import Segment
 from prefault.ranges import PageRange, RangeSet
-from prefault.residency import PageState, residency_of, resident
+from prefault.residency import PageState, mapped_by_others, residency_of, resident
 from prefault.sizes import MIB, PAGE_SIZE
 from prefault.vma import Backing
 
@@ -25,9 +26,9 @@ class Rollback:
     """What has to be known before a populate call in order to undo it.
 
     Private pages were empty, the zero page, or pages of the file: dropping them restores what was. Pages whose content is
-    nowhere else stay. A page of shared memory may hold what another process wrote: only pages of nothing but zeros that
-    were not in memory before are taken from the file, the others just leave our page tables. On a disk, the holes that
-    fallocate filled and nobody wrote to become holes again.
+    nowhere else stay. A page of shared memory may be what another process has populated or written meanwhile: only pages of
+    nothing but zeros that were not in memory before, and that nobody else maps, are taken from the file; the others just
+    leave our page tables. On a disk, the holes that fallocate filled and nobody wrote to become holes again.
     """
 
     def __init__(self, segments: tuple[Segment, ...]) -> None:
@@ -61,7 +62,8 @@ class Rollback:
             if _is_shared_memory(segment):
                 # fallocate may have come further than the page tables.
                 allocated = mine | (taken & whole) if isinstance(segment.method, FallocateThen) else mine
-                stayed += _punch_zeros(allocated - self._resident, segment)
+                stayed += _punch_unshared(allocated - self._resident, segment)
+                mine |= allocated - self._resident  # mapped in order to look who else does
             for pages in mine:
                 try:
                     drop(pages.start, pages.length)
@@ -118,14 +120,36 @@ def _holes(segment: Segment) -> Iterator[PageRange]:
         yield PageRange.inward(first - target.file_base, end - target.file_base)
 
 
+_FEW = 16 * PAGE_SIZE
+"""Others may map the pages at any moment, so that few are looked at and taken away at once."""
+
+
+def _punch_unshared(pages: RangeSet, segment: Segment) -> Iterator[PageRange]:
+    """As :func:`_punch_zeros`, but for pages that others map too: to them they are populated."""
+    for item in pages:
+        if capabilities.MADV_POPULATE.available:
+            # Of what fallocate alone brought in, only our page tables tell whether others map it too.
+            for there in resident(item):
+                with contextlib.suppress(OSError):
+                    mman.madvise(there.start, there.length, mman.MADV_POPULATE_READ)
+        for few in item.chunks(max(_FEW, segment.target.page_size)):
+            zeros = RangeSet(_zeros(few, segment))
+            # Last, so that as little time as can be lies between the look and the hole.
+            yield from _punch_all(zeros - mapped_by_others(few), segment)
+
+
 def _punch_zeros(pages: RangeSet, segment: Segment) -> Iterator[PageRange]:
     """Take the pages that hold nothing but zeros from the file; those that the kernel does not let go of."""
     for item in pages:
-        for zeros in RangeSet(_zeros(item, segment)):
-            try:
-                _punch(zeros, segment)
-            except OSError:
-                yield from _punch_each(zeros, segment)
+        yield from _punch_all(RangeSet(_zeros(item, segment)), segment)
+
+
+def _punch_all(pages: RangeSet, segment: Segment) -> Iterator[PageRange]:
+    for item in pages:
+        try:
+            _punch(item, segment)
+        except OSError:
+            yield from _punch_each(item, segment)
 
 
 def _punch_each(pages: PageRange, segment: Segment) -> Iterator[PageRange]:

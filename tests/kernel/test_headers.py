@@ -69,7 +69,9 @@ NOT_IN_HEADERS = {
     "pagemap.PM_PRESENT": "pagemap.rst; test_pagemap_present",
     "pagemap.PM_PFRAME_MASK": "pagemap.rst; test_pagemap_frame",
     "mman._MAP_FAILED": "the C library's (void *) -1: test_syscalls sees mmap fail",
+    "fiemap._EXTENTS": "how many are asked for at once",
     "futex._UNWAITED": "an address",
+    "kept._BYTES": "how much is read at once",
 }
 
 C_STRUCTS = {

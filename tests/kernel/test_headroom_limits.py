@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 
 import prefault
@@ -22,6 +23,7 @@ from prefault.errors import HeadroomError
 from prefault.headroom import headroom, memory_limits
 from prefault.methods import Access
 from prefault.sizes import MIB, PAGE_SIZE
+from prefault.sparse.advise import Vector
 from support import needs, oracle
 from support.cgroups import Group, groups, leave
 from support.children import Child, in_child
@@ -593,3 +595,33 @@ def test_rlimits_bear_on_new_mappings() -> None:
     assert 120 * MIB < found["RLIMIT_AS"][1] <= 128 * MIB
     assert 60 * MIB < found["RLIMIT_DATA"][1] <= 64 * MIB
     assert not bears
+
+
+def test_taking_back_many_ranges_at_the_limit_is_no_kill(cgroups: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finding out what to discard takes memory itself, when there is none left."""
+    ranges = 60_000
+    with prefault.SparseMemory(PAGE_SIZE) as memory:
+        memory.populate_many([(0, PAGE_SIZE)])  # modules are loaded outside of the group
+    advise = Vector.advise
+    group = cgroups(512 * MIB)
+
+    def scattered() -> bool:
+        with prefault.SparseMemory(ranges * 2 * PAGE_SIZE, unpopulated="zeros") as memory:
+            calls = 0
+
+            def advise_and_meet_a_neighbour(self: Vector, *arguments: int) -> int:
+                nonlocal calls
+                calls += 1
+                if calls == 10:
+                    group.limit(group.usage + 8 * MIB)
+                return advise(self, *arguments)
+
+            monkeypatch.setattr(Vector, "advise", advise_and_meet_a_neighbour)
+            offsets = numpy.arange(ranges) * 2 * PAGE_SIZE
+            with pytest.raises(prefault.HeadroomError, match="discarded again"):
+                memory.populate_many(numpy.stack([offsets, numpy.full(ranges, PAGE_SIZE)], axis=1))
+            leave()
+            return not any(oracle.present(memory.range.start, memory.range.length))
+
+    assert in_child(group.inside(scattered))
+    assert not group.killed

@@ -28,6 +28,16 @@ def _members(found: object) -> set[int]:
     return {number for start, stop in zip(flat[::2], flat[1::2], strict=True) for number in range(start, stop)}
 
 
+@given(pairs, st.integers(0, 80), st.integers(1, 40))
+def test_a_window_is_the_ranges_that_reach_into_it(ranges: list[tuple[int, int]], start: int, length: int) -> None:
+    whole = edges.parse_ranges(ranges, 100)
+    expected = [
+        at for low, high in zip(whole[::2], whole[1::2], strict=True) if low < start + length and high > start
+        for at in (low, high)
+    ]  # fmt: skip
+    assert edges.window(whole, start, start + length).tolist() == expected
+
+
 @given(pairs, pairs)
 def test_the_algebra_of_sets(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> None:
     a, b = _of(one), _of(other)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import resource
 import weakref
 from collections.abc import Callable
@@ -467,3 +469,30 @@ def test_what_a_view_may_do_behind_the_fences() -> None:
             with pytest.raises(prefault.ProtectionError):
                 prefault.populate(view[2 * PAGE :])
         assert present_blocks(memory) == [0, 2]
+
+
+def test_blocks_and_huge_pages_fit_each_other() -> None:
+    """A huge page in the place of a smaller block would bring in, and keep, what nobody asked for."""
+    with pytest.raises(ValueError, match="a multiple of 2097152 bytes, not 65536 bytes"):
+        SparseMemory(GIB, block="64 KiB", huge="advise")
+    with SparseMemory(3 * MIB, huge="advise") as memory:
+        assert (memory.block, len(memory)) == (2 * MIB, 4 * MIB)
+        assert "hg" in oracle.vma_flags(memory.range.start)
+    with SparseMemory(GIB, block="64 KiB") as memory:
+        assert "nh" in oracle.vma_flags(memory.range.start)
+    with SparseMemory(GIB, block="4 MiB") as memory:
+        assert not {"nh", "hg"} & oracle.vma_flags(memory.range.start)
+
+
+@pytest.mark.parametrize("backing", ["anonymous", "memfd"])
+def test_the_plan_is_what_populate_will_do_behind_the_fence(backing: str) -> None:
+    with SparseMemory(4 * MIB, backing=backing, unpopulated="fault") as memory:
+        planned = prefault.plan(memory)
+        assert (planned.method, planned.access) == (memory.populate().method, "write")
+
+
+def test_two_owners_of_one_mapping_are_refused() -> None:
+    with SparseMemory(PAGE) as memory:
+        for twice in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="SparseMemory cannot be copied or pickled"):
+                twice(memory)

@@ -208,6 +208,12 @@ class Ruler:
         return int(self._before[edges // 2]) + rest if len(self._edges) else 0
 
 
+def window(edges: Numbers, start: int, stop: int) -> Numbers:
+    """The ranges that have a byte in ``[start, stop)``, in whole. A view: nothing is copied."""
+    first, last = int(edges.searchsorted(start, "right")), int(edges.searchsorted(stop))
+    return edges[first - first % 2 : last + last % 2]
+
+
 def bridged(edges: Numbers, gap: int) -> list[int]:
     """The set with all gaps filled that are not longer than so many bytes."""
     import numpy

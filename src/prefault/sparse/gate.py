@@ -7,6 +7,8 @@ discarded.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import threading
 import weakref
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from prefault.discard import drop
+from prefault.errors import DiscardError
 from prefault.memory import Gate, Span
 from prefault.ranges import PageRange, RangeSet
 from prefault.residency import PageState, residency_of, resident
@@ -62,7 +65,8 @@ class SparseGate(Gate):
         self.lock = threading.RLock()
         self.operations: weakref.WeakSet[Operation] = weakref.WeakSet()
         self._orphans: list[Operation] = []
-        _all.add(self)
+        with _fork_lock:  # a fork goes through them
+            _all.add(self)
 
     def populating(self, spans: Sequence[Span]) -> Populating:
         """See :class:`~prefault.memory.Gate`."""
@@ -114,9 +118,14 @@ class SparseGate(Gate):
         """Only the thread that forked is here: what the others were about to do is taken back."""
         self.lock = threading.RLock()
         me = threading.get_ident()
-        for operation in list(self.operations):
-            if operation.thread != me:
-                operation.abandon()
+        # They are at work in the parent still, or done by now: the file is not ours to take anything from.
+        file, self.scratch_file = self.scratch_file, None
+        try:
+            for operation in list(self.operations):
+                if operation.thread != me:
+                    operation.abandon()
+        finally:
+            self.scratch_file = file
 
 
 class Operation:
@@ -174,9 +183,17 @@ class Operation:
                     "this thread is at work on these blocks already: a signal handler, a finalizer or a progress"
                     " function cannot populate or discard them meanwhile"
                 )
-            if other._working.acquire(timeout=_PATIENCE_S):
-                other._working.release()
-            del other  # it is to end where its owner lets go of it
+            _waiting[self.thread] = other
+            try:
+                if _waits_for_itself(self.thread):
+                    raise RuntimeError(
+                        "two threads would wait for each other: each is at work on blocks and wants, from within (in a"
+                        " progress function, say), blocks of the other"
+                    )
+                if other._working.acquire(timeout=_PATIENCE_S):
+                    other._working.release()
+            finally:
+                del _waiting[self.thread], other  # it is to end where its owner lets go of it
 
     def _end(self) -> None:
         with self._gate.lock:
@@ -274,7 +291,11 @@ class Discarding(Operation):
     def __enter__(self) -> list[Span]:
         self._begin()
         if not self.empty and self._gate.fence is not None:
-            self._shut(self._gate.fence)
+            try:
+                self._shut(self._gate.fence)
+            except BaseException as error:
+                self._stopped(error)
+                raise
         return self.spans()
 
     def _shut(self, fence: Fence) -> None:
@@ -294,18 +315,43 @@ class Discarding(Operation):
                 fence.shut(start, stop)
             for part in PageRange(start, stop).shifted(gate.address).chunks(_STEP):
                 drop(part.start, part.length)
-        for first in range(0, len(blocks), _AT_ONCE):
-            gate.ask_for_change()
-            with gate.lock:
-                fence.close(blocks[first : first + _AT_ONCE])
+        self._close(fence)
         self._closed = True
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
-        if kind is None and self._running:
-            self._gone(self.blocks)
-            self._end()
-        else:
+    def _close(self, fence: Fence) -> None:
+        gate = self._gate
+        for first in range(0, len(self.blocks), _AT_ONCE):
+            gate.ask_for_change()
+            with gate.lock:
+                fence.close(self.blocks[first : first + _AT_ONCE])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._stopped(error)
+            return
+        try:
+            if self._running:
+                self._gone(self.blocks)
+                self._end()
+        except BaseException as failure:
+            self._stopped(failure)
+            raise
+
+    def _stopped(self, error: BaseException) -> None:
+        """The kernel does not let us shut blocks, or give them back. Raises what that means."""
+        with contextlib.suppress(OSError):  # for the same reason; the first error is the one to tell
             self.abandon()
+        if isinstance(error, OSError) and not isinstance(error, DiscardError):
+            offset = int(self.blocks[0])
+            room = (
+                " (no room for page tables, or for another mapping: vm.max_map_count)" if error.errno == errno.ENOMEM else ""
+            )
+            raise DiscardError(
+                error.errno or 0, f"cannot discard blocks from offset {offset} on: {error.strerror}{room}",
+                address=self._gate.address + offset,
+            ) from error  # fmt: skip
 
     def _take_back(self) -> None:
         # It stopped in the middle: blocks without a page are gone, the others are as before.
@@ -322,8 +368,25 @@ class Discarding(Operation):
                 gate.fence.close(blocks)
                 for start, stop in _pairs(self.blocks):
                     gate.fence.settle(start, stop)
+        elif gate.fence is not None and gate.memory_file is not None:
+            self._close(gate.fence)  # again: see Fence.close
         if gate.books is not None and len(blocks):
             gate.books.refund(_as_set(blocks))
+
+
+_waiting: dict[int, Operation] = {}
+"""Threads that wait, and for what."""
+
+
+def _waits_for_itself(thread: int) -> bool:
+    at = _waiting.get(thread)
+    for _ in range(len(_waiting)):
+        if at is None or not at._running:
+            return False
+        if at.thread == thread:
+            return True
+        at = _waiting.get(at.thread)
+    return False
 
 
 def _pairs(blocks: Edges | Numbers) -> Iterator[tuple[int, int]]:
@@ -368,9 +431,12 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    while _forking:
-        _forking.pop().after_fork_in_child()
-    _fork_lock.release()
+    global _fork_lock
+    _fork_lock = threading.RLock()
+    _waiting.clear()
+    with contextlib.ExitStack() as stack:  # all of them, whatever one raises
+        while _forking:
+            stack.callback(_forking.pop().after_fork_in_child)
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

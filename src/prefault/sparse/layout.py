@@ -6,19 +6,22 @@ import errno
 import os
 from typing import NamedTuple
 
+from prefault._kernel import thp
 from prefault.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Memfd, Opened
 from prefault.errors import MappingError
-from prefault.sizes import MAX_SIZE, Size, format_size, parse_size
+from prefault.mapping import HugeAdvice
+from prefault.sizes import MAX_SIZE, PAGE_SIZE, Size, format_size, parse_size
 
 _MOST = MAX_SIZE >> 1
 
 
 class Layout(NamedTuple):
-    """Bytes; size and reservation are whole blocks."""
+    """Bytes; size and reservation are whole blocks. And which transparent huge pages fit these."""
 
     block: int
     size: int
     reservation: int
+    huge: HugeAdvice
 
 
 def size_of(size: Size, what: str) -> int:
@@ -31,24 +34,41 @@ def size_of(size: Size, what: str) -> int:
     return wanted
 
 
-def lay_out(source: BackingSource, opened: Opened, wanted: int | None, reserved: int | None, block: int | None) -> Layout:
+def lay_out(
+    source: BackingSource, opened: Opened, wanted: int | None, reserved: int | None, block: int | None, huge: HugeAdvice
+) -> Layout:
     """What was asked for in whole blocks.
 
     Raises:
         ValueError: it does not fit together.
     """
     page_size = opened.page_size
+    huge_page = _huge_page(page_size)
     if block is None:
-        block = page_size
+        block = huge_page if huge == "advise" else page_size
     if block <= 0 or block % page_size:
         raise ValueError(f"a block is a multiple of the page size, {page_size} bytes, not {block} bytes")
+    # A huge page taken for a part of it would come, and stay, with blocks that nobody asked for: populating brings in more
+    # than can be taken back, and discarding a part of it frees nothing.
+    if block % huge_page and huge == "advise":
+        raise ValueError(
+            f"with transparent huge pages a block is a multiple of {huge_page} bytes, not {block} bytes (huge='never'"
+            " does without them)"
+        )
+    if block % huge_page and huge == "auto":
+        huge = "never"
     size = opened.size if wanted is None else wanted
     if size is None:
         raise ValueError(f"{type(source).__name__} has no size of its own: say how many bytes")
     if reserved is not None and reserved < size:
         raise ValueError(f"a reservation of {reserved} bytes is smaller than the size, {size} bytes")
     rounded = size + -size % block
-    return Layout(block, rounded, max(rounded, 0 if reserved is None else reserved + -reserved % block))
+    return Layout(block, rounded, max(rounded, 0 if reserved is None else reserved + -reserved % block), huge)
+
+
+def _huge_page(page_size: int) -> int:
+    """Bytes in a transparent huge page; the page size where there are none for this memory."""
+    return (thp.pmd_size() or page_size) if page_size == PAGE_SIZE else page_size
 
 
 def to_share(source: BackingSource, shared: bool) -> BackingSource:

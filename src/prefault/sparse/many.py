@@ -20,7 +20,7 @@ from prefault.methods import POPULATE_READ, POPULATE_WRITE, Access, FallocateThe
 from prefault.needs import Part, Shortage, Watch
 from prefault.pace import Pace
 from prefault.plan import Segment, make_plan, only_possible_fallocates
-from prefault.populate import HeadroomChoice, PopulateResult, _locate
+from prefault.populate import HeadroomChoice, PopulateResult, locate
 from prefault.ranges import PageRange, RangeSet
 from prefault.residency import occupied
 from prefault.rollback import Rollback, holes_before
@@ -39,6 +39,7 @@ _PIECE = 4 * MIB
 _NEAR = 4 * MIB
 """A gap that is looked at as well: a call more costs more than to walk it, page tables full of guards included."""
 _STEP = 64 * MIB
+_TAKEN_BACK_AT_ONCE = 512
 
 _ADVICE = {POPULATE_READ: mman.MADV_POPULATE_READ, POPULATE_WRITE: mman.MADV_POPULATE_WRITE}
 _PRESENT, _SWAPPED = int(PageCategory.PRESENT), int(PageCategory.SWAPPED)
@@ -80,9 +81,10 @@ class _Run:
         starts, lengths = sets.pieces(self._pages, max(_PIECE, segment.target.page_size))
         self._vector = Vector(starts, lengths)
         self._at = 0
+        self._tried: int | None = None
         self._before = self._kept = self._pages[:0]
         self._look()
-        self._watch = None
+        self._watch: Watch | None = None
         if headroom == "check":
             missing = sets.without(sets.without(self._pages, self._before), self._resident)
             self._watch = Watch([_Scattered(self._segment, self._pages, missing, memory.fd)], memory.address)
@@ -146,7 +148,7 @@ class _Run:
             raise
         except BaseException as interruption:
             brought_in, kept = self._settle()
-            text = f"{format_size(brought_in.length)} of {format_size(sets.total(self._pages))} populated{_undone(kept)}"
+            text = f"{format_size(brought_in)} of {format_size(sets.total(self._pages))} populated{_undone(kept)}"
             if isinstance(interruption, KeyboardInterrupt):
                 raise PopulateInterrupted(f"interrupted: {text}", kept) from None
             interruption.add_note(f"populate_many was stopped: {text}")
@@ -179,7 +181,7 @@ class _Run:
 
     def _one(self, number: int) -> None:
         """Populate one piece, or find the page that cannot be populated."""
-        failure = _locate(PageRange(*self._vector.span(number, number + 1)), self._segment)
+        failure = locate(PageRange(*self._vector.span(number, number + 1)), self._segment)
         if failure is not None:
             raise self._failed(failure.address, failure.error)
 
@@ -203,11 +205,12 @@ class _Run:
     def _failed(self, address: int, error: OSError | Shortage) -> PopulateError:
         # By what is there now, so before anything is discarded.
         segment = self._segment
+        self._tried = self._at + 1
         cause = error if isinstance(error, Shortage) else diagnose(address, segment.method, error, segment.target.fd)
         brought_in, kept = self._settle()
         offset = address - self._origin
         where = f"offset {offset} ({address:#x}), in one of {len(self._pages) // 2} ranges"
-        done = f"before that {format_size(brought_in.length)} populated{_undone(kept)}"
+        done = f"before that {format_size(brought_in)} populated{_undone(kept)}"
         if isinstance(cause, Shortage):
             message = f"stopped at {where}: for the next part {cause.sentence}; {done}"
             return cause.error(message, address=address, offset=offset, populated=kept)
@@ -218,19 +221,36 @@ class _Run:
         result.__cause__ = error if isinstance(error, OSError) else None
         return result
 
-    def _settle(self) -> tuple[RangeSet, RangeSet]:
-        """What this call brought in, and what of that is still there. No range after the next vector was touched."""
-        import numpy
+    def _settle(self) -> tuple[int, RangeSet]:
+        """How many bytes this call brought in, and what of that is still there.
 
-        _, end = self._vector.span(self._at, min(self._at + mman.IOV_MAX, len(self._vector)))
-        begun = sets.common(self._pages, numpy.array((self._segment.start, end)))
-        rows = occupied(sets.bridged(begun, _NEAR))
+        Only what was tried, lest others lose what they touch; and a few ranges at a time: it takes memory to find out what
+        is to be discarded, at a moment when there may be none left.
+        """
+        # Of an interruption nobody knows how far into a vector it struck.
+        tried = self._at + mman.IOV_MAX if self._tried is None else self._tried
+        _, end = self._vector.span(0, min(tried, len(self._vector)))
+        begun = sets.window(self._pages, self._segment.start, end)
+        brought_in, stayed = 0, list[PageRange]()
+        for at in range(0, len(begun), 2 * _TAKEN_BACK_AT_ONCE):
+            part = begun[at : at + 2 * _TAKEN_BACK_AT_ONCE]
+            if part[-1] > end:  # it was cut into pieces
+                part = part.copy()
+                part[-1] = end
+            done = sets.as_set(self._brought_in(part))
+            brought_in += done.length
+            kept, resident = (sets.as_set(sets.window(some, part[0], part[-1])) for some in (self._kept, self._resident))
+            stayed += Rollback.knowing(self._segment, kept, resident, self._holes).undo(done, sets.as_set(part))
+        return brought_in, RangeSet(stayed)
+
+    def _brought_in(self, pages: Numbers) -> Numbers:
+        """What of these pages is there now and was not before."""
+        rows = occupied(sets.bridged(pages, _NEAR))
         present = (rows[:, 2] & _PRESENT) != 0
         if self._segment.method.access == "write" and not self._segment.target.shared:
             present &= (rows[:, 2] & _COPY_PENDING) == 0
-        brought_in = sets.as_set(sets.without(self._within(rows[present]), self._before))
-        undo = Rollback.knowing(self._segment, sets.as_set(self._kept), sets.as_set(self._resident), self._holes)
-        return brought_in, undo.undo(brought_in, sets.as_set(begun))
+        there = sets.common(sets.merged(rows[present, 0], rows[present, 1]), pages)
+        return sets.without(there, sets.window(self._before, pages[0], pages[-1]))
 
 
 class _Scattered(Part):

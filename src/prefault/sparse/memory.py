@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from array import array
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -63,10 +64,11 @@ class SparseMemory(MemoryOwner):
         reservation: how far :meth:`resize` may go; default: ``size``. What lies between is not accessible.
         backing: as for :class:`Mapping`. A file that is given by name or descriptor keeps its length; the others grow.
         shared: MAP_SHARED or MAP_PRIVATE, as for :class:`Mapping`. Shared anonymous memory is a memfd here.
-        block: the granularity, a multiple of the page size of the backing, which is the default.
+        block: the granularity, a multiple of the page size of the backing, which is the default; with ``huge="advise"`` of
+            a huge page, 2 MiB.
         unpopulated: what touching a block that is not populated does. ``"zeros"``: it faults pages in, as ordinary memory.
             ``"fault"``: a SIGSEGV, in this process and in its forks; another process has fences of its own.
-        huge: transparent huge pages, as for :class:`Mapping`.
+        huge: transparent huge pages, as for :class:`Mapping`; never where a block is smaller than one.
         books: what is asked before blocks are populated, and told when they are gone: a pool's account.
 
     Raises:
@@ -96,20 +98,19 @@ class SparseMemory(MemoryOwner):
         self.backing = source
         self.shared = not isinstance(source, Anonymous | Hugetlb) if shared is None else shared
         self.unpopulated = unpopulated
-        self.huge = huge
         opened = to_share(source, self.shared).open(wanted, writable=self.shared)
         memory = OwnedMemory(opened.fd)  # from here on it closes the descriptor
         try:
             self.page_size = opened.page_size
-            self.block, self._size, self._reservation = lay_out(
-                source, opened, wanted, reserved, None if block is None else parse_size(block)
+            self.block, self._size, self._reservation, self.huge = lay_out(
+                source, opened, wanted, reserved, None if block is None else parse_size(block), huge
             )
             if opened.fd is not None:
                 ensure_length(source, opened.fd, opened.offset, self._size, opened.page_size)
             fenced = unpopulated == "fault"
             memory.map(
                 self._reservation, opened, shared=self.shared, prot=mman.PROT_NONE if fenced else _ACCESSIBLE,
-                huge=huge, noreserve=True,
+                huge=self.huge, noreserve=True,
             )  # fmt: skip
             fence = self._fence(memory, opened) if fenced else None
             if not fenced and self._reservation > self._size:
@@ -413,3 +414,14 @@ class _Closing:
     def __call__(self) -> None:
         if os.getpid() == self._process:
             self._books.close()
+
+
+def _before_fork() -> None:
+    # What another thread is loading at the moment of the fork would stay locked in the child for ever.
+    if threading.active_count() > 1:
+        import numpy  # noqa: F401
+
+        from prefault.sparse import edges, many  # noqa: F401
+
+
+os.register_at_fork(before=_before_fork)

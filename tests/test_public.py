@@ -45,6 +45,7 @@ _PUBLIC = [
     "PoisonedPageError",
     "Pool",
     "PoolFullError",
+    "PoolGoneError",
     "PoolStatistics",
     "PopulateError",
     "PopulateInterrupted",

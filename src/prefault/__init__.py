@@ -33,6 +33,7 @@ from prefault.errors import (
     OutOfMemoryError,
     PoisonedPageError,
     PoolFullError,
+    PoolGoneError,
     PopulateError,
     PopulateInterrupted,
     ProtectionError,
@@ -82,6 +83,7 @@ __all__ = [
     "PoisonedPageError",
     "Pool",
     "PoolFullError",
+    "PoolGoneError",
     "PoolStatistics",
     "PopulateError",
     "PopulateInterrupted",
@@ -112,15 +114,17 @@ _LATER = {
 _LATER_MODULES = ("pool", "virtio_mem")
 
 
-def __getattr__(name: str) -> _typing.Any:
-    if name not in _LATER and name not in _LATER_MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+if not _typing.TYPE_CHECKING:  # which would take any name for one that is there
 
-    module = import_module(_LATER.get(name, f"{__name__}.{name}"))
-    value = module if name in _LATER_MODULES else getattr(module, name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> _typing.Any:
+        if name not in _LATER and name not in _LATER_MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        module = import_module(_LATER.get(name, f"{__name__}.{name}"))
+        value = module if name in _LATER_MODULES else getattr(module, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

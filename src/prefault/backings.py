@@ -181,8 +181,10 @@ def parse_backing(backing: BackingSource | str) -> BackingSource:
     if not isinstance(backing, str):
         raise TypeError(f"a backing is a prefault.Anonymous, Memfd, ... or a name, not {type(backing).__name__}")
     if backing not in known:
+        path = repr(backing) if "/" in backing else "path"
         raise ValueError(
-            f"unknown backing {backing!r}: one of {', '.join(known)}, prefault.Descriptor(fd), or prefault.File(path)"
+            f"unknown backing {backing!r}: one of {', '.join(known)}, prefault.TemporaryFile(directory),"
+            f" prefault.Descriptor(fd), or prefault.File({path})"
         )
     return known[backing]
 

@@ -232,7 +232,7 @@ class OwnedMemory:
         try:
             self.address = _map_aligned(length, prot, flags, fd, opened.offset, align, opened.page_size)
         except OSError as error:
-            raise _explain(error, length, opened) from error
+            raise _explain(error, length, opened, noreserve) from error
         self.mapped = length
         self.file_offset = opened.offset
         if huge != "auto" and opened.page_size == PAGE_SIZE:
@@ -355,7 +355,7 @@ def _map_aligned(length: int, prot: int, flags: int, fd: int, offset: int, align
     raise OSError(errno.EAGAIN, "other threads took every free place first")
 
 
-def _explain(error: OSError, length: int, opened: Opened) -> MappingError:
+def _explain(error: OSError, length: int, opened: Opened, noreserve: bool) -> MappingError:
     what = f"{format_size(length)} cannot be mapped"
     if opened.page_size > PAGE_SIZE and error.errno == errno.ENOMEM:
         pool = hugetlb.read_pool(opened.page_size)
@@ -368,7 +368,7 @@ def _explain(error: OSError, length: int, opened: Opened) -> MappingError:
     if error.errno == errno.ENOMEM:
         return MappingError(
             error.errno,
-            f"{what}: beyond the address space (RLIMIT_AS), the limit of mappings (vm.max_map_count) or what overcommit"
-            " allows (vm.overcommit_memory; noreserve=True may help)",
+            f"{what}: beyond the address space (128 TiB on x86-64, or RLIMIT_AS), the limit of mappings (vm.max_map_count)"
+            f" or what overcommit allows (vm.overcommit_memory{'' if noreserve else '; noreserve=True may help'})",
         )
     return MappingError(error.errno or 0, f"{what}: {error.strerror}")

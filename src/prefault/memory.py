@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 from prefault.sizes import Size, parse_size
 
@@ -112,6 +112,13 @@ class MemoryOwner(abc.ABC):
     @abc.abstractmethod
     def _borrow(self) -> Borrowed:
         """Its memory, pinned. ValueError when it is closed."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        # What copy and pickle ask. Two owners of one mapping would both unmap it, or both believe to be alone.
+        raise TypeError(
+            f"a {type(self).__name__} cannot be copied or pickled: copy its bytes, or share its memory by fork or, where it"
+            " has a file, by its descriptor (fd, prefault.Descriptor)"
+        )
 
 
 class _PyBuffer(ctypes.Structure):

@@ -78,15 +78,17 @@ class Headroom(NamedTuple):
     def __str__(self) -> str:
         if not self.limits:
             return "no limit is known"
-        rows: list[tuple[str, ...]] = [("left", "limit", "used", "reclaimable", "what", "at the limit", "read from")]
+        rows: list[tuple[str, ...]] = [
+            ("left", "limit", "used", "reclaimable", "reserve", "what", "at the limit", "read from")
+        ]
         for limit in sorted(self.limits, key=lambda limit: (not limit.applies, limit.available_bytes)):
             what = limit.name if limit.applies else f"{limit.name} (of other memory)"
-            sizes = limit.available_bytes, limit.limit_bytes, limit.used_bytes, limit.reclaimable_bytes
+            sizes = limit.available_bytes, limit.limit_bytes, limit.used_bytes, limit.reclaimable_bytes, limit.reserve_bytes
             rows.append((*(format_size(size) for size in sizes), what, limit.consequence, limit.source))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join(
             "  ".join(
-                cell.rjust(width) if column < 4 else cell.ljust(width)
+                cell.rjust(width) if column < 5 else cell.ljust(width)
                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
             for row in rows

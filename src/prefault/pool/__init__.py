@@ -1,6 +1,6 @@
 """Pools: a bounded store of memory from which sparse memories draw, in one process or shared by several.
 
-Sharing needs msgspec (``pip install prefault[pool]``); a pool of one process does not.
+Sharing needs msgspec (``pip install msgspec``); a pool of one process does not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from prefault.pool.pool import Pool
 from prefault.pool.statistics import MemberStatistics, PoolStatistics
 
 if TYPE_CHECKING:
-    from prefault.pool.client import PoolClient
+    # For annotations: both need msgspec, and are made by connect() and Pool.serve().
+    from prefault.pool.client import PoolClient as PoolClient
+    from prefault.pool.server import PoolServer as PoolServer
 
 __all__ = ["MemberStatistics", "OnHighWater", "Pool", "PoolStatistics", "connect"]
 
@@ -29,7 +31,7 @@ def connect(path: str | os.PathLike[str], *, timeout: float = 30.0, on_high_wate
     Raises:
         FileNotFoundError, ConnectionError: no server is there, or it refuses.
         PermissionError: the server is not of this user, nor root's.
-        ImportError: msgspec is not installed (``pip install prefault[pool]``).
+        ImportError: msgspec is not installed (``pip install msgspec``).
     """
     from prefault.pool.client import PoolClient
 

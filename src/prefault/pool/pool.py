@@ -154,7 +154,7 @@ class Pool:
 
         Raises:
             FileExistsError: a server is alive there, or it is no socket.
-            ImportError: msgspec is not installed (``pip install prefault[pool]``).
+            ImportError: msgspec is not installed (``pip install msgspec``).
         """
         from prefault.pool.server import PoolServer
 

@@ -16,10 +16,10 @@ from typing import Annotated, TypeAlias
 
 try:
     import msgspec
-except ImportError as error:
+except ImportError:
     raise ImportError(
-        "a pool that processes share needs msgspec, which is not installed: pip install prefault[pool]", name="msgspec"
-    ) from error
+        "a pool that processes share needs msgspec, which is not installed: pip install msgspec", name="msgspec"
+    ) from None
 
 from prefault.errors import HugePagesError, MappingError, PoolFullError, PoolGoneError
 from prefault.pool.statistics import PoolStatistics

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -530,7 +531,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     with image.open("wb") as file:
         file.truncate(32 * MIB)
     directory.mkdir()
-    made = subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], capture_output=True, text=True)
+    mkfs = shutil.which("mkfs.ext4", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if mkfs is None:
+        needs.missing("mkfs.ext4 is not installed")
+    made = subprocess.run([mkfs, "-q", "-m", "0", image], capture_output=True, text=True)
     done = made.returncode or subprocess.run(["mount", "-o", "loop", image, directory], capture_output=True).returncode
     if done:
         needs.missing("no file system can be made and mounted on a loop device")

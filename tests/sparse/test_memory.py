@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import os
 import pickle
 import resource
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -496,3 +498,16 @@ def test_two_owners_of_one_mapping_are_refused() -> None:
         for twice in (copy.copy, copy.deepcopy, pickle.dumps):
             with pytest.raises(TypeError, match="SparseMemory cannot be copied or pickled"):
                 twice(memory)
+
+
+def test_a_block_that_was_shut_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Discarded before the bytes are read, and populated again before anybody asks why they could not be."""
+
+    def too_late(*_: int) -> int:
+        raise OSError(errno.EFAULT, "injected: another thread has discarded the block, and populates it again")
+
+    monkeypatch.setattr(sys.modules["prefault._kernel.uio"], "process_vm_readv", too_late)
+    with SparseMemory(4 * PAGE, unpopulated="fault") as memory:
+        memory.populate()
+        with pytest.raises(NotPopulatedError, match="at offset 4096 is not populated"):
+            memory.read(PAGE, 8)

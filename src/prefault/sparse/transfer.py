@@ -8,7 +8,7 @@ from array import array
 
 from prefault._kernel import uio
 from prefault.diagnose import diagnose
-from prefault.errors import GuardPageError, NotPopulatedError, ProtectionError
+from prefault.errors import GuardPageError, NotPopulatedError, PopulateError, ProtectionError
 from prefault.memory import Borrowed
 from prefault.methods import Access, best
 from prefault.sizes import MIB, PAGE_SIZE
@@ -42,8 +42,8 @@ def copy(memory: Borrowed, gate: SparseGate, address: int, ours: array[int], acc
             offset = failed - memory.address
             _require_populated(memory, gate, failed, length - done)
             cause = diagnose(failed - failed % PAGE_SIZE, best(access, allocate=False), error, memory.fd)
-            if gate.fence is not None and cause.error in (ProtectionError, GuardPageError):
-                raise _not_populated(gate, offset) from error  # it is being discarded, or was for a moment
+            if gate.fence is not None and cause.error in (ProtectionError, GuardPageError, PopulateError):
+                raise _not_populated(gate, offset) from error  # it is being discarded, or was until a moment ago
             raise cause.error(
                 cause.errno, f"cannot {access} the bytes at offset {offset}: {cause.sentence}", address=failed, offset=offset
             ) from error

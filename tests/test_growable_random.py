@@ -63,9 +63,8 @@ def change(growing: GrowableArray, model: list[float], verb: str, number: int) -
         else:
             model.extend(range(min(number, room)))
             growing.extend(failing(number) if verb == "raise" else iter(range(number)))
-    del (
-        expected
-    )  # what it caught refers to this frame, and to the view in that of extend: a cycle, and the view would live on
+    # What it caught refers to this frame, and to the view in that of extend: a cycle, and the view would live on.
+    del expected
 
 
 def check(growing: GrowableArray, model: list[float]) -> None:

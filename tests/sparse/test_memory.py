@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy  # noqa: F401  its libraries are mappings that a test must not seem to leave
+import numpy
 import pytest
 
 import prefault
@@ -511,3 +511,13 @@ def test_a_block_that_was_shut_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> 
         memory.populate()
         with pytest.raises(NotPopulatedError, match="at offset 4096 is not populated"):
             memory.read(PAGE, 8)
+
+
+@pytest.mark.parametrize("shape", [513, (2, 300), -1, 1 << 40])
+def test_an_array_larger_than_the_memory(shape: int | tuple[int, ...]) -> None:
+    with SparseMemory(2 * PAGE) as memory:
+        assert memory.ndarray("float64", (2, 256), offset=PAGE).shape == (2, 256)
+        assert memory.ndarray("float64", ()).shape == ()
+        assert memory.ndarray("float64", numpy.int64(512)).shape == (512,)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="and 4096 are there from the offset on"):
+            memory.ndarray("float64", shape, offset=PAGE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from array import array
@@ -303,7 +304,13 @@ class SparseMemory(MemoryOwner):
         if not kind.itemsize:
             raise ValueError(f"items of dtype {kind} have no size: say how long, for example 'S8'")
         view = self.view(offset)
-        return numpy.ndarray(len(view) // kind.itemsize if shape is None else shape, kind, buffer=view)
+        if shape is None:
+            shape = len(view) // kind.itemsize
+        counts: list[int] = numpy.atleast_1d(numpy.asarray(shape, numpy.int64)).tolist()
+        needed = kind.itemsize * math.prod(counts)
+        if needed > len(view) or min(counts, default=0) < 0:
+            raise ValueError(f"an array of shape {shape} takes {needed} bytes, and {len(view)} are there from the offset on")
+        return numpy.ndarray(shape, kind, buffer=view)
 
     # --- the object
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import math
 import os
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from prefault._kernel import hugetlb, mman, thp
 from prefault.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Opened, parse_backing
@@ -30,7 +31,81 @@ _MAX_LENGTH = MAX_SIZE - (64 << 30)
 _ADVICE = {"advise": mman.MADV_HUGEPAGE, "never": mman.MADV_NOHUGEPAGE}
 
 
-class Mapping(MemoryOwner):
+class MappedMemory(MemoryOwner):
+    """What :class:`Mapping` and :class:`~prefault.SparseMemory` have in common: a mapping of their own, and its end."""
+
+    _memory: OwnedMemory | None
+
+    @property
+    def fd(self) -> int | None:
+        """The descriptor of the file behind it; None for private anonymous memory. It belongs to this object."""
+        return self._open_memory().fd
+
+    @property
+    def file_offset(self) -> int:
+        """Where in that file the memory starts, in bytes."""
+        return self._open_memory().file_offset
+
+    @property
+    def closed(self) -> bool:
+        """Whether the memory was given up."""
+        return self._memory is None
+
+    def close(self) -> None:
+        """Unmap the memory and close its file. A second call does nothing.
+
+        Raises:
+            BufferError: a view is still alive, or another thread is at work on the memory. Nothing has changed then.
+        """
+        memory = self._memory
+        if memory is not None:
+            memory.close()
+            self._memory = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except BufferError:
+            if kind is None:
+                raise
+            # The exception on its way out matters more. Views that it keeps alive keep the memory until they go.
+            self._memory = None
+
+    def _open_memory(self) -> OwnedMemory:
+        memory = self._memory
+        if memory is None:
+            raise ValueError(f"the {self._what} is closed")
+        return memory
+
+    _what = "mapping"
+
+    @staticmethod
+    def _array(
+        view: memoryview, dtype: numpy.typing.DTypeLike, shape: int | tuple[int, ...] | None
+    ) -> numpy.ndarray[Any, Any]:
+        """The bytes of a view as an array; without a shape, of as many items as fit."""
+        import numpy
+
+        kind = numpy.dtype(dtype)
+        if kind.hasobject:
+            raise TypeError("memory that others may see or discard cannot hold Python objects")
+        if not kind.itemsize:
+            raise ValueError(f"items of dtype {kind} have no size: say how long, for example 'S8'")
+        if shape is None:
+            shape = len(view) // kind.itemsize
+        counts: list[int] = numpy.atleast_1d(numpy.asarray(shape, numpy.int64)).tolist()
+        if min(counts, default=0) < 0:
+            raise ValueError(f"an array has no negative dimensions: {shape}")
+        needed = kind.itemsize * math.prod(counts)
+        if needed > len(view):
+            raise ValueError(f"an array of shape {shape} takes {needed} bytes, and {len(view)} are there from the offset on")
+        return numpy.ndarray(shape, kind, buffer=view)
+
+
+class Mapping(MappedMemory):
     """A range of memory that is mapped by us and unmapped by :meth:`close`.
 
     ::
@@ -97,7 +172,7 @@ class Mapping(MemoryOwner):
         except BaseException:
             memory.unmap()
             raise
-        self._memory: OwnedMemory | None = memory
+        self._memory = memory
 
     @property
     def range(self) -> PageRange:
@@ -107,21 +182,6 @@ class Mapping(MemoryOwner):
         if not mapped:  # closed by another thread since we looked
             raise ValueError("the mapping is closed")
         return PageRange(memory.address, memory.address + mapped)
-
-    @property
-    def fd(self) -> int | None:
-        """The descriptor of the file behind it; None for anonymous memory. It belongs to the mapping."""
-        return self._open_memory().fd
-
-    @property
-    def file_offset(self) -> int:
-        """Where in that file the mapping starts, in bytes."""
-        return self._open_memory().file_offset
-
-    @property
-    def closed(self) -> bool:
-        """Whether the memory was given up."""
-        return self._memory is None
 
     def __len__(self) -> int:
         """Bytes: what was asked for, rounded up to pages; for a :class:`File` or :class:`Descriptor` not rounded."""
@@ -141,39 +201,7 @@ class Mapping(MemoryOwner):
             dtype: anything that numpy takes for one, but no Python objects.
             shape: default: one dimension, as many items as fit.
         """
-        import numpy
-
-        kind = numpy.dtype(dtype)
-        if kind.hasobject:
-            raise TypeError("memory that others may see or discard cannot hold Python objects")
-        if not kind.itemsize:
-            raise ValueError(f"items of dtype {kind} have no size: say how long, for example 'S8'")
-        if shape is None:
-            shape = len(self) // kind.itemsize
-        return numpy.ndarray(shape, kind, buffer=self.memoryview())
-
-    def close(self) -> None:
-        """Unmap the memory and close its file. A second call does nothing.
-
-        Raises:
-            BufferError: a view is still alive, or another thread is at work on the memory. Nothing has changed then.
-        """
-        memory = self._memory
-        if memory is not None:
-            memory.close()
-            self._memory = None
-
-    def __enter__(self) -> Mapping:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self.close()
-        except BufferError:
-            if kind is None:
-                raise
-            # The exception on its way out matters more. Views that it keeps alive keep the memory until they go.
-            self._memory = None
+        return self._array(self.memoryview(), dtype, shape)
 
     def _borrow(self) -> Borrowed:
         memory = self._open_memory()
@@ -182,12 +210,6 @@ class Mapping(MemoryOwner):
             memory.address, self._length,
             readonly=not self.writable, fd=memory.fd, huge=self.huge == "advise", hold=pin,
         )  # fmt: skip
-
-    def _open_memory(self) -> OwnedMemory:
-        memory = self._memory
-        if memory is None:
-            raise ValueError("the mapping is closed")
-        return memory
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"at {self._open_memory().address:#x}"

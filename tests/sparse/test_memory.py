@@ -513,7 +513,7 @@ def test_a_block_that_was_shut_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> 
             memory.read(PAGE, 8)
 
 
-@pytest.mark.parametrize("shape", [513, (2, 300), -1, 1 << 40])
+@pytest.mark.parametrize("shape", [513, (2, 300), 1 << 40])
 def test_an_array_larger_than_the_memory(shape: int | tuple[int, ...]) -> None:
     with SparseMemory(2 * PAGE) as memory:
         assert memory.ndarray("float64", (2, 256), offset=PAGE).shape == (2, 256)

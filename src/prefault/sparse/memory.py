@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
 from array import array
@@ -20,8 +19,8 @@ from prefault.backings import (
     parse_backing,
 )
 from prefault.discard import DiscardResult, discard, drop
-from prefault.mapping import HugeAdvice, OwnedMemory, Pin
-from prefault.memory import Borrowed, MemoryOwner
+from prefault.mapping import HugeAdvice, MappedMemory, OwnedMemory, Pin
+from prefault.memory import Borrowed
 from prefault.methods import Access, Target, best
 from prefault.populate import HeadroomChoice, PopulateResult, Progress, populate
 from prefault.ranges import PageRange, RangeSet
@@ -46,7 +45,7 @@ Ranges: TypeAlias = "Iterable[tuple[int, int]] | Iterable[PageRange] | RangeSet 
 _ACCESSIBLE = mman.PROT_READ | mman.PROT_WRITE
 
 
-class SparseMemory(MemoryOwner):
+class SparseMemory(MappedMemory):
     """A reserved range of addresses in which blocks are populated and discarded, without ever being mapped anew.
 
     ::
@@ -122,7 +121,7 @@ class SparseMemory(MemoryOwner):
             raise
         if books is not None:
             memory.at_unmap = _Closing(books)
-        self._memory: OwnedMemory | None = memory
+        self._memory = memory
 
     def _fence(self, memory: OwnedMemory, opened: Opened) -> Fence:
         merges = opened.page_size == PAGE_SIZE
@@ -296,21 +295,7 @@ class SparseMemory(MemoryOwner):
             shape: default: one dimension, as many items as fit.
             offset: of the first item, in bytes.
         """
-        import numpy
-
-        kind = numpy.dtype(dtype)
-        if kind.hasobject:
-            raise TypeError("memory that others may see or discard cannot hold Python objects")
-        if not kind.itemsize:
-            raise ValueError(f"items of dtype {kind} have no size: say how long, for example 'S8'")
-        view = self.view(offset)
-        if shape is None:
-            shape = len(view) // kind.itemsize
-        counts: list[int] = numpy.atleast_1d(numpy.asarray(shape, numpy.int64)).tolist()
-        needed = kind.itemsize * math.prod(counts)
-        if needed > len(view) or min(counts, default=0) < 0:
-            raise ValueError(f"an array of shape {shape} takes {needed} bytes, and {len(view)} are there from the offset on")
-        return numpy.ndarray(shape, kind, buffer=view)
+        return self._array(self.view(offset), dtype, shape)
 
     # --- the object
 
@@ -347,47 +332,9 @@ class SparseMemory(MemoryOwner):
         address = self._open_memory().address
         return PageRange(address, address + self._size)
 
-    @property
-    def fd(self) -> int | None:
-        """The descriptor of the file behind it; None for private anonymous memory. It belongs to this object."""
-        return self._open_memory().fd
-
-    @property
-    def file_offset(self) -> int:
-        """Where in that file the memory starts, in bytes."""
-        return self._open_memory().file_offset
-
-    @property
-    def closed(self) -> bool:
-        """Whether the memory was given up."""
-        return self._memory is None
-
     def __len__(self) -> int:
         """Bytes, in whole blocks."""
         return self._size
-
-    def close(self) -> None:
-        """Unmap all of it and close its file. A second call does nothing.
-
-        Raises:
-            BufferError: a view is still alive, or another thread is at work on the memory. Nothing has changed then.
-        """
-        memory = self._memory
-        if memory is not None:
-            memory.close()
-            self._memory = None
-
-    def __enter__(self) -> SparseMemory:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self.close()
-        except BufferError:
-            if kind is None:
-                raise
-            # The exception on its way out matters more. Views that it keeps alive keep the memory until they go.
-            self._memory = None
 
     def _borrow(self) -> Borrowed:
         memory = self._open_memory()
@@ -397,10 +344,12 @@ class SparseMemory(MemoryOwner):
         )
 
     def _open_memory(self) -> OwnedMemory:
-        memory = self._memory
-        if memory is None or not memory.mapped:
-            raise ValueError("the sparse memory is closed")
+        memory = super()._open_memory()
+        if not memory.mapped:  # closed by another thread since we looked
+            raise ValueError(f"the {self._what} is closed")
         return memory
+
+    _what = "sparse memory"
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"at {self._open_memory().address:#x}"

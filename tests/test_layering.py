@@ -28,6 +28,7 @@ _RANKS = {
     "prefault.capabilities": 3,
     "prefault.selffile": 3,
     "prefault.cpus": 3,
+    "prefault.sockets": 3,
     "prefault.memory": 4,
     "prefault.vma": 4,
     "prefault.backings": 4,

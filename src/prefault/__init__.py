@@ -5,6 +5,7 @@ Layers, lowest first; each imports only from those before it (``tests/test_layer
     sizes, ranges, errors              pure values
     _kernel                            one thin function per system call
     capabilities, selffile, cpus       what this kernel and process can do
+    sockets                            Unix sockets between processes of one user
     memory, vma, backings              buffers, what is mapped where, what memory comes from
     mapping, residency, methods        memory of our own, what is present, the ways to populate
     plan, diagnose, discard, headroom  what to do, why it failed, giving back, the limits

@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 
 from prefault import PAGE_SIZE
 from prefault.errors import PoolFullError, PoolGoneError
-from prefault.pool import Pool, place, protocol
+from prefault.pool import Pool, protocol
 from prefault.pool import connect as connect_to_pool
 from prefault.pool.client import _Link
 from prefault.pool.server import PoolServer
+from prefault.sockets import place
+from prefault.sockets.messages import ProtocolError
 from support import needs, oracle
 from support.children import Child, in_child
 
@@ -574,7 +576,7 @@ def test_bytes_are_a_message_or_a_protocol_error(data: bytes) -> None:
     for decode in (protocol.decode_request, protocol.decode_reply):
         try:
             message = decode(data)
-        except protocol.ProtocolError:
+        except ProtocolError:
             continue
         assert decode(protocol.encode(message)[4:]) == message
 

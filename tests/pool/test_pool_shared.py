@@ -27,6 +27,7 @@ from prefault.pool import Pool, PoolStatistics, connect, protocol
 from prefault.pool.client import PoolClient
 from prefault.pool.register import Register
 from prefault.pool.server import PoolServer
+from prefault.sockets import messages
 from support import needs
 from support.children import Child, in_child
 
@@ -533,7 +534,7 @@ def test_a_finalizer_in_the_middle_of_a_request(tmp_path: Path, no_leaks: None, 
         kept.populate(0, 4 * _BLOCK)
         memory = client.sparse(64 * _BLOCK)
         memory.populate(0, 4 * _BLOCK)
-        receive, refused = protocol.receive, list[RuntimeError]()
+        receive, refused = messages.receive, list[RuntimeError]()
 
         def interrupted(*arguments: Any) -> Any:
             if not memory.closed:
@@ -545,7 +546,7 @@ def test_a_finalizer_in_the_middle_of_a_request(tmp_path: Path, no_leaks: None, 
                     refused.append(error)
             return receive(*arguments)
 
-        monkeypatch.setattr(protocol, "receive", interrupted)
+        monkeypatch.setattr(messages, "receive", interrupted)
         created = client.sparse(64 * _BLOCK)
         assert memory.closed
         assert len(refused) == 1

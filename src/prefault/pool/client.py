@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from prefault._kernel.peer import peer_credentials
 from prefault.backings import Descriptor
 from prefault.errors import PoolGoneError
-from prefault.pool import place, protocol
+from prefault.pool import protocol
 from prefault.pool.member import Account, Member
 from prefault.pool.notify import Notifier, OnHighWater
-from prefault.pool.protocol import ProtocolError
 from prefault.pool.register import check_name, extent, round_up
 from prefault.pool.statistics import PoolStatistics
 from prefault.sizes import Size, format_size, parse_size
+from prefault.sockets import messages, place
+from prefault.sockets.messages import ProtocolError, may_talk_to
 from prefault.sparse import SparseMemory
 from prefault.sparse.memory import Unpopulated
 
@@ -197,7 +198,7 @@ class _Link:
             }.get(error.errno or 0, error.strerror)
             raise OSError(error.errno, f"no pool at {self.path}: {hint}") from error
         peer = peer_credentials(self.connection)
-        if not protocol.may_talk_to(peer.uid):
+        if not may_talk_to(peer.uid):
             raise PermissionError(
                 errno.EPERM,
                 f"the server at {self.path} runs as user {peer.uid}: memory is taken only from one's own, or root",
@@ -304,7 +305,7 @@ class _Link:
                 if not poll.poll(left):
                     self._fail(f"the pool's server at {self.path} did not answer within {self._timeout} s", errno.ETIMEDOUT)
                 self._reading = True
-                data, descriptors = protocol.receive(self.connection, _READ)
+                data, descriptors = messages.receive(self.connection, _READ)
                 self._received += data
                 self._descriptors += descriptors
                 self._reading = False

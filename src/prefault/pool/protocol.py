@@ -7,10 +7,7 @@ travels is that of a new member's file, with the first byte of :class:`Created`.
 
 from __future__ import annotations
 
-import array
 import errno
-import os
-import socket
 import struct
 from typing import Annotated, TypeAlias
 
@@ -23,6 +20,7 @@ except ImportError:
 
 from prefault.errors import HugePagesError, MappingError, PoolFullError, PoolGoneError
 from prefault.pool.statistics import PoolStatistics
+from prefault.sockets.messages import ProtocolError
 
 VERSION = 1
 
@@ -137,10 +135,6 @@ _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
-class ProtocolError(Exception):
-    """The other side does not keep to the protocol."""
-
-
 def encode(message: Request | Reply) -> bytes:
     """A message with its length before it."""
     body = _encoder.encode(message)
@@ -202,31 +196,3 @@ def error_of(refused: Refused) -> Exception:
     if kind is ConnectionError:
         return PoolGoneError(errno.ECONNABORTED, f"the pool's server refuses: {refused.message}")
     return kind(refused.number or errno.EIO, refused.message)
-
-
-def receive(connection: socket.socket, most: int) -> tuple[bytes, list[int]]:
-    """What has come, at most ``most`` bytes, and the descriptors with it: they are the caller's to close."""
-    room = socket.CMSG_SPACE(array.array("i").itemsize)
-    data, ancillary, _, _ = connection.recvmsg(most, room, socket.MSG_CMSG_CLOEXEC)
-    descriptors = array.array("i")
-    for level, kind, content in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
-    return data, descriptors.tolist()
-
-
-def receive_without_descriptors(connection: socket.socket, most: int) -> bytes:
-    """What has come. The kernel drops descriptors that were sent with it: they never enter this process.
-
-    Raises:
-        ProtocolError: there were some.
-    """
-    data, _, flags, _ = connection.recvmsg(most, 0)
-    if flags & socket.MSG_CTRUNC:
-        raise ProtocolError("a client sends no descriptors")
-    return data
-
-
-def may_talk_to(uid: int) -> bool:
-    """Whether the other side's user is ours, or root."""
-    return uid in (os.geteuid(), 0)

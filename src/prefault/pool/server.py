@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 from prefault._kernel.peer import peer_credentials, peer_pidfd
 from prefault.errors import PoolFullError
-from prefault.pool import place, protocol
+from prefault.pool import protocol
 from prefault.pool.notify import report
-from prefault.pool.protocol import ProtocolError
 from prefault.pool.statistics import PoolStatistics
+from prefault.sockets import place
+from prefault.sockets.messages import ProtocolError, may_talk_to, receive_without_descriptors
 
 if TYPE_CHECKING:
     from prefault.pool.register import Register
@@ -193,7 +194,7 @@ class PoolServer:
             return None
         connection.setblocking(False)
         peer = peer_credentials(connection)
-        if not protocol.may_talk_to(peer.uid):
+        if not may_talk_to(peer.uid):
             return _turn_away(connection, f"it serves user {os.geteuid()}, not user {peer.uid}")
         if len(self._clients) >= self._max_connections:
             return _turn_away(connection, f"it has {self._max_connections} connections, the most that it takes")
@@ -253,7 +254,7 @@ class PoolServer:
             if client.answer is not None:
                 self._send(client)
             else:
-                data = protocol.receive_without_descriptors(client.connection, _READ)
+                data = receive_without_descriptors(client.connection, _READ)
                 if not data:
                     return self._drop(client)
                 client.received += data

@@ -25,8 +25,8 @@ class Place(NamedTuple):
     inode: int
 
 
-def listen_at(path: str | os.PathLike[str]) -> tuple[socket.socket, Place]:
-    """A listening Unix socket at ``path``, mode 0600.
+def listen_at(path: str | os.PathLike[str], kind: socket.SocketKind = socket.SOCK_STREAM) -> tuple[socket.socket, Place]:
+    """A listening Unix socket at ``path``, mode 0600, of stream or of packets.
 
     It is bound in a directory that only we may enter, and linked to its name when it is ready: there is no moment at which
     another user could connect, whatever the umask, and none at which a client finds a socket that nobody listens on.
@@ -39,9 +39,9 @@ def listen_at(path: str | os.PathLike[str]) -> tuple[socket.socket, Place]:
     directory, name = os.path.split(where)
     with _locked(directory) as fd:
         _check_free(where, fd, name)
-        private = f".prefault-pool-{os.getpid()}-{time.monotonic_ns()}"
+        private = f".prefault-socket-{os.getpid()}-{time.monotonic_ns()}"
         os.mkdir(private, 0o700, dir_fd=fd)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener = socket.socket(socket.AF_UNIX, kind)
         try:
             # Through the directory's descriptor: a path in sockaddr_un has at most 107 bytes.
             inner = os.open(private, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
@@ -129,4 +129,7 @@ def _check_free(path: str, directory: int, name: str) -> None:
             return  # a dead server left it
         except (TimeoutError, BlockingIOError):  # alive, and busy
             pass
+        except OSError as error:
+            if error.errno != errno.EPROTOTYPE:  # alive, and of the other kind; a dead one is refused first
+                raise
     raise FileExistsError(errno.EADDRINUSE, f"a server is alive at {path}: connect to it, or choose another path")

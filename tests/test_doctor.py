@@ -26,6 +26,7 @@ from prefault.doctor.record import NOT_MOUNTED
 from prefault.doctor.words import MEANINGS, WITHOUT
 from prefault.testing import without
 from support import needs, oracle
+from support.children import Child
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 THP = Path("/sys/kernel/mm/transparent_hugepage")
@@ -190,6 +191,35 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
         {"missing": {"page_frames": "no"}, "on": machine(user_id=0)}, "privileges", "tip", "root of this container",
         "docker run --cap-add SYS_ADMIN",
     ),
+    "userfaultfd behind a seccomp filter": (
+        {"missing": {"userfaultfd": "userfaultfd: Operation not permitted", "uffd_poison": "the same"},
+         "on": machine(seccomp=2)},
+        "userfaultfd-missing", "warning", "Operation not permitted", "docker run --device /dev/userfaultfd",
+    ),
+    "userfaultfd for root only": (
+        {"missing": {"userfaultfd": "Operation not permitted"}, "unprivileged_userfaultfd": 0}, "userfaultfd-missing",
+        "warning", "is refused with DeviceError", "sysctl vm.unprivileged_userfaultfd=1",
+    ),
+    "no CONFIG_USERFAULTFD": (
+        {"missing": {"userfaultfd": "Function not implemented"}}, "userfaultfd-missing", "warning", "not implemented",
+        "Linux 4.3 or newer, built with CONFIG_USERFAULTFD",
+    ),
+    "userfaultfd switched off": (
+        {"missing": {"userfaultfd": "switched off by PREFAULT_WITHOUT or a test"}}, "userfaultfd-missing", "warning",
+        "switched off", "unset PREFAULT_WITHOUT",
+    ),
+    "userfaultfd without poison": (
+        {"missing": {"uffd_poison": "this kernel does not know it"}}, "userfaultfd-old", "warning", "lacks uffd_poison",
+        "Linux 6.6 or newer",
+    ),
+    "userfaultfd for user mode only": (
+        {"missing": {"uffd_kernel_faults": "Operation not permitted"}, "userfaultfd_device": 0}, "userfaultfd-user-mode",
+        "tip", "write(2) from it, fails with EFAULT", "sudo setfacl -m u:1000:rw /dev/userfaultfd",
+    ),
+    "userfaultfd for user mode only, no device": (
+        {"missing": {"uffd_kernel_faults": "Operation not permitted"}}, "userfaultfd-user-mode", "tip", "EFAULT",
+        "sysctl vm.unprivileged_userfaultfd=1; or populate before",
+    ),
     "a small memory cgroup": (
         {"cgroups": memory_cgroup("/sys/fs/cgroup/a", GIB, 256 * MIB)}, "memory-cgroup", "warning",
         "may use 1.0 GiB, less than the 30.0 GiB that the machine has available, and uses 256.0 MiB",
@@ -302,8 +332,8 @@ def test_an_old_kernel_in_full() -> None:
     unknown = "this kernel does not know it"
     old = {each.name: unknown for each in capabilities.ALL if tuple(map(int, each.since.split("."))) > (5, 10)}
     found = advise(record(missing=old, enabled_pmd=None, shmem_enabled_pmd=None, on=machine(kernel="5.10.0")))
-    assert [advice.rule for advice in found] == ["populate-missing", "residency-pagemap"]
-    assert [advice.remedy for advice in found] == ["Linux 5.14 or newer", "Linux 6.7 or newer"]
+    assert [advice.rule for advice in found] == ["populate-missing", "userfaultfd-old", "residency-pagemap"]
+    assert [advice.remedy for advice in found] == ["Linux 5.14 or newer", "Linux 6.6 or newer", "Linux 6.7 or newer"]
 
 
 def test_a_container_in_full() -> None:
@@ -344,16 +374,19 @@ def test_no_two_pieces_of_advice_contradict() -> None:
         {"populate-missing", "populate-impossible"}, {"residency-mincore", "residency-pagemap"},
         {"dev-shm-small", "dev-shm-full", "dev-shm-missing"}, {"hugetlb-empty", "hugetlb-used-up"},
         {"cpu-quota", "cpu-affinity", "one-cpu"}, {"thp-never", "thp-defrag"},
+        {"userfaultfd-missing", "userfaultfd-old", "userfaultfd-user-mode"},
     ]  # fmt: skip
     for _ in range(1000):
         changes: dict[str, Any] = {}
         chosen = choose.sample([*CASES], choose.randint(1, 6))
+        overwritten = False  # one fault may take back what another one needs
         for what in chosen:
             for key, value in CASES[what][0].items():
+                overwritten |= key in changes
                 changes[key] = {**changes.get(key, {}), **value} if isinstance(value, dict) else value
         found = advise(record(**changes))
         names = rules(found)
-        assert found, chosen
+        assert found or overwritten, chosen
         for group in exclusive:
             assert len(names & group) <= 1, chosen
         writes = [match for advice in found for match in re.findall(r"echo (\S+) > (\S+)", advice.remedy)]
@@ -449,6 +482,36 @@ def test_the_hugetlb_pools(hugetlb_pool: Callable[[int], None]) -> None:
         found = collect()
         assert next(pool for pool in found.pools if pool.page_size == needs.HUGE).available == 0
         assert "hugetlb-used-up" in rules(advise(found))
+
+
+def test_who_may_answer_page_faults() -> None:
+    found = {reading.name: reading for reading in collect().limits}
+    setting = Path("/proc/sys/vm/unprivileged_userfaultfd")
+    if setting.exists():
+        assert found["unprivileged_userfaultfd"].value == int(setting.read_text())
+    if Path("/dev/userfaultfd").exists():
+        opened = subprocess.run(["sh", "-c", ": <>/dev/userfaultfd"], capture_output=True, check=False).returncode == 0
+        assert found["userfaultfd_device"].value == opened
+    else:
+        assert found["userfaultfd_device"].unknown
+
+
+def test_userfaultfd_as_an_ordinary_user() -> None:
+    needs.root("become another user")
+    needs.capability(capabilities.UFFD_KERNEL_FAULTS)
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
+        needs.missing("vm.unprivileged_userfaultfd gives every user the right")
+
+    def ask() -> tuple[bool, bool, set[str]]:
+        os.setuid(65534)
+        answers = {each.name: each.available for each in capabilities.ALL}
+        return answers["userfaultfd"], answers["uffd_kernel_faults"], rules(advise(collect()))
+
+    with Child(ask) as process:
+        user_mode, kernel_too, advised = process.result()
+    assert (user_mode, kernel_too) == (True, False)
+    assert "userfaultfd-user-mode" in advised
+    assert "userfaultfd-missing" not in advised
 
 
 def test_the_machine() -> None:

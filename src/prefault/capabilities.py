@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from ctypes import addressof, sizeof
 
 from prefault._kernel import cachestat as _cachestat
-from prefault._kernel import futex, hugetlb, memfd, mman, pagemap, proc, uio
+from prefault._kernel import futex, hugetlb, memfd, mman, pagemap, proc, uio, userfaultfd
 from prefault.sizes import PAGE_SIZE
 
 disabled: set[str] = {name.strip() for name in os.environ.get("PREFAULT_WITHOUT", "").split(",")} - {""}
@@ -252,6 +252,96 @@ def _memory_cgroup() -> None:
         raise OSError(errno.ENOENT, "no memory cgroup hierarchy is mounted")
 
 
+@contextmanager
+def _userfaultfd(features: int = 0) -> Iterator[int]:
+    fd = _any_userfaultfd()
+    try:
+        userfaultfd.api(fd, features)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _any_userfaultfd() -> int:
+    try:
+        return userfaultfd.userfaultfd(os.O_CLOEXEC | userfaultfd.UFFD_USER_MODE_ONLY)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EPERM, errno.ENOSYS):
+            raise
+        refusal = error
+    # EINVAL: before Linux 5.11 there is no such flag. Else a sandbox hides the call, and may pass the device through.
+    try:
+        return _privileged_userfaultfd()
+    except OSError:
+        raise refusal from None
+
+
+def _privileged_userfaultfd() -> int:
+    try:
+        return userfaultfd.userfaultfd_from_device(os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        return userfaultfd.userfaultfd(os.O_CLOEXEC)
+
+
+def _userfaultfd_call() -> None:
+    with _userfaultfd() as fd, _page() as address:
+        userfaultfd.register(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_MISSING)
+
+
+def _uffd_kernel_faults() -> None:
+    os.close(_privileged_userfaultfd())
+
+
+@contextmanager
+def _shared_page() -> Iterator[int]:
+    """A page of a memfd that the file has and the page table does not."""
+    fd = memfd.memfd_create("prefault-probe")
+    try:
+        os.pwrite(fd, b"x" * PAGE_SIZE, 0)
+        address = mman.mmap(0, PAGE_SIZE, mman.PROT_READ | mman.PROT_WRITE, mman.MAP_SHARED, fd)
+    finally:
+        os.close(fd)
+    try:
+        yield address
+    finally:
+        mman.munmap(address, PAGE_SIZE)
+
+
+def _uffd_minor_shmem() -> None:
+    with _userfaultfd(userfaultfd.Feature.MINOR_SHMEM) as fd, _shared_page() as address:
+        userfaultfd.register(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_MINOR)
+        userfaultfd.continue_(fd, address, PAGE_SIZE)
+
+
+def _uffd_wp_shmem() -> None:
+    with _userfaultfd(userfaultfd.Feature.WP_HUGETLBFS_SHMEM) as fd, _shared_page() as address:
+        userfaultfd.register(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_WP)
+        userfaultfd.writeprotect(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_WRITEPROTECT_MODE_WP)
+
+
+def _uffd_poison() -> None:
+    with _userfaultfd(userfaultfd.Feature.POISON) as fd, _page() as address:
+        userfaultfd.register(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_MISSING)
+        userfaultfd.poison(fd, address, PAGE_SIZE)
+
+
+def _uffd_wp_async() -> None:
+    features = userfaultfd.Feature.WP_ASYNC | userfaultfd.Feature.WP_UNPOPULATED
+    with _userfaultfd(features) as fd, _shared_page() as address:
+        userfaultfd.register(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_WP)
+        userfaultfd.writeprotect(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_WRITEPROTECT_MODE_WP)
+        futex.futex_add_zero(address)  # would be refused with EFAULT if it had to wait for an answer
+
+
+def _uffd_move() -> None:
+    with _userfaultfd(userfaultfd.Feature.MOVE) as fd, _page() as target, _page() as source:
+        futex.futex_add_zero(source)
+        userfaultfd.register(fd, target, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_MISSING)
+        userfaultfd.move(fd, target, source, PAGE_SIZE)
+
+
 MADV_POPULATE = Capability("madv_populate", "5.14", "MADV_POPULATE_WRITE and _READ on a page of our own", _populate)
 PROCESS_MADVISE = Capability(
     "process_madvise", "6.13", "process_madvise on ourselves with MADV_POPULATE_WRITE", _process_madvise
@@ -271,6 +361,22 @@ DONTNEED_LOCKED = Capability("madv_dontneed_locked", "5.18", "MADV_DONTNEED_LOCK
 GUARD_REGIONS = Capability("guard_regions", "6.13", "MADV_GUARD_INSTALL on a page of our own", _guard_regions)
 HUGE_PAGES = Capability("hugetlb_pages", "2.6", "a hugetlb pool that is not empty", _huge_pages)
 MEMORY_CGROUP = Capability("memory_cgroup", "2.6.25", "the directory of our memory cgroup", _memory_cgroup)
+USERFAULTFD = Capability(
+    "userfaultfd", "4.3", "userfaultfd on a page of our own, for faults in user mode", _userfaultfd_call
+)
+UFFD_KERNEL_FAULTS = Capability(
+    "uffd_kernel_faults",
+    "4.3",
+    "userfaultfd for faults that the kernel raises, too (or /dev/userfaultfd)",
+    _uffd_kernel_faults,
+)
+UFFD_MINOR_SHMEM = Capability("uffd_minor_shmem", "5.14", "UFFDIO_CONTINUE of a page that a memfd has", _uffd_minor_shmem)
+UFFD_WP_SHMEM = Capability("uffd_wp_shmem", "5.19", "UFFDIO_WRITEPROTECT of a page of a memfd", _uffd_wp_shmem)
+UFFD_POISON = Capability("uffd_poison", "6.6", "UFFDIO_POISON of a page of our own", _uffd_poison)
+UFFD_WP_ASYNC = Capability(
+    "uffd_wp_async", "6.7", "a write to a protected page that the kernel notes by itself", _uffd_wp_async
+)
+UFFD_MOVE = Capability("uffd_move", "6.8", "UFFDIO_MOVE of a page of our own", _uffd_move)
 
 ALL: tuple[Capability, ...] = (
     MADV_POPULATE,
@@ -290,6 +396,13 @@ ALL: tuple[Capability, ...] = (
     GUARD_REGIONS,
     HUGE_PAGES,
     MEMORY_CGROUP,
+    USERFAULTFD,
+    UFFD_KERNEL_FAULTS,
+    UFFD_MINOR_SHMEM,
+    UFFD_WP_SHMEM,
+    UFFD_POISON,
+    UFFD_WP_ASYNC,
+    UFFD_MOVE,
 )
 """Every capability that this package asks about."""
 

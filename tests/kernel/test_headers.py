@@ -27,11 +27,12 @@ import pytest
 
 import prefault._kernel
 from prefault import capabilities
-from prefault._kernel import _call, futex, mman, pagemap
+from prefault._kernel import _call, futex, mman, pagemap, userfaultfd
 from prefault._kernel.pagemap import PageCategory
-from support import needs, oracle, userfaultfd
+from support import needs, oracle
 from support.children import Child
 from support.regions import PAGE, Region, file_of
+from support.userfaultfd import opened
 
 UAPI = Path(sys.prefix) / "uapi"
 
@@ -53,7 +54,8 @@ HEADERS = (
 C_NAMES = {
     "futex._ADD_ZERO": "FUTEX_OP(FUTEX_OP_ADD, 0, FUTEX_OP_CMP_EQ, -2048)",
     "mman.IOV_MAX": "UIO_MAXIOV",
-    "userfaultfd.UFFD_MSG_BYTES": "sizeof(struct uffd_msg)",
+    "userfaultfd.MESSAGE_BYTES": "sizeof(struct uffd_msg)",
+    **{f"userfaultfd.Ioctl.{name}": f"1ULL << _UFFDIO_{name}" for name in userfaultfd.Ioctl.__members__},
 }
 
 # Constants that no header of the kernel has.
@@ -83,22 +85,35 @@ C_STRUCTS = {
     "pagemap.PageRegion": "page_region",
     "pagemap.PmScanArg": "pm_scan_arg",
     "proc.ProcmapQuery": "procmap_query",
-    "userfaultfd.UffdioApi": "uffdio_api",
-    "userfaultfd.UffdioPoison": "uffdio_poison",
-    "userfaultfd.UffdioRange": "uffdio_range",
-    "userfaultfd.UffdioRegister": "uffdio_register",
-    "userfaultfd.UffdioWriteprotect": "uffdio_writeprotect",
-    "userfaultfd.UffdioZeropage": "uffdio_zeropage",
 }
 C_FIELDS = {"mman.IoVec.base": "iov_base", "mman.IoVec.length": "iov_len"}
 
-C_PREFIXES = {"pagemap.PageCategory": "PAGE_IS_"}
+C_PREFIXES = {"pagemap.PageCategory": "PAGE_IS_", "userfaultfd.Feature": "UFFD_FEATURE_"}
+
+# Structures that are packed with `struct`: for each, the module's format and the fields that it stands for, in order.
+_RUN = ("range.start", "range.len", "mode")
+_TRANSFER = ("dst", "src", "len", "mode")
+C_FORMATS = {
+    "uffdio_api": (userfaultfd.UFFDIO_API_ARGUMENT, ("api", "features", "ioctls")),
+    "uffdio_range": (userfaultfd.UFFDIO_RANGE_ARGUMENT, ("start", "len")),
+    "uffdio_register": (userfaultfd.UFFDIO_RUN_ARGUMENT, (*_RUN, "ioctls")),
+    "uffdio_zeropage": (userfaultfd.UFFDIO_RUN_ARGUMENT, (*_RUN, "zeropage")),
+    "uffdio_continue": (userfaultfd.UFFDIO_RUN_ARGUMENT, (*_RUN, "mapped")),
+    "uffdio_poison": (userfaultfd.UFFDIO_RUN_ARGUMENT, (*_RUN, "updated")),
+    "uffdio_writeprotect": (userfaultfd.UFFDIO_WRITEPROTECT_ARGUMENT, _RUN),
+    "uffdio_copy": (userfaultfd.UFFDIO_TRANSFER_ARGUMENT, (*_TRANSFER, "copy")),
+    "uffdio_move": (userfaultfd.UFFDIO_TRANSFER_ARGUMENT, (*_TRANSFER, "move")),
+    "uffd_msg": (userfaultfd.MESSAGE, ("event", "arg.pagefault.flags", "arg.pagefault.address", "arg.pagefault.feat.ptid")),
+    "uffd_msg#fork": (userfaultfd._FORK, ("event", "arg.fork.ufd")),
+    "uffd_msg#remap": (userfaultfd._THREE, ("event", "arg.remap.from", "arg.remap.to", "arg.remap.len")),
+    "uffd_msg#remove": (userfaultfd._THREE, ("event", "arg.remove.start", "arg.remove.end", "")),
+}
 
 
 def _modules() -> list[ModuleType]:
-    """The modules whose numbers are to be proven; the tests' own userfaultfd is one of them."""
+    """The modules whose numbers are to be proven."""
     names = [info.name for info in pkgutil.iter_modules(prefault._kernel.__path__)]
-    return [*(importlib.import_module(f"prefault._kernel.{name}") for name in names), userfaultfd]
+    return [importlib.import_module(f"prefault._kernel.{name}") for name in names]
 
 
 def _short(module: ModuleType) -> str:
@@ -197,6 +212,14 @@ class Headers:
                 if member in self.words:
                     place = f"offsetof({struct}, {member}), sizeof((({struct} *) 0)->{member})"
                     lines.append(f'printf("{name}.{field} %zu %zu\\n", {place});')
+        for name, (_, packed) in C_FORMATS.items():
+            struct = f"struct {name.partition('#')[0]}"
+            if struct.split()[1] not in self.words:
+                continue
+            lines.append(f'printf("packed.{name} %zu\\n", sizeof({struct}));')
+            for member in filter(None, packed):
+                place = f"offsetof({struct}, {member}), sizeof((({struct} *) 0)->{member})"
+                lines.append(f'printf("packed.{name}.{member} %zu %zu\\n", {place});')
         body = "\n    ".join(lines)
         (directory / "values.c").write_text(
             f"#include <stddef.h>\n#include <stdio.h>\n{includes}\nint main(void)\n{{\n    {body}\n    return 0;\n}}\n"
@@ -239,6 +262,23 @@ def test_struct(headers: Headers, name: str) -> None:
     assert places == {field: Layout(getattr(kind, field).offset, getattr(kind, field).size) for field, _ in fields(kind)}
     # All of the structure is covered, so no field of the header is missing in ours.
     assert sum(place.size for place in places.values()) == ctypes.sizeof(kind)
+
+
+@pytest.mark.parametrize("name", sorted(C_FORMATS))
+def test_format(headers: Headers, name: str) -> None:
+    """Each field is unpacked from where the header has it, and with its size: a byte set there is seen by it alone."""
+    packer, packed = C_FORMATS[name]
+    assert headers.value(f"packed.{name}") == [packer.size]
+    assert len(packer.unpack(bytes(packer.size))) == len(packed)
+    for index, member in enumerate(packed):
+        if not member:
+            continue
+        offset, size = headers.value(f"packed.{name}.{member}")
+        for byte in range(size):
+            raw = bytearray(packer.size)
+            raw[offset + byte] = 1
+            expected = 1 << 8 * (byte if sys.byteorder == "little" else size - 1 - byte)
+            assert packer.unpack(raw) == tuple(expected if at == index else 0 for at in range(len(packed)))
 
 
 def test_every_constant_is_proven_or_explained() -> None:
@@ -357,7 +397,7 @@ def test_pagemap_guard() -> None:
 
 def test_pagemap_swap() -> None:
     """A marker in the page table where the page is not present is a swap entry to pagemap; no swap space is needed."""
-    with Region(2) as region, userfaultfd.opened(userfaultfd.UFFD_FEATURE_POISON) as watcher:
+    with Region(2) as region, opened(userfaultfd.Feature.POISON) as watcher:
         watcher.register(region.address, region.length)
         watcher.poison(region.address)
         assert entry(region.address) & (pagemap.PM_SWAP | pagemap.PM_PRESENT) == pagemap.PM_SWAP
@@ -365,7 +405,7 @@ def test_pagemap_swap() -> None:
 
 
 def test_pagemap_write_protected() -> None:
-    with Region(2) as region, userfaultfd.opened() as watcher:
+    with Region(2) as region, opened() as watcher:
         region.fill(0, b"x")
         region.fill(1, b"x")
         watcher.register(region.address, region.length, userfaultfd.UFFDIO_REGISTER_MODE_WP)

@@ -8,6 +8,8 @@ import fcntl
 import os
 
 PAGEMAP_SCAN = 0xC0606610
+PM_SCAN_WP_MATCHING = 1 << 0
+PM_SCAN_CHECK_WPASYNC = 1 << 1
 
 
 class PageCategory(enum.IntFlag):

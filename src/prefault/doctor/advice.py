@@ -188,6 +188,49 @@ def _privileges(record: Record) -> Iterator[Advice]:
     )  # fmt: skip
 
 
+def _userfaultfd(record: Record) -> Iterator[Advice]:
+    missing = record.lacks("userfaultfd")
+    if missing is not None:
+        if _by_hand(missing):
+            remedy = "unset PREFAULT_WITHOUT"
+        elif record.machine.seccomp == 2:
+            remedy = (
+                "docker run --device /dev/userfaultfd  # with that file writable for the user inside; or let the seccomp"
+                " profile allow the system call userfaultfd"
+            )
+        elif record.number("unprivileged_userfaultfd") == 0:
+            remedy = "sysctl vm.unprivileged_userfaultfd=1  # or Linux 5.11 or newer"
+        else:
+            remedy = f"Linux {missing.since} or newer, built with CONFIG_USERFAULTFD"
+        yield Advice(
+            "userfaultfd-missing", "warning",
+            f"userfaultfd cannot be had ({missing.refusal}): device memory (prefault.device.map, prefault.open_remote) is"
+            " refused with DeviceError",
+            remedy,
+        )  # fmt: skip
+        return
+    old = [answer for name in ("uffd_minor_shmem", "uffd_poison") if (answer := record.lacks(name))]
+    if old:
+        yield Advice(
+            "userfaultfd-old", "warning",
+            f"userfaultfd lacks {' and '.join(answer.name for answer in old)} ({old[0].refusal}): device memory"
+            " (prefault.device.map, prefault.open_remote) is refused with DeviceError",
+            "unset PREFAULT_WITHOUT" if _by_hand(old[-1]) else f"Linux {old[-1].since} or newer",
+        )  # fmt: skip
+        return
+    privileged = record.lacks("uffd_kernel_faults")
+    if privileged is not None and not _by_hand(privileged):
+        remedy = "sysctl vm.unprivileged_userfaultfd=1"
+        if record.number("userfaultfd_device") == 0:
+            remedy = f"sudo setfacl -m u:{record.machine.user_id}:rw /dev/userfaultfd  # or {remedy}"
+        yield Advice(
+            "userfaultfd-user-mode", "tip",
+            "userfaultfd answers faults of user mode only: a system call that is given device memory which is not populated,"
+            " such as write(2) from it, fails with EFAULT",
+            f"{remedy}; or populate before",
+        )  # fmt: skip
+
+
 def _by_hand(answer: CapabilityAnswer) -> bool:
     return (answer.refusal or "").startswith(_BY_TEST)
 
@@ -368,6 +411,7 @@ _RULES: tuple[Callable[[Record], Iterator[Advice]], ...] = (
     _shared_huge_pages,
     _hugetlb,
     _residency,
+    _userfaultfd,
     _privileges,
     _cpus,
 )

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from prefault import capabilities
-from prefault._kernel import cgroup, hugetlb, mman, proc, thp
+from prefault._kernel import cgroup, hugetlb, mman, proc, thp, userfaultfd
 from prefault._version import __version__
 from prefault.cpus import usable_cpus
 from prefault.doctor.record import NOT_MOUNTED, CapabilityAnswer, Machine, Pool, Reading, Record, Unit
@@ -162,6 +162,7 @@ def _limits() -> Iterator[Reading]:
     yield _reading("max_map_count", "count", "/proc/sys/vm/max_map_count", lambda: _number("/proc/sys/vm/max_map_count"))
     yield _reading("mappings", "count", "/proc/self/maps", lambda: Path("/proc/self/maps").read_bytes().count(b"\n"))
     yield from _cpus()
+    yield from _userfaultfd()
 
 
 def _number(path: str) -> int:
@@ -275,3 +276,15 @@ def _quota_v2(path: Path) -> float | None:
 def _quota_v1(path: Path) -> float | None:
     quota = int(path.read_text())
     return None if quota < 0 else quota / _number(str(path.with_name("cpu.cfs_period_us")))
+
+
+def _userfaultfd() -> Iterator[Reading]:
+    """Who may answer page faults: /dev/userfaultfd (Linux 6.1) and the setting (5.2) that opens the system call to all."""
+    setting = "/proc/sys/vm/unprivileged_userfaultfd"
+    yield _reading("unprivileged_userfaultfd", "flag", setting, lambda: _number(setting))
+    yield _reading("userfaultfd_device", "flag", f"access({userfaultfd.DEVICE})", _may_open_userfaultfd)
+
+
+def _may_open_userfaultfd() -> int:
+    os.stat(userfaultfd.DEVICE)  # a missing one is unknown, not forbidden
+    return int(os.access(userfaultfd.DEVICE, os.R_OK | os.W_OK, effective_ids=True))

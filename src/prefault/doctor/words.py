@@ -21,6 +21,14 @@ WITHOUT = {
     "guard_regions": "nothing is lost: there are none to meet",
     "hugetlb_pages": "the backings 'hugetlb' and 'memfd-hugetlb' are refused with HugePagesError",
     "memory_cgroup": "limits of memory cgroups are not seen",
+    "userfaultfd": "device memory is refused: prefault.device.map and prefault.open_remote raise DeviceError",
+    "uffd_kernel_faults": "a system call that is given device memory which is not populated, such as write(2) from it, fails"
+    " with EFAULT: populate first; methods other than a device's own populate fail on it as well",
+    "uffd_minor_shmem": "device memory is refused with DeviceError",
+    "uffd_wp_shmem": "devices cannot evict pages that are writable somewhere, and dirty pages are not tracked",
+    "uffd_poison": "device memory is refused with DeviceError: pages that a driver cannot supply could not be reported",
+    "uffd_wp_async": "dirty pages of device memory are tracked by the server: a fault for each first write",
+    "uffd_move": "nothing is lost: frames of device memory are shared, not moved",
 }
 """By the name of the capability."""
 

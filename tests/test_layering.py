@@ -43,16 +43,17 @@ _RANKS = {
     "prefault.needs": 7,
     "prefault.pace": 7,
     "prefault.populate": 8,
+    "prefault.lock": 9,
     "prefault.sparse": 9,
     "prefault.pool": 10,
     "prefault.growable": 10,
     "prefault.virtio_mem": 10,
-    "prefault": 11,
-    "prefault.doctor": 12,
-    "prefault.testing": 12,
-    "prefault.bench": 13,
-    "prefault.cli": 14,
-    "prefault.__main__": 15,
+    "prefault": 12,
+    "prefault.doctor": 13,
+    "prefault.testing": 13,
+    "prefault.bench": 14,
+    "prefault.cli": 15,
+    "prefault.__main__": 16,
 }
 
 # What else may use ctypes, for addresses of its own memory and instances of the structures. None of them declares a function

@@ -10,7 +10,7 @@ Layers, lowest first; each imports only from those before it (``tests/test_layer
     mapping, residency, methods        memory of our own, what is present, the ways to populate
     plan, diagnose, discard, headroom  what to do, why it failed, giving back, the limits
     rollback, pace, needs, populate    the populate call
-    sparse                             reservations of which parts are populated
+    lock, sparse                       populate and keep; reservations of which parts are populated
     pool, growable, virtio_mem         what stands on sparse memory
     doctor, bench, testing             reports, measurements, help for tests
     cli                                parse and print
@@ -24,12 +24,16 @@ from prefault.discard import DiscardResult, discard
 from prefault.errors import (
     BackingFullError,
     BeyondEndError,
+    DeviceError,
+    DeviceGoneError,
     DiscardError,
+    DriverError,
     GuardPageError,
     HeadroomError,
     HoleError,
     HugePagesError,
     MappingError,
+    NoPopulateError,
     NotPopulatedError,
     OutOfMemoryError,
     PoisonedPageError,
@@ -41,6 +45,7 @@ from prefault.errors import (
     SpecialMappingError,
 )
 from prefault.headroom import Headroom, Limit, headroom
+from prefault.lock import LockResult, lock, unlock
 from prefault.mapping import Mapping
 from prefault.plan import Plan, plan
 from prefault.populate import PopulateResult, populate
@@ -62,8 +67,11 @@ __all__ = [
     "BackingSource",
     "BeyondEndError",
     "Descriptor",
+    "DeviceError",
+    "DeviceGoneError",
     "DiscardError",
     "DiscardResult",
+    "DriverError",
     "File",
     "GrowableArray",
     "GuardPageError",
@@ -73,9 +81,11 @@ __all__ = [
     "HugePagesError",
     "Hugetlb",
     "Limit",
+    "LockResult",
     "Mapping",
     "MappingError",
     "Memfd",
+    "NoPopulateError",
     "NotPopulatedError",
     "OutOfMemoryError",
     "PageRange",
@@ -99,10 +109,12 @@ __all__ = [
     "discard",
     "format_size",
     "headroom",
+    "lock",
     "parse_size",
     "plan",
     "populate",
     "residency",
+    "unlock",
 ]
 
 # A sixth of the import time, for those who only populate: loaded when they are first named.

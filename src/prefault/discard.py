@@ -70,6 +70,9 @@ def discard(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> Dis
         span = memory.select(offset, length)
         if not memory.contiguous:
             raise ValueError("the array is not contiguous: discarding the pages it spans would lose bytes between its items")
+        if memory.supplier is not None:
+            whole_bytes, freed = memory.supplier.discard(span)
+            return DiscardResult(whole_bytes, freed, perf_counter() - began, "device")
         if memory.gate is None:
             return _discard(memory, span, began)
         with memory.gate.discarding([span]) as (whole_blocks,):

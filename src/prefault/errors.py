@@ -105,6 +105,25 @@ class PoolGoneError(PopulateError, ConnectionError):
     """The pool cannot be asked: its server is gone, it is closed, or this is a fork of its process; no page was touched."""
 
 
+class DriverError(PopulateError):
+    """The driver of a device raised an exception for the page (EIO); the message has what it said."""
+
+
+class NoPopulateError(PopulateError):
+    """The driver of a device declares population as meaningless (EOPNOTSUPP); touching the pages faults them in."""
+
+
+class DeviceGoneError(PopulateError, ConnectionError):
+    """A device cannot be asked: its server is gone, it is closed, or this is a fork of the process that mapped it."""
+
+
+class DeviceError(OSError):
+    """A device cannot be served or mapped; nothing is left behind."""
+
+    def __str__(self) -> str:
+        return f"{self.strerror} [{errno_name(self.errno)}]"
+
+
 class NotPopulatedError(OSError):
     """Bytes were to be read or written that are not populated, in sparse memory that faults there (EFAULT).
 

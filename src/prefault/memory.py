@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import abc
+import bisect
 import ctypes
 import math
 import os
 import re
-from collections.abc import Sequence
+import threading
+import weakref
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, NoReturn, SupportsIndex
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple, NoReturn, SupportsIndex
 
 from prefault.sizes import Size, parse_size
 
@@ -32,13 +36,14 @@ class Borrowed:
         fd: a descriptor of the file behind it, if the owner has one, else None. Borrowed as well.
         huge: whether the owner asked for transparent huge pages.
         gate: what the owner wants to be asked before pages come and go, if anything.
+        supplier: who supplies the pages, if the kernel does not.
     """
 
-    __slots__ = ("_hold", "address", "contiguous", "fd", "gate", "huge", "length", "readonly")
+    __slots__ = ("_hold", "address", "contiguous", "fd", "gate", "huge", "length", "readonly", "supplier")
 
     def __init__(
         self, address: int, length: int, *, readonly: bool, contiguous: bool = True, fd: int | None = None,
-        huge: bool = False, gate: Gate | None = None, hold: Hold | None = None,
+        huge: bool = False, gate: Gate | None = None, supplier: Supplier | None = None, hold: Hold | None = None,
     ) -> None:  # fmt: skip
         self.address = address
         self.length = length
@@ -47,6 +52,7 @@ class Borrowed:
         self.fd = fd
         self.huge = huge
         self.gate = gate
+        self.supplier = supplier if supplier is not None else _suppliers.at(address, length)
         self._hold = hold
 
     def release(self) -> None:
@@ -104,6 +110,77 @@ class Gate(abc.ABC):
     @abc.abstractmethod
     def discarding(self, spans: Sequence[Span]) -> AbstractContextManager[Sequence[Span]]:
         """Around discarding: entering shuts the spans, rounded inward to blocks; leaving gives up their admission."""
+
+
+class Supplied(NamedTuple):
+    """What a supplier did: the bytes that it brought in, and those that were there before."""
+
+    bytes: int
+    present_bytes: int
+    threads: int = 1
+    notes: tuple[str, ...] = ()
+
+
+class Supplier(abc.ABC):
+    """Who supplies the pages of device memory, which the kernel could populate only fault by fault.
+
+    Every route that asks for population comes here (requirement C3): at map time, :func:`prefault.populate`,
+    :func:`prefault.lock` and a change of protection.
+    """
+
+    @abc.abstractmethod
+    def populate(
+        self, span: Span, origin: int, access: Literal["read", "write"], *, rollback: bool,
+        progress: Callable[[int, int], None] | None, check_headroom: bool,
+    ) -> Supplied:  # fmt: skip
+        """Make the pages of ``span``, which lies inside the memory, present; PopulateError with offsets from ``origin``."""
+
+    @abc.abstractmethod
+    def discard(self, span: Span) -> tuple[int, int]:
+        """Give the whole pages inside ``span`` back to the device: their bytes, and how many of them were supplied."""
+
+
+class _Suppliers:
+    """Where there is memory with a supplier: a view of such memory, an ndarray say, does not know by itself."""
+
+    def __init__(self) -> None:
+        self._all: tuple[tuple[int, int, weakref.ref[Supplier]], ...] = ()  # sorted; replaced as a whole, so read unlocked
+        self._lock = threading.RLock()  # reentrant: a finalizer withdraws
+
+    def at(self, address: int, length: int) -> Supplier | None:
+        everything = self._all
+        if not everything:
+            return None
+        index = bisect.bisect_right(everything, address, key=itemgetter(0)) - 1
+        if index < 0 or address + length > everything[index][1]:
+            return None
+        return everything[index][2]()
+
+    def add(self, address: int, length: int, supplier: Supplier) -> None:
+        with self._lock:
+            entry = (address, address + length, weakref.ref(supplier))
+            self._all = tuple(sorted((*self._all, entry), key=itemgetter(0)))
+
+    def remove(self, address: int) -> None:
+        with self._lock:
+            self._all = tuple(entry for entry in self._all if entry[0] != address)
+
+    def forget_threads(self) -> None:
+        self._lock = threading.RLock()
+
+
+_suppliers = _Suppliers()
+os.register_at_fork(after_in_child=_suppliers.forget_threads)
+
+
+def add_supplier(address: int, length: int, supplier: Supplier) -> None:
+    """From now on these addresses are populated by ``supplier``, which is referred to weakly."""
+    _suppliers.add(address, length, supplier)
+
+
+def remove_supplier(address: int) -> None:
+    """No longer, before the memory is unmapped. Without one it does nothing."""
+    _suppliers.remove(address)
 
 
 class MemoryOwner(abc.ABC):

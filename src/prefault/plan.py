@@ -69,7 +69,7 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         if not self.segments:
-            return "nothing to populate: the buffer is empty"
+            return "\n".join(self.notes) or "nothing to populate: the buffer is empty"
         lines = [f"{format_size(segment.length)} by {segment.method.name}: {segment.reason}" for segment in self.segments]
         lines.append(f"{self.threads} thread{'s' if self.threads > 1 else ''}")
         return "\n".join([*lines, *self.notes])
@@ -103,6 +103,8 @@ def make_plan(
     chosen = None if method is None else _chosen(method, access)
     if span.start == span.stop:
         return Plan(span, (), 1, ())
+    if memory.supplier is not None and chosen is None:
+        return Plan(span, (), 1, ("device memory: one call of its driver's populate hook",))
     simple = _simple(memory, span, access) if chosen is None and memory.contiguous else None
     if simple is not None:
         return Plan(span, (simple,), _threads(threads, (simple,)), ())

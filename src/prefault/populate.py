@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from prefault.diagnose import diagnose
 from prefault.errors import PopulateError, PopulateInterrupted
-from prefault.memory import Borrowed, borrow
+from prefault.memory import Borrowed, Supplier, borrow
 from prefault.methods import Access
 from prefault.needs import Part, Shortage, Watch, missing_from, spare
 from prefault.pace import FIRST_CHUNK, Pace
@@ -94,7 +94,8 @@ def populate(
             with a disk (their holes are allocated as well), else ``"write"``.
         offset: where to start, in bytes from the start of the buffer (``"64 MiB"`` or a number).
         length: how far; None: to its end.
-        method: the name of a method of :mod:`prefault.methods`, instead of the best one.
+        method: the name of a method of :mod:`prefault.methods`, instead of the best one. For device memory the best is
+            ``"device"``, its driver's hook; the others fault it in page by page, and Ctrl-C waits for their chunk.
         threads: how many at once, never more than the CPUs that this process may use; None: as it pays.
         rollback: on failure or Ctrl-C discard the pages that this call brought in. What another thread wrote to just those
             pages meanwhile is lost.
@@ -118,6 +119,8 @@ def populate(
         raise ValueError(f"headroom is 'check' or 'ignore', not {headroom!r}")
     memory = borrow(buffer)
     try:
+        if memory.supplier is not None and method in (None, "device"):
+            return _have_supplied(memory.supplier, memory, access, offset, length, rollback, progress, headroom, began)
         if memory.gate is None:
             what = make_plan(memory, access, offset, length, method, threads)
             return _carry_out(what, memory, began, method is None, rollback, progress, headroom)
@@ -163,6 +166,29 @@ def _carry_out(
 
             report = stack.enter_context(bar("populate"))
         return _Run(what, report, memory.address, before, undo, watch).run(began)
+
+
+def _have_supplied(
+    supplier: Supplier, memory: Borrowed, access: Access | None, offset: Size, length: Size | None, rollback: bool,
+    progress: Progress | bool, headroom: HeadroomChoice, began: int,
+) -> PopulateResult:  # fmt: skip
+    if access not in (None, "read", "write"):
+        raise ValueError(f"access is 'read', 'write' or None, not {access!r}")
+    span = memory.select(offset, length)
+    chosen: Access = access or ("read" if memory.readonly else "write")
+    if span.start == span.stop:
+        return PopulateResult(0, 0, 0.0, chosen, "none", 1)
+    with ExitStack() as stack:
+        report: Progress | None = progress if callable(progress) else None
+        if progress is True:
+            from prefault.progress import bar
+
+            report = stack.enter_context(bar("populate"))
+        done = supplier.populate(
+            span, memory.address, chosen, rollback=rollback, progress=report, check_headroom=headroom == "check"
+        )
+    took = (perf_counter_ns() - began) / 1e9
+    return PopulateResult(done.bytes, done.present_bytes, took, chosen, "device", done.threads, done.notes)
 
 
 def _surely_fits(segment: Segment, now_ns: int) -> bool:

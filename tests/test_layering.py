@@ -48,6 +48,7 @@ _RANKS = {
     "prefault.pool": 10,
     "prefault.growable": 10,
     "prefault.virtio_mem": 10,
+    "prefault.device": 10,
     "prefault": 12,
     "prefault.doctor": 13,
     "prefault.testing": 13,
@@ -73,6 +74,8 @@ _CTYPES = {
 _BY_NAME = {
     "prefault": "loads sparse memory and what stands on it when they are first named",
     "prefault.cli": "loads a command, which is inside it, when that is asked for",
+    "prefault.device": "loads what is heavy when it is first named",
+    "prefault.device.recipes": "imports the factory of a device",
 }
 
 _HEAVY = {"numpy", "rich", "click"}

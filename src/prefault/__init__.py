@@ -12,6 +12,7 @@ Layers, lowest first; each imports only from those before it (``tests/test_layer
     rollback, pace, needs, populate    the populate call
     lock, sparse                       populate and keep; reservations of which parts are populated
     pool, growable, virtio_mem         what stands on sparse memory
+    device                             memory whose pages a driver supplies: client, server, warden
     doctor, bench, testing             reports, measurements, help for tests
     cli                                parse and print
 """
@@ -54,6 +55,7 @@ from prefault.residency import PageState, Residency, residency
 from prefault.sizes import PAGE_SIZE, format_size, parse_size
 
 if _typing.TYPE_CHECKING:
+    from prefault import device as device
     from prefault import pool as pool
     from prefault import virtio_mem as virtio_mem
     from prefault.growable import GrowableArray
@@ -124,7 +126,7 @@ _LATER = {
     "PoolStatistics": "prefault.pool",
     "SparseMemory": "prefault.sparse",
 }
-_LATER_MODULES = ("pool", "virtio_mem")
+_LATER_MODULES = ("device", "pool", "virtio_mem")
 
 
 if not _typing.TYPE_CHECKING:  # which would take any name for one that is there

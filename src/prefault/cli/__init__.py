@@ -11,7 +11,7 @@ import click
 
 from prefault._version import __version__
 
-_COMMANDS = ("bench", "doctor")
+_COMMANDS = ("bench", "device", "doctor")
 """Each is the command object of that name in the module of that name, loaded when it is asked for."""
 
 

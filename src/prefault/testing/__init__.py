@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from prefault import capabilities
+
+if TYPE_CHECKING:
+    from prefault.testing.device import ContractError, check_device
+
+__all__ = ["ContractError", "check_device", "without"]
+
+
+def __getattr__(name: str) -> Any:
+    # Device memory needs msgspec, which users of the rest may not have.
+    if name in ("ContractError", "check_device"):
+        from prefault.testing import device
+
+        return getattr(device, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @contextmanager

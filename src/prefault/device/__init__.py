@@ -1,0 +1,58 @@
+"""Device memory: drivers in Python, faults answered by a process, one populate hook for every route.
+
+:func:`map` and :func:`connect` give an :class:`Area`; a driver is a :class:`Device`. See docs/device.md.
+"""
+
+import typing as _typing
+
+from prefault.device.driver import ZERO, Device, DeviceArea, FaultAround, Recipe
+
+if _typing.TYPE_CHECKING:
+    from prefault.device.accesslog import AccessLog
+    from prefault.device.area import Area, AreaStatistics
+    from prefault.device.maps import DeviceClient, connect, map  # noqa: A004
+    from prefault.device.serving import Server, serve
+
+__all__ = [
+    "ZERO",
+    "AccessLog",
+    "Area",
+    "AreaStatistics",
+    "Device",
+    "DeviceArea",
+    "DeviceClient",
+    "FaultAround",
+    "Recipe",
+    "Server",
+    "connect",
+    "map",
+    "serve",
+]
+
+# The module of a driver needs none of this; nor does its server.
+_LATER = {
+    "AccessLog": "prefault.device.accesslog",
+    "Area": "prefault.device.area",
+    "AreaStatistics": "prefault.device.area",
+    "DeviceClient": "prefault.device.maps",
+    "Server": "prefault.device.serving",
+    "connect": "prefault.device.maps",
+    "map": "prefault.device.maps",
+    "serve": "prefault.device.serving",
+}
+
+
+if not _typing.TYPE_CHECKING:  # which would take any name for one that is there
+
+    def __getattr__(name: str) -> _typing.Any:
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = getattr(import_module(_LATER[name]), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

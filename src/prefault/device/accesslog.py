@@ -1,0 +1,84 @@
+"""What was asked for of a device, in order: recorded in one run, populated first in the next."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+_FORMAT = "prefault access log"
+_VERSION = 1
+
+
+class LoggedRun(NamedTuple):
+    """Bytes of the device that were asked for together."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class AccessLog:
+    """Which parts of a device were asked for, by fault or populate, in the order of the first time.
+
+    Attributes:
+        device: its name.
+        length: of the device, bytes. A log is for a device of that length only.
+        runs: byte offsets from the start of the *device*, in whole pages.
+    """
+
+    device: str
+    length: int
+    runs: tuple[LoggedRun, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in all runs."""
+        return sum(run.length for run in self.runs)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file, as JSON."""
+        text = json.dumps(
+            {
+                "format": _FORMAT, "version": _VERSION, "device": self.device, "length": self.length,
+                "runs": [list(run) for run in self.runs],
+            }
+        )  # fmt: skip
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AccessLog:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no access log.
+            OSError: it cannot be read.
+        """
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        try:
+            content = json.loads(text)
+            return cls._checked(content)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{os.fsdecode(path)} is no access log of prefault: {error}") from None
+
+    @classmethod
+    def _checked(cls, content: Any) -> AccessLog:
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f"it has no format {_FORMAT!r}")
+        if content["version"] != _VERSION:
+            raise ValueError(f"version {content['version']} is not known (but {_VERSION})")
+        length = _number(content["length"])
+        runs = tuple(LoggedRun(_number(offset), _number(count)) for offset, count in content["runs"])
+        for run in runs:
+            if run.offset + run.length > length + (1 << 21):  # the last page may reach beyond
+                raise ValueError(f"{run.length} bytes at {run.offset} are outside the device of {length} bytes")
+        return cls(str(content["device"]), length, runs)
+
+
+def _number(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is no number of bytes")
+    return value

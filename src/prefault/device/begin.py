@@ -1,0 +1,146 @@
+"""How a process becomes a warden: a fork of a client, a fresh process, one in the place of a dead one, or the command."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from prefault.device import internal, process, recipes
+from prefault.device.driver import Device, Recipe
+from prefault.device.frames import Frames
+from prefault.device.registry import Registry
+from prefault.device.warden import Warden
+from prefault.sockets import place
+
+_log = logging.getLogger("prefault.device")
+
+_START_S = 60.0
+_SOFTWARE = 70  # EX_SOFTWARE
+
+
+def registry_of(device: Device) -> Registry:
+    """With frames, and without clients. DeviceError if there is no memory for the frames."""
+    frames = Frames.create(device.length, device.page_size, device.capacity)
+    return Registry(
+        type(device).__name__, device.length, device.page_size, device.writable, device.restartable, device.timeout_s, frames
+    )
+
+
+def serve_in_foreground(recipe: Recipe, path: str, started: Callable[[Device], None]) -> str:
+    """Become the warden of a device for many clients, until a signal (SIGTERM, SIGINT, SIGHUP) ends it in an orderly way.
+
+    Returns:
+        ``""``, or why the server could not go on.
+    """
+    recipes.check_recipe(recipe)
+    device = recipes.follow(recipe)
+    registry = registry_of(device)
+    listener, listens_at = place.listen_at(path, socket.SOCK_SEQPACKET)
+    try:
+        process.be_called(process.WARDEN)
+        process.raise_descriptor_limit()
+        process.log_to_stderr()
+        warden = Warden(registry, device=device, recipe=recipe, listener=listener, listens_at=listens_at)
+        warden.end_by(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        warden.start_server()
+        started(device)
+        warden.run()
+    finally:
+        place.leave(listens_at)
+    return warden.failed
+
+
+def become_warden(
+    make: Callable[[], Device], recipe: Recipe | None, link: socket.socket, owner: int, path: str | None
+) -> NoReturn:
+    """In a process of our own: make the device, start its server, say so on ``link``, and watch it to the end."""
+    status = _SOFTWARE
+    try:
+        process.be_called(process.WARDEN)
+        process.raise_descriptor_limit()
+        listener = listens_at = None
+        try:
+            device = make()
+            registry = registry_of(device)
+            if path is not None:
+                listener, listens_at = place.listen_at(path, socket.SOCK_SEQPACKET)
+            private = path is None
+            warden = Warden(
+                registry, device=device, recipe=recipe, first=link if private else None, listener=listener,
+                listens_at=listens_at, control=None if private else link, owner=owner,
+            )  # fmt: skip
+            warden.end_by(signal.SIGTERM, signal.SIGHUP)
+            warden.start_server()
+        except (OSError, ValueError) as error:
+            if listens_at is not None:
+                place.leave(listens_at)
+            number = (error.errno or errno.EIO) if isinstance(error, OSError) else errno.EINVAL
+            message = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+            with contextlib.suppress(OSError):  # it does not wait any more
+                internal.send(link, internal.NotStarted(number, message))
+            os._exit(1)
+        assert warden.server_pid is not None
+        with contextlib.suppress(OSError):  # it does not wait any more, and the server will see that
+            internal.send(link, internal.Started(warden.server_pid))
+        warden.run()
+        status = 0
+    except BaseException:  # noqa: BLE001  nothing of the caller's program may run in here
+        _log.exception("a warden failed")
+    finally:
+        os._exit(status)
+
+
+def main(descriptor: int) -> NoReturn:
+    """A fresh process, started by :func:`prefault.device.fresh.spawn`."""
+    link = socket.socket(fileno=descriptor)
+    os.set_inheritable(descriptor, False)
+    sys.argv[:] = [process.WARDEN]
+    process.settle()
+    link.settimeout(_START_S)
+    taken = internal.take(link)
+    if taken is None:
+        os._exit(1)
+    message, descriptors = taken
+    if isinstance(message, internal.Start):
+        arguments, owner = descriptors
+        recipe = Recipe(message.factory, internal.read_arguments(arguments))
+        os.close(arguments)
+        link.settimeout(None)
+        become_warden(lambda: recipes.follow(recipe), recipe, link, owner, message.path)
+    assert isinstance(message, internal.Adopt), message
+    _adopt(link, message, dict(zip(message.descriptors, descriptors, strict=True)))
+
+
+def _adopt(link: socket.socket, message: internal.Adopt, given: dict[str, int]) -> NoReturn:
+    status = _SOFTWARE
+    try:
+        process.be_called(process.WARDEN)
+        process.raise_descriptor_limit()
+        recipe = internal.make_recipe(message.factory, given["arguments"])
+        os.close(given.pop("arguments"))
+        frames = Frames(given["frames"], given["states"], message.length, message.page_size, message.huge, message.notes)
+        registry = Registry(
+            message.name, message.length, message.page_size, message.writable, message.restartable, message.timeout_s,
+            frames, generation=message.generation,
+        )  # fmt: skip
+        ends = {name: socket.socket(fileno=given[name]) for name in ("listener", "first", "control") if name in given}
+        warden = Warden(
+            registry, device=None, recipe=recipe, first=ends.get("first"), listener=ends.get("listener"),
+            listens_at=None if message.place is None else place.Place(*message.place), control=ends.get("control"),
+            owner=given.get("owner", -1), lingers=message.lingers,
+        )  # fmt: skip
+        warden.end_by(signal.SIGTERM, signal.SIGHUP)
+        warden.adopt(given["server"], link)
+        warden.run()
+        status = 0
+    except BaseException:  # noqa: BLE001  there is nobody to raise it to
+        _log.exception("a warden failed")
+    finally:
+        os._exit(status)

@@ -1,0 +1,334 @@
+"""The server of a device: one thread that answers faults and requests, and runs the driver, itself or in workers."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from prefault.device import answers, inside, protocol
+from prefault.device.books import Books, Client, ServedArea
+from prefault.device.calls import Calls
+from prefault.device.connections import EPOLLIN, Connections, Link
+from prefault.device.entries import Entries
+from prefault.device.evict import Evictor
+from prefault.device.faults import Faults
+from prefault.device.frames import SLOTS
+from prefault.device.jobs import Jobs, Workers
+from prefault.device.populates import Populates
+from prefault.device.requests import Requests
+from prefault.device.spin import Spin
+from prefault.device.windows import Windows
+
+if TYPE_CHECKING:
+    from prefault.device.driver import Device
+    from prefault.device.notary import Notary
+    from prefault.device.registry import ClientRecord, Registry
+
+_EVENTS = 64
+_SWITCH_S = 0.0005
+"""How long a worker may keep the interpreter while the loop has a fault to answer."""
+_ERRORS = select.EPOLLERR | select.EPOLLHUP
+
+
+def run_server(
+    device: Device, registry: Registry, notary: Notary, listener: socket.socket | None, first: socket.socket | None,
+    parent_pidfd: int,
+) -> None:  # fmt: skip
+    """Serve until all is over: a private server until its client is gone, one with a listener until SIGTERM.
+
+    In a process of its own, in its main thread; it is the process' affair from then on how signals are handled.
+
+    Args:
+        device: the driver.
+        registry: what outlives a server. If it has clients, this server goes on where another ended.
+        notary: is told what changes in it.
+        listener: where clients connect, for a server of many.
+        first: the connection of a private server's client.
+        parent_pidfd: of the warden, or -1.
+    """
+    inside.device = device
+    sys.setswitchinterval(_SWITCH_S)
+    server = _Server(device, registry, notary, listener, first, parent_pidfd)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    server.run()
+
+
+class _Server:
+    def __init__(
+        self, device: Device, registry: Registry, notary: Notary, listener: socket.socket | None,
+        first: socket.socket | None, parent_pidfd: int,
+    ) -> None:  # fmt: skip
+        self._device = device
+        self._registry = registry
+        self._notary = notary
+        self._listener = listener
+        self._stopping = False
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._leaving: list[Client] = []
+        self._faulted = False
+        self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._parent = -1
+
+        books = self._books = Books(device, registry)
+        books.notify = self._wake
+        evictor = Evictor(books)
+        self._calls = Calls(books, evictor)
+        self._workers = Workers(books, min(device.workers, SLOTS - 1))
+        self._jobs = Jobs(books, self._calls, self._workers)
+        self._entries = Entries(books, evictor)
+        self._entries.gone = self._leave_soon
+        self._faults = Faults(books, self._entries, self._calls, self._jobs, Windows(books))
+        self._faults.broken = self._leave_soon
+        self._populates = Populates(
+            books, self._entries, evictor, self._jobs, self._workers, page_by_page=self._calls.page_by_page
+        )
+        self._requests = Requests(books, self._jobs, self._populates, evictor)
+        self._connections = Connections(self._watch, self._forget)
+        self._connections.greeted = self._greet
+        self._connections.asked = self._requests.handle
+        self._connections.lost = self._lost
+        self._populates.say = self._requests.say = self._connections.say
+        self._requests.added, self._requests.removed = self._added, self._removed
+        self._spin = Spin()
+
+        self._watch(self._waker, EPOLLIN, self._woken)
+        self._watch_parent(parent_pidfd)
+        if registry.clients:
+            self._resume()
+        if listener is not None:
+            listener.setblocking(False)
+            self._watch(listener.fileno(), EPOLLIN, lambda _: self._connections.accept(listener))
+        if first is not None:
+            self._connections.admit(first)
+
+    # --- the loop
+
+    def run(self) -> None:
+        """Until all is over."""
+        self._loop()
+        self._end()
+
+    def _loop(self) -> None:
+        poll, handlers, populates, spin = self._epoll.poll, self._handlers, self._populates, self._spin
+        events: list[tuple[int, int]] = []
+        more = False
+        while True:
+            if not events:
+                events = poll(0 if more or self._leaving else self._connections.patience(), _EVENTS)
+            arrived = time.monotonic_ns()
+            self._faulted = False
+            for fd, mask in events:
+                handler = handlers.get(fd)
+                if handler is not None:
+                    handler(mask)
+            events = []
+            if self._leaving:
+                self._leave_now()
+            if self._connections.strangers:
+                self._connections.expire()
+            if (self._stopping or not self._books.clients) and self._over():
+                return
+            more = bool(populates) and populates.step()
+            if self._faulted and spin.wanted(arrived) and not more and not self._workers.busy:
+                events = spin.wait(poll)
+
+    def _over(self) -> bool:
+        if self._stopping:
+            return True
+        return (
+            self._listener is None
+            and not self._connections.links
+            and not self._books.clients
+            and not self._workers.busy
+        )  # fmt: skip
+
+    def _wait_for_workers(self) -> None:
+        select.select([self._waker], [], [])
+        os.eventfd_read(self._waker)
+
+    def stop(self) -> None:
+        """End in an orderly way; from a signal handler."""
+        self._stopping = True
+        self._wake()
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._waker, 1)
+
+    def _woken(self, _: int) -> None:
+        os.eventfd_read(self._waker)
+        self._workers.collect()
+
+    def _watch(self, fd: int, mask: int, handler: Callable[[int], None]) -> None:
+        if fd in self._handlers:
+            self._epoll.modify(fd, mask)
+        else:
+            self._epoll.register(fd, mask)
+        self._handlers[fd] = handler
+
+    def _forget(self, fd: int) -> None:
+        if self._handlers.pop(fd, None) is not None:
+            # Before it is closed: others have the same open file, and closing ours would not end it.
+            self._epoll.unregister(fd)
+
+    # --- clients
+
+    def _greet(self, link: Link, request: protocol.Hello, record: ClientRecord) -> None:
+        record.number = max(self._registry.clients, default=0) + 1
+        client = Client(record, link.connection)
+        link.client = client
+        try:
+            self._admit(client)
+        except OSError as error:  # fs.epoll.max_user_watches
+            self._connections.send(
+                link, protocol.Refused(request.id, "device", error.errno or 0, "the server cannot wait for one more client")
+            )
+            self._leave_soon(client)
+            return
+        self._tell(lambda: self._notary.admitted(record))
+        books, device = self._books, self._device
+        self._connections.send(
+            link,
+            protocol.Welcome(
+                request.id, books.name[:1000], self._registry.length, books.page_size, device.writable, device.populates,
+                device.evicts, books.frames.huge, books.frames.notes,
+            ),
+            (books.frames.fd,),
+        )  # fmt: skip
+
+    def _admit(self, client: Client) -> None:
+        """Listen to its faults, and to its end."""
+        record = client.record
+        self._registry.clients[record.number] = record
+        self._books.clients[record.number] = client
+        self._watch(record.pidfd, EPOLLIN, lambda _: self._leave_soon(client))
+        faults = self._faults
+
+        def faulted(mask: int) -> None:
+            if mask & _ERRORS:  # it was made blocking, say: reading it would stop us
+                return self._leave_soon(client)
+            self._faulted = True
+            return faults.read(client)
+
+        self._watch(record.userfaultfd, EPOLLIN, faulted)
+
+    def _lost(self, client: Client) -> None:
+        """Its connection is over. Without areas it has no more to ask of us; with some it lives, or its pidfd will say."""
+        if not client.areas and not client.opening:
+            self._leave_soon(client)
+
+    def _leave_soon(self, client: Client) -> None:
+        """It is gone. Not at once, as who finds out may be in the middle of its areas."""
+        if not client.gone:
+            client.gone = True
+            self._leaving.append(client)
+
+    def _leave_now(self) -> None:
+        leaving, self._leaving = self._leaving, []
+        for client in leaving:
+            record = client.record
+            if not client.areas:  # it has nothing left to fear from our end
+                answers.disarm(record.lifeline_read)
+            for area in list(client.areas.values()):
+                self._requests.give_up(area, quietly=True)
+            self._forget(record.userfaultfd)
+            self._forget(record.pidfd)
+            if client.connection is not None:
+                self._connections.hang_up(self._connections.links[client.connection.fileno()])
+            del self._books.clients[record.number], self._registry.clients[record.number]
+            with self._books.lock:  # an eviction may be at one of its areas
+                for fd in (record.userfaultfd, record.pidfd, record.lifeline_write, record.lifeline_read):
+                    os.close(fd)
+            self._tell(partial(self._notary.left, record.number))
+
+    # --- the warden
+
+    def _added(self, area: ServedArea, cpu: int | None) -> None:
+        self._tell(lambda: self._notary.added(area.client.record, area.record))
+        if cpu is not None:
+            self._spin.colocate(area.number, cpu)
+
+    def _removed(self, area: ServedArea, quietly: bool) -> None:
+        self._spin.separate(area.number)
+        if not quietly:
+            self._tell(lambda: self._notary.removed(area.client.record.number, area.number))
+
+    def _tell(self, what: Callable[[], None]) -> None:
+        try:
+            what()
+        except OSError:
+            self._orphaned(0)
+
+    def _watch_parent(self, pidfd: int) -> None:
+        self._parent = pidfd
+        if pidfd >= 0:
+            self._watch(pidfd, EPOLLIN, self._orphaned)
+
+    def _orphaned(self, _: int) -> None:
+        """The warden is gone: a new one gets all that there is."""
+        if self._parent >= 0:
+            self._forget(self._parent)
+            os.close(self._parent)
+            self._parent = -1
+        self._watch_parent(self._notary.orphaned(self._registry))
+
+    # --- after another server
+
+    def _resume(self) -> None:
+        for record in list(self._registry.clients.values()):
+            connection = socket.socket(fileno=record.connection) if record.connection >= 0 else None
+            client = Client(record, connection)
+            client.resumed = True
+            for area in record.areas.values():
+                # The last server may have died between protecting and unprotecting. Threads that wait ask again, and what
+                # was read by it, and not answered, as well.
+                answers.unprotect(record.userfaultfd, area.address, area.length)
+                self._requests.restore(client, area, self._open)
+            self._admit(client)
+            if connection is not None:
+                connection.setblocking(False)
+                self._connections.resume(client)
+            for area in record.areas.values():
+                answers.wake(record.userfaultfd, area.address, area.length)
+            self._connections.say(client, protocol.Restarted(0, self._registry.generation))
+
+    def _open(self, area: ServedArea) -> None:
+        """At a new driver. What it raises is logged; faults will show whether it can serve the area."""
+        self._calls.call(0, "open", self._device.open, area)
+
+    # --- the end
+
+    def _end(self) -> None:
+        self._workers.stop(self._wait_for_workers)
+        clients = list(self._books.clients.values())
+        for client in clients:
+            for area in list(client.areas.values()):
+                self._calls.call(0, "close", self._device.close, area)
+        # For good: a thread of the driver that evicts from now on would take pages that nobody supplies again.
+        self._books.lock.acquire()
+        for client in clients:
+            answers.give_up(self._books.frames, client.record)
+            self._connections.say(client, protocol.Gone(0, f"the server of device {self._books.name} was ended"))
+            answers.disarm(client.record.lifeline_read)
+        self._connections.lost = _nothing
+        self._connections.close()
+        for fd in list(self._handlers):
+            self._forget(fd)
+        self._epoll.close()
+        os.close(self._waker)
+        if self._parent >= 0:
+            os.close(self._parent)
+
+
+def _nothing(client: Client) -> None:
+    """At the end nobody is told."""

@@ -1,0 +1,280 @@
+"""A driver's watcher: a device around the device, which writes down what the driver does and delays it by chance.
+
+It runs in the server. The journal is a file to which each process appends: it outlives the server, whatever ends that.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prefault.device.driver import ZERO, Access, Device, DeviceArea, Supplied
+
+FACTS = ("length", "page_size", "writable", "evicts", "populates", "workers", "batch", "fault_around", "capacity")
+_COPIED = (*FACTS, "timeout_s", "restartable")
+
+
+class Call(NamedTuple):
+    """A call of the driver, as the journal has it. ``pages``: first and stop. ``began``: CLOCK_MONOTONIC, in seconds."""
+
+    pid: int
+    kind: str
+    pages: tuple[int, int]
+    began: float
+
+    def __str__(self) -> str:
+        first, stop = self.pages
+        if self.kind == "fault":
+            return f"fault(page {first})"
+        if first == stop:
+            return f"{self.kind}()"
+        return f"{self.kind}(pages {first} to {stop - 1})"
+
+
+class Raised(NamedTuple):
+    """An exception that came out of the driver."""
+
+    call: Call
+    what: str
+
+
+class Journal:
+    """What a driver did, in all its processes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd = os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self._pid = os.getpid()
+
+    def _write(self, *entry: Any) -> None:
+        if self._pid != os.getpid():  # a server may close what it has not opened itself
+            self._fd = os.open(self._path, os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC)
+            self._pid = os.getpid()
+        os.write(self._fd, json.dumps(entry).encode() + b"\n")
+
+    def begin(self, number: int, kind: str, pages: range) -> None:
+        self._write("begin", os.getpid(), number, kind, [pages.start, pages.stop], time.monotonic())
+
+    def end(self, number: int, raised: str = "") -> None:
+        self._write("end", os.getpid(), number, raised)
+
+    def complain(self, what: str) -> None:
+        self._write("complaint", what)
+
+    def _entries(self) -> list[Any]:
+        found = []
+        for line in self._path.read_bytes().splitlines():
+            found.append(json.loads(line))  # noqa: PERF401  short
+        return found
+
+    def complaints(self) -> list[str]:
+        """What the driver did that no driver may."""
+        return [entry[1] for entry in self._entries() if entry[0] == "complaint"]
+
+    def raised(self) -> list[Raised]:
+        """The exceptions that the driver raised."""
+        calls = self.calls()
+        return [Raised(calls[entry[1], entry[2]], entry[3]) for entry in self._entries() if entry[0] == "end" and entry[3]]
+
+    def unfinished(self) -> list[Call]:
+        """Calls that began and did not end."""
+        calls = self.calls()
+        for entry in self._entries():
+            if entry[0] == "end":
+                calls.pop((entry[1], entry[2]), None)
+        return list(calls.values())
+
+    def calls(self) -> dict[tuple[int, int], Call]:
+        return {
+            (entry[1], entry[2]): Call(entry[1], entry[3], (entry[4][0], entry[4][1]), entry[5])
+            for entry in self._entries()
+            if entry[0] == "begin"
+        }
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class InjectedError(Exception):
+    """Raised by the watcher in the driver's place."""
+
+
+class _WatchedArea(DeviceArea):
+    """A driver's area, with an eye on which frames it asks for, and when."""
+
+    def __init__(self, area: DeviceArea, watcher: Watched) -> None:
+        self._area = area
+        self._watcher = watcher
+        self.offset = area.offset
+        self.length = area.length
+        self.access = area.access
+        self.pid = area.pid
+        self.uid = area.uid
+
+    @property
+    def pages(self) -> range:
+        return self._area.pages
+
+    def frame(self, page: int) -> memoryview:
+        return self._watcher.lend(range(page, page + 1), self._area.frame)
+
+    def frames(self, pages: range) -> memoryview:
+        return self._watcher.lend(pages, lambda _: self._area.frames(pages))
+
+    def ready(self, pages: range) -> list[range]:
+        return self._area.ready(pages)
+
+    def evict(self, pages: range, save: Any = None) -> bytes:
+        return self._area.evict(pages, save)
+
+
+class Watched(Device):
+    """A device that does what ``inner`` does.
+
+    Args:
+        inner: the driver.
+        journal: where it is written down.
+        seed: of the delays.
+        delay_s: the longest delay, in seconds; 0: none.
+        fails: pages that raise :class:`InjectedError` instead of asking the driver.
+    """
+
+    def __init__(self, inner: Device, journal: Journal, *, seed: int, delay_s: float, fails: tuple[int, ...] = ()) -> None:
+        self._inner = inner
+        self._journal = journal
+        self._delay_s = delay_s
+        self._fails = fails
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+        self._number = 0
+        self._lent: dict[int, list[weakref.ref[Any]]] = {}
+        self._supplying: dict[int, range] = {}
+        self._areas: dict[int, tuple[DeviceArea, _WatchedArea]] = {}
+        for name in _COPIED:
+            setattr(self, name, getattr(inner, name))
+
+    # --- what the framework calls
+
+    def open(self, area: DeviceArea) -> None:
+        watched = _WatchedArea(area, self)
+        self._areas[id(area)] = (area, watched)  # the area is kept, so that no other has its id
+        with self._call("open", area.pages):
+            self._inner.open(watched)
+
+    def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
+        pages = range(page, page + 1)
+        self._inject(pages)
+        with self._call("fault", pages, supplies=True):
+            supplied: object = self._inner.fault(self._watched(area), page, access)
+            if supplied is not None and supplied is not ZERO:
+                self._journal.complain(f"fault(page {page}) returned {supplied!r}, and is to return None or ZERO")
+        return None if supplied is None else ZERO
+
+    def populate(self, area: DeviceArea, pages: range, access: Access) -> None:
+        self._inject(pages)
+        with self._call("populate", pages, supplies=True):
+            self._inner.populate(self._watched(area), pages, access)
+
+    def discard(self, area: DeviceArea, pages: range) -> None:
+        with self._call("discard", pages):
+            self._inner.discard(self._watched(area), pages)
+
+    def reclaim(self, area: DeviceArea, pages: int) -> None:
+        with self._call("reclaim", range(0)):
+            self._inner.reclaim(self._watched(area), pages)
+
+    def close(self, area: DeviceArea) -> None:
+        with self._call("close", area.pages):
+            self._inner.close(self._watched(area))
+        self._areas.pop(id(area), None)
+
+    # --- what it watches
+
+    def _watched(self, area: DeviceArea) -> _WatchedArea:
+        found = self._areas.get(id(area))
+        return found[1] if found is not None else _WatchedArea(area, self)
+
+    def _inject(self, pages: range) -> None:
+        for page in self._fails:
+            if page in pages:
+                raise InjectedError(f"page {page} fails for the sake of the check")
+
+    def _delay(self) -> None:
+        if self._delay_s:
+            with self._lock:
+                draw = self._random.random()
+            if draw < 0.4:
+                time.sleep(draw / 0.4 * self._delay_s)
+
+    @contextmanager
+    def _call(self, kind: str, pages: range, *, supplies: bool = False) -> Iterator[None]:
+        with self._lock:
+            self._number = number = self._number + 1
+            if supplies:
+                self._supplying[number] = pages
+                self._lent[number] = []
+        self._journal.begin(number, kind, pages)
+        try:
+            self._delay()
+            yield
+            self._delay()
+        except BaseException as error:
+            self._journal.end(number, f"{type(error).__name__}: {error}")
+            raise
+        else:
+            # An exception's traceback may still hold on to views: only what returned is looked at.
+            self._check_lent(number, kind, pages)
+            self._journal.end(number)
+        finally:
+            with self._lock:
+                self._supplying.pop(number, None)
+                self._lent.pop(number, None)
+
+    def lend(self, pages: range, get: Callable[[int], memoryview]) -> memoryview:
+        """A view of frames for the driver, of which we know when it is gone."""
+        import numpy
+
+        with self._lock:
+            number = next(
+                (
+                    number
+                    for number, supplying in self._supplying.items()
+                    if pages.start >= supplying.start and pages.stop <= supplying.stop
+                ),
+                None,
+            )
+            active = list(self._supplying.values())
+        if number is None:
+            asked = " and ".join(_name(supplying) for supplying in active)
+            what = f"while it was asked to supply {asked}" if asked else "while it was not asked to supply any"
+            self._journal.complain(f"the driver took the frame of {_name(pages)} {what}")
+            return get(pages.start)
+        # Slices of a memoryview keep what is under it, here an array, which can be referred to weakly.
+        array = numpy.frombuffer(get(pages.start), numpy.uint8)
+        with self._lock:
+            self._lent.setdefault(number, []).append(weakref.ref(array))
+        view = array.data
+        del array
+        self._delay()
+        return view
+
+    def _check_lent(self, number: int, kind: str, pages: range) -> None:
+        with self._lock:
+            lent = self._lent.get(number, [])
+        if any(reference() is not None for reference in lent):
+            gc.collect()  # a circle is no intention to keep it
+            if any(reference() is not None for reference in lent):
+                self._journal.complain(f"the driver keeps a view of the frame after {kind} of {_name(pages)} returned")
+
+
+def _name(pages: range) -> str:
+    return f"page {pages.start}" if len(pages) == 1 else f"pages {pages.start} to {pages.stop - 1}"

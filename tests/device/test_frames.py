@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from prefault.device.frames import HUGE_PAGE, SLOTS, Frames
+from prefault.device.states import PageState
+from prefault.errors import DeviceError
+from prefault.sizes import MIB
+
+PAGE = mmap.PAGESIZE
+
+
+@pytest.fixture
+def frames(no_leaks: None) -> Iterator[Frames]:
+    made = Frames.create(20 * PAGE - 100, PAGE)
+    yield made
+    made.close()
+    made.close()
+
+
+def _allocated(fd: int) -> int:
+    return os.fstat(fd).st_blocks * 512
+
+
+def test_it_is_sized_to_whole_pages_and_takes_nothing(frames: Frames) -> None:
+    assert (frames.pages, frames.length, frames.tail, frames.unit) == (20, 20 * PAGE, 100, PAGE)
+    assert os.fstat(frames.fd).st_size == 20 * PAGE
+    assert _allocated(frames.fd) == 0
+    assert not frames.huge
+    assert frames.notes == ()
+
+
+def test_the_memfds_can_neither_shrink_nor_grow(frames: Frames) -> None:
+    for fd in (frames.fd, frames.states_fd):
+        for size in (0, 1 << 20):
+            with pytest.raises(PermissionError):
+                os.ftruncate(fd, size)
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+
+
+def test_states_and_runs(frames: Frames) -> None:
+    frames.mark(range(3, 7), PageState.READY)
+    frames.mark(range(7, 8), PageState.EVICTING)
+    frames.mark(range(12, 12), PageState.READY)
+    frames.mark(range(19, 20), PageState.READY)
+    everything = range(20)
+    assert frames.runs(everything, PageState.READY) == [range(3, 7), range(19, 20)]
+    assert frames.runs(everything, PageState.READY, PageState.EVICTING) == [range(3, 8), range(19, 20)]
+    assert frames.runs(range(4, 6), PageState.READY) == [range(4, 6)]
+    assert frames.runs(range(5, 5), PageState.READY) == []
+    assert frames.count(everything, PageState.MISSING) == 14
+    assert frames.run_at(3, 20) == (PageState.READY, 7)
+    assert frames.run_at(4, 6) == (PageState.READY, 6)
+    assert frames.run_at(8, 20) == (PageState.MISSING, 19)
+    assert frames.run_before(6, 0) == 3
+    assert frames.run_before(6, 5) == 5
+    assert frames.run_before(8, 0) == 8
+    assert frames.run_before(2, 0) == 0
+
+
+def test_all_who_have_the_descriptors_see_the_same(frames: Frames) -> None:
+    other = Frames(os.dup(frames.fd), os.dup(frames.states_fd), 20 * PAGE - 100, PAGE, False)
+    frames.secure(range(1, 2))
+    frames.view(range(1, 2))[:3] = b"abc"
+    frames.mark(range(1, 2), PageState.READY)
+    frames.heartbeat[SLOTS - 1] = 12345
+    assert other.states[1] == PageState.READY
+    assert bytes(other.view(range(1, 2))[:4]) == b"abc\0"
+    assert other.heartbeat[SLOTS - 1] == 12345
+    assert os.pread(frames.fd, 3, PAGE) == b"abc"
+    other.close()
+
+
+def test_secure_allocates_and_punch_gives_back(frames: Frames) -> None:
+    frames.secure(range(2, 6))
+    assert _allocated(frames.fd) == 4 * PAGE
+    frames.view(range(3, 4))[:] = b"x" * PAGE
+    assert [frames.has(page * PAGE) for page in range(8)] == [2 <= page < 6 for page in range(8)]
+    frames.punch(range(3, 5))
+    assert [frames.has(page * PAGE) for page in range(8)] == [page in (2, 5) for page in range(8)]
+    assert _allocated(frames.fd) == 2 * PAGE
+    assert bytes(frames.view(range(3, 4))) == bytes(PAGE)
+
+
+def test_behind_the_end_of_the_device_there_are_zeros(frames: Frames) -> None:
+    frames.view(range(18, 20))[:] = b"x" * 2 * PAGE
+    frames.clear_tail(range(18, 19))
+    assert bytes(frames.view(range(19, 20))) == b"x" * PAGE
+    frames.clear_tail(range(18, 20))
+    assert bytes(frames.view(range(18, 20))) == b"x" * (2 * PAGE - 100) + bytes(100)
+
+
+def test_repair_ends_what_was_in_the_middle(frames: Frames) -> None:
+    states = [PageState.MISSING, PageState.FILLING, PageState.READY, PageState.EVICTING, PageState.PUNCHING]
+    for page, state in enumerate(states):
+        frames.view(range(page, page + 1))[:] = b"x" * PAGE
+        frames.mark(range(page, page + 1), state)
+    frames.heartbeat[3] = 99
+    frames.repair()
+    found = [PageState(frames.states[page]) for page in range(5)]
+    assert found == [PageState.MISSING, PageState.MISSING, PageState.READY, PageState.READY, PageState.MISSING]
+    kept = [os.pread(frames.fd, 1, page * PAGE) for page in range(1, 5)]
+    assert kept == [b"\0", b"x", b"x", b"\0"]
+    assert not any(frames.heartbeat)
+
+
+@pytest.mark.parametrize(("length", "page_size"), [(0, PAGE), (-1, PAGE), (PAGE, 8192), (PAGE, 0)])
+def test_sizes_that_make_no_sense(length: int, page_size: int) -> None:
+    with pytest.raises(ValueError, match=r"a length of|the pages of a device"):
+        Frames.create(length, page_size)
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_a_device_of_more_than_the_kernel_can_address() -> None:
+    with pytest.raises(DeviceError) as caught:
+        Frames.create(1 << 62, PAGE)
+    assert caught.value.errno in (errno.EFBIG, errno.ENOMEM, errno.EINVAL)
+    assert "no frames" in str(caught.value)
+
+
+def test_huge_pages_without_a_pool_are_ordinary_ones(hugetlb_pool: Callable[[int], None]) -> None:
+    hugetlb_pool(0)
+    frames = Frames.create(3 * MIB, HUGE_PAGE)
+    assert (frames.huge, frames.unit, frames.pages, frames.length) == (False, PAGE, 2, 4 * MIB)
+    assert any("hugetlb pool has 0 pages of 2 MiB left" in note for note in frames.notes)
+    frames.close()
+
+
+def test_huge_pages_of_an_empty_pool_are_no_sigbus(hugetlb_pool: Callable[[int], None]) -> None:
+    hugetlb_pool(2)
+    ordinary = Frames.create(8 * MIB, HUGE_PAGE)
+    assert not ordinary.huge
+    ordinary.close()
+    frames = Frames.create(8 * MIB, HUGE_PAGE, 4 * MIB)
+    assert (frames.huge, frames.unit, frames.pages) == (True, HUGE_PAGE, 4)
+    frames.secure(range(2))
+    frames.view(range(2))[: 4 * MIB : PAGE] = b"x" * 1024
+    with pytest.raises(OSError, match="no huge pages") as caught:
+        frames.secure(range(2, 3))
+    assert caught.value.errno == errno.ENOSPC
+    assert [frames.has(page * HUGE_PAGE) for page in (0, 1, 2)] == [True, True, False]
+    frames.punch(range(1))
+    assert not frames.has(0)
+    frames.punch(range(1))  # asking takes it
+    frames.secure(range(2, 3))
+    frames.view(range(2, 3))[0] = 1
+    frames.close()

@@ -1,0 +1,210 @@
+"""Devices that tests of wardens need, importable by recipe, and a look at a device's processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import prefault.device
+from prefault.device.driver import Access, DeviceArea, Recipe, Supplied
+from prefault.memory import borrow
+from prefault.sizes import PAGE_SIZE
+from support import processes
+from support.devices import Pattern, content
+
+PAGES = 32
+
+
+class Gated(Pattern):
+    """Page 4 is supplied when the file at ``gate`` is there; ``deadly``: then its process ends by itself instead."""
+
+    def __init__(
+        self, gate: str, *, restartable: bool = False, deadly: bool = False, timeout_s: float = 30.0, by_recipe: bool = False
+    ) -> None:
+        super().__init__(PAGES, restartable=restartable, timeout_s=timeout_s)
+        self._gate = Path(gate)
+        self._deadly = deadly
+        self._by_recipe = by_recipe
+        self._arguments = {"gate": gate, "restartable": restartable, "deadly": deadly, "timeout_s": timeout_s}
+
+    def recipe(self) -> Recipe | None:
+        return Recipe("support.wardens:Gated", self._arguments) if self._by_recipe else None
+
+    def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
+        if page == 4:
+            area.frame(page)[:] = b"\xee" * PAGE_SIZE  # what nobody may ever see
+            (self._gate.parent / "asked").touch()
+            while not self._gate.exists():
+                time.sleep(0.002)
+            if self._deadly:
+                os._exit(3)
+        return super().fault(area, page, access)
+
+    def populate(self, area: DeviceArea, pages: range, access: Access) -> None:
+        for page in pages:
+            self.fault(area, page, access)
+
+
+class Forks(Pattern):
+    """It has a child of its own, which does nothing for a while."""
+
+    def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
+        if not os.fork():
+            Path("/proc/self/comm").write_text("a-child")
+            time.sleep(60)
+            os._exit(0)
+        return super().fault(area, page, access)
+
+
+class NeverCloses(Pattern):
+    """Its end does not come."""
+
+    def close(self, area: DeviceArea) -> None:
+        time.sleep(3600)
+
+
+class Chatty(Pattern):
+    """It prints."""
+
+    def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
+        print("from the driver")
+        print(sys.stdin.read(), end="")
+        return super().fault(area, page, access)
+
+
+def raising() -> Pattern:
+    """A factory without luck."""
+    raise LookupError("no such thing")
+
+
+def leaving() -> Pattern:
+    """A factory that calls exit."""
+    sys.exit("enough")
+
+
+def vanishing() -> Pattern:
+    """A factory that takes its process with it."""
+    os._exit(9)
+
+
+def a_number() -> int:
+    """No factory."""
+    return 5
+
+
+def lengthless() -> Pattern:
+    """A device without a length."""
+    device = Pattern(1)
+    device.length = 0
+    return device
+
+
+def of_everything(**arguments: Any) -> Pattern:
+    """It insists on what a recipe can carry."""
+    assert arguments == everything(), arguments
+    return Pattern(2)
+
+
+def everything() -> dict[str, Any]:
+    """What a recipe can carry."""
+    return {
+        "none": None, "yes": True, "small": -(1 << 63), "large": (1 << 64) - 1, "half": 0.5, "text": "\N{SNOWMAN}",
+        "bytes": b"\0\xff", "nested": [{"a": [1, [2]]}, []], "long": "x" * 1_000_000,
+    }  # fmt: skip
+
+
+def roles(pid: int | None = None) -> dict[str, int]:
+    """The pids of the one warden and the one server that descend from a process, by role."""
+    found = {}
+    for other in processes.descendants(pid or os.getpid()):
+        try:
+            comm = Path(f"/proc/{other}/comm").read_text().strip()
+        except FileNotFoundError:
+            continue
+        if comm.startswith("prefault-"):
+            found[comm.removeprefix("prefault-")] = other
+    return found
+
+
+def _named() -> set[int]:
+    found = set()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                if Path(f"/proc/{name}/comm").read_text().startswith("prefault-"):
+                    found.add(int(name))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    return found
+
+
+def frames_of(area: prefault.device.Area) -> int:
+    """The inode of the frames that are mapped, by which to find who has them open."""
+    with area.memoryview() as view, borrow(view) as memory:
+        start = f"{memory.address:x}-"
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.startswith(start):
+            assert "/memfd:prefault-frames" in line
+            return int(line.split()[4])
+    raise AssertionError("the area is not mapped")
+
+
+def holders_of(inode: int) -> set[int]:
+    """The processes of devices, whoever's children they are, that have these frames."""
+    found = set()
+    for pid in _named():
+        try:
+            if any(os.stat(f"/proc/{pid}/fd/{name}").st_ino == inode for name in os.listdir(f"/proc/{pid}/fd")):
+                found.add(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def _peek(area: prefault.device.Area, page: int) -> bytes | None:
+    reader, writer = os.pipe()
+    try:
+        with area.memoryview() as view:
+            try:
+                os.write(writer, view[page * area.page_size : page * area.page_size + 512])
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                return None
+        return os.read(reader, 512)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def right(page: int) -> bytes:
+    """What :func:`peek` should give."""
+    return content(page)[:512]
+
+
+class Peek(threading.Thread):
+    """A :func:`peek` under way."""
+
+    def __init__(self, area: prefault.device.Area, page: int) -> None:
+        super().__init__(daemon=True)
+        self._area, self._page = area, page
+        self._found: bytes | None = b"not yet"
+        self.start()
+
+    def run(self) -> None:
+        self._found = _peek(self._area, self._page)
+
+    def result(self, timeout_s: float = 20.0) -> bytes | None:
+        self.join(timeout_s)
+        assert not self.is_alive(), "a thread hangs"
+        return self._found
+
+
+def peek(area: prefault.device.Area, page: int) -> bytes | None:
+    """The page as the kernel reads it for a system call, which fails (None) where a touch would be SIGBUS."""
+    return Peek(area, page).result()

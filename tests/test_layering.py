@@ -49,6 +49,7 @@ _RANKS = {
     "prefault.growable": 10,
     "prefault.virtio_mem": 10,
     "prefault.device": 10,
+    "prefault.drivers": 11,
     "prefault": 12,
     "prefault.doctor": 13,
     "prefault.testing": 13,

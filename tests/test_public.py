@@ -66,6 +66,7 @@ _PUBLIC = [
     "format_size",
     "headroom",
     "lock",
+    "open_remote",
     "parse_size",
     "plan",
     "populate",

@@ -13,6 +13,7 @@ Layers, lowest first; each imports only from those before it (``tests/test_layer
     lock, sparse                       populate and keep; reservations of which parts are populated
     pool, growable, virtio_mem         what stands on sparse memory
     device                             memory whose pages a driver supplies: client, server, warden
+    drivers                            devices that ship
     doctor, bench, testing             reports, measurements, help for tests
     cli                                parse and print
 """
@@ -56,8 +57,10 @@ from prefault.sizes import PAGE_SIZE, format_size, parse_size
 
 if _typing.TYPE_CHECKING:
     from prefault import device as device
+    from prefault import drivers as drivers
     from prefault import pool as pool
     from prefault import virtio_mem as virtio_mem
+    from prefault.drivers import open_remote
     from prefault.growable import GrowableArray
     from prefault.pool import Pool, PoolStatistics
     from prefault.sparse import SparseMemory
@@ -112,6 +115,7 @@ __all__ = [
     "format_size",
     "headroom",
     "lock",
+    "open_remote",
     "parse_size",
     "plan",
     "populate",
@@ -125,8 +129,9 @@ _LATER = {
     "Pool": "prefault.pool",
     "PoolStatistics": "prefault.pool",
     "SparseMemory": "prefault.sparse",
+    "open_remote": "prefault.drivers",
 }
-_LATER_MODULES = ("device", "pool", "virtio_mem")
+_LATER_MODULES = ("device", "drivers", "pool", "virtio_mem")
 
 
 if not _typing.TYPE_CHECKING:  # which would take any name for one that is there

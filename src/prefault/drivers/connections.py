@@ -1,0 +1,147 @@
+"""HTTP connections that are kept open, and bodies that are read straight into frames.
+
+On ``http.client``: the libraries above it (urllib3, requests, aiohttp) hand a body out as bytes of their own, so that each
+is copied once more. Measured with 512 MiB on loopback in 8 threads, CPU seconds of the client: 0.63 by readinto of
+``http.client``, 0.75 by that of urllib3 2.8, 0.44 by recv(2) into the frames, as here.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import socket
+import ssl
+import struct
+import threading
+import urllib.parse
+import urllib.request
+from typing import NamedTuple
+
+from prefault.drivers.source import CHUNK
+
+_PIECE = 4 << 20
+"""How much one recv(2) is asked for, in bytes: few calls, each without the GIL."""
+
+
+class Origin(NamedTuple):
+    """Where a connection leads to."""
+
+    scheme: str
+    host: str
+    port: int | None
+
+
+class Connections:
+    """Connections that are kept open, by origin. Proxies are taken from the environment, as everywhere."""
+
+    def __init__(self) -> None:
+        self._idle: dict[Origin, list[http.client.HTTPConnection]] = {}
+        self._lock = threading.Lock()
+        self._tls: ssl.SSLContext | None = None
+        self._proxies = urllib.request.getproxies()
+
+    def take(self, origin: Origin, timeout_s: float) -> tuple[http.client.HTTPConnection, bool]:
+        """A connection, and whether it was used before."""
+        with self._lock:
+            idle = self._idle.get(origin)
+            connection = idle.pop() if idle else None
+        if connection is None:
+            return self._make(origin, timeout_s), False
+        connection.timeout = timeout_s
+        if connection.sock is not None:
+            connection.sock.settimeout(timeout_s)
+        return connection, True
+
+    def give(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
+        """It can be used again."""
+        with self._lock:
+            self._idle.setdefault(origin, []).append(connection)
+
+    def close(self) -> None:
+        """Those that nobody uses."""
+        with self._lock:
+            idle, self._idle = self._idle, {}
+        for connections in idle.values():
+            for connection in connections:
+                connection.close()
+
+    def proxy(self, origin: Origin) -> str | None:
+        """The proxy to go through, if any."""
+        proxy = self._proxies.get(origin.scheme) or self._proxies.get("all")
+        return None if proxy is None or urllib.request.proxy_bypass(origin.host) else proxy
+
+    def _make(self, origin: Origin, timeout_s: float) -> http.client.HTTPConnection:
+        proxy = self.proxy(origin)
+        host, port = origin.host, origin.port
+        tunnel: dict[str, str] = {}
+        if proxy is not None:
+            parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+            host, port = parts.hostname or "", parts.port
+            tunnel = authorization(parts, "Proxy-Authorization")
+        if origin.scheme == "http":
+            return http.client.HTTPConnection(host, port, timeout=timeout_s)
+        if self._tls is None:
+            self._tls = ssl.create_default_context()
+        connection = http.client.HTTPSConnection(host, port, timeout=timeout_s, context=self._tls)
+        if proxy is not None:
+            connection.set_tunnel(origin.host, origin.port, tunnel)
+        return connection
+
+
+def authorization(parts: urllib.parse.SplitResult, header: str) -> dict[str, str]:
+    """The user and the password of a URL, as a header."""
+    if parts.username is None:
+        return {}
+    pair = f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+    return {header: "Basic " + base64.b64encode(pair.encode()).decode()}
+
+
+class Answer:
+    """The head of an answer, and its body to be read."""
+
+    def __init__(self, response: http.client.HTTPResponse, connection: http.client.HTTPConnection, origin: Origin) -> None:
+        self.response = response
+        self.connection = connection
+        self.origin = origin
+        # Of an unencrypted body whose length is known, the kernel can put the bytes where they belong.
+        sock = connection.sock
+        self._direct = type(sock) is socket.socket and not response.chunked and response.length is not None
+        self._begun = False
+
+    def read_into(self, target: memoryview, timeout_s: float) -> int:
+        """Some bytes of the body; 0: it ended. TimeoutError when nothing comes for that long."""
+        if self._direct and self.response.length:
+            return self._receive(target, timeout_s)
+        if self.connection.sock is not None:
+            self.connection.sock.settimeout(timeout_s)
+        with target[:CHUNK] as piece:
+            return self.response.readinto(piece)
+
+    def _receive(self, target: memoryview, timeout_s: float) -> int:
+        response, sock = self.response, self.connection.sock
+        assert response.length is not None
+        if not self._begun:
+            sock.settimeout(timeout_s)
+            # What came along with the head; all of it, as the rest of the target is at least as long as the body.
+            count = min(len(response.fp.peek(1)), len(target), response.length)
+            self._begun = True
+            with target[:count] as piece:
+                count = response.fp.readinto1(piece) if count else 0
+        else:
+            # A time limit of Python's makes the socket non-blocking, and MSG_WAITALL then waits for nothing.
+            sock.settimeout(None)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", *divmod(int(timeout_s * 1e6), 10**6)))
+            with target[: min(_PIECE, response.length)] as piece:
+                try:
+                    count = sock.recv_into(piece, 0, socket.MSG_WAITALL)
+                except BlockingIOError:
+                    raise TimeoutError(f"nothing came for {timeout_s:.1f} s") from None
+        response.length -= count
+        if not response.length:
+            response.close()
+        return count
+
+    def drop(self) -> None:
+        """Done with it, whatever is left of the body."""
+        self.response.close()
+        self.connection.close()

@@ -1,0 +1,361 @@
+"""Sources on this machine, in archives, behind fsspec, and behind an ``open()``-like callable."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import math
+import os
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NoReturn
+
+from prefault.drivers.source import (
+    CHUNK,
+    PASSING,
+    Attempts,
+    PassingError,
+    Patience,
+    Slice,
+    Source,
+    SourceChangedError,
+    SourceError,
+    SourceFile,
+    SourceMissingError,
+    StreamPool,
+    Version,
+    fill_from,
+)
+from prefault.sizes import MIB
+
+_LOCAL_HEADER_BYTES = 30
+_ENCRYPTED = 0x1
+
+
+def _refuse(name: str, error: OSError) -> NoReturn:
+    number = error.errno or errno.EIO
+    if isinstance(error, FileNotFoundError):
+        raise SourceMissingError(errno.ENOENT, f"{name}: there is no such file, or no longer") from error
+    raise SourceError(number, f"{name}: {error.strerror or error}") from error
+
+
+class LocalSource(Source):
+    """A file of this machine. It is noticed when it is written, replaced, cut short or removed."""
+
+    def __init__(self, path: str, patience: Patience, version: Version | None = None) -> None:
+        super().__init__(path, patience)
+        self._path = path
+        self._fd = -1
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if not os.path.isfile(path):
+                raise IsADirectoryError(errno.EINVAL, "it is not a regular file")
+            now = self._version_of(os.fstat(self._fd))
+        except OSError as error:
+            self.close()
+            _refuse(path, error)
+        self.version = version if version is not None else now
+
+    @staticmethod
+    def _version_of(status: os.stat_result) -> Version:
+        return Version(status.st_size, f"{status.st_dev}-{status.st_ino}", str(status.st_mtime_ns))
+
+    def _attempt(self, offset: int, target: memoryview, attempts: Attempts) -> None:
+        done = 0
+        try:
+            while done < len(target):
+                _ = attempts.timeout_s  # raises when the time is over
+                with target[done : done + CHUNK] as piece:
+                    count = os.preadv(self._fd, [piece], offset + done)
+                if not count:
+                    break
+                done += count
+            # Afterwards: what was read is of this version only if the file is still of it now.
+            difference = self.version.change(self._version_of(os.stat(self._path)))
+        except OSError as error:
+            _refuse(self.name, error)
+        if difference:
+            raise self.changed(difference)
+        if done < len(target):
+            raise SourceError(errno.EIO, f"{self.name}: it ends at byte {offset + done} of {self.length}")
+
+    def close(self) -> None:
+        """Give up what is open."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class CallableSource(Source):
+    """What a callable opens: a binary file object with ``read`` and ``seek``, one for each thread that reads.
+
+    Its size is looked at after each read, and for a file of this machine also whether it was written; for anything else a
+    change of content is for its owner to prevent.
+    """
+
+    def __init__(self, opener: Callable[[], BinaryIO], patience: Patience, version: Version | None = None) -> None:
+        super().__init__(f"the file that {getattr(opener, '__qualname__', opener)!s} opens", patience)
+        self._streams = StreamPool(opener)
+        with self._stream() as stream:
+            now = self._version_of(stream)
+        self.version = version if version is not None else now
+
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator[BinaryIO]:
+        stream = None
+        try:
+            stream = self._streams.take()
+            yield stream
+        except FileNotFoundError as error:
+            _refuse(self.name, error)
+        except (ConnectionError, TimeoutError) as error:
+            raise PassingError(f"{type(error).__name__}: {error}") from error
+        except OSError as error:
+            if isinstance(error, SourceError):
+                raise
+            _refuse(self.name, error)
+        finally:
+            if stream is not None:
+                self._streams.give(stream)
+
+    def _version_of(self, stream: BinaryIO) -> Version:
+        length = stream.seek(0, os.SEEK_END)
+        length = stream.tell() if length is None else length  # older file objects return nothing
+        try:
+            status = os.fstat(stream.fileno())
+        except (OSError, AttributeError):
+            return Version(length)
+        return Version(length, f"{status.st_dev}-{status.st_ino}", str(status.st_mtime_ns))
+
+    def _attempt(self, offset: int, target: memoryview, attempts: Attempts) -> None:  # noqa: ARG002
+        with self._stream() as stream:
+            done = fill_from(stream, offset, target)
+            difference = self.version.change(self._version_of(stream))
+        if difference:
+            raise self.changed(difference)
+        if done < len(target):
+            raise SourceError(errno.EIO, f"{self.name}: it ends at byte {offset + done} of {self.length}")
+
+    def close(self) -> None:
+        """Give up what is open."""
+        self._streams.close()
+
+
+_TAGS = ("ETag", "etag", "md5", "md5Hash", "sha256", "oid", "generation", "VersionId", "version_id", "ino")
+_TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
+
+
+class FsspecSource(Source):
+    """Whatever fsspec opens, by ``cat_file`` of its file system.
+
+    fsspec does not say of which version an answer is: the file's entry is asked for again after each read.
+    """
+
+    def __init__(self, url: str, options: dict[str, Any], name: str, patience: Patience, version: Version | None) -> None:
+        super().__init__(name, patience)
+        self._fs, self._path = _file_system(url, options)
+        # Archives of fsspec share one file object with a position.
+        self._one_at_a_time = threading.Lock() if getattr(self._fs, "fo", None) is not None else contextlib.nullcontext()
+        attempts = Attempts(patience, name)
+        while True:
+            try:
+                now = self._ask_version()
+                break
+            except PassingError as failure:
+                attempts.wait(failure)
+        self.version = version if version is not None else now
+
+    def _ask_version(self) -> Version:
+        with self._translated(), self._one_at_a_time:
+            self._fs.invalidate_cache()
+            info = self._fs.info(self._path)
+            if info.get("type", "file") != "file" or info.get("size") is None:
+                raise SourceError(errno.EINVAL, f"{self.name}: it is not a file, or does not say how long it is")
+            tag = [f"{key}={info[key]}" for key in _TAGS if info.get(key)]
+            modified = [f"{key}={info[key]}" for key in _TIMES if info.get(key)]
+            # An archive's entry is in memory; whether the archive changed is said by the file system that it lies in.
+            outer = getattr(self._fs, "fo", None)
+            if outer is not None and hasattr(outer, "fs") and hasattr(outer, "path"):
+                outer.fs.invalidate_cache()
+                about = outer.fs.info(outer.path)
+                tag += [f"in {key}={about[key]}" for key in ("size", *_TAGS) if about.get(key)]
+                modified += [f"in {key}={about[key]}" for key in _TIMES if about.get(key)]
+            return Version(int(info["size"]), " ".join(tag), " ".join(modified))
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """File systems raise what their libraries raise: sort it into what may pass and what will not."""
+        try:
+            yield
+        except (SourceError, PassingError):
+            raise
+        except FileNotFoundError as error:
+            # Some say so of anything that went wrong on the way.
+            cause = error.__cause__
+            if getattr(cause, "status", None) in PASSING or isinstance(cause, ConnectionError | TimeoutError):
+                raise PassingError(f"{type(cause).__name__}: {cause}") from error
+            _refuse(self.name, error)
+        except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            _refuse(self.name, error)
+        except Exception as error:
+            status = getattr(error, "status", getattr(error, "code", None))
+            text = f"{type(error).__name__}: {error}"
+            if isinstance(status, int) and 400 <= status < 500 and status not in PASSING:
+                raise SourceError(errno.EIO, f"{self.name}: {text}") from error
+            if isinstance(error, NotImplementedError | ValueError | TypeError | KeyError | AttributeError | ImportError):
+                raise SourceError(errno.EIO, f"{self.name}: {text}") from error
+            raise PassingError(text) from error
+
+    def _attempt(self, offset: int, target: memoryview, attempts: Attempts) -> None:
+        timeout_s = attempts.timeout_s
+        with self._translated(), self._one_at_a_time:
+            content = self._cat(offset, offset + len(target), timeout_s)
+        difference = self.version.change(self._ask_version())
+        if difference:
+            raise self.changed(difference)
+        if len(content) > len(target):
+            raise SourceError(
+                errno.EIO, f"{self.name}: asked for {len(target)} bytes at {offset}, got {len(content)}: it ignores ranges"
+            )
+        target[: len(content)] = content
+        if len(content) < len(target):
+            raise PassingError(f"asked for {len(target)} bytes at {offset}, got {len(content)}", done=len(content))
+
+    def _cat(self, start: int, end: int, timeout_s: float) -> bytes:
+        content: bytes
+        if getattr(self._fs, "async_impl", False):
+            from fsspec.asyn import sync  # type: ignore[import-untyped]
+
+            content = sync(self._fs.loop, self._fs._cat_file, self._path, start=start, end=end, timeout=timeout_s)
+        else:
+            content = self._fs.cat_file(self._path, start=start, end=end)
+        return content
+
+    def close(self) -> None:
+        """Give up what is open."""
+        # File systems are kept and shared by fsspec; an archive's file is ours alone only by chance.
+        return
+
+
+def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """The file system and path. ImportError with the name of the package that is missing; ValueError."""
+    try:
+        import fsspec.core  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError(
+            f"{url.partition('://')[0]}:// needs fsspec, which is not installed: pip install 'prefault[remote]'",
+            name="fsspec",
+        ) from error
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        package = getattr(error.__cause__, "name", None) or error.name
+        if not package:
+            raise ImportError(f"{url.partition('://')[0]}://: {error}") from error
+        raise ImportError(
+            f"{url.partition('://')[0]}:// needs the package {package}, which is not installed: pip install {package}",
+            name=package,
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{url.partition('://')[0]}://: {error}") from error
+    return fs, path
+
+
+def open_member(inner: Source, member: str, name: str, version: Version | None) -> Source:
+    """A member of a zip archive, which it owns. Stored ones are read in ranges; others from their start on."""
+    try:
+        with SourceFile(inner) as file:
+            try:
+                archive = zipfile.ZipFile(file)
+                info = archive.getinfo(member.lstrip("/"))
+            except KeyError:
+                raise SourceMissingError(errno.ENOENT, f"{name}: the archive has no member {member!r}") from None
+            except (zipfile.BadZipFile, NotImplementedError) as error:
+                raise file.failure or SourceError(errno.EIO, f"{name}: {error}") from error
+        if info.flag_bits & _ENCRYPTED:
+            raise SourceError(errno.EACCES, f"{name}: the member is encrypted")
+        tag = f"crc={info.CRC:08x} in {inner.version.length} {inner.version.tag}".strip()
+        now = Version(info.file_size, tag, inner.version.modified)
+        if version is not None and version != now:
+            raise SourceChangedError(
+                errno.ESTALE, f"{name} changed while it was mapped: {version.change(now)}; open it again"
+            )
+        if info.compress_type != zipfile.ZIP_STORED:
+            return StreamSource(inner, name, now, lambda file: zipfile.ZipFile(io.BufferedReader(file, MIB)).open(info))
+        header = inner.read(info.header_offset, _LOCAL_HEADER_BYTES)
+        if header[:4] != b"PK\3\4":
+            raise SourceError(errno.EIO, f"{name}: the archive is broken: no member at byte {info.header_offset}")
+        start = info.header_offset + _LOCAL_HEADER_BYTES
+        start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        return Slice(inner, name, start, now)
+    except BaseException:
+        inner.close()
+        raise
+
+
+class StreamSource(Source):
+    """What a library reads out of another source, which it owns: one stream for each thread that reads.
+
+    Args:
+        inner: the source of the packed bytes.
+        name: for messages.
+        version: of the content.
+        opener: makes a stream, which can seek, from a file object.
+    """
+
+    def __init__(self, inner: Source, name: str, version: Version, opener: Callable[[Any], Any]) -> None:
+        super().__init__(name, inner.patience)
+        self.version = version
+        self._inner = inner
+        self._streams = StreamPool(lambda: _Stream(SourceFile(inner), opener))
+
+    def _attempt(self, offset: int, target: memoryview, attempts: Attempts) -> None:  # noqa: ARG002
+        # Going back may mean to start again from the front: of the idle streams, that which has the shortest way to go.
+        stream = self._streams.take(lambda stream: offset - stream.position if stream.position <= offset else math.inf)
+        try:
+            done = stream.fill(offset, target)
+        except Exception as error:
+            stream.close()
+            # Libraries replace what a source says by an error of theirs.
+            if stream.file.failure is not None:
+                raise stream.file.failure from error
+            raise SourceError(errno.EIO, f"{self.name}: it cannot be unpacked: {error}") from error
+        except BaseException:
+            stream.close()
+            raise
+        self._streams.give(stream)
+        if done < len(target):
+            raise SourceError(errno.EIO, f"{self.name}: it ends at byte {offset + done} of {self.length}")
+
+    def close(self) -> None:
+        """Give up what is open."""
+        self._streams.close()
+        self._inner.close()
+
+
+class _Stream:
+    """One stream, opened by the first read, and what its reads of the packed bytes raised."""
+
+    def __init__(self, file: SourceFile, opener: Callable[[Any], Any]) -> None:
+        self.file = file
+        self.position = 0
+        self._opener = opener
+        self._content: Any = None
+
+    def fill(self, offset: int, target: memoryview) -> int:
+        """See :func:`fill_from`."""
+        self.file.failure = None
+        if self._content is None:
+            self._content = self._opener(self.file)
+        done = fill_from(self._content, offset, target)
+        self.position = offset + done
+        return done
+
+    def close(self) -> None:
+        """Give up what is open."""
+        if self._content is not None:
+            with contextlib.suppress(Exception):  # it is given up because it failed
+                self._content.close()
+        self.file.close()

@@ -1,0 +1,190 @@
+"""What lies in a mapped file, found without touching the rest: ``.npy`` and safetensors.
+
+Headers are read by :meth:`prefault.device.Area.read`, so that a source that fails is an exception here and not a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import io
+import json
+import math
+import tokenize
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from prefault.drivers.held import Read, reader_of
+from prefault.drivers.source import SourceError
+
+if TYPE_CHECKING:
+    import numpy
+
+_NPY_PREFIX_BYTES = 12
+_MOST_NPY_HEADER = 1 << 20
+_MOST_SAFETENSORS_HEADER = 100_000_000
+"""safetensors' own bound."""
+
+
+class ArrayPlace(NamedTuple):
+    """Where an array lies in a file, and of what kind it is."""
+
+    offset: int
+    dtype: numpy.dtype[Any]
+    shape: tuple[int, ...]
+    order: Literal["C", "F"]
+
+    @property
+    def stop(self) -> int:
+        """The byte behind it."""
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+
+def npy_place(read: Read, length: int, name: str) -> ArrayPlace:
+    """What the header of a ``.npy`` file says (numpy.lib.format, versions 1 to 3).
+
+    Raises:
+        ValueError: it is none, or has Python objects in it.
+        SourceError: the file is shorter than its header says.
+    """
+    import numpy
+    from numpy.lib import format as npy
+
+    prefix = read(0, min(_NPY_PREFIX_BYTES, length))
+    if prefix[:6] != npy.MAGIC_PREFIX or len(prefix) < _NPY_PREFIX_BYTES:
+        raise ValueError(f"{name} is not a .npy file: it begins with {prefix[:6]!r}; format='raw' maps it as it is")
+    version = (prefix[6], prefix[7])
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError(f"{name}: version {version[0]}.{version[1]} of the .npy format is not known")
+    size = int.from_bytes(prefix[8:10], "little") + 10 if version == (1, 0) else int.from_bytes(prefix[8:12], "little") + 12
+    if size > min(length, _MOST_NPY_HEADER):
+        raise ValueError(f"{name}: its .npy header would have {size} bytes")
+    header = read(0, size)
+    try:
+        shape, fortran, dtype = _npy_header(header, version)
+    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, tokenize.TokenError) as error:
+        raise ValueError(f"{name}: its .npy header cannot be read: {error}") from error
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects, which cannot be mapped")
+    if any(extent < 0 for extent in shape):
+        raise ValueError(f"{name}: a negative extent in its shape {shape}")
+    place = ArrayPlace(size, numpy.dtype(dtype), shape, "F" if fortran else "C")
+    if place.stop > length:
+        raise SourceError(errno.EIO, f"{name} has {length} bytes and its header says {place.stop}: it was cut short")
+    return place
+
+
+def _npy_header(header: bytes, version: tuple[int, int]) -> tuple[tuple[int, ...], bool, numpy.dtype[Any]]:
+    from numpy.lib import format as npy
+
+    if version == (3, 0):  # version 2 in UTF-8; numpy has no public reader for it alone
+        found = ast.literal_eval(header[_NPY_PREFIX_BYTES:].decode())
+        return tuple(map(int, found["shape"])), bool(found["fortran_order"]), npy.descr_to_dtype(found["descr"])
+    file = io.BytesIO(header)
+    npy.read_magic(file)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, fortran, dtype = read(file, max_header_size=len(header))
+    return shape, fortran, dtype
+
+
+# safetensors' names for kinds of numbers, and numpy's; for those that numpy lacks, ml_dtypes'.
+_DTYPES = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8",
+    "F16": "<f2", "F32": "<f4", "F64": "<f8", "C64": "<c8",
+}  # fmt: skip
+_ML_DTYPES = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+
+
+def _dtype(kind: str, name: str) -> numpy.dtype[Any]:
+    import numpy
+
+    if kind in _DTYPES:
+        return numpy.dtype(_DTYPES[kind])
+    if kind not in _ML_DTYPES:
+        raise ValueError(f"{name} has the kind {kind!r}, which is not known here; raw() gives its bytes")
+    try:
+        import ml_dtypes  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise ImportError(
+            f"{name} has the kind {kind}, which needs ml_dtypes, which is not installed: pip install ml_dtypes; raw() gives"
+            " its bytes",
+            name="ml_dtypes",
+        ) from error
+    found: numpy.dtype[Any] = numpy.dtype(getattr(ml_dtypes, _ML_DTYPES[kind]))
+    return found
+
+
+class _Tensor(NamedTuple):
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class SafeTensors(Mapping[str, "numpy.ndarray[Any, Any]"]):
+    """The tensors of a mapped safetensors file, by name: arrays without a copy, read when they are touched.
+
+    safetensors' own readers want a path or all of the file as ``bytes``; the format is a header in JSON and the numbers.
+
+    Args:
+        content: the whole file: what ``open_remote`` gives.
+
+    Attributes:
+        metadata: what the file says about itself.
+
+    Raises:
+        ValueError: it is not a safetensors file.
+        SourceError: it is shorter than its header says, or cannot be read.
+    """
+
+    def __init__(self, content: numpy.ndarray[Any, Any]) -> None:
+        import numpy
+
+        self._content = content.reshape(-1).view(numpy.uint8)
+        length = len(self._content)
+        read = reader_of(self._content)
+        size = int.from_bytes(read(0, 8), "little") if length >= 8 else length
+        if size + 8 > length or size > _MOST_SAFETENSORS_HEADER:
+            raise ValueError(f"not a safetensors file: its header would have {size} of {length} bytes")
+        try:
+            header = json.loads(read(8, size))
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self._tensors = {name: self._tensor(entry, 8 + size) for name, entry in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"not a safetensors file: its header cannot be read: {error}") from error
+        stop = max((tensor.stop for tensor in self._tensors.values()), default=0)
+        if stop > length:
+            raise SourceError(errno.EIO, f"the file has {length} bytes and its header says {stop}: it was cut short")
+
+    @staticmethod
+    def _tensor(entry: dict[str, Any], base: int) -> _Tensor:
+        start, stop = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        if not all(type(number) is int and number >= 0 for number in (start, stop - start, *shape)):
+            raise ValueError(f"an entry with the shape {shape} at {start} to {stop}")
+        return _Tensor(entry["dtype"], shape, base + start, base + stop)
+
+    def __getitem__(self, name: str) -> numpy.ndarray[Any, Any]:
+        import numpy
+
+        tensor = self._tensors[name]
+        dtype = _dtype(tensor.kind, name)
+        if math.prod(tensor.shape) * dtype.itemsize != tensor.stop - tensor.start:
+            raise ValueError(
+                f"{name}: {tensor.kind} of shape {tensor.shape} has not the {tensor.stop - tensor.start} bytes that it says"
+            )
+        return numpy.ndarray(tensor.shape, dtype, buffer=self._content, offset=tensor.start)
+
+    def raw(self, name: str) -> numpy.ndarray[Any, Any]:
+        """The bytes of a tensor."""
+        tensor = self._tensors[name]
+        return self._content[tensor.start : tensor.stop]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"<SafeTensors: {len(self)} tensors in {len(self._content)} bytes>"

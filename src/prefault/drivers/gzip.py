@@ -1,0 +1,181 @@
+"""Gzip with random access, through an index of places to start from: built once, by unpacking all of it, then kept.
+
+The index is indexed_gzip's (zran): 32 KiB for each 4 MiB of content. Its file names the version that it is of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import tempfile
+import zlib
+from typing import Any
+
+from prefault.drivers.files import StreamSource
+from prefault.drivers.source import CHUNK, Source, SourceError, SourceFile, Version
+
+_MAGIC = b"prefault gzip index 1\n"
+_FOREIGN = b"GZIDX"
+_SPACING = 4 << 20
+
+
+def _library(name: str) -> Any:
+    try:
+        import indexed_gzip  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is compressed with gzip, which needs indexed_gzip, which is not installed: pip install"
+            " 'prefault[gzip]'",
+            name="indexed_gzip",
+        ) from error
+    return indexed_gzip
+
+
+def open_gzip(inner: Source, index: str | None, version: Version | None) -> Source:
+    """What a gzip file unpacks to. It owns the packed source.
+
+    Args:
+        inner: the packed bytes.
+        index: the file of the index, which is built if it is not there or of another version.
+        version: the one to give, or None.
+    """
+    try:
+        return _open(inner, index, version)
+    except BaseException:
+        inner.close()
+        raise
+
+
+def _open(inner: Source, index: str | None, version: Version | None) -> Source:
+    library = _library(inner.name)
+    if index is None:
+        raise SourceError(
+            errno.EOPNOTSUPP,
+            f"{inner.name}: gzip has no random access without an index: give index=, the name of a file (it is built once,"
+            " which reads everything once), or cache_dir=; compression=None maps the packed bytes",
+        )
+    made = _load(index, inner)
+    if made is None:
+        made = _build(library, inner, index)
+    length, content = made
+    now = Version(length, f"gzip of {inner.version.length} {inner.version.tag}", inner.version.modified)
+    if version is not None and version.length != length:
+        raise inner.changed(version.change(now))
+
+    def opener(file: SourceFile) -> Any:
+        # No CRC: it is of all content, and was looked at when the index was built.
+        stream = library.IndexedGzipFile(
+            fileobj=file, spacing=_SPACING, readbuf_size=CHUNK, buffer_size=CHUNK, skip_crc_check=True
+        )
+        stream.import_index(fileobj=io.BytesIO(content))
+        return stream
+
+    return StreamSource(inner, inner.name, version or now, opener)
+
+
+class _CheckedFile(SourceFile):
+    """Unpacks what is read, once more, with zlib: of a file that was cut short there is an index too, and no error."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self._checked = 0
+        self._length = 0
+        self._member: Any = zlib.decompressobj(wbits=31)
+        self._begun = False
+
+    def readinto(self, buffer: Any) -> int:
+        """See :meth:`SourceFile.readinto`; what is read for the first time is checked."""
+        start = self.tell()
+        count = super().readinto(buffer)
+        # The library goes back to places that it was at already.
+        if start <= self._checked < start + count:
+            with memoryview(buffer) as whole, whole.cast("B") as view:
+                self._check(bytes(view[self._checked - start : count]))
+            self._checked = start + count
+        return count
+
+    def _check(self, packed: bytes) -> None:
+        while packed:
+            if not self._begun:
+                packed = packed.lstrip(b"\0")  # padding between members
+                self._begun = bool(packed)
+                continue
+            content = self._member.decompress(packed, CHUNK)
+            self._length += len(content)
+            packed = self._member.unconsumed_tail
+            while not packed and len(content) == CHUNK:  # there may be more of what it has taken already
+                content = self._member.decompress(b"", CHUNK)
+                self._length += len(content)
+            if self._member.eof:
+                packed = self._member.unused_data
+                self._member, self._begun = zlib.decompressobj(wbits=31), False
+
+    def finish(self, length: int) -> None:
+        """Raise if not all was read, or it does not end with a member, or has not that length."""
+        self.seek(self._checked)
+        while self.readinto(bytearray(CHUNK)):
+            self.seek(self._checked)
+        if self._begun:
+            raise EOFError(f"it ends in the middle, after {self._length} unpacked bytes: it was cut short")
+        if length != self._length:
+            raise ValueError(f"indexed_gzip finds {length} bytes in it, zlib {self._length}")
+
+
+def _load(index: str, inner: Source) -> tuple[int, bytes] | None:
+    """The length of the content and the index proper; None if there is none of this version."""
+    try:
+        with open(index, "rb") as file:
+            magic = file.read(len(_MAGIC))
+            if magic != _MAGIC:
+                if magic.startswith(_FOREIGN):
+                    raise SourceError(
+                        errno.EINVAL,
+                        f"{index} is an index of indexed_gzip, which does not say of which version of {inner.name} it is:"
+                        " name another file, and it is built there",
+                    )
+                return None
+            head = json.loads(file.readline())
+            content = file.read()
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return None
+    if head.get("version") != list(inner.version) or head.get("index_bytes") != len(content):
+        return None
+    return int(head["length"]), content
+
+
+def _build(library: Any, inner: Source, index: str) -> tuple[int, bytes]:
+    kept = io.BytesIO()
+    with _CheckedFile(inner) as file:
+        try:
+            with library.IndexedGzipFile(
+                fileobj=file, spacing=_SPACING, readbuf_size=CHUNK, buffer_size=CHUNK, skip_crc_check=True
+            ) as stream:
+                stream.build_full_index()
+                length = stream.seek(0, io.SEEK_END)
+                stream.export_index(fileobj=kept)
+            file.finish(length)
+        except Exception as error:
+            if file.failure is not None:
+                raise file.failure from error
+            raise SourceError(errno.EIO, f"{inner.name}: it cannot be unpacked: {error}") from error
+    content = kept.getvalue()
+    head = {"version": list(inner.version), "length": length, "index_bytes": len(content)}
+    directory = os.path.dirname(os.path.abspath(index))
+    # Under another name first: whoever finds the index finds all of it.
+    fd, unfinished = tempfile.mkstemp(prefix=".prefault-", dir=directory)
+    try:
+        with os.fdopen(fd, "wb") as out:
+            out.write(_MAGIC + json.dumps(head).encode() + b"\n" + content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.rename(unfinished, index)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(unfinished)
+        raise
+    return length, content

@@ -1,0 +1,279 @@
+"""The driver that maps a remote file as memory: what is touched is downloaded, in few large requests, and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import urllib.parse
+from collections.abc import Callable
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+from prefault.device.driver import Access, Device, DeviceArea, FaultAround, Recipe
+from prefault.drivers.diskcache import CachedSource, DiskCache, place
+from prefault.drivers.files import CallableSource, FsspecSource, LocalSource, open_member
+from prefault.drivers.gzip import open_gzip
+from prefault.drivers.http import HttpSource, shown
+from prefault.drivers.source import Patience, Source, Version, time_limit
+from prefault.drivers.zstd import ZstdSource
+from prefault.sizes import MIB, PAGE_SIZE, Size, parse_size
+
+Compression: TypeAlias = Literal["infer", "gzip", "zstd"] | None
+Where: TypeAlias = str | os.PathLike[str] | Callable[[], BinaryIO]
+
+_SUFFIXES = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+_NO_RANDOM_ACCESS = (".bz2", ".xz", ".lzma", ".lz4", ".br", ".z")
+_MARGIN_S = 15.0
+"""From when a read gives up by itself to when its process is ended for not coming back."""
+
+
+class RemoteFile(Device):
+    """A file-like source, mapped read-only: ``prefault.device.map(RemoteFile(url))``.
+
+    Its bytes are those of the version that was there when the object was made. If the source changes, or fails for good,
+    touching what is not there yet is SIGBUS and populating it an exception that says why; never stale bytes or zeros.
+
+    Args:
+        source: a URL of any kind that fsspec knows (http, s3, gs, ssh, zip, memory, ...; chained by ``::``), a path, or a
+            callable that opens a binary file object with ``read`` and ``seek``. http, https, local files and zip archives
+            of these are read without fsspec.
+        compression: ``"infer"`` goes by the name: ``.zst`` must be seekable zstd; ``.gz`` needs ``index`` or
+            ``cache_dir`` for its index. None: the bytes as they are.
+        headers: for http and https, sent with each request.
+        storage_options: for fsspec.
+        capacity: bytes that are kept in memory at most; what came first goes first. None: all that is touched stays.
+        cache_dir: a directory on a disk where what was read is kept for the next run, named by URL and version. Needs a
+            source that tells versions apart (ETag, time of change).
+        index: the file with the index of a gzip file; built, by reading everything once, if it is not there.
+        workers: how many requests may be under way at once.
+        batch: bytes that one request of a populate asks for at most.
+        fault_around: what a fault brings in: the aligned window of the first size around it, growing to the second while
+            faults go forward. Random access to small pieces wants less, down to a page.
+        page_size: see :class:`prefault.device.Device`.
+        patience: how long to go on with what may pass.
+        version: the version to give; None: the one that is there now.
+
+    Raises:
+        SourceError: it cannot be read (SourceMissingError, a FileNotFoundError, if it is not there).
+        ImportError: a package is missing, with its name.
+        ValueError: an unknown kind of URL, an empty file, arguments that do not go together.
+    """
+
+    writable = False
+
+    def __init__(
+        self, source: Where, *, compression: Compression = "infer", headers: dict[str, str] | None = None,
+        storage_options: dict[str, Any] | None = None, capacity: Size | None = None,
+        cache_dir: str | os.PathLike[str] | None = None, index: str | os.PathLike[str] | None = None, workers: int = 16,
+        batch: Size = 16 * MIB, fault_around: tuple[Size, Size] = (MIB, 8 * MIB), page_size: int = PAGE_SIZE,
+        patience: Patience = Patience(), version: tuple[int, str, str] | None = None,  # noqa: B008  it is frozen
+    ) -> None:  # fmt: skip
+        if not isinstance(source, str) and not callable(source):
+            source = os.fspath(source)
+        if isinstance(source, str) and "://" not in source:
+            source = os.path.abspath(source)  # the server has a working directory of its own
+        if callable(source) and cache_dir is not None:
+            raise ValueError("cache_dir needs a source with a name, a URL or a path: a callable has none")
+        if workers < 1:
+            raise ValueError(f"workers is how many requests may be under way at once, at least 1, not {workers}")
+        self.source = source
+        self.workers = workers
+        self.batch = parse_size(batch)
+        self.page_size = page_size
+        self.capacity = None if capacity is None else parse_size(capacity)
+        first, most = (max(page_size, parse_size(size)) for size in fault_around)
+        self.fault_around = FaultAround(first, max(first, most)) if most > page_size else None
+        self.timeout_s = patience.total_s + _MARGIN_S
+        # After a crash a fresh process goes on with the version of before, or says that it is gone. What a callable is made
+        # of is a matter of this process.
+        self.restartable = not callable(source)
+        self._compression = compression
+        self._headers = dict(headers or {})
+        self._options = dict(storage_options or {})
+        self._cache_dir = None if cache_dir is None else os.path.abspath(cache_dir)
+        self._index = None if index is None else os.path.abspath(index)
+        self._patience = patience
+        self._version = None if version is None else Version(*version)
+        self._opened: Source | CachedSource | None = None
+        self._areas = 0
+        self._lock = threading.Lock()
+        if self._version is None:
+            with contextlib.closing(self._open_source()) as opened:
+                self._version = opened.version
+                if self._cache_dir is not None:
+                    place(self._cache_dir, opened, self._key())  # so that what is wrong with it is heard of here
+        self.length = self._version.length
+        if not self.length:
+            raise ValueError(f"{self}: it is empty: there is nothing to map")
+
+    def __str__(self) -> str:
+        return f"RemoteFile({_shown(self.source)})"
+
+    @property
+    def version(self) -> Version:
+        """What tells this version of the source from others."""
+        assert self._version is not None
+        return self._version
+
+    def recipe(self) -> Recipe | None:
+        """With the version that was found, so that making it anew asks nobody. None for what only this process has."""
+        if callable(self.source) or not _elsewhere(self.source) or not _is_plain(self._options):
+            return None
+        around = self.fault_around or FaultAround(self.page_size, self.page_size)
+        patience = self._patience
+        return Recipe(
+            "prefault.drivers.remote:_from_recipe",
+            {
+                "source": self.source, "compression": self._compression, "headers": self._headers,
+                "storage_options": self._options, "capacity": self.capacity, "cache_dir": self._cache_dir,
+                "index": self._index, "workers": self.workers, "batch": self.batch, "fault_around": list(around),
+                "page_size": self.page_size, "version": list(self.version),
+                "patience": [patience.retries, patience.timeout_s, patience.total_s, patience.first_pause_s,
+                             patience.longest_pause_s],
+            },
+        )  # fmt: skip
+
+    # --- in the server
+
+    def open(self, area: DeviceArea) -> None:  # noqa: ARG002
+        """The first area opens the source, which must be of the version that was mapped."""
+        with self._lock:
+            if self._opened is None:
+                with time_limit(self._patience.total_s):
+                    self._opened = self._open_all()
+            self._areas += 1
+
+    def close(self, area: DeviceArea) -> None:  # noqa: ARG002
+        """The last area closes it."""
+        with self._lock:
+            self._areas -= 1
+            opened, self._opened = (self._opened, None) if self._areas <= 0 else (None, self._opened)
+        if opened is not None:
+            opened.close()
+
+    def fault(self, area: DeviceArea, page: int, access: Access) -> None:
+        """One page; what lies around comes by :meth:`populate`."""
+        self.populate(area, range(page, page + 1), access)
+
+    def populate(self, area: DeviceArea, pages: range, access: Access) -> None:  # noqa: ARG002  it is read-only
+        """All of the pages with one request, straight into their frames."""
+        opened = self._opened
+        if opened is None:
+            raise RuntimeError(f"{self} is closed")
+        start = pages.start * self.page_size
+        stop = min(pages.stop * self.page_size, self.length)
+        if start < stop:
+            with time_limit(self._patience.total_s), area.frames(pages)[: stop - start] as target:
+                opened.read_into(start, target)
+
+    # --- sources
+
+    def _open_all(self) -> Source | CachedSource:
+        source = self._open_source()
+        if self._cache_dir is None:
+            return source
+        try:
+            return CachedSource(source, DiskCache(self._cache_dir, source, self._key()))
+        except BaseException:
+            source.close()
+            raise
+
+    def _key(self) -> str:
+        return f"{self.source}|{self._kind()}"
+
+    def _kind(self) -> str | None:
+        """How it is packed; ValueError for what has no random access."""
+        if self._compression != "infer":
+            if self._compression not in (None, "gzip", "zstd"):
+                raise ValueError(f"compression is 'infer', 'gzip', 'zstd' or None, not {self._compression!r}")
+            return self._compression
+        if callable(self.source):
+            return None
+        first = self.source.partition("::")[0]
+        name = urllib.parse.urlsplit(first).path if first.startswith(("http://", "https://")) else first
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix in _NO_RANDOM_ACCESS:
+            raise ValueError(
+                f"{_shown(self.source)}: {suffix} files have no random access: unpack it, or pack it as seekable zstd;"
+                " compression=None maps the packed bytes"
+            )
+        return _SUFFIXES.get(suffix)
+
+    def _open_source(self) -> Source:
+        kind = self._kind()
+        # The version of what is inside contains that of what it is packed in.
+        plain = self._open_plain(None if kind else self._version)
+        if kind == "zstd":
+            opened: Source = ZstdSource(plain, None)
+        elif kind == "gzip":
+            index = self._index
+            if index is None and self._cache_dir is not None:
+                try:
+                    index = os.path.join(place(self._cache_dir, plain, f"{self.source}|index"), "gzip.index")
+                except BaseException:
+                    plain.close()
+                    raise
+            opened = open_gzip(plain, index, None)
+        else:
+            return plain
+        if self._version is not None and opened.version != self._version:
+            opened.close()
+            raise opened.changed(self._version.change(opened.version))
+        return opened
+
+    def _open_plain(self, version: Version | None) -> Source:
+        if callable(self.source):
+            return CallableSource(self.source, self._patience, version)
+        return open_plain(self.source, self._headers, self._options, self._patience, version)
+
+
+def open_plain(
+    url: str, headers: dict[str, str], options: dict[str, Any], patience: Patience, version: Version | None = None
+) -> Source:
+    """The source of a URL or path, not unpacked."""
+    protocol, separator, rest = url.partition("://")
+    if "::" in url and protocol == "zip":
+        member, _, inner = rest.partition("::")
+        within = options.get(inner.partition("://")[0], {}) if "::" not in inner else options
+        return open_member(open_plain(inner, headers, within, patience), member, shown_chain(url), version)
+    if "::" not in url:
+        if not separator:
+            return LocalSource(url, patience, version)
+        if protocol in ("file", "local"):
+            return LocalSource(rest, patience, version)
+        if protocol in ("http", "https"):
+            if options:
+                raise ValueError(
+                    f"http and https are read without fsspec: storage_options ({', '.join(options)}) do not apply, but"
+                    " headers= does"
+                )
+            return HttpSource(url, headers, patience, version)
+    return FsspecSource(url, options, shown_chain(url), patience, version)
+
+
+def shown_chain(url: str) -> str:
+    """A URL for messages, without what is secret in it."""
+    return "::".join(shown(part) if "://" in part else part for part in url.split("::"))
+
+
+def _shown(source: str | Callable[[], BinaryIO]) -> str:
+    return getattr(source, "__qualname__", str(source)) if callable(source) else shown_chain(source)
+
+
+def _elsewhere(url: str) -> bool:
+    """Whether another process finds it there: the file system ``memory`` of fsspec is a dict of this one."""
+    return not any(part.startswith("memory:") for part in url.split("::"))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str | bytes)
+
+
+def _from_recipe(patience: list[Any], fault_around: list[int], version: list[Any], **arguments: Any) -> RemoteFile:
+    first, most = fault_around
+    length, tag, modified = version
+    return RemoteFile(patience=Patience(*patience), fault_around=(first, most), version=(length, tag, modified), **arguments)

@@ -1,0 +1,231 @@
+"""The cache on a disk: it survives, it is checked, and it never gives what is not the source's."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from drivers.conftest import QUICK
+from prefault.drivers import RemoteFile, SourceChangedError, SourceError
+from prefault.drivers.diskcache import BLOCK
+from prefault.sizes import KIB, PAGE_SIZE
+from support.children import Child
+from support.fake_area import FakeArea
+from support.http_server import HttpServer
+
+Content = Callable[[int], bytes]
+Served = tuple[Path, bytes]
+
+PAGES = BLOCK // PAGE_SIZE
+
+
+def _remote(server: HttpServer, cache: Path, name: str = "file.bin") -> RemoteFile:
+    return RemoteFile(server.url(name), cache_dir=cache, patience=QUICK)
+
+
+def _files(cache: Path) -> dict[str, Path]:
+    found = [path for path in cache.rglob("*") if path.is_file()]
+    assert len({path.parent for path in found}) == 1, found
+    return {path.name: path for path in found}
+
+
+def test_what_was_read_is_not_asked_for_again(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    _, expected = file
+    with FakeArea(_remote(server, tmp_path)) as area:
+        area.fill(range(PAGES, 5 * PAGES))
+    with FakeArea(_remote(server, tmp_path)) as area:
+        server.requests(clear=True)
+        area.fill(range(2 * PAGES, 4 * PAGES))
+        assert area.content(2 * BLOCK, 4 * BLOCK) == expected[2 * BLOCK : 4 * BLOCK]
+        area.fill(range(2 * PAGES + 3, 2 * PAGES + 4))
+        assert server.requests() == []
+        area.fill()  # the two gaps around it: one request each
+        assert area.content(0, len(expected)) == expected
+        asked = [(request.first, request.last + 1) for request in server.requests()]
+        assert asked == [(0, BLOCK), (5 * BLOCK, len(expected))]
+    server.requests(clear=True)
+    with FakeArea(_remote(server, tmp_path)) as area:
+        area.fill()
+        assert area.content(0, len(expected)) == expected
+    assert server.sent() == 1  # whether it is still that version
+    data = _files(tmp_path)["data"].stat()
+    assert data.st_size == len(expected)
+
+
+def test_it_is_sparse(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    with FakeArea(_remote(server, tmp_path)) as area:
+        area.fill(range(PAGES))
+    data = _files(tmp_path)["data"].stat()
+    assert data.st_size == len(file[1])
+    assert data.st_blocks * 512 <= 2 * BLOCK
+
+
+def test_a_page_alone_brings_its_block(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    _, expected = file
+    with FakeArea(_remote(server, tmp_path)) as area:
+        server.requests(clear=True)
+        assert area.get(BLOCK + PAGE_SIZE, BLOCK + 2 * PAGE_SIZE) == expected[BLOCK + PAGE_SIZE : BLOCK + 2 * PAGE_SIZE]
+        assert server.sent() == BLOCK
+        last = len(expected) // PAGE_SIZE
+        assert area.get(last * PAGE_SIZE, len(expected)) == expected[last * PAGE_SIZE :]
+
+
+def test_another_version_has_a_cache_of_its_own(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    path, expected = file
+    device = _remote(server, tmp_path)
+    with FakeArea(device) as area:
+        area.fill()
+    path.write_bytes(expected[::-1])
+    with FakeArea(_remote(server, tmp_path)) as area:
+        area.fill()
+        assert area.content(0, len(expected)) == expected[::-1]
+    _files(tmp_path)  # that of the old version is gone
+    with FakeArea(device) as area, pytest.raises(SourceChangedError):
+        area.fill()
+
+
+def _spoil(path: Path, offset: int, count: int = 1) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        spoilt = bytes(255 - byte for byte in file.read(count))
+        file.seek(offset)
+        file.write(spoilt)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda files: os.truncate(files["data"], 100_000),
+        lambda files: os.truncate(files["data"], 0),
+        lambda files: os.truncate(files["blocks"], 20),
+        lambda files: os.truncate(files["blocks"], 0),
+        lambda files: files["data"].unlink(),
+        lambda files: files["blocks"].unlink(),
+        lambda files: files["source.json"].unlink(),
+        lambda files: files["source.json"].write_text("nonsense"),
+        lambda files: _spoil(files["data"], 200_000),
+        lambda files: _spoil(files["data"], 0, 300 * KIB),
+        lambda files: _spoil(files["blocks"], 12, 40),
+        lambda files: files["blocks"].write_bytes(os.urandom(1000)),
+        lambda files: files["data"].write_bytes(bytes(3 << 20)),
+    ],
+)
+def test_damage_costs_a_download_and_never_a_byte(
+    server: HttpServer, file: Served, tmp_path: Path, damage: Callable[[dict[str, Path]], object]
+) -> None:
+    _, expected = file
+    with FakeArea(_remote(server, tmp_path)) as area:
+        area.fill()
+    damage(_files(tmp_path))
+    for _ in range(2):
+        with FakeArea(_remote(server, tmp_path)) as area:
+            area.fill()
+            assert area.content(0, len(expected)) == expected
+    server.requests(clear=True)
+    with FakeArea(_remote(server, tmp_path)) as area:
+        area.fill()
+    assert server.sent() == 1  # it is whole again
+
+
+@pytest.mark.parametrize("name", ["data", "blocks"])
+def test_cut_short_while_it_is_used(server: HttpServer, file: Served, tmp_path: Path, name: str) -> None:
+    _, expected = file
+    with FakeArea(_remote(server, tmp_path)) as area:
+        area.fill()
+        os.truncate(_files(tmp_path)[name], 0)
+        area.fill(range(40))
+        assert area.content(0, len(expected)) == expected
+
+
+def test_a_crash_at_any_moment(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    """kill -9 in the middle of writing, at random moments, many times; what is left is right or not there."""
+    _, expected = file
+    generator = random.Random(7)
+    order = list(range(0, len(expected) // PAGE_SIZE, PAGES))
+
+    def fill() -> None:
+        with FakeArea(_remote(server, tmp_path)) as area:
+            random.Random(os.getpid()).shuffle(order)
+            for first in order:
+                area.fill(range(first, first + PAGES))
+
+    for _ in range(10):
+        with Child(fill) as child:
+            child_began = threading.Event()
+            child_began.wait(generator.uniform(0.005, 0.04))
+            assert child.pid  # killed on leaving
+    with FakeArea(_remote(server, tmp_path)) as area:
+        area.fill()
+        assert area.content(0, len(expected)) == expected
+
+
+def test_two_processes_at_once(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    _, expected = file
+
+    def fill() -> bool:
+        with FakeArea(_remote(server, tmp_path)) as area:
+            pages = list(area.pages)[::7]
+            random.Random(os.getpid()).shuffle(pages)
+            for page in pages:
+                area.fill(range(page, min(page + 20, len(area.pages))))
+            return area.content(0, len(expected)) == expected
+
+    with Child(fill) as one, Child(fill) as two:
+        assert one.result()
+        assert two.result()
+    server.requests(clear=True)
+    with FakeArea(_remote(server, tmp_path)) as area:
+        area.fill()
+        assert area.content(0, len(expected)) == expected
+    assert server.sent() == 1
+
+
+def test_a_disk_that_is_full(
+    server: HttpServer, file: Served, small_tmpfs: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, expected = file
+    cache = small_tmpfs("1m")
+    for _ in range(2):
+        with FakeArea(_remote(server, cache)) as area:
+            for first in range(0, len(area.pages), 4 * PAGES):
+                area.fill(range(first, min(first + 4 * PAGES, len(area.pages))))
+            assert area.content(0, len(expected)) == expected
+    assert "nothing more is kept there: No space left on device" in caplog.text
+
+
+def test_versions_that_cannot_be_told_apart_are_not_kept(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    server.fail("plain", count=100)
+    with pytest.raises(SourceError, match="neither an ETag nor a time of change"):
+        _remote(server, tmp_path)
+    assert _remote_without(server).length == len(file[1])
+
+
+def _remote_without(server: HttpServer) -> RemoteFile:
+    return RemoteFile(server.url("file.bin"), patience=QUICK)
+
+
+def test_nothing_secret_is_written(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    url = server.url("file.bin").replace("://", "://me:hidden@") + "?token=hidden"
+    with FakeArea(RemoteFile(url, cache_dir=tmp_path, patience=QUICK)) as area:
+        area.fill(range(1))
+    files = _files(tmp_path)
+    assert "hidden" not in files["source.json"].read_text()
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (files["data"], files["data"].parent))
+
+
+def test_one_cache_for_each_way_to_unpack(tmp_path: Path, content: Content) -> None:
+    import gzip
+
+    expected = content(200_000)
+    path = tmp_path / "a.gz"
+    path.write_bytes(gzip.compress(expected))
+    for compression, holds in (("infer", expected), (None, path.read_bytes()), ("infer", expected)):
+        device = RemoteFile(path, compression=compression, cache_dir=tmp_path / "cache")  # type: ignore[arg-type]
+        with FakeArea(device) as area:
+            area.fill()
+            assert area.content(0, len(holds)) == holds

@@ -1,0 +1,397 @@
+"""RemoteFile on a real HTTP server: the right bytes in few requests, and an error for everything else."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drivers.conftest import QUICK
+from prefault.device import FaultAround
+from prefault.drivers import Patience, RemoteFile, SourceChangedError, SourceError, SourceMissingError
+from prefault.sizes import MIB, PAGE_SIZE
+from support.fake_area import FakeArea
+from support.http_server import HttpServer
+
+Served = tuple[Path, bytes]
+
+
+def _remote(server: HttpServer, name: str = "file.bin") -> RemoteFile:
+    return RemoteFile(server.url(name), patience=QUICK)
+
+
+def test_bytes_from_anywhere(server: HttpServer, file: Served) -> None:
+    _, expected = file
+    device = _remote(server)
+    assert device.length == len(expected)
+    generator = random.Random(1)
+    with FakeArea(device) as area:
+        for _ in range(30):
+            start, stop = sorted(generator.sample(range(len(expected) + 1), 2))
+            assert area.get(start, stop) == expected[start:stop]
+        last = len(expected) // PAGE_SIZE
+        area.fill(range(last, last + 1))
+        page = area.content(last * PAGE_SIZE, (last + 1) * PAGE_SIZE)
+        assert page == expected[last * PAGE_SIZE :].ljust(PAGE_SIZE, b"\0")
+
+
+def test_one_request_a_call_over_one_connection(server: HttpServer, file: Served) -> None:
+    device = _remote(server)
+    with FakeArea(device) as area:
+        server.requests(clear=True)
+        area.fill(range(10, 300))
+        area.device.fault(area, 3, "read")
+    asked = [(request.first, request.last) for request in server.requests()]
+    assert asked == [(10 * PAGE_SIZE, 300 * PAGE_SIZE - 1), (3 * PAGE_SIZE, 4 * PAGE_SIZE - 1)]
+    # A server that has another version says so before it sends any of it.
+    assert [request.headers["If-Match"] for request in server.requests()] == [device.version.tag] * 2
+
+
+def test_making_the_device_moves_one_byte(server: HttpServer, file: Served) -> None:
+    device = _remote(server)
+    assert server.sent() == 1
+    made = device.recipe()
+    assert made is not None
+    from prefault.drivers import remote
+
+    again = remote._from_recipe(**made.arguments)
+    assert (again.length, again.version) == (device.length, device.version)
+    assert again.recipe() == made
+    assert server.sent() == 1  # what is in the recipe is not asked for again
+
+
+def test_what_the_framework_is_told() -> None:
+    device = RemoteFile("/proc/self/exe", capacity="8 MiB")
+    assert device.fault_around == FaultAround(MIB, 8 * MIB)
+    assert not device.writable
+    assert device.restartable
+    assert device.capacity == 8 * MIB
+    assert device.workers > 1
+    assert RemoteFile("/proc/self/exe", fault_around=(0, 0)).fault_around is None
+
+
+def test_threads_at_once(server: HttpServer, file: Served) -> None:
+    _, expected = file
+    device = _remote(server)
+    with FakeArea(device) as area:
+        pieces = [range(first, min(first + 64, len(area.pages))) for first in range(0, len(area.pages), 64)]
+        threads = [threading.Thread(target=area.fill, args=(piece,)) for piece in pieces]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert area.content(0, len(expected)) == expected
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "number"),
+    [
+        (404, SourceMissingError, errno.ENOENT), (410, SourceMissingError, errno.ENOENT),
+        (401, SourceError, errno.EACCES), (403, SourceError, errno.EACCES), (416, SourceError, errno.EIO),
+        (400, SourceError, errno.EIO), (412, SourceChangedError, errno.ESTALE), (501, SourceError, errno.EIO),
+        (304, SourceError, errno.EIO), (204, SourceError, errno.EIO),
+    ],
+)  # fmt: skip
+def test_what_will_not_pass_is_not_tried_again(
+    server: HttpServer, file: Served, status: int, kind: type[SourceError], number: int
+) -> None:
+    device = _remote(server)
+    with FakeArea(device) as area:
+        server.requests(clear=True)
+        server.fail("status", status=status, count=100)
+        with pytest.raises(kind, match=f"HTTP {status}" if status != 412 else "changed") as caught:
+            area.fill(range(4))
+        assert caught.value.errno == number
+        assert len(server.requests()) == 1
+        assert area.content(0, 4 * PAGE_SIZE) == bytes(4 * PAGE_SIZE)
+        server.heal()
+        assert area.get(0, PAGE_SIZE) == file[1][:PAGE_SIZE]
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
+def test_what_may_pass_is_tried_again(server: HttpServer, file: Served, status: int) -> None:
+    device = _remote(server)
+    with FakeArea(device) as area:
+        server.requests(clear=True)
+        server.fail("status", status=status, count=2)
+        assert area.get(0, PAGE_SIZE) == file[1][:PAGE_SIZE]
+        assert [request.status for request in server.requests(clear=True)] == [status, status, 206]
+        server.fail("status", status=status, count=100)
+        with pytest.raises(SourceError, match=f"given up after 4 tries: HTTP {status}"):
+            area.fill(range(4))
+        assert len(server.requests()) == 1 + QUICK.retries
+
+
+def test_the_server_says_how_long_to_wait(server: HttpServer, file: Served) -> None:
+    device = _remote(server)
+    with FakeArea(device) as area:
+        server.fail("status", status=429, headers={"Retry-After": "1"})
+        began = time.monotonic()
+        assert area.get(0, PAGE_SIZE) == file[1][:PAGE_SIZE]
+        assert time.monotonic() - began >= 1
+        server.fail("status", status=503, headers={"Retry-After": "3600"})
+        with pytest.raises(SourceError, match=r"next try in 3600.0 s would exceed the 5 s"):
+            area.fill(range(4))
+
+
+@pytest.mark.parametrize("action", ["reset", "short", "stall"])
+def test_connections_that_break(server: HttpServer, file: Served, action: str) -> None:
+    details: dict[str, Any] = {"bytes": 1_100_000, "seconds": 20}
+    patience = Patience(retries=2, timeout_s=0.15, total_s=5, first_pause_s=0.01)
+    device = RemoteFile(server.url("file.bin"), patience=patience)
+    with FakeArea(device) as area:
+        server.requests(clear=True)
+        server.fail(action, count=2, **details)
+        assert area.get(0, len(file[1])) == file[1]
+        starts = [request.first for request in server.requests()]
+        assert len(starts) == 3
+        if action != "reset":  # what had arrived is not asked for again
+            assert starts[1] >= MIB
+            assert starts[2] >= starts[1] + MIB
+        server.fail(action, count=1000, bytes=0, seconds=20)
+        with pytest.raises(SourceError, match="given up after 3 tries"):
+            area.fill(range(4))
+
+
+def test_a_server_that_is_gone(file: Served, server: HttpServer, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a" * PAGE_SIZE)
+    with HttpServer(tmp_path) as other:
+        device = RemoteFile(other.url("a"), patience=QUICK)
+        area = FakeArea(device)
+        device.open(area)
+    with pytest.raises(SourceError, match=r"given up .*Connection"):
+        area.fill()
+    device.close(area)
+    with pytest.raises(SourceError, match="Connection refused"):
+        RemoteFile(other.url("a"), patience=QUICK)
+
+
+def _rewrite(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    other = path.with_suffix(".new")
+    other.write_bytes(content)
+    other.rename(path)
+
+
+@pytest.mark.parametrize("how", [_rewrite, _replace])
+@pytest.mark.parametrize("length", ["same", "shorter", "longer"])
+def test_a_source_that_changes(server: HttpServer, file: Served, how: object, length: str) -> None:
+    path, expected = file
+    device = _remote(server)
+    with FakeArea(device) as area:
+        assert area.get(0, PAGE_SIZE) == expected[:PAGE_SIZE]
+        other = {"same": expected[::-1], "shorter": expected[:MIB], "longer": expected * 2}[length]
+        assert callable(how)
+        how(path, other)
+        for pages in (range(1, 2), range(700, 720)):
+            with pytest.raises(SourceChangedError, match="changed while it was mapped") as caught:
+                area.fill(pages)
+            assert caught.value.errno == errno.ESTALE
+            start = pages.start * PAGE_SIZE
+            assert area.content(start, pages.stop * PAGE_SIZE) == bytes(len(pages) * PAGE_SIZE)
+    # A new server process, after a crash, goes on with the version of before or not at all.
+    made = device.recipe()
+    assert made is not None
+    from prefault.drivers import remote
+
+    with FakeArea(remote._from_recipe(**made.arguments)) as area, pytest.raises(SourceChangedError):
+        area.fill(range(1))
+
+
+def test_each_answer_is_looked_at_though_the_server_ignores_conditions(server: HttpServer, file: Served) -> None:
+    device = _remote(server)
+    with FakeArea(device) as area:
+        server.fail("headers", headers={"ETag": '"other"'}, deaf=True)
+        with pytest.raises(SourceChangedError, match=r'and is "other" now'):
+            area.fill(range(4))
+        server.fail("headers", headers={"Last-Modified": "Thu, 01 Jan 1970 00:00:00 GMT"})
+        with pytest.raises(SourceChangedError, match="1970"):
+            area.fill(range(4))
+        server.fail("headers", total=5)
+        with pytest.raises(SourceChangedError, match="has 5 now"):
+            area.fill(range(4))
+        server.fail("plain", deaf=True)
+        with pytest.raises(SourceChangedError, match="does not say which version"):
+            area.fill(range(4))
+        assert area.content(0, 4 * PAGE_SIZE) == bytes(4 * PAGE_SIZE)
+
+
+def test_weak_tags_are_compared_though_they_cannot_be_a_condition(server: HttpServer, file: Served) -> None:
+    server.fail("headers", count=2, headers={"ETag": 'W/"1"'})
+    device = _remote(server)
+    with FakeArea(device) as area:
+        assert area.get(0, PAGE_SIZE) == file[1][:PAGE_SIZE]
+        assert "If-Match" not in server.requests()[-1].headers
+        server.fail("headers", headers={"ETag": 'W/"2"'})
+        with pytest.raises(SourceChangedError):
+            area.fill(range(4))
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"action": "ignore"}, "ignores range requests"),
+        ({"action": "shift", "by": 7}, "asked for bytes 0 to 16383, answered with 7 to 16390"),
+        ({"action": "less", "by": 7}, "answered with 0 to 16376"),
+        ({"action": "lie", "by": 7}, "asked for 16384 bytes, answered with 16377"),
+        ({"action": "longer"}, "was longer"),
+        ({"action": "headers", "headers": {"Content-Encoding": "gzip"}}, "Content-Encoding 'gzip'"),
+        ({"action": "headers", "headers": {"Content-Range": "bytes nonsense"}}, "not say of which bytes"),
+    ],
+)
+def test_answers_that_are_wrong(server: HttpServer, file: Served, rule: dict[str, object], message: str) -> None:
+    device = _remote(server)
+    with FakeArea(device) as area:
+        server.requests(clear=True)
+        server.fail(**rule, count=100)  # type: ignore[arg-type]
+        with pytest.raises(SourceError, match=message):
+            area.fill(range(4))
+        assert len(server.requests()) == 1
+        server.heal()
+        assert area.get(0, PAGE_SIZE) == file[1][:PAGE_SIZE]
+
+
+_GARBAGE = [
+    "", "nonsense", "HTTP/1.1", "HTTP/1.1 two\r\n\r\n", "HTTP/1.1 206 \r\n", "\x00" * 1000, "HTTP/9.9 206 OK\r\n\r\n",
+    "HTTP/1.1 206 OK\r\nContent-Length: -5\r\nContent-Range: bytes 0-16383/{length}\r\n\r\n",
+    "HTTP/1.1 206 OK\r\nContent-Length: 16384\r\nContent-Range: bytes 0-16383/" + "9" * 5000 + "\r\n\r\n",
+    "HTTP/1.1 206 OK\r\nTransfer-Encoding: chunked\r\nETag: {tag}\r\nContent-Range: bytes 0-16383/{length}\r\n\r\nzz\r\n",
+    "HTTP/1.1 206 OK\r\nContent-Range: bytes 0-16383/{length}\r\nETag: {tag}\r\n\r\nfew",
+    "HTTP/1.1 206 OK\r\nX: " + "x" * 70_000 + "\r\n\r\n", "HTTP/1.1 206 OK\r\n" + "X: y\r\n" * 200 + "\r\n",
+    "HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n",
+    "HTTP/1.1 302 Found\r\nLocation: http://[\r\nContent-Length: 0\r\n\r\n",
+    "HTTP/1.1 302 Found\r\nLocation: http://\r\n\r\n", "HTTP/1.1 100 Continue\r\n\r\n",
+    "HTTP/1.1 302 Found\r\nLocation: http://h:99999/\r\n\r\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", _GARBAGE, ids=lambda text: text[:40])
+def test_garbage_is_an_error(server: HttpServer, file: Served, text: str) -> None:
+    patience = Patience(retries=1, timeout_s=0.3, total_s=2, first_pause_s=0.01)
+    device = RemoteFile(server.url("file.bin"), patience=patience)
+    text = text.replace("{length}", str(len(file[1]))).replace("{tag}", device.version.tag)
+    with FakeArea(device) as area:
+        server.fail("garbage", count=100, text=text)
+        with pytest.raises(SourceError):
+            area.fill(range(4))
+        with pytest.raises(SourceError):
+            RemoteFile(server.url("file.bin"), patience=patience)
+        server.heal()
+        assert area.get(0, PAGE_SIZE) == file[1][:PAGE_SIZE]
+
+
+def test_random_garbage(server: HttpServer, file: Served) -> None:
+    """Answers that were right, with a part of the head replaced by chance: the right bytes or an error."""
+    device = RemoteFile(server.url("file.bin"), patience=Patience(retries=0, timeout_s=0.2, total_s=2))
+    expected = file[1][:PAGE_SIZE]
+    head = (
+        f"HTTP/1.1 206 Partial Content\r\nContent-Length: 4096\r\nContent-Range: bytes 0-4095/{len(file[1])}\r\n"
+        f"ETag: {device.version.tag}\r\nLast-Modified: {device.version.modified}\r\n\r\n"
+    )
+    generator = random.Random(3)
+    right = 0
+    with FakeArea(device) as area:
+        for _ in range(150):
+            at = generator.randrange(len(head))
+            spoilt = head[:at] + chr(generator.randrange(256)) + head[at + generator.randrange(3) :]
+            server.fail("garbage", text=spoilt + expected.decode("latin-1"))
+            try:
+                area.fill(range(1))
+            except SourceError:
+                continue
+            assert area.content(0, PAGE_SIZE) == expected
+            right += 1
+    assert 5 < right < 145
+
+
+def test_huge_pages(server: HttpServer, file: Served) -> None:
+    device = RemoteFile(server.url("file.bin"), page_size=2 * MIB, patience=QUICK)
+    with FakeArea(device) as area:
+        area.fill(range(1, 2))
+        assert area.content(2 * MIB, 4 * MIB) == file[1][2 * MIB :].ljust(2 * MIB, b"\0")
+
+
+def test_a_server_without_ranges_is_refused_before_it_is_mapped(server: HttpServer, file: Served) -> None:
+    server.fail("ignore", count=100)
+    with pytest.raises(SourceError, match=f"ignores range requests .*{len(file[1])} bytes.*download"):
+        _remote(server)
+
+
+def test_what_cannot_be_mapped(server: HttpServer) -> None:
+    (server.directory / "empty").write_bytes(b"")
+    with pytest.raises(ValueError, match="empty"):
+        _remote(server, "empty")
+    with pytest.raises(SourceMissingError, match=r"HTTP 404.*no such file") as caught:
+        _remote(server, "missing")
+    assert isinstance(caught.value, FileNotFoundError)
+    with pytest.raises(ValueError, match="names no host"):
+        RemoteFile("http:///x")
+    with pytest.raises(ValueError, match="storage_options"):
+        RemoteFile(server.url("empty"), storage_options={"a": 1})
+    with pytest.raises(ValueError, match="at least 1"):
+        RemoteFile(server.url("empty"), workers=0)
+
+
+def test_redirects(server: HttpServer, file: Served) -> None:
+    server.fail("redirect", location="/file.bin?signed=1")
+    device = _remote(server, "elsewhere")
+    with FakeArea(device) as area:
+        server.fail("redirect", location="/file.bin?signed=2")
+        assert area.get(0, PAGE_SIZE) == file[1][:PAGE_SIZE]
+        server.requests(clear=True)
+        server.heal()
+        assert area.get(PAGE_SIZE, 2 * PAGE_SIZE) == file[1][PAGE_SIZE : 2 * PAGE_SIZE]
+        # The target that was signed has expired: the way there is asked for anew, and only then it is gone.
+        server.fail("status", status=403)
+        with pytest.raises(SourceMissingError):
+            area.fill(range(4))
+        assert [request.path for request in server.requests()] == ["/file.bin?signed=2"] * 2 + ["/elsewhere"]
+        server.fail("redirect", location="/elsewhere", count=100)
+        with pytest.raises(SourceError, match="redirects"):
+            area.fill(range(4))
+        server.fail("redirect", location="ftp://host/x")
+        with pytest.raises(SourceError, match="no HTTP URL"):
+            area.fill(range(4))
+
+
+def test_headers_go_to_their_host_alone(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    (tmp_path / "file.bin").write_bytes(file[1])
+    with HttpServer(tmp_path) as other:
+        server.fail("redirect", location=other.url("file.bin"))
+        url = server.url("file.bin").replace("://", "://me:se%20cret@") + "?token=hidden"
+        device = RemoteFile(url, headers={"X-Key": "1"}, patience=QUICK)
+        mine, theirs = server.requests()[-1].headers, other.requests()[-1].headers
+    assert mine["Authorization"] == "Basic bWU6c2UgY3JldA=="
+    assert mine["X-Key"] == "1"
+    assert "Authorization" not in theirs
+    assert "X-Key" not in theirs
+    assert "secret" not in str(device)
+    assert "hidden" not in str(device)
+
+
+def test_an_idle_connection_that_the_server_closed_is_no_failure(server: HttpServer, file: Served) -> None:
+    device = RemoteFile(server.url("file.bin"), patience=QUICK.__class__(retries=0, total_s=5))
+    with FakeArea(device) as area:
+        server.fail("reset", skip=1)
+        assert area.get(0, PAGE_SIZE) == file[1][:PAGE_SIZE]
+        assert area.get(0, PAGE_SIZE) == file[1][:PAGE_SIZE]
+
+
+def test_it_leaves_no_descriptor(server: HttpServer, file: Served) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    device = _remote(server)
+    with FakeArea(device) as area:
+        area.fill()
+        server.fail("status", status=404)
+        with pytest.raises(SourceError):
+            area.fill()
+    assert len(os.listdir("/proc/self/fd")) == before

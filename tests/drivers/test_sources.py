@@ -1,0 +1,345 @@
+"""RemoteFile on files, fsspec's file systems, archives and callables."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec  # type: ignore[import-untyped]
+import pytest
+
+from drivers.conftest import QUICK
+from prefault.drivers import RemoteFile, SourceChangedError, SourceError, SourceMissingError
+from prefault.drivers.files import FsspecSource
+from prefault.drivers.source import time_limit
+from prefault.sizes import PAGE_SIZE
+from support.fake_area import FakeArea
+from support.http_server import HttpServer
+
+Content = Callable[[int], bytes]
+Served = tuple[Path, bytes]
+
+
+def _remote(source: Any, **options: Any) -> RemoteFile:
+    return RemoteFile(source, patience=QUICK, **options)
+
+
+def _assert_holds(device: RemoteFile, expected: bytes) -> None:
+    assert device.length == len(expected)
+    with FakeArea(device) as area:
+        for start, stop in ((len(expected) - 5000, len(expected)), (0, 10), (12_345, 60_000)):
+            assert area.get(max(0, start), stop) == expected[max(0, start) : stop]
+        area.fill()
+        assert area.content(0, len(expected)) == expected
+
+
+# --- files of this machine
+
+
+def test_a_path_and_a_file_url(tmp_path: Path, content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = content(100_001)
+    (tmp_path / "f").write_bytes(expected)
+    monkeypatch.chdir(tmp_path)
+    for source in (tmp_path / "f", str(tmp_path / "f"), "f", f"file://{tmp_path}/f", f"local://{tmp_path}/f"):
+        device = _remote(source)
+        _assert_holds(device, expected)
+        assert device.restartable
+        assert device.recipe() is not None
+    made = _remote("f").recipe()
+    assert made is not None
+    assert made.arguments["source"] == str(tmp_path / "f")  # a server has another working directory
+
+
+@pytest.mark.parametrize("how", ["written", "replaced", "cut", "removed"])
+def test_a_local_file_that_changes(tmp_path: Path, content: Content, how: str) -> None:
+    path = tmp_path / "f"
+    expected = content(100_001)
+    path.write_bytes(expected)
+    device = _remote(path)
+    with FakeArea(device) as area:
+        assert area.get(0, 10) == expected[:10]
+        if how == "written":
+            path.write_bytes(expected[::-1])
+        elif how == "replaced":
+            (tmp_path / "g").write_bytes(expected[::-1])
+            (tmp_path / "g").rename(path)
+        elif how == "cut":
+            os.truncate(path, 5000)
+        else:
+            path.unlink()
+        kind = SourceMissingError if how == "removed" else SourceChangedError
+        with pytest.raises(kind):
+            area.fill(range(3, 5))
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(SourceMissingError) as caught:
+        _remote(tmp_path / "none")
+    assert caught.value.errno == errno.ENOENT
+    with pytest.raises(SourceError, match="not a regular file"):
+        _remote(tmp_path)
+
+
+# --- fsspec
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    found = fsspec.filesystem("memory")
+    yield found
+    found.store.clear()
+
+
+def test_the_memory_file_system(memory: Any, content: Content) -> None:
+    expected = content(200_001)
+    memory.pipe("/dir/f", expected)
+    device = _remote("memory://dir/f")
+    _assert_holds(device, expected)
+    assert device.recipe() is None  # it is in this process only: the server must be a fork
+    with FakeArea(device) as area:
+        memory.pipe("/dir/f", expected[::-1])
+        with pytest.raises(SourceChangedError):
+            area.fill()
+    device = _remote("memory://dir/f")
+    with FakeArea(device) as area:
+        memory.rm("/dir/f")
+        with pytest.raises(SourceMissingError):
+            area.fill()
+    with pytest.raises(SourceMissingError):
+        _remote("memory://dir/f")
+    memory.mkdir("/empty")
+    with pytest.raises(SourceError, match="not a file"):
+        _remote("memory://empty")
+
+
+class _Flaky:
+    """What a file system's ``cat_file`` does next, then what it really does."""
+
+    def __init__(self, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._real = memory.cat_file
+        self.script: list[Any] = []
+        self.calls = 0
+        monkeypatch.setattr(memory, "cat_file", self._cat)
+
+    def _cat(self, path: str, start: int, end: int) -> bytes:
+        self.calls += 1
+        what = self.script.pop(0) if self.script else None
+        if isinstance(what, Exception):
+            raise what
+        content: bytes = self._real(path, start=start, end=end)
+        return content if what is None else what(content)
+
+
+def test_what_a_file_system_raises(memory: Any, content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
+    class HttpError(Exception):
+        def __init__(self, status: int) -> None:
+            self.status = status
+
+    expected = content(50_000)
+    memory.pipe("/f", expected)
+    flaky = _Flaky(memory, monkeypatch)
+    with FakeArea(_remote("memory://f")) as area:
+        flaky.script = [ConnectionResetError("gone"), TimeoutError(), HttpError(503)]
+        assert area.get(0, 50_000) == expected
+        for error in (PermissionError(13, "no"), HttpError(403), NotImplementedError("never"), ValueError("bad")):
+            flaky.calls = 0
+            flaky.script = [error]
+            with pytest.raises(SourceError):
+                area.fill()
+            assert flaky.calls == 1
+        flaky.script = [lambda content: content[:1000]]
+        assert area.get(0, 50_000) == expected
+        flaky.script = [lambda content: content + b"more"]
+        with pytest.raises(SourceError, match="got 50004"):
+            area.fill()
+        flaky.script = [lambda _: b""] * 10
+        with pytest.raises(SourceError, match="given up after 4 tries"):
+            area.fill()
+
+
+def test_a_file_system_that_is_asynchronous(server: HttpServer, content: Content) -> None:
+    """fsspec's own http, which is not what http URLs use: in place of s3 and gs, which are made alike."""
+    expected = content(300_001)
+    path = server.directory / "f"
+    path.write_bytes(expected)
+    url = server.url("f")
+    source = FsspecSource(url, {"skip_instance_cache": True}, url, QUICK, None)
+    assert source.read(1000, 5000) == expected[1000:6000]
+    server.fail("status", status=503, skip=1, count=2)
+    assert source.read(1000, 5000) == expected[1000:6000]
+    server.fail("ignore", count=100)
+    with pytest.raises(SourceError, match="ignores ranges"):
+        source.read(1000, 5000)
+    server.fail("stall", bytes=0, seconds=1.0, count=100)
+    began = time.monotonic()
+    with time_limit(1.0), pytest.raises(SourceError):
+        source.read(1000, 5000)
+    assert time.monotonic() - began < 10
+    server.heal()
+    path.write_bytes(expected[::-1])
+    with pytest.raises(SourceChangedError):
+        source.read(1000, 5000)
+    path.unlink()
+    with pytest.raises(SourceMissingError):
+        source.read(1000, 5000)
+
+
+@pytest.mark.parametrize(("url", "package"), [("s3://b/k", "s3fs"), ("gs://b/k", "gcsfs"), ("ssh://h/f", "paramiko")])
+def test_a_missing_package_is_named(url: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"needs the package {package}.*pip install {package}"):
+        _remote(url)
+
+
+def test_without_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    with pytest.raises(ImportError, match=r"needs fsspec.*prefault\[remote\]"):
+        _remote("memory://f")
+
+
+def test_an_unknown_protocol() -> None:
+    with pytest.raises(ValueError, match="nosuch"):
+        _remote("nosuch://host/f")
+
+
+# --- archives
+
+
+def _zip(path: Path, expected: bytes, compression: int) -> None:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("other.txt", b"x" * 10_000)
+        archive.writestr("dir/a.bin", expected)
+
+
+def test_a_stored_member_is_read_in_ranges(server: HttpServer, content: Content) -> None:
+    expected = content(400_001)
+    path = server.directory / "a.zip"
+    _zip(path, expected, zipfile.ZIP_STORED)
+    device = _remote(f"zip://dir/a.bin::{server.url('a.zip')}")
+    _assert_holds(device, expected)
+    with FakeArea(device) as area:
+        server.requests(clear=True)
+        area.fill(range(5, 7))
+        assert [request.sent for request in server.requests()] == [2 * PAGE_SIZE]
+        _zip(path, expected[::-1], zipfile.ZIP_STORED)
+        with pytest.raises(SourceChangedError):
+            area.fill(range(5, 7))
+    with pytest.raises(SourceMissingError, match="no member"):
+        _remote(f"zip://dir/none::{server.url('a.zip')}")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_a_packed_member(server: HttpServer, compression: int) -> None:
+    expected = bytes(range(256)) * 1000
+    path = server.directory / "a.zip"
+    _zip(path, expected, compression)
+    device = _remote(f"zip://dir/a.bin::{server.url('a.zip')}")
+    _assert_holds(device, expected)
+    with FakeArea(device) as area:
+        server.fail("status", status=404, count=100)
+        with pytest.raises(SourceMissingError, match="404"):
+            area.fill()
+
+
+def test_an_archive_in_memory_and_one_of_tar(memory: Any, content: Content, tmp_path: Path) -> None:
+    import tarfile
+
+    expected = content(100_001)
+    _zip(tmp_path / "a.zip", expected, zipfile.ZIP_STORED)
+    memory.pipe("/a.zip", (tmp_path / "a.zip").read_bytes())
+    _assert_holds(_remote("zip://dir/a.bin::memory://a.zip"), expected)
+    _assert_holds(_remote(f"zip://dir/a.bin::file://{tmp_path}/a.zip"), expected)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        info = tarfile.TarInfo("a.bin")
+        info.size = len(expected)
+        archive.addfile(info, io.BytesIO(expected))
+    device = _remote(f"tar://a.bin::file://{tmp_path}/a.tar")
+    _assert_holds(device, expected)
+
+
+def test_broken_archives(server: HttpServer, content: Content) -> None:
+    path = server.directory / "a.zip"
+    path.write_bytes(content(5000))
+    with pytest.raises(SourceError, match="not a zip file"):
+        _remote(f"zip://a::{server.url('a.zip')}")
+    _zip(path, content(5000), zipfile.ZIP_STORED)
+    server.fail("status", status=403, count=100, skip=1)
+    with pytest.raises(SourceError, match="403"):
+        _remote(f"zip://dir/a.bin::{server.url('a.zip')}")
+
+
+# --- callables
+
+
+class _Shy(io.BytesIO):
+    """A file that gives a little at a time, and no more than it is asked for."""
+
+    def readinto(self, buffer: Any) -> int:
+        with memoryview(buffer) as view:
+            return super().readinto(view[:1000])
+
+
+def test_a_callable(tmp_path: Path, content: Content) -> None:
+    expected = content(100_001)
+    path = tmp_path / "f"
+    path.write_bytes(expected)
+    device = _remote(partial(open, path, "rb"))
+    _assert_holds(device, expected)
+    assert device.recipe() is None
+    assert not device.restartable
+    _assert_holds(_remote(lambda: _Shy(expected)), expected)
+    with FakeArea(device) as area:
+        path.write_bytes(expected[::-1])
+        with pytest.raises(SourceChangedError):
+            area.fill()
+    with pytest.raises(ValueError, match="cache_dir"):
+        _remote(partial(open, path, "rb"), cache_dir=tmp_path)
+
+
+def test_each_thread_has_a_file_of_its_own(content: Content) -> None:
+    expected = content(1_000_001)
+    opened: list[BinaryIO] = []
+
+    def opener() -> BinaryIO:
+        opened.append(_Shy(expected))
+        return opened[-1]
+
+    device = _remote(opener)
+    with FakeArea(device) as area:
+        pieces = [range(first, min(first + 32, len(area.pages))) for first in range(0, len(area.pages), 32)]
+        threads = [threading.Thread(target=area.fill, args=(piece,)) for piece in pieces]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert area.content(0, len(expected)) == expected
+    assert all(file.closed for file in opened)
+
+
+@pytest.mark.parametrize("length", [0, 5000, 60_000])
+def test_a_callable_whose_file_is_shorter_than_it_said(length: int) -> None:
+    class Lying(io.BytesIO):
+        def seek(self, offset: int, whence: int = 0) -> int:
+            super().seek(offset, whence)
+            return 100_000 if whence == os.SEEK_END else offset
+
+    device = _remote(lambda: Lying(b"x" * length))
+    with FakeArea(device) as area, pytest.raises(SourceError, match=f"ends at byte {length} of 100000"):
+        area.fill()
+
+
+def test_a_callable_that_raises() -> None:
+    def opener() -> BinaryIO:
+        raise FileNotFoundError(errno.ENOENT, "no")
+
+    with pytest.raises(SourceMissingError):
+        _remote(opener)

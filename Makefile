@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test check stress coverage bench-measures bench-sparse format clean
+.PHONY: quickstart test check stress coverage bench-measures bench-sparse bench-device bench-remote format clean
 
 ## Install into .venv and run the main job: how fast can this machine populate memory?
 quickstart: $(VENV)/.installed
@@ -38,6 +38,14 @@ bench-measures: $(VENV)/.test-installed
 bench-sparse: $(VENV)/.test-installed
 	$(BIN)/python bench/sparse.py
 	$(BIN)/python bench/growable.py
+
+## The measures of docs/results/device.md, against a page-fault handler in C.
+bench-device: $(VENV)/.test-installed
+	$(BIN)/python bench/device.py
+
+## The measures of remote files, against fsspec and bare range requests.
+bench-remote: $(VENV)/.test-installed
+	$(BIN)/python bench/remote.py
 
 format: $(VENV)/.test-installed
 	$(BIN)/ruff check --fix .

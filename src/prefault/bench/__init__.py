@@ -10,4 +10,11 @@ Modules, lowest first:
     client, runner             the parent's side of it; the whole grid
     ratios, findings, report   beside the published figures; in words; as a table
     progress                   what is shown meanwhile
+
+prefault bench device: five routes to populated device memory, on one device.
+
+    device_driver              the device
+    device_results, device_json  what is measured, records; the file format
+    device_routes, device_runner one route, once; all of them
+    device_report              as a table
 """

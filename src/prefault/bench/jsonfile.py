@@ -47,11 +47,16 @@ def save(run: BenchRun, path: Path) -> None:
     Raises:
         OSError: it cannot be written; what was there before is still there.
     """
+    write(to_json(run), path)
+
+
+def write(document: Mapping[str, Any], path: Path) -> None:
+    """Write a document as :func:`save` does."""
     target = path.resolve()
     draft = _beside(target)
     try:
         with draft.open("x", encoding="utf-8") as file:
-            json.dump(to_json(run), file, indent=1)
+            json.dump(document, file, indent=1)
             file.write("\n")  # no fsync: it could wait for gigabytes that a "file" row has left to write back
         draft.replace(target)
     except BaseException:

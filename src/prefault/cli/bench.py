@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from prefault.bench import grid, jsonfile, places, runner
 from prefault.bench.grid import Cell
@@ -16,6 +17,7 @@ from prefault.bench.kinds import HUGE_PAGE_BYTES, KINDS, Places
 from prefault.bench.machine import this_machine
 from prefault.bench.results import BenchRun, CellResult
 from prefault.bench.stopping import StopRequest
+from prefault.cli.bench_device import device
 from prefault.sizes import parse_size
 
 _QUICK_REPEATS = 3
@@ -51,7 +53,7 @@ def _one_of(valid: Iterable[str]) -> Callable[[click.Context, click.Parameter, t
     return check
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @click.option("--quick", is_flag=True, help="256 MiB, three repetitions, the rows that matter: some seconds.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Keep the run in FILE.")
 @click.option("--size", multiple=True, callback=_sizes, help="Of the mapping; repeatable. [2 MiB and 4 GiB, quick: 256 MiB]")
@@ -77,6 +79,11 @@ def bench(
     list_cells: bool,
 ) -> None:
     """Measure how fast this machine populates memory, beside the figures published in 2021."""
+    if context.invoked_subcommand is not None:
+        given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        if given:
+            raise click.UsageError(f"options of {context.invoked_subcommand!r} come after its name")
+        return
     cells = grid.select(_grid(quick, size), methods=method, backings=backing, sharings=sharing)
     if not cells:
         raise click.UsageError("the filters leave no cell: prefault bench --list shows what there is")
@@ -146,3 +153,6 @@ def _print(run: BenchRun) -> None:
     from prefault.bench.report import console_for, render
 
     render(run, console_for())
+
+
+bench.add_command(device)

@@ -1,0 +1,546 @@
+"""The measures of device memory: against a handler in C (bench/uffd.c), which is a process too, alternating in the same run.
+
+Run with ``make bench-device``. Prints a table in Markdown, and histograms of fault latencies. Nothing here asserts: whether
+a figure is good is for the reader to say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import prefault
+from prefault import device as devices
+from prefault._kernel import hugetlb, mman
+from prefault.device import Area, Device, DeviceArea
+from prefault.device.driver import Access
+from prefault.device.populates import PIECE
+from prefault.sizes import GIB, KIB, MIB, PAGE_SIZE, format_size
+
+_HERE = Path(__file__).parent
+_HUGE = 2 * MIB
+
+
+class Trivial(Device):
+    """Copies the same 4 KiB into each page: what the handler in C does as well."""
+
+    writable = False
+    _content = b"\x5a" * PAGE_SIZE
+
+    def __init__(self, length: int, page_size: int = PAGE_SIZE) -> None:
+        self.length = length
+        self.page_size = page_size
+        self._page = self._content * (page_size // PAGE_SIZE)
+
+    def fault(self, area: DeviceArea, page: int, access: Access) -> None:  # noqa: ARG002
+        area.frame(page)[:] = self._page
+
+    def populate(self, area: DeviceArea, pages: range, access: Access) -> None:  # noqa: ARG002
+        area.frames(pages)[:] = self._page * len(pages)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One row of the report. ``met`` is None where nothing is demanded."""
+
+    name: str
+    limit: str
+    figure: str
+    met: bool | None
+    detail: str
+
+    def __str__(self) -> str:
+        verdict = {None: "", True: "MET", False: "MISS"}[self.met]
+        return f"| {self.name} | {self.limit} | {self.figure} | {verdict} | {self.detail} |"
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is done."""
+
+    rounds: int
+    length: int
+    loads: int
+    cycles: int
+    seconds: float
+
+
+# --- processes
+
+
+def _stat(pid: int) -> tuple[str, int, int]:
+    """Name, parent, and CPU ticks of a process: proc_pid_stat(5)."""
+    name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+    fields = rest.split()
+    return name, int(fields[1]), int(fields[11]) + int(fields[12])
+
+
+def _helpers() -> dict[str, int]:
+    """The warden and the server of the device that was mapped last, by what they are."""
+    found: dict[str, int] = {}
+    parent = os.getpid()
+    for role in ("warden", "server"):
+        children = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and _stat(int(entry.name))[:2] == (f"prefault-{role}", parent):
+                    children.append(int(entry.name))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        found[role] = parent = max(children)
+    return found
+
+
+def _cpu_ns(pid: int) -> int:
+    """CPU time of all threads, from the scheduler's own count: ticks of 10 ms are coarse."""
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What a process has: open descriptors, mappings, and anonymous memory that is resident."""
+
+    descriptors: int
+    mappings: int
+    rss_kib: int
+
+    @classmethod
+    def of(cls, pid: int) -> Holdings:
+        status = Path(f"/proc/{pid}/status").read_text().splitlines()
+        rss = next(int(line.split()[1]) for line in status if line.startswith("RssAnon:"))
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        return cls(len(os.listdir(f"/proc/{pid}/fd")), maps.count("\n"), rss)
+
+
+# --- C
+
+
+@contextmanager
+def native() -> Iterator[Path]:
+    """bench/uffd.c as a program."""
+    with tempfile.TemporaryDirectory() as directory:
+        program = Path(directory) / "uffd"
+        subprocess.run(["gcc", "-O2", "-o", program, _HERE / "uffd.c"], check=True)
+        yield program
+
+
+@contextmanager
+def continued_in_c(program: Path, length: int, page_size: int) -> Iterator[Callable[[int], float]]:
+    """A function: nanoseconds that C needs to map all of its ready frames, in pieces of so many bytes (0: in one call)."""
+    command = [str(program), "continue", str(length), str(page_size)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        asked, said = child.stdin, child.stdout
+
+        def once(piece: int) -> float:
+            asked.write(f"{piece}\n")
+            asked.flush()
+            return float(said.readline())
+
+        yield once
+        asked.close()
+
+
+def warm(length: int = 256 * MIB) -> None:
+    """Have the host back memory that is free: a page that went back to it costs 9 us more at its first touch here."""
+    with prefault.Mapping(length) as memory:
+        prefault.populate(memory)
+
+
+def loads_in_c(program: Path, count: int, placement: str) -> list[int]:
+    """Nanoseconds of each load of a new page, answered by the handler in C."""
+    done = subprocess.run([str(program), "latency", str(count), placement], check=True, stdout=subprocess.PIPE, text=True)
+    return [int(line) for line in done.stdout.split()]
+
+
+# --- populating
+
+
+def forget(area: Area) -> None:
+    """Empty the page table. The frames stay ready."""
+    mman.madvise(area.address, len(area), mman.MADV_DONTNEED)
+
+
+@contextmanager
+def ready_area(length: int, page_size: int = PAGE_SIZE) -> Iterator[Area]:
+    with devices.map(Trivial(length, page_size), populate=True) as area:
+        yield area
+
+
+def populated_ns(area: Area) -> float:
+    """Nanoseconds of the populate call, with everything that belongs to it."""
+    forget(area)
+    began = time.perf_counter_ns()
+    result = area.populate("read")
+    took = time.perf_counter_ns() - began
+    assert result.bytes == len(area), result
+    return float(took)
+
+
+def against_c(program: Path, effort: Effort, page_size: int) -> Iterator[Measure]:
+    """Bulk populate of ready frames."""
+    length = effort.length
+    kind = "2 MiB hugetlb frames" if page_size == _HUGE else "4 KiB frames"
+    with ready_area(length, page_size) as area, continued_in_c(program, length, page_size) as in_c:
+        assert page_size == PAGE_SIZE or not area.notes, area.notes
+        routes: list[tuple[str, Callable[[], float]]] = [
+            ("ours", lambda: populated_ns(area)),
+            ("pieces", lambda: in_c(PIECE * page_size)),
+            ("one", lambda: in_c(0)),
+        ]
+        times: dict[str, list[float]] = {name: [] for name, _ in routes}
+        for round_ in range(effort.rounds + 1):
+            for name, route in routes if round_ % 2 else reversed(routes):
+                took = route()
+                if round_:  # the first does not count
+                    times[name].append(took)
+    ours = times["ours"]
+    for name, what in (("pieces", f"{PIECE} entries a call, as the server does"), ("one", "one call")):
+        c = times[name]
+        best, middle = min(ours) / min(c), statistics.median(ours) / statistics.median(c)
+        yield Measure(
+            f"populate {format_size(length)}, {kind}, ready, against UFFDIO_CONTINUE in C, {what}",
+            "at most 1.15x",
+            f"{best:.3f}x best, {middle:.3f}x median",
+            best <= 1.15 and middle <= 1.15,
+            f"C {min(c) / 1e6:.2f} ms best, {statistics.median(c) / 1e6:.2f} median; ours {min(ours) / 1e6:.2f} and"
+            f" {statistics.median(ours) / 1e6:.2f}, {min(ours) / length * PAGE_SIZE:.0f} ns a 4 KiB page; {len(c)} of each",
+        )
+
+
+def against_touching(effort: Effort) -> Iterator[Measure]:
+    """Bulk populate against one fault a page, in the order of addresses: both of ready frames, and both with the driver."""
+    length = effort.length
+    touched: dict[str, list[float]] = {"ready": [], "supplied": []}
+    populated: dict[str, list[float]] = {"ready": [], "supplied": []}
+
+    def touch(area: Area) -> float:
+        column = area.ndarray("uint8")[::PAGE_SIZE]
+        began = time.perf_counter_ns()
+        column.sum()
+        return float(time.perf_counter_ns() - began)
+
+    for _ in range(max(2, effort.rounds // 4)):
+        warm(2 * length)
+        with devices.map(Trivial(length)) as area:
+            began = time.perf_counter_ns()
+            area.populate("read")
+            populated["supplied"].append(float(time.perf_counter_ns() - began))
+            populated["ready"] += [populated_ns(area) for _ in range(3)]
+            forget(area)
+            touched["ready"].append(touch(area))
+        with devices.map(Trivial(length)) as area:
+            touched["supplied"].append(touch(area))
+    for kind, what in (("ready", "ready frames"), ("supplied", "with the driver's work")):
+        faults, bulk = statistics.median(touched[kind]), statistics.median(populated[kind])
+        yield Measure(
+            f"{format_size(length)} touched page by page against populate, {what}",
+            "at least 100x" if kind == "ready" else "(none)",
+            f"{faults / bulk:.0f}x",
+            faults / bulk >= 100 if kind == "ready" else None,
+            f"{faults / 1e9:.2f} s ({faults / length * PAGE_SIZE / 1e3:.1f} us a page) and {bulk / 1e6:.1f} ms"
+            f" ({bulk / length * PAGE_SIZE / 1e3:.2f} us a page), medians of {len(touched[kind])} and"
+            f" {len(populated[kind])};"
+            " the numerator is the fault latency: the better it is, the smaller the ratio",
+        )
+
+
+@contextmanager
+def huge_pool(pages: int) -> Iterator[str]:
+    """A pool of so many free huge pages, if it is to be had; else why not."""
+    if _HUGE not in hugetlb.page_sizes():
+        yield "the kernel has no huge pages of 2 MiB"
+        return
+    with open(Path(tempfile.gettempdir()) / "prefault-hugetlb-pool.lock", "w") as lock:  # that of the tests
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = hugetlb.read_pool(_HUGE)
+        if before.available >= pages:
+            yield ""
+            return
+        try:
+            hugetlb.resize_pool(_HUGE, before.total + pages)
+        except PermissionError:
+            yield f"write {pages} to {before.setting} first, or be root"
+            return
+        try:
+            short = hugetlb.read_pool(_HUGE).available < pages
+            yield f"the kernel found no {pages} huge pages" if short else ""
+        finally:
+            hugetlb.resize_pool(_HUGE, before.total)
+
+
+def populating(program: Path, effort: Effort) -> Iterator[Measure]:
+    yield from against_c(program, effort, PAGE_SIZE)
+    with huge_pool(2 * effort.length // _HUGE + 16) as why_not:
+        if why_not:
+            yield Measure("populate 2 MiB hugetlb frames", "at most 1.15x", "not measured", None, why_not)
+        else:
+            yield from against_c(program, effort, _HUGE)
+
+
+# --- latency
+
+
+def loads(view: memoryview, offsets: Sequence[int], pause_ns: int = 0) -> list[int]:
+    """Nanoseconds of each load, by perf_counter_ns around it. ``pause_ns``: what this thread computes in between."""
+    clock = time.perf_counter_ns
+    took = []
+    for at in offsets:
+        if pause_ns:
+            until = clock() + pause_ns
+            while clock() < until:
+                pass
+        began = clock()
+        view[at]
+        took.append(clock() - began)
+    return took
+
+
+def our_loads(count: int, *, colocate: bool = False, pause_ns: int = 0) -> tuple[list[int], list[int], list[int]]:
+    """Of new pages, of ready frames, and of pages that are there, which is what measuring costs."""
+    offsets = range(0, count * PAGE_SIZE, PAGE_SIZE)
+    with devices.map(Trivial(count * PAGE_SIZE), colocate=colocate) as area, area.memoryview() as view:
+        new = loads(view, offsets, pause_ns)
+        nothing = loads(view, offsets)
+        forget(area)
+        return new, loads(view, offsets, pause_ns), nothing
+
+
+def _spread(values: list[int]) -> str:
+    ordered = sorted(values)
+    at = [ordered[min(len(ordered) - 1, int(len(ordered) * part))] / 1e3 for part in (0, 0.5, 0.9, 0.99)]
+    return "{:.1f} us best, {:.1f} median, {:.1f} 90 %, {:.1f} 99 %".format(*at)
+
+
+def histogram(values: list[int]) -> list[str]:
+    """How many lie between powers of two of microseconds."""
+    counts: dict[int, int] = {}
+    for value in values:
+        bucket = (value // 1000).bit_length()
+        counts[bucket] = counts.get(bucket, 0) + 1
+    lines = []
+    for bucket in range(min(counts), max(counts) + 1):
+        count = counts.get(bucket, 0)
+        low = 1 << bucket - 1 if bucket else 0
+        bar = "#" * -(-50 * count // len(values))
+        lines.append(f"{low:>7} to {1 << bucket:>6} us {count:>7} {100 * count / len(values):5.1f} % {bar}".rstrip())
+    return lines
+
+
+_IN_C = {
+    "same": "C, both pinned to one CPU, blocking",
+    "two": "C, pinned to two CPUs, blocking",
+    "free": "C, left to the scheduler, blocking",
+    "spin": "C, left to the scheduler, spinning without end",
+}
+
+
+def latency(program: Path, effort: Effort) -> Iterator[Measure | str]:
+    """Fault latency, round by round through all placements."""
+    count = effort.loads
+    times: dict[str, list[int]] = {name: [] for name in (*_IN_C, "ours", "colocated", "ready", "paused", "nothing")}
+    for _ in range(effort.rounds):
+        warm()
+        for placement in _IN_C:
+            times[placement] += loads_in_c(program, count, placement)
+        new, ready, nothing = our_loads(count)
+        times["ours"] += new
+        times["ready"] += ready
+        times["nothing"] += nothing
+        times["colocated"] += our_loads(count, colocate=True)[0]
+        times["paused"] += our_loads(count // 10, pause_ns=1_000_000)[0]
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    names = _IN_C | {
+        "ours": "ours, default", "colocated": "ours, colocate=True", "ready": "ours, default, the frame is ready already",
+        "paused": "ours, default, the client computes for 1 ms between two faults",
+        "nothing": "the measuring itself: a page that is there",
+    }  # fmt: skip
+    for name, limit_us in (("colocated", 15), ("ours", 30)):
+        yield Measure(
+            f"fault latency, {names[name]}", f"median at most {limit_us} us", f"{middle[name] / 1e3:.1f} us",
+            middle[name] <= limit_us * 1000, _spread(times[name]) + f"; {len(times[name])} faults in {effort.rounds} runs",
+        )  # fmt: skip
+    for name, other in (("colocated", "same"), ("ours", "free"), ("ours", "spin")):
+        ratio = middle[name] / middle[other]
+        yield Measure(
+            f"fault latency, {names[name]}, against {names[other]}", "at most 1.5x", f"{ratio:.2f}x", ratio <= 1.5,
+            f"medians, {middle[name] / 1e3:.1f} and {middle[other] / 1e3:.1f} us",
+        )  # fmt: skip
+    for name in ("ready", "paused", *_IN_C, "nothing"):
+        figure = f"{middle[name] / 1e3:.2f} us"
+        yield Measure(f"fault latency, {names[name]}", "(none)", figure, None, _spread(times[name]))
+    for name in ("ours", "colocated", "paused", *_IN_C):
+        yield "\n".join(("", f"{names[name]}:", "", "```", *histogram(times[name]), "```"))
+
+
+def idle(effort: Effort) -> Iterator[Measure]:
+    """What the processes cost when nothing happens, just after faults."""
+    count = effort.loads
+    with devices.map(Trivial(count * PAGE_SIZE)) as area, area.memoryview() as view:
+        pids = _helpers()
+        loads(view, range(0, count * PAGE_SIZE, PAGE_SIZE))
+        time.sleep(0.1)
+        before = {role: (_cpu_ns(pid), _stat(pid)[2]) for role, pid in pids.items()}
+        time.sleep(effort.seconds)
+        for role, pid in pids.items():
+            used, ticks = _cpu_ns(pid) - before[role][0], _stat(pid)[2] - before[role][1]
+            yield Measure(
+                f"CPU that the idle {role} takes in {effort.seconds:.0f} s", "about 0 (below 0.1 %)",
+                f"{used / 1e6:.3f} ms", used < 1e6 * effort.seconds,
+                f"{ticks} ticks of /proc/PID/stat; begun 0.1 s after {count} faults",
+            )  # fmt: skip
+
+
+# --- many areas
+
+
+def many(effort: Effort) -> Iterator[Measure]:
+    """1 000 areas at once on one server against one area on another, in turns of 50 faults."""
+    areas, turn = 1000, 50
+    turns = max(2, effort.rounds * effort.loads // turn)
+    each = -(-turns * turn // areas) + turn
+    draw = random.Random(4)
+    with ExitStack() as stack:
+
+        def opened(count: int, pages: int) -> list[memoryview]:
+            device = Trivial(count * pages * PAGE_SIZE)
+            views = []
+            for number in range(count):
+                area = stack.enter_context(devices.map(device, pages * PAGE_SIZE, number * pages * PAGE_SIZE))
+                views.append(stack.enter_context(area.memoryview()))
+            return views
+
+        one = opened(1, turns * turn)[0]
+        began = time.perf_counter_ns()
+        thousand = opened(areas, each)
+        opening = (time.perf_counter_ns() - began) / areas
+        warm()
+        alone: list[int] = []
+        crowd: list[int] = []
+        places = [(view, page * PAGE_SIZE) for view in thousand for page in range(each)]
+        draw.shuffle(places)
+        for index in range(turns):
+            alone += each_load((one, page * PAGE_SIZE) for page in range(index * turn, (index + 1) * turn))
+            crowd += each_load(places[index * turn : (index + 1) * turn])
+    ratio = statistics.median(crowd) / statistics.median(alone)
+    yield Measure(
+        "fault latency, any of 1 000 areas on one server, against one area", "at most 2x", f"{ratio:.2f}x", ratio <= 2,
+        f"one: {_spread(alone)}; 1 000: {_spread(crowd)}; {len(alone)} of each; mapping took {opening / 1e3:.0f} us an area",
+    )  # fmt: skip
+
+
+def each_load(places: Iterator[tuple[memoryview, int]] | list[tuple[memoryview, int]]) -> list[int]:
+    clock = time.perf_counter_ns
+    took = []
+    for view, at in places:
+        began = clock()
+        view[at]
+        took.append(clock() - began)
+    return took
+
+
+def cycles(effort: Effort) -> Iterator[Measure]:
+    """Areas opened, touched and closed, one after the other, while another area keeps the server; what is left of them."""
+    length = 64 * KIB
+    device = Trivial(16 * length)
+    opening: list[int] = []
+    closing: list[int] = []
+
+    def cycle(number: int) -> None:
+        began = time.perf_counter_ns()
+        area = devices.map(device, length, number % 16 * length)
+        opening.append(time.perf_counter_ns() - began)
+        with area.memoryview() as view:
+            assert view[0] == 0x5A
+        began = time.perf_counter_ns()
+        area.close()
+        closing.append(time.perf_counter_ns() - began)
+
+    with devices.map(device):
+        pids = {"client": os.getpid(), **_helpers()}
+        for number in range(effort.cycles // 10):  # what is allocated once is there after this
+            cycle(number)
+        opening.clear()
+        closing.clear()
+        before = {role: Holdings.of(pid) for role, pid in pids.items()}
+        for number in range(effort.cycles):
+            cycle(number)
+        after = {role: Holdings.of(pid) for role, pid in pids.items()}
+    yield Measure(
+        f"{effort.cycles} areas opened and closed", "(none)",
+        f"{statistics.median(opening) / 1e3:.0f} us to open, {statistics.median(closing) / 1e3:.0f} us to close",
+        None, f"medians; 99 %: {sorted(opening)[-len(opening) // 100] / 1e3:.0f} and"
+        f" {sorted(closing)[-len(closing) // 100] / 1e3:.0f} us",
+    )  # fmt: skip
+    for role, then in before.items():
+        now = after[role]
+        more = (now.descriptors - then.descriptors, now.mappings - then.mappings, now.rss_kib - then.rss_kib)
+        yield Measure(
+            f"what the {role} has more after {effort.cycles} areas", "no leak (below 100 bytes an area)",
+            f"{more[0]} descriptors, {more[1]} mappings, {more[2]} KiB",
+            more[0] <= 0 and more[1] <= 0 and more[2] * 1024 < 100 * effort.cycles,
+            f"{then.descriptors} descriptors, {then.mappings} mappings, {then.rss_kib} KiB anonymous before",
+        )  # fmt: skip
+    starts = []
+    for _ in range(max(3, effort.rounds)):
+        began = time.perf_counter_ns()
+        devices.map(Trivial(length)).close()
+        starts.append((time.perf_counter_ns() - began) / 1e6)
+    yield Measure(
+        "a device mapped and closed, server and warden too", "(none)", f"{statistics.median(starts):.1f} ms median", None,
+        f"{min(starts):.1f} ms best, {max(starts):.1f} worst of {len(starts)}; the server is a fork",
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=["populate", "touch", "latency", "idle", "many", "cycles"])
+    parser.add_argument("--quick", action="store_true", help="a tenth of everything: to see that it works")
+    parser.add_argument("--rounds", type=int, help="of each measure that is repeated")
+    options = parser.parse_args()
+    rounds = options.rounds or (3 if options.quick else 11)
+    effort = Effort(rounds, GIB, 2000, 10_000, 2.0)
+    if options.quick:
+        effort = Effort(rounds, 64 * MIB, 500, 500, 1.0)
+    cpus = len(os.sched_getaffinity(0))
+    print(
+        f"{date.today()}, Linux {platform.release()}, {cpus} CPUs, Python {platform.python_version()}"
+        f": {' '.join(sys.argv)}\n"
+    )
+    print("| measure | limit | figure | | detail |\n|---|---|---|---|---|")
+    figures: list[str] = []
+    with native() as program:
+        parts: dict[str, Callable[[], Iterator[Measure | str]]] = {
+            "populate": lambda: populating(program, effort),
+            "touch": lambda: against_touching(effort),
+            "latency": lambda: latency(program, effort),
+            "idle": lambda: idle(effort),
+            "many": lambda: many(effort),
+            "cycles": lambda: cycles(effort),
+        }
+        for name, part in parts.items():
+            if not options.only or name in options.only:
+                for row in part():
+                    if isinstance(row, Measure):
+                        print(row, flush=True)
+                    else:
+                        figures.append(row)
+    print("\n".join(figures))
+
+
+if __name__ == "__main__":
+    main()

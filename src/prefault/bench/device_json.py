@@ -1,0 +1,103 @@
+"""The file that a run of ``prefault bench device`` is kept in: docs/bench-json.md describes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefault.bench import jsonfile
+from prefault.bench.device_results import Counts, DeviceRun, Ratio, Route, RouteCell, RouteResult, ratios
+from prefault.bench.jsonfile import SchemaError
+from prefault.bench.machine import Machine
+from prefault.bench.results import Status
+
+KIND = "prefault-bench-device"
+SCHEMA = 1
+"""Raised when a reader of the old form would misread the new one; members may be added without."""
+
+COUNTING = (
+    "client_faults: getrusage(RUSAGE_THREAD); server_faults, populated_pages, supplied_pages: statistics of the server;"
+    " server_reads: /proc/PID/io; system_calls: by design, not traced, without those of mapping"
+)
+
+
+def save(run: DeviceRun, path: Path) -> None:
+    """Write the file whole or not at all. OSError: it cannot be written."""
+    jsonfile.write(to_json(run), path)
+
+
+def to_json(run: DeviceRun) -> dict[str, Any]:
+    """The document. Derived figures are in it for other readers; :func:`from_json` works from the raw values."""
+    compared = ratios(run.results)
+    head = {
+        field.name: getattr(run, field.name) for field in dataclasses.fields(run) if field.name not in ("machine", "results")
+    }
+    return {
+        "kind": KIND,
+        "schema": SCHEMA,
+        **head,
+        "counting": COUNTING,
+        "machine": dataclasses.asdict(run.machine),
+        "cells": [_to_json(result, compared.get(result.cell, Ratio(None, None))) for result in run.results],
+    }
+
+
+def from_json(document: Any) -> DeviceRun:
+    """The run in a document. SchemaError: it is something else, or of another version."""
+    if not isinstance(document, Mapping) or document.get("kind") != KIND:
+        raise SchemaError(f'not a result of prefault bench device (its "kind" would be {KIND!r})')
+    if document.get("schema") != SCHEMA:
+        raise SchemaError(f"schema {document.get('schema')!r} is unknown: this version of prefault reads schema {SCHEMA}")
+    try:
+        head = {
+            field.name: document[field.name]
+            for field in dataclasses.fields(DeviceRun)
+            if field.name not in ("machine", "results")
+        }
+        machine = {field.name: document["machine"][field.name] for field in dataclasses.fields(Machine)}
+        results = tuple(_from_json(entry) for entry in document["cells"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SchemaError(f"damaged: {type(error).__name__}: {error}") from error
+    return DeviceRun(machine=Machine(**machine), results=results, **head)
+
+
+def _to_json(result: RouteResult, compared: Ratio) -> dict[str, Any]:
+    figures = result.statistics
+    derived: dict[str, Any] = {}
+    if figures is not None:
+        derived = {
+            "best_ms": figures.best_ns / 1e6,
+            "median_ms": figures.median_ns / 1e6,
+            "worst_ms": figures.worst_ns / 1e6,
+            "stdev_ms": None if figures.stdev_ns is None else figures.stdev_ns / 1e6,
+            "us_per_page": result.us_per_page,
+            "doubts": list(figures.doubts),
+        }
+    return {
+        **result.cell._asdict(),
+        "pages": result.cell.pages,
+        "status": result.status.value,
+        "reason": result.reason,
+        "note": result.note,
+        "values_ns": list(result.values_ns),
+        "map_ns": list(result.map_ns),
+        "counts": None if result.counts is None else dataclasses.asdict(result.counts),
+        **derived,
+        "times_faster_than_touch": compared.to_touch,
+        "times_of_map_time": compared.to_map_time,
+    }
+
+
+def _from_json(entry: Mapping[str, Any]) -> RouteResult:
+    counts = entry["counts"]
+    return RouteResult(
+        RouteCell(entry["size_bytes"], entry["page_size"], entry["frames"], Route(entry["route"])),
+        Status(entry["status"]),
+        tuple(map(int, entry["values_ns"])),
+        tuple(map(int, entry["map_ns"])),
+        None if counts is None else Counts(**{field.name: counts[field.name] for field in dataclasses.fields(Counts)}),
+        entry["reason"],
+        entry["note"],
+    )

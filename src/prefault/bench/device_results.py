@@ -1,0 +1,197 @@
+"""``prefault bench device``: what is measured, and the records of it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+from prefault.bench.machine import Machine
+from prefault.bench.results import Statistics, Status
+from prefault.sizes import MIB, PAGE_SIZE, format_size
+
+Frames: TypeAlias = Literal["ready", "cold"]
+"""Whether the driver has supplied the pages before (a client maps what others use already), or does it now."""
+
+FRAMES: tuple[Frames, ...] = ("ready", "cold")
+PAGE_SIZES = (PAGE_SIZE, 2 * MIB)
+
+
+class Route(enum.StrEnum):
+    """A way to get device memory populated. The value is its name in tables and files."""
+
+    TOUCH = "touch"
+    SECOND_CALL = "map, then populate"
+    AT_MAP_TIME = "map(populate=)"
+    LATER = "populate later"
+    KERNEL = "MADV_POPULATE_READ"
+
+
+MEANINGS: dict[Route, str] = {
+    Route.TOUCH: "map, then read a byte of each page: a fault each, answered by the server",
+    Route.SECOND_CALL: "map, then ask the device to populate the area: a second call, as with an ioctl of a kernel driver",
+    Route.AT_MAP_TIME: "one call that maps and populates",
+    Route.LATER: "prefault.populate on an array over an area that was mapped before (its mapping is not timed)",
+    Route.KERNEL: "map, then the kernel's own madvise call, which knows nothing of the device: a fault each, in a row",
+}
+
+
+class RouteCell(NamedTuple):
+    """One thing to measure.
+
+    Attributes:
+        size_bytes: of the area.
+        page_size: of the device, in bytes: 4 KiB or 2 MiB.
+        frames: see :data:`Frames`.
+        route: how it is populated.
+    """
+
+    size_bytes: int
+    page_size: int
+    frames: Frames
+    route: Route
+
+    @property
+    def pages(self) -> int:
+        """Pages of the device."""
+        return self.size_bytes // self.page_size
+
+    @property
+    def group(self) -> tuple[int, int, Frames]:
+        """What is measured on the same memory."""
+        return self.size_bytes, self.page_size, self.frames
+
+    def __str__(self) -> str:
+        return f"{format_size(self.size_bytes)} in {format_size(self.page_size)} pages, frames {self.frames}, {self.route}"
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What one repetition took besides time; the last repetition's are kept.
+
+    Attributes:
+        client_faults: minor and major faults that getrusage(2) counts for the measuring thread.
+        server_faults: messages of page faults that the server answered.
+        populated_pages: that the server mapped without a fault.
+        supplied_pages: that the driver supplied meanwhile: none where they were ready.
+        server_reads: read(2) and the like of the server, from ``/proc/PID/io`` (sockets are not in it); None where the
+            kernel does not account them.
+        client_sleeps: voluntary context switches of the measuring thread.
+        system_calls: of client and server together, without those of mapping: see :func:`system_calls`.
+    """
+
+    client_faults: int
+    server_faults: int
+    populated_pages: int
+    supplied_pages: int
+    server_reads: int | None
+    client_sleeps: int
+    system_calls: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouteResult:
+    """What was measured in a cell.
+
+    Attributes:
+        cell: which.
+        status: what became of it.
+        values_ns: the time of each repetition, from the first call to the last page.
+        map_ns: the part of each that :func:`prefault.device.map` took; 0 where it is not timed.
+        counts: None without a repetition.
+        reason: why it is not measured; None where it is.
+        note: what else is worth knowing.
+    """
+
+    cell: RouteCell
+    status: Status
+    values_ns: tuple[int, ...] = ()
+    map_ns: tuple[int, ...] = ()
+    counts: Counts | None = None
+    reason: str | None = None
+    note: str | None = None
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """None without a value, and for a failed cell."""
+        if not self.values_ns or self.status is Status.FAILED:
+            return None
+        return Statistics.of(self.values_ns)
+
+    @property
+    def us_per_page(self) -> float | None:
+        """Of the best repetition, per page of the device."""
+        return min(self.values_ns) / 1000 / self.cell.pages if self.statistics else None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRun:
+    """A run of ``prefault bench device``.
+
+    Attributes:
+        machine, started, seconds, repeats, interrupted: as of :class:`~prefault.bench.results.BenchRun`.
+        colocate: whether areas were mapped with ``colocate=True``.
+        user_mode_only: whether the userfaultfd answers no faults of the kernel; None if nothing was mapped.
+        results: one a cell.
+    """
+
+    machine: Machine
+    started: str
+    seconds: float
+    repeats: int
+    colocate: bool
+    user_mode_only: bool | None
+    interrupted: bool
+    results: tuple[RouteResult, ...]
+
+
+def cells(sizes: Iterable[int], page_sizes: Iterable[int], frames: Iterable[Frames]) -> list[RouteCell]:
+    """All routes for each combination."""
+    return [
+        RouteCell(size, page_size, state, route)
+        for page_size in page_sizes
+        for size in sizes
+        for state in frames
+        for route in Route
+    ]
+
+
+def system_calls(route: Route, server_faults: int, server_reads: int | None, pieces: int, chunks: int) -> int:
+    """System calls of client and server for one repetition, without those of mapping (about a dozen).
+
+    Counted by design and not by a tracer, which would change the times: a fault is answered by one UFFDIO_CONTINUE after a
+    read (those are taken from ``/proc/PID/io`` where the kernel accounts them, as several messages may come by one read, and
+    a spinning server reads in vain). A populate request is a PAGEMAP_SCAN, sendmsg, poll and recvmsg in the client; a
+    recvmsg, a UFFDIO_CONTINUE a piece and a sendmsg in the server.
+
+    Args:
+        route: which.
+        server_faults: see :class:`Counts`.
+        server_reads: see :class:`Counts`.
+        pieces: in which the server maps the area.
+        chunks: in which MADV_POPULATE_READ is issued.
+    """
+    reads = server_faults if server_reads is None else server_reads
+    if route is Route.TOUCH:
+        return server_faults + reads
+    if route is Route.KERNEL:
+        return chunks + server_faults + reads
+    return 6 + pieces
+
+
+class Ratio(NamedTuple):
+    """How a cell compares with others of its group, by best times; None where one of them is not measured."""
+
+    to_touch: float | None
+    to_map_time: float | None
+
+
+def ratios(results: Iterable[RouteResult]) -> dict[RouteCell, Ratio]:
+    """For each cell: how many times faster than touching, and how many times slower than populating at map time."""
+    best = {result.cell: min(result.values_ns) for result in results if result.statistics}
+    found = {}
+    for cell, value in best.items():
+        touch, at_map = best.get(cell._replace(route=Route.TOUCH)), best.get(cell._replace(route=Route.AT_MAP_TIME))
+        found[cell] = Ratio(touch / value if touch else None, value / at_map if at_map else None)
+    return found

@@ -1,0 +1,117 @@
+"""Run all routes, one device after the other; every cell ends in exactly one result, whatever happens."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
+from typing import TypeAlias
+
+from prefault.bench.device_results import RouteCell, RouteResult
+from prefault.bench.device_routes import Bed, RefusedError, Repetition, StoppedError, WrongError, repetition
+from prefault.bench.kinds import HUGE_PAGE_BYTES
+from prefault.bench.machine import available_memory_bytes
+from prefault.bench.places import MARGIN_BYTES, hugetlb_pool
+from prefault.bench.results import Status
+from prefault.sizes import format_size
+
+Event: TypeAlias = RouteCell | RouteResult
+"""A cell that is begun; a cell that is finished."""
+
+
+def run(
+    cells: Sequence[RouteCell], *, repeats: int, colocate: bool, stopping: Callable[[], bool]
+) -> Generator[Event, None, None]:
+    """Measure the cells, and say what happens.
+
+    Cells in 2 MiB pages come last: the hugetlb pool is grown for them, where that may be done, and has its old size
+    afterwards. Close the generator, or exhaust it.
+    """
+    session = _Session(repeats, colocate, stopping)
+    huge = [cell for cell in cells if cell.page_size == HUGE_PAGE_BYTES]
+    yield from session.run([cell for cell in cells if cell.page_size != HUGE_PAGE_BYTES], None)
+    if not huge:
+        return
+    with ExitStack() as stack:
+        refusal = None
+        if not stopping():
+            pages = max(cell.pages for cell in huge)
+            pool = stack.enter_context(hugetlb_pool(pages))
+            if pool.available_pages < pages:
+                refusal = pool.refusal
+        yield from session.run(huge, refusal)
+
+
+class _Session:
+    def __init__(self, repeats: int, colocate: bool, stopping: Callable[[], bool]) -> None:
+        self._repeats = repeats
+        self._colocate = colocate
+        self._stopping = stopping
+
+    def run(self, cells: Sequence[RouteCell], no_pool: str | None) -> Iterator[Event]:
+        """``no_pool``: why 2 MiB pages have no hugetlb pool that is large enough; None if they have."""
+        for (size, page_size), group in itertools.groupby(cells, key=lambda cell: (cell.size_bytes, cell.page_size)):
+            yield from self._group(size, page_size, list(group), no_pool)
+
+    def _group(self, size: int, page_size: int, cells: list[RouteCell], no_pool: str | None) -> Iterator[Event]:
+        if self._stopping():
+            yield from (RouteResult(cell, Status.STOPPED, reason="stopped before its turn") for cell in cells)
+            return
+        reason = None if page_size == HUGE_PAGE_BYTES and no_pool is None else _obstacle(size)
+        if reason is not None:
+            yield from (RouteResult(cell, Status.UNAVAILABLE, reason=reason) for cell in cells)
+            return
+        try:
+            bed = Bed(size, page_size, colocate=self._colocate)
+        except OSError as error:
+            yield from (RouteResult(cell, Status.UNAVAILABLE, reason=_text(error)) for cell in cells)
+            return
+        with bed:
+            note = _note(bed, page_size, no_pool)
+            for cell in cells:
+                yield cell
+                yield self._cell(bed, cell, note)
+
+    def _cell(self, bed: Bed, cell: RouteCell, note: str | None) -> RouteResult:
+        done: list[Repetition] = []
+        status, reason = Status.MEASURED, None
+        try:
+            for _ in range(self._repeats):
+                if self._stopping():
+                    raise StoppedError
+                done.append(repetition(bed, cell, self._stopping))
+        except StoppedError:
+            status, reason = Status.STOPPED, f"stopped after {len(done)} of {self._repeats} repetitions"
+        except RefusedError as error:
+            status, reason = Status.UNAVAILABLE, str(error)
+        except WrongError as error:
+            status, reason = Status.FAILED, str(error)
+        except OSError as error:
+            status, reason = Status.FAILED, _text(error)
+        return RouteResult(
+            cell,
+            status,
+            tuple(one.total_ns for one in done),
+            tuple(one.map_ns for one in done),
+            done[-1].counts if done else None,
+            reason,
+            note,
+        )
+
+
+def _obstacle(size: int) -> str | None:
+    room = available_memory_bytes() - MARGIN_BYTES
+    if size <= room:
+        return None
+    return f"{format_size(size)} are needed, and {format_size(max(0, room))} of memory can be had"
+
+
+def _note(bed: Bed, page_size: int, no_pool: str | None) -> str | None:
+    notes = list(bed.notes)
+    if page_size == HUGE_PAGE_BYTES:
+        notes.append("in hugetlb pages" if no_pool is None else f"not in hugetlb pages ({no_pool})")
+    return "; ".join(notes) or None
+
+
+def _text(error: OSError) -> str:
+    return error.strerror or str(error)

@@ -166,7 +166,7 @@ def _counts(
     server_reads: int | None,
 ) -> Counts:  # fmt: skip
     statistics = area.stats()
-    piece = PIECE if cell.frames == "ready" else max(bed.device.batch, cell.page_size)
+    piece = PIECE * cell.page_size if cell.frames == "ready" else max(bed.device.batch, cell.page_size)
     pieces, chunks = -(-cell.size_bytes // piece), -(-cell.size_bytes // CHUNK_BYTES)
     return Counts(
         client_faults=after.ru_minflt + after.ru_majflt - before.ru_minflt - before.ru_majflt,

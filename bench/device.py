@@ -138,10 +138,12 @@ def native() -> Iterator[Path]:
 
 
 @contextmanager
-def continued_in_c(program: Path, length: int, page_size: int) -> Iterator[Callable[[int], float]]:
-    """A function: nanoseconds that C needs to map all of its ready frames, in pieces of so many bytes (0: in one call)."""
-    command = [str(program), "continue", str(length), str(page_size)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+def continued_in_c(program: Path, area: Area) -> Iterator[Callable[[int], float]]:
+    """A function: nanoseconds that C takes to map the area's frames elsewhere, so many bytes a call (0: in one)."""
+    frames = area.fd
+    assert frames is not None
+    command = [str(program), "continue", str(len(area)), str(frames)]
+    with subprocess.Popen(command, pass_fds=[frames], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         asked, said = child.stdin, child.stdout
@@ -195,7 +197,7 @@ def against_c(program: Path, effort: Effort, page_size: int) -> Iterator[Measure
     """Bulk populate of ready frames."""
     length = effort.length
     kind = "2 MiB hugetlb frames" if page_size == _HUGE else "4 KiB frames"
-    with ready_area(length, page_size) as area, continued_in_c(program, length, page_size) as in_c:
+    with ready_area(length, page_size) as area, continued_in_c(program, area) as in_c:
         assert page_size == PAGE_SIZE or not area.notes, area.notes
         routes: list[tuple[str, Callable[[], float]]] = [
             ("ours", lambda: populated_ns(area)),
@@ -285,7 +287,7 @@ def huge_pool(pages: int) -> Iterator[str]:
 
 def populating(program: Path, effort: Effort) -> Iterator[Measure]:
     yield from against_c(program, effort, PAGE_SIZE)
-    with huge_pool(2 * effort.length // _HUGE + 16) as why_not:
+    with huge_pool(effort.length // _HUGE + 16) as why_not:
         if why_not:
             yield Measure("populate 2 MiB hugetlb frames", "at most 1.15x", "not measured", None, why_not)
         else:

@@ -263,27 +263,85 @@ def _map(number: int) -> protocol.Map:
     return protocol.Map(number, 1 << 20, 0, 4096, "read", False)
 
 
-def test_an_area_that_ctrl_c_left_is_given_back(peer: Peer) -> None:
-    def other_side() -> None:
+def test_an_area_that_ctrl_c_left_keeps_its_memory_until_the_server_has_let_go(peer: Peer) -> None:
+    ended: list[int] = []
+    opening = Exchange(_map(1234))
+
+    def other_side() -> protocol.Request:
         peer.take()
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        is_out.wait(10)
+        peer.say(protocol.Mapped(1234, 17))
+        unmap = peer.take()
+        assert not ended
+        peer.say(protocol.Done(unmap.id))
+        return unmap
 
-    interrupting = Asking(other_side)
+    is_out = threading.Event()
+    thread = Asking(other_side)
     with pytest.raises(KeyboardInterrupt):
-        peer.channel.ask(_map(1234), protocol.Mapped)
-    interrupting.result()
-    peer.say(protocol.Mapped(1234, 17))  # nobody waits for it any more
-    thread = Asking(_ask(peer.channel, 1))
-    requests = [peer.take(), peer.take()]
-    unmap = next(request for request in requests if isinstance(request, protocol.Unmap))
+        peer.channel.open(opening)
+    is_out.set()
+    peer.channel.give_up(opening, lambda: ended.append(1))
+    unmap = thread.result()
+    assert isinstance(unmap, protocol.Unmap)
     assert unmap.area == 17
-    peer.say(protocol.Done(unmap.id), _statistics(next(r.id for r in requests if r is not unmap), 1))
+    assert ended == [1]
+
+
+def test_an_area_whose_answer_nobody_waits_for_is_given_back_by_the_next_to_read(peer: Peer) -> None:
+    ended: list[int] = []
+    opening = Exchange(_map(1234))
+    mapping = Asking(lambda: peer.channel.open(opening))
+    peer.take()
+    while not opening.sent:
+        time.sleep(0.001)
+    peer.channel.give_up(opening, lambda: ended.append(1), time.monotonic())
+    assert not ended
+    peer.say(protocol.Mapped(1234, 17))
+    assert mapping.result().area == 17
+    unmap = peer.take()
+    assert isinstance(unmap, protocol.Unmap)
+    assert unmap.area == 17
+    assert not ended
+    thread = Asking(_ask(peer.channel, 1))
+    request = peer.take()
+    peer.say(protocol.Done(unmap.id), _statistics(request.id, 1))
     assert thread.result().missing == 1
+    assert ended == [1]
+
+
+def test_thousands_of_areas_may_go_in_the_middle_of_a_request(peer: Peer) -> None:
+    # More than what the socket and the server's queue hold, of requests as of answers.
+    count = 2000
+    ended: list[int] = []
+
+    def handler(*_: object) -> None:
+        for number in range(count):
+            peer.channel.part(number, lambda: ended.append(1))  # as the garbage collector would
+
+    def other_side() -> None:
+        first = peer.take()
+        while not peer.channel._inside:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        for _ in range(count):
+            peer.say(protocol.Done(peer.take().id))  # a server that waits until its answers are taken
+        peer.say(_statistics(first.id, 3))
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        thread = Asking(other_side)
+        assert _ask(peer.channel, 1)().missing == 3
+        assert thread.result() is None
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(ended) == count
 
 
 def test_an_answer_that_comes_twice_takes_no_area_away(peer: Peer) -> None:
     # A new server finds the request in the socket, and is asked again because it is new.
-    mapping = Asking(lambda: peer.channel.ask(_map(1234), protocol.Mapped))
+    mapping = Asking(lambda: peer.channel.open(Exchange(_map(1234))))
     peer.take()
     peer.say(protocol.Restarted(0, 1), protocol.Mapped(1234, 17), protocol.Mapped(1234, 17))
     assert mapping.result().area == 17

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from prefault._kernel import userfaultfd as uffd
 from prefault.device import protocol
 from prefault.device.driver import Access, Device, DeviceArea, Supplied
 from prefault.device.states import PageState
@@ -111,6 +112,20 @@ def test_who_touches_a_page_while_it_is_evicted_waits_and_loses_nothing(touch: s
         assert running.frames.states[5] == PageState.READY
 
 
+def test_a_page_that_the_client_replaced_leaves_no_write_behind_it_unprotected() -> None:
+    with served(SlowToSave(workers=2)) as (running, client):
+        area = client.map(16 * PAGE)
+        for page in range(4, 8):
+            area.view[page * PAGE] = 10 * page
+        uffd.unregister(client.fd, area.address + 5 * PAGE, PAGE)  # the kernel stops there
+        client.send(area.populate_request((0, 1)))
+        while running.frames.states[7] != PageState.EVICTING:
+            time.sleep(0.001)
+        area.view[7 * PAGE + 1] = 71
+        assert isinstance(client.receive(), protocol.Populated)
+        assert area.view[7 * PAGE : 7 * PAGE + 2] == bytes((70, 71))
+
+
 @pytest.mark.usefixtures("no_leaks")
 def test_what_was_written_is_saved_and_comes_back() -> None:
     device = ByMessage()
@@ -155,6 +170,31 @@ def test_pages_that_could_not_be_saved_stay_as_they_are() -> None:
         device.fails[0] = 0
         area.populate((0, 1))
         assert device.store[5 * PAGE] == 55
+
+
+class Small(Device):
+    """What was supplied first goes first."""
+
+    writable = False
+    length = 1 << 40
+    capacity = 4 * PAGE
+
+    def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
+        area.frame(page)[0] = page % 256
+        return None
+
+
+def test_pages_that_come_and_go_leave_no_trace_and_are_as_old_as_when_they_came_last() -> None:
+    with served(Small()) as (running, client):
+        area = client.map(16 * PAGE, access="read")
+        area.populate((0, 4))
+        for _ in range(3000):
+            assert area.discard(0, 1) == 1
+            assert area.view[0] == 0
+        assert area.view[4 * PAGE] == 4  # in the place of page 1, the oldest by now
+        assert [int(state) for state in running.frames.states[:5]] == [
+            PageState.READY, PageState.MISSING, PageState.READY, PageState.READY, PageState.READY,
+        ]  # fmt: skip
 
 
 def test_a_device_that_is_writable_says_that_it_evicts() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -63,6 +64,28 @@ def test_states_and_runs(frames: Frames) -> None:
     assert frames.run_before(6, 5) == 5
     assert frames.run_before(8, 0) == 8
     assert frames.run_before(2, 0) == 0
+
+
+def test_runs_of_a_large_device_are_found_without_allocating_its_states(no_leaks: None) -> None:
+    frames = Frames.create(1 << 40, PAGE)
+    everything = range(frames.pages)
+    assert frames.runs(everything, PageState.MISSING) == [everything]
+    expected = [range(3), range(4095, 8200), range(1 << 20, (1 << 20) + 1), range(frames.pages - 2, frames.pages)]
+    for run in expected:
+        frames.mark(run, PageState.READY)
+    frames.mark(range(5000, 5001), PageState.MISSING)
+    expected[1:2] = [range(4095, 5000), range(5001, 8200)]
+    assert frames.runs(everything, PageState.READY) == expected
+    assert frames.runs(range(2, frames.pages - 1), PageState.READY) == [
+        range(2, 3), *expected[1:-1], range(frames.pages - 2, frames.pages - 1),
+    ]  # fmt: skip
+    between = [range(a.stop, b.start) for a, b in itertools.pairwise(expected)]
+    assert frames.runs(everything, PageState.MISSING) == between
+    assert frames.runs(everything, PageState.MISSING, PageState.READY) == [everything]
+    assert frames.count(everything, PageState.MISSING) == frames.pages - sum(map(len, expected))
+    frames.repair()
+    assert _allocated(frames.states_fd) < MIB
+    frames.close()
 
 
 def test_all_who_have_the_descriptors_see_the_same(frames: Frames) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 import prefault
 import prefault.device
-from prefault.device import Area, Device, inside
+from prefault.device import Area, Device, DeviceArea, inside
 from prefault.errors import DeviceError, DeviceGoneError, DriverError, NoPopulateError
 from prefault.sizes import MIB, PAGE_SIZE
 from support import oracle, processes
@@ -219,6 +221,33 @@ def test_population_that_is_meaningless_is_refused_and_touching_works() -> None:
 class _Refusing(Pattern):
     def open(self, area: Any) -> None:
         raise PermissionError(f"process {area.pid} may not")
+
+
+class _OpensSlowly(Pattern):
+    def open(self, area: DeviceArea) -> None:
+        if area.offset:
+            time.sleep(0.5)
+
+
+def test_ctrl_c_while_the_driver_opens_an_area_takes_no_later_one_away() -> None:
+    device = _OpensSlowly(8)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with prefault.device.map(device, PAGE_SIZE):
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(KeyboardInterrupt):
+                prefault.device.map(device, PAGE_SIZE, PAGE_SIZE)
+            # At the same address, and of the same part of the device.
+            with prefault.device.map(device, PAGE_SIZE, PAGE_SIZE) as area:
+                area.stats()  # by then the server has done all that was asked of it before
+                assert area.read() == expected(device, 1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_driver_may_refuse_an_area() -> None:

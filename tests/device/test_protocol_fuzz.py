@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import mmap
 import os
 import random
@@ -10,7 +11,6 @@ import socket
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,130 +26,10 @@ from prefault.sizes import PAGE_SIZE
 from prefault.sockets import place
 from support import needs, processes
 from support.children import Child, in_child
-from support.devices import Pattern, content
+from support.devices import content
+from support.raw_clients import HELLO, LENGTH, PAGES, WHOLE, Raw, page_of, served
 
-_PAGES = 32
-_LENGTH = _PAGES * PAGE_SIZE
-_HELLO = protocol.Hello(1, protocol.VERSION)
 _NOBODY = 65534
-_WHOLE = protocol.Map(2, 0, 0, _LENGTH, "read", False)
-
-
-def _state_of_servers() -> dict[int, list[str]]:
-    return {
-        pid: processes.descriptors(pid)
-        for pid in processes.descendants(os.getpid())
-        if processes.name(pid).startswith("prefault-")
-    }
-
-
-@contextmanager
-def _served(directory: Path) -> Iterator[str]:
-    """A server, and a client of good conduct who is served before and after; at the end nothing is left of the others."""
-    with prefault.device.serve(Pattern(_PAGES), directory / "s") as server:
-        path = str(server.path)
-        with prefault.device.connect(path) as client, client.map() as area:
-            assert _page(area, 1) == content(1)
-            before = _state_of_servers()
-            yield path
-            assert _page(area, 2) == content(2)
-            prefault.populate(area, offset=3 * PAGE_SIZE, length=4 * PAGE_SIZE)
-            assert _page(area, 4) == content(4)
-            prefault.discard(area, offset=PAGE_SIZE, length=PAGE_SIZE)
-            assert _page(area, 1) == content(1)
-            with prefault.device.connect(path) as other, other.map(populate=True) as another:
-                assert _page(another, 9) == content(9)
-            # The same processes, and as many descriptors as before, as soon as they have noticed who went.
-            assert processes.eventually(lambda: _counts(_state_of_servers()) == _counts(before), 8), _changed(before)
-
-
-def _counts(state: dict[int, list[str]]) -> dict[int, int]:
-    return {pid: len(held) for pid, held in state.items()}
-
-
-def _changed(before: dict[int, list[str]]) -> str:
-    now = _state_of_servers()
-    return f"{sorted(before)} -> {sorted(now)}; {[(len(before.get(pid, [])), held) for pid, held in now.items()]}"
-
-
-def _page(area: prefault.device.Area, page: int) -> bytes:
-    view = area.memoryview()
-    found = bytes(view[page * PAGE_SIZE : (page + 1) * PAGE_SIZE])
-    view.release()
-    return found
-
-
-class _Raw:
-    """A connection on which anything can be said."""
-
-    def __init__(self, path: str) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        place.connect_to(self.socket, path, 10)
-        self.socket.settimeout(10)
-        self._held: list[int] = []
-        self._memory: mmap.mmap | None = None
-        self.userfaultfd = -1
-        self.frames = -1
-
-    def say(self, what: bytes | protocol.Request, descriptors: list[int] | None = None) -> None:
-        packet = what if isinstance(what, bytes) else protocol.encode(what)
-        if descriptors is None:
-            self.socket.send(packet)
-        else:
-            socket.send_fds(self.socket, [packet], descriptors)
-
-    def hear(self) -> protocol.Reply | None:
-        """The next reply; None where the server has hung up."""
-        try:
-            packet, descriptors, _, _ = socket.recv_fds(self.socket, protocol.MAX_MESSAGE, 3)
-        except ConnectionResetError:
-            return None
-        self._held += descriptors
-        if descriptors:
-            self.frames = descriptors[0]
-        return protocol.decode_reply(packet) if packet else None
-
-    def hear_all(self) -> list[protocol.Reply]:
-        """Until the server hangs up."""
-        found = []
-        while (reply := self.hear()) is not None:
-            found.append(reply)
-        return found
-
-    def descriptors(self) -> list[int]:
-        """Proper ones, for Hello."""
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        self.userfaultfd = open_userfaultfd().fd
-        self._held += [reader, writer, self.userfaultfd]
-        return [self.userfaultfd, writer, reader]
-
-    def greet(self) -> None:
-        self.say(_HELLO, self.descriptors())
-        welcome = self.hear()
-        assert isinstance(welcome, protocol.Welcome), welcome
-
-    def map_whole(self, access: str = "read") -> int:
-        """Maps all frames, as a client should; the number of the area."""
-        import numpy
-
-        self._memory = mmap.mmap(self.frames, _LENGTH)
-        address = numpy.frombuffer(self._memory, numpy.uint8).ctypes.data
-        mode = kernel.UFFDIO_REGISTER_MODE_MISSING | kernel.UFFDIO_REGISTER_MODE_MINOR
-        kernel.register(self.userfaultfd, address, _LENGTH, mode)
-        self.say(msgspec.structs.replace(_WHOLE, address=address))
-        mapped = self.hear()
-        assert isinstance(mapped, protocol.Mapped), mapped
-        return mapped.area
-
-    def __enter__(self) -> _Raw:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-        for fd in self._held:
-            os.close(fd)
-        if self._memory is not None:
-            self._memory.close()
 
 
 def _packed(*values: Any) -> bytes:
@@ -182,7 +62,7 @@ _NONSENSE = {
 @pytest.mark.parametrize("greeted", [False, True])
 @pytest.mark.parametrize("name", _NONSENSE)
 def test_nonsense_is_hung_up_on(tmp_path: Path, no_leaks: None, name: str, greeted: bool) -> None:
-    with _served(tmp_path) as path, _Raw(path) as raw:
+    with served(tmp_path) as path, Raw(path) as raw:
         if greeted:
             raw.greet()
         with contextlib.suppress(BrokenPipeError):
@@ -194,7 +74,7 @@ def test_nonsense_is_hung_up_on(tmp_path: Path, no_leaks: None, name: str, greet
 @pytest.mark.parametrize(
     "first",
     [
-        _WHOLE,
+        WHOLE,
         protocol.Unmap(1, 1),
         protocol.Populate(1, 1, ((0, 1),), "read", False, False, True),
         protocol.Discard(1, 1, 0, 1),
@@ -205,7 +85,7 @@ def test_nonsense_is_hung_up_on(tmp_path: Path, no_leaks: None, name: str, greet
     ],
 )
 def test_hello_comes_first(tmp_path: Path, no_leaks: None, first: protocol.Request) -> None:
-    with _served(tmp_path) as path, _Raw(path) as raw:
+    with served(tmp_path) as path, Raw(path) as raw:
         raw.say(first)
         assert all(isinstance(reply, protocol.Refused) for reply in raw.hear_all())
 
@@ -262,11 +142,11 @@ def _epoll() -> int:
 @pytest.mark.parametrize("kind", _kinds_of_descriptors())
 def test_descriptors_of_the_wrong_kind(tmp_path: Path, no_leaks: None, kind: str, at: int) -> None:
     """The server neither waits for one of them nor keeps it. Some kinds are in order at some places."""
-    with _served(tmp_path) as path, _Raw(path) as raw:
+    with served(tmp_path) as path, Raw(path) as raw:
         descriptors = raw.descriptors()
         wrong = _kinds_of_descriptors()[kind]()
         descriptors[at] = wrong
-        raw.say(_HELLO, descriptors)
+        raw.say(HELLO, descriptors)
         os.close(wrong)
         reply = raw.hear()
         if at == 0 and not kind.startswith("a userfaultfd that"):
@@ -276,17 +156,17 @@ def test_descriptors_of_the_wrong_kind(tmp_path: Path, no_leaks: None, kind: str
 
 @pytest.mark.parametrize("count", [0, 1, 2, 4, 10, 200])
 def test_the_wrong_number_of_descriptors(tmp_path: Path, no_leaks: None, count: int) -> None:
-    with _served(tmp_path) as path, _Raw(path) as raw:
-        raw.say(_HELLO, (raw.descriptors() * 67)[:count])
+    with served(tmp_path) as path, Raw(path) as raw:
+        raw.say(HELLO, (raw.descriptors() * 67)[:count])
         assert all(isinstance(reply, protocol.Refused) for reply in raw.hear_all())
 
 
 def test_descriptors_where_none_belong(tmp_path: Path, no_leaks: None) -> None:
     """With another message they are closed, whatever becomes of the message: nobody holds the pipe."""
-    with _served(tmp_path) as path:
+    with served(tmp_path) as path:
         for greeted in (False, True):
             reader, writer = os.pipe()
-            with _Raw(path) as raw:
+            with Raw(path) as raw:
                 if greeted:
                     raw.greet()
                 raw.say(protocol.AskStatistics(1, 1), [writer] * 3)
@@ -302,51 +182,51 @@ def test_descriptors_where_none_belong(tmp_path: Path, no_leaks: None) -> None:
 @pytest.mark.parametrize(
     ("address", "offset", "length"),
     [
-        (0, 0, _LENGTH + PAGE_SIZE),
-        (0, _LENGTH, PAGE_SIZE),
-        (0, PAGE_SIZE, _LENGTH),
+        (0, 0, LENGTH + PAGE_SIZE),
+        (0, LENGTH, PAGE_SIZE),
+        (0, PAGE_SIZE, LENGTH),
         (0, 0, 0),
         (0, 0, 1),
         (0, 1, PAGE_SIZE),
         (1, 0, PAGE_SIZE),
         (0, (1 << 63) - PAGE_SIZE, PAGE_SIZE),
-        ((1 << 63) - PAGE_SIZE, 0, _LENGTH),
+        ((1 << 63) - PAGE_SIZE, 0, LENGTH),
         ((1 << 63) - 1, 0, PAGE_SIZE),
         (0, 0, (1 << 63) - 1),
         (0, (1 << 63) - 1, (1 << 63) - 1),
     ],
 )
 def test_areas_outside_of_the_device(tmp_path: Path, no_leaks: None, address: int, offset: int, length: int) -> None:
-    with _served(tmp_path) as path, _Raw(path) as raw:
+    with served(tmp_path) as path, Raw(path) as raw:
         raw.greet()
         raw.say(protocol.Map(2, address, offset, length, "read", False))
         reply = raw.hear()
         assert reply is None or isinstance(reply, protocol.Refused | protocol.Mapped)
         if isinstance(reply, protocol.Mapped):  # the address is the client's affair: what is wrong with it hits the client
-            assert (offset, length) == (0, _LENGTH)
-            raw.say(protocol.Populate(3, reply.area, ((0, _PAGES),), "read", False, False, True))
+            assert (offset, length) == (0, LENGTH)
+            raw.say(protocol.Populate(3, reply.area, ((0, PAGES),), "read", False, False, True))
             assert not isinstance(raw.hear(), protocol.Populated)
 
 
 @pytest.mark.parametrize(
     "runs",
     [
-        ((0, _PAGES + 1),),
-        ((_PAGES, _PAGES + 1),),
+        ((0, PAGES + 1),),
+        ((PAGES, PAGES + 1),),
         ((5, 5),),
         ((7, 3),),
         ((0, (1 << 63) - 1),),
         (((1 << 63) - 2, (1 << 63) - 1),),
-        tuple((page, page + 1) for page in range(_PAGES)) * 60,
+        tuple((page, page + 1) for page in range(PAGES)) * 60,
         ((3, 9), (0, 5), (4, 6)),
         (),
     ],
 )
 def test_runs_outside_of_an_area(tmp_path: Path, no_leaks: None, runs: protocol.RunList) -> None:
-    inside = all(first < stop <= _PAGES for first, stop in runs)
+    inside = all(first < stop <= PAGES for first, stop in runs)
 
     def ask(path: str) -> None:
-        with _Raw(path) as raw:
+        with Raw(path) as raw:
             raw.greet()
             area = raw.map_whole()
             raw.say(protocol.Populate(3, area, runs, "read", False, False, True))
@@ -356,12 +236,12 @@ def test_runs_outside_of_an_area(tmp_path: Path, no_leaks: None, runs: protocol.
                 raw.say(protocol.Discard(4, area, runs[0][0], runs[0][1]))
                 raw.hear()
 
-    with _served(tmp_path) as path:
+    with served(tmp_path) as path:
         in_child(lambda: ask(path))
 
 
 def test_areas_of_somebody_else(tmp_path: Path, no_leaks: None) -> None:
-    with _served(tmp_path) as path:
+    with served(tmp_path) as path:
         for number in (0, 1, 2, 1 << 62):
             for request in (
                 protocol.Populate(3, number, ((0, 1),), "read", False, False, True),
@@ -370,7 +250,7 @@ def test_areas_of_somebody_else(tmp_path: Path, no_leaks: None) -> None:
                 protocol.AskLog(3, number),
                 protocol.DirtyPages(3, number, True),
             ):
-                with _Raw(path) as raw:
+                with Raw(path) as raw:
                     raw.greet()
                     raw.say(request)
                     reply = raw.hear()
@@ -378,9 +258,9 @@ def test_areas_of_somebody_else(tmp_path: Path, no_leaks: None) -> None:
 
 
 def test_ways_to_ask_for_what_a_reader_may_not(tmp_path: Path, no_leaks: None) -> None:
-    with _served(tmp_path) as path, _Raw(path) as raw:
+    with served(tmp_path) as path, Raw(path) as raw:
         raw.greet()
-        raw.say(msgspec.structs.replace(_WHOLE, access="write"))
+        raw.say(msgspec.structs.replace(WHOLE, access="write"))
         assert isinstance(raw.hear(), protocol.Refused)  # the device is read-only
 
 
@@ -390,23 +270,24 @@ def test_memory_that_is_not_what_was_said(tmp_path: Path, no_leaks: None) -> Non
     def misbehave(path: str, frames: bool) -> None:
         import numpy
 
-        raw = _Raw(path)
+        faulthandler.disable()  # SIGBUS is an answer as well
+        raw = Raw(path)
         raw.greet()
-        memory = mmap.mmap(raw.frames if frames else -1, _LENGTH)
+        memory = mmap.mmap(raw.frames if frames else -1, LENGTH)
         address = numpy.frombuffer(memory, numpy.uint8).ctypes.data
-        kernel.register(raw.userfaultfd, address, _LENGTH, kernel.UFFDIO_REGISTER_MODE_MISSING)
-        raw.say(msgspec.structs.replace(_WHOLE, address=address))
+        kernel.register(raw.userfaultfd, address, LENGTH, kernel.UFFDIO_REGISTER_MODE_MISSING)
+        raw.say(msgspec.structs.replace(WHOLE, address=address))
         mapped = raw.hear()
         if not isinstance(mapped, protocol.Mapped):
             return
         if frames:
             memory.close()
-        raw.say(protocol.Populate(3, mapped.area, ((0, _PAGES),), "read", False, False, True))
+        raw.say(protocol.Populate(3, mapped.area, ((0, PAGES),), "read", False, False, True))
         raw.hear()
         if not frames:
-            assert memory[0] is not None  # SIGBUS is an answer as well
+            assert memory[0] is not None
 
-    with _served(tmp_path) as path:
+    with served(tmp_path) as path:
         in_child(lambda: misbehave(path, True))
         with Child(lambda: misbehave(path, False)) as child:
             assert processes.eventually(child.ended)
@@ -415,7 +296,7 @@ def test_memory_that_is_not_what_was_said(tmp_path: Path, no_leaks: None) -> Non
 def test_random_changes_of_good_messages(tmp_path: Path, no_leaks: None) -> None:
     """Seeded: bits flipped, bytes cut, added and swapped, numbers at their ends."""
     chance = random.Random(17)
-    numbers = (0, 1, 2, _PAGES, PAGE_SIZE, _LENGTH, (1 << 32) - 1, 1 << 47, (1 << 63) - 1)
+    numbers = (0, 1, 2, PAGES, PAGE_SIZE, LENGTH, (1 << 32) - 1, 1 << 47, (1 << 63) - 1)
 
     def number() -> int:
         return chance.choice(numbers)
@@ -453,7 +334,7 @@ def test_random_changes_of_good_messages(tmp_path: Path, no_leaks: None) -> None
 
     def talk(path: str) -> None:
         for _ in range(60):
-            with _Raw(path) as raw:
+            with Raw(path) as raw:
                 if chance.random() < 0.8:
                     raw.greet()
                     if chance.random() < 0.5:
@@ -462,7 +343,7 @@ def test_random_changes_of_good_messages(tmp_path: Path, no_leaks: None) -> None
                     for _ in range(10):
                         raw.say(changed(protocol.encode(message())))
 
-    with _served(tmp_path) as path:  # what a process mapped is served until the process ends: another process than ours
+    with served(tmp_path) as path:  # what a process mapped is served until the process ends: another process than ours
         in_child(lambda: talk(path))
 
 
@@ -481,16 +362,16 @@ def _flood(path: str, count: int) -> None:
 
 
 def test_many_connections(tmp_path: Path, no_leaks: None) -> None:
-    with _served(tmp_path) as path:
+    with served(tmp_path) as path:
         _flood(path, 200)
 
 
 @pytest.mark.stress
 def test_a_thousand_connections_and_a_good_client_meanwhile(tmp_path: Path, no_leaks: None) -> None:
-    with _served(tmp_path) as path, Child(lambda: _flood(path, 1000)) as child:
-        for page in range(_PAGES):
+    with served(tmp_path) as path, Child(lambda: _flood(path, 1000)) as child:
+        for page in range(PAGES):
             with prefault.device.connect(path) as client, client.map() as area:
-                assert _page(area, page) == content(page)
+                assert page_of(area, page) == content(page)
         child.result()
 
 
@@ -498,9 +379,9 @@ def test_silence(tmp_path: Path, no_leaks: None) -> None:
     """Who says nothing is in nobody's way, before Hello and after."""
     with _Silent(tmp_path) as (path, raws):
         for raw in raws[::2]:
-            raw.say(_HELLO, raw.descriptors())  # and never hears
+            raw.say(HELLO, raw.descriptors())  # and never hears
         with prefault.device.connect(path) as client, client.map() as area:
-            assert _page(area, 20) == content(20)
+            assert page_of(area, 20) == content(20)
 
 
 class _Silent:
@@ -508,9 +389,9 @@ class _Silent:
         self._stack = contextlib.ExitStack()
         self._directory = directory
 
-    def __enter__(self) -> tuple[str, list[_Raw]]:
-        path = self._stack.enter_context(_served(self._directory))
-        return path, [self._stack.enter_context(_Raw(path)) for _ in range(6)]
+    def __enter__(self) -> tuple[str, list[Raw]]:
+        path = self._stack.enter_context(served(self._directory))
+        return path, [self._stack.enter_context(Raw(path)) for _ in range(6)]
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -518,7 +399,7 @@ class _Silent:
 
 def test_who_asks_and_never_listens(tmp_path: Path, no_leaks: None) -> None:
     def ask(path: str) -> None:
-        with _Raw(path) as deaf:
+        with Raw(path) as deaf:
             deaf.greet()
             area = deaf.map_whole()
             deaf.socket.settimeout(0.5)
@@ -526,9 +407,9 @@ def test_who_asks_and_never_listens(tmp_path: Path, no_leaks: None) -> None:
                 for number in range(20_000):
                     deaf.say(protocol.AskStatistics(number + 3, area))
             with prefault.device.connect(path) as client, client.map() as mine:
-                assert _page(mine, 21) == content(21)
+                assert page_of(mine, 21) == content(21)
 
-    with _served(tmp_path) as path:
+    with served(tmp_path) as path:
         in_child(lambda: ask(path))
 
 
@@ -536,15 +417,15 @@ def test_who_hangs_up_is_served_until_it_ends(tmp_path: Path, no_leaks: None) ->
     """The connection is gone, the mapping is not: its faults are answered until the process ends."""
 
     def hang_up_and_touch(path: str) -> bytes:
-        raw = _Raw(path)
+        raw = Raw(path)
         raw.greet()
         raw.map_whole()
         raw.socket.shutdown(socket.SHUT_RDWR)
         raw.socket.close()
-        assert raw._memory is not None
-        return raw._memory[7 * PAGE_SIZE : 8 * PAGE_SIZE]
+        assert raw.memory is not None
+        return raw.memory[7 * PAGE_SIZE : 8 * PAGE_SIZE]
 
-    with _served(tmp_path) as path:
+    with served(tmp_path) as path:
         assert in_child(lambda: hang_up_and_touch(path)) == content(7)
 
 
@@ -576,7 +457,7 @@ def test_the_socket_is_for_its_owner(open_directory: Path, no_leaks: None) -> No
 
     before = os.umask(0)
     try:
-        with _served(open_directory) as path:
+        with served(open_directory) as path:
             assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
             in_child(as_nobody)
     finally:
@@ -598,7 +479,7 @@ def test_another_user_is_refused_by_its_credentials(open_directory: Path, no_lea
             said.append(reply.message)
         return said
 
-    with _served(open_directory) as path:
+    with served(open_directory) as path:
         os.chmod(path, 0o666)
         said = in_child(as_nobody)
         assert len(said) == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from prefault._kernel import mman
 from prefault.device import protocol
 from prefault.device.driver import Access, Device, DeviceArea, FaultAround, Supplied
 from prefault.device.registry import Registry
@@ -236,8 +237,23 @@ def test_a_device_of_a_tebibyte_costs_nothing_until_it_is_touched() -> None:
     with served(device) as (running, client):
         area = client.map(MIB, (1 << 40) - MIB)
         assert area.view[0] == ((1 << 40) - MIB) // PAGE % 255 + 1
+        whole = client.map(1 << 40, 0, track_dirty=True)
+        failed = whole.populate((0, 1 << 28), kind=protocol.Failed, check_headroom=True)
+        assert failed.kind == "headroom"
+        assert whole.discard(0, 1 << 28) == 1
+        assert whole.dirty() == []
         allocated = sum(os.fstat(fd).st_blocks * 512 for fd in (running.frames.fd, running.frames.states_fd))
         assert allocated < MIB
+
+
+def test_a_mapping_in_thousands_of_parts() -> None:
+    device = Filled(4096)
+    with served(device) as (_, client):
+        client.map(4096 * PAGE).populate((0, 4096))
+        area = client.map(4096 * PAGE)
+        for page in range(0, 4096, 2):
+            mman.mprotect(area.address + page * PAGE, PAGE, mmap.PROT_READ)
+        assert area.populate((0, 4096)).mapped == 4096
 
 
 def test_nothing_is_left_when_a_private_server_ends() -> None:

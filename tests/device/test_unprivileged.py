@@ -15,6 +15,7 @@ import prefault
 import prefault.device
 from prefault.device.uffd import open_userfaultfd
 from prefault.errors import DeviceError
+from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import PAGE_SIZE
 from prefault.testing import without
 from support import needs
@@ -142,3 +143,34 @@ def test_the_handshake_asks_for_what_there_is() -> None:
             assert not os.get_blocking(opened.fd)
         finally:
             os.close(opened.fd)
+
+
+@pytest.mark.parametrize(("name", "lacks"), [("uffd_poison", "UFFDIO_POISON"), ("uffd_minor_shmem", "minor faults")])
+def test_as_on_a_kernel_that_lacks_what_is_needed(name: str, lacks: str) -> None:
+    with without(name), pytest.raises(DeviceError, match=lacks):
+        prefault.device.map(Pattern(4))
+
+
+def test_as_on_a_kernel_that_answers_no_faults_of_its_own() -> None:
+    with without("uffd_kernel_faults"), prefault.device.map(Pattern(4)) as area:
+        assert area.user_mode_only
+        assert area.notes
+
+
+@pytest.mark.parametrize("name", ["uffd_wp_async", "pagemap_scan"])
+def test_dirty_pages_where_the_kernel_does_not_note_them(name: str) -> None:
+    with without(name), prefault.device.map(Pattern(4, writable=True), track_dirty=True) as area:
+        with area.memoryview() as view:
+            view[PAGE_SIZE] = 1
+            assert area.dirty_pages(clear=True) == RangeSet([PageRange(PAGE_SIZE, 2 * PAGE_SIZE)])
+            assert not area.dirty_pages()
+            view[PAGE_SIZE] = 2
+            assert area.dirty_pages() == RangeSet([PageRange(PAGE_SIZE, 2 * PAGE_SIZE)])
+        assert area.stats().write_protect == 1  # the server answered a fault for it
+
+
+def test_as_on_a_kernel_without_write_protection_of_shared_memory() -> None:
+    with without("uffd_wp_shmem"), prefault.device.map(Pattern(4, writable=True)) as area:
+        assert area.read(0, 8) == expected(Pattern(4), 0)[:8]
+        with pytest.raises(DeviceError, match="write-protection of shared memory"):
+            prefault.device.map(Pattern(4, writable=True), track_dirty=True)

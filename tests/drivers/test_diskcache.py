@@ -209,6 +209,41 @@ def _remote_without(server: HttpServer) -> RemoteFile:
     return RemoteFile(server.url("file.bin"), patience=QUICK)
 
 
+def test_what_others_could_have_planted_is_refused(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with FakeArea(_remote(server, cache)) as area:
+        area.fill()
+    data = _files(cache)["data"]
+    for path in (cache, data.parent.parent, data.parent):
+        assert path.stat().st_mode & 0o777 == 0o700
+        path.chmod(0o777)
+        with pytest.raises(SourceError, match="others could put wrong bytes there"):
+            _remote(server, cache)
+        path.chmod(0o700)
+    cache.chmod(0o1777)  # as /tmp: others cannot touch what is ours in it
+    _remote(server, cache)
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"dear")
+    data.unlink()
+    data.symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"), FakeArea(_remote(server, cache)) as area:
+        area.fill()
+    assert victim.read_bytes() == b"dear"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_cache_of_somebody_else_is_refused(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with FakeArea(_remote(server, cache)) as area:
+        area.fill()
+    data = _files(cache)["data"]
+    for path in (cache, data.parent.parent, data.parent):
+        os.chown(path, 65534, -1)
+        with pytest.raises(SourceError, match="belongs to user 65534"):
+            _remote(server, cache)
+        os.chown(path, 0, -1)
+
+
 def test_nothing_secret_is_written(server: HttpServer, file: Served, tmp_path: Path) -> None:
     url = server.url("file.bin").replace("://", "://me:hidden@") + "?token=hidden"
     with FakeArea(RemoteFile(url, cache_dir=tmp_path, patience=QUICK)) as area:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
+import shutil
+import socket
+import ssl
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -376,6 +381,48 @@ def test_headers_go_to_their_host_alone(server: HttpServer, file: Served, tmp_pa
     assert "X-Key" not in theirs
     assert "secret" not in str(device)
     assert "hidden" not in str(device)
+
+
+def test_headers_never_go_unencrypted_to_the_host_that_they_were_given_for_with_encryption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key", "-out", "certificate"]
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl, which makes a certificate, is not installed")
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    heads: list[bytes] = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate", tmp_path / "key")
+
+    def answer(connection: socket.socket, *lines: str) -> None:
+        with connection:
+            heads.append(connection.recv(65536))
+            connection.sendall("\r\n".join(["HTTP/1.1 " + lines[0], "Connection: close", *lines[1:], "", "x"]).encode())
+
+    def serve() -> None:
+        with contextlib.suppress(ssl.SSLError):  # who does not know the certificate hangs up
+            context.wrap_socket(listener.accept()[0], server_side=True)
+        answer(context.wrap_socket(listener.accept()[0], server_side=True), "302 Found", f"Location: http://{place}/b")
+        answer(listener.accept()[0], "206 Partial Content", "Content-Range: bytes 0-0/5", "Content-Length: 1")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(10)
+        place = f"127.0.0.1:{listener.getsockname()[1]}"
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(SourceError, match="self-signed certificate"):
+            RemoteFile(f"https://me:pw@{place}/a", headers={"X-Key": "1"}, patience=QUICK)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate"))
+        assert RemoteFile(f"https://me:pw@{place}/a", headers={"X-Key": "1"}, patience=QUICK).length == 5
+        thread.join()
+    assert [(b"Authorization" in head, b"X-Key" in head) for head in heads] == [(True, True), (False, False)]
+
+
+def test_a_header_that_is_none_is_an_error_that_does_not_tell_it() -> None:
+    with pytest.raises(ValueError, match="a line break in the header 'Authorization'") as caught:
+        RemoteFile("http://127.0.0.1:1/a", headers={"Authorization": "Bearer secret\n"}, patience=QUICK)
+    assert "secret" not in str(caught.value)
 
 
 def test_an_idle_connection_that_the_server_closed_is_no_failure(server: HttpServer, file: Served) -> None:

@@ -166,6 +166,20 @@ def test_what_a_file_system_raises(memory: Any, content: Content, monkeypatch: p
             area.fill()
 
 
+def test_what_a_file_system_says_is_told_without_what_is_secret_in_it(
+    memory: Any, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe("/f", content(5000))
+    flaky = _Flaky(memory, monkeypatch)
+    said = "403, url='https://me:secret@host/f?X-Amz-Signature=secret'"
+    with FakeArea(_remote("memory://f")) as area:
+        for error in (ValueError(said), RuntimeError(said), PermissionError(13, said), ConnectionError(said)):
+            flaky.script = [error] * 9
+            with pytest.raises(SourceError, match=r"url='https://host/f\?\.\.\.'") as caught:
+                area.fill()
+            assert "secret" not in str(caught.value)
+
+
 def test_a_file_system_that_is_asynchronous(server: HttpServer, content: Content) -> None:
     """fsspec's own http, which is not what http URLs use: in place of s3 and gs, which are made alike."""
     expected = content(300_001)
@@ -335,6 +349,56 @@ def test_a_callable_whose_file_is_shorter_than_it_said(length: int) -> None:
     device = _remote(lambda: Lying(b"x" * length))
     with FakeArea(device) as area, pytest.raises(SourceError, match=f"ends at byte {length} of 100000"):
         area.fill()
+
+
+def test_a_stream_that_broke_is_not_used_again(content: Content) -> None:
+    expected = content(50_000)
+    made: list[BinaryIO] = []
+
+    class Breaking(io.BytesIO):
+        broken = False
+
+        def readinto(self, buffer: Any) -> int:
+            if self is made[0]:
+                self.broken = True
+            if self.broken:
+                raise ConnectionResetError(errno.ECONNRESET, "the peer is gone")
+            return super().readinto(buffer)
+
+    def opener() -> BinaryIO:
+        made.append(Breaking(expected))
+        return made[-1]
+
+    with FakeArea(_remote(opener)) as area:
+        made[:] = []
+        area.device.close(area)
+        area.device.open(area)
+        assert area.get(0, len(expected)) == expected
+    assert all(stream.closed for stream in made)
+
+
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SourceError, match="not a regular file"):
+        _remote(tmp_path / "pipe")
+
+
+def test_a_source_that_comes_back_after_it_could_not_be_opened(tmp_path: Path, content: Content) -> None:
+    expected = content(50_000)
+    path = tmp_path / "f"
+    path.write_bytes(expected)
+    device = _remote(path)
+    path.rename(tmp_path / "away")
+    first, second = FakeArea(device), FakeArea(device)
+    with pytest.raises(SourceMissingError):
+        device.open(first)  # as a new server asks for it, which goes on all the same
+    (tmp_path / "away").rename(path)
+    device.open(second)
+    device.close(first)
+    assert second.get(0, len(expected)) == expected
+    device.close(second)
+    with first as area:
+        assert area.get(0, len(expected)) == expected
 
 
 def test_a_callable_that_raises() -> None:

@@ -62,6 +62,11 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         _complain(str(error))
         return 1
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "prefault":
+            raise
+        _complain(str(error))  # an extra that is not installed
+        return 1
     if not isinstance(status, int):
         return 0
     if status > _SIGNALLED:

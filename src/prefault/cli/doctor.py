@@ -42,6 +42,8 @@ _LABELS = {
     "dev_shm_free": "/dev/shm free",
     "max_map_count": "vm.max_map_count",
     "mappings": "our mappings",
+    "unprivileged_userfaultfd": "userfaultfd for all",
+    "userfaultfd_device": "/dev/userfaultfd",
     "cpus_online": "CPUs online",
     "cpus_affinity": "CPUs by affinity",
     "cpu_quota": "CPU quota",

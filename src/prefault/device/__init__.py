@@ -1,6 +1,6 @@
 """Device memory: drivers in Python, faults answered by a process, one populate hook for every route.
 
-:func:`map` and :func:`connect` give an :class:`Area`; a driver is a :class:`Device`. See docs/device.md.
+:func:`map` and :func:`connect` give an :class:`Area`; a driver is a :class:`Device`. See docs/device-memory.md.
 """
 
 import typing as _typing

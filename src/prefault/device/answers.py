@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from prefault.device.registry import AreaRecord, ClientRecord
 
 _MAX_UNREACHABLE = 2000
-"""Pages that are not mapped or not registered, before the rest is taken to be so as well."""
+"""Pages in a row that are not mapped or not registered, before the rest is taken to be so as well."""
 _PATIENCE = 100
 _CHUNK = 16 << 20
 
@@ -78,6 +78,7 @@ def _run(fd: int, start: int, length: int, unit: int, ask: Callable[[int, int], 
         except OSError as error:
             match error.errno:
                 case errno.EEXIST:
+                    unreachable = 0
                     _extend(result.present, at, at + unit)
                     wake(fd, at, unit)
                 case errno.EFAULT:
@@ -114,6 +115,7 @@ def _run(fd: int, start: int, length: int, unit: int, ask: Callable[[int, int], 
                 pending.append((at + unit, stop))
             continue
         _extend(result.mapped, at, at + done)
+        unreachable = 0
         if at + done < stop:
             pending.append((at + done, stop))
     return result
@@ -139,18 +141,32 @@ def wake(fd: int, start: int, length: int) -> None:
             raise
 
 
-def protect(fd: int, start: int, length: int) -> bool:
+def protect(fd: int, start: int, length: int, unit: int) -> bool:
     """UFFDIO_WRITEPROTECT: from now on nobody writes there; pages without an entry are marked as well.
 
     Returns:
         False: the client's address space keeps changing, and writing may go on.
     """
-    return _write_protect(fd, start, length, userfaultfd.UFFDIO_WRITEPROTECT_MODE_WP)
+    pending = [(start, start + length)]
+    while pending:
+        at, stop = pending.pop()
+        try:
+            if not _write_protect(fd, at, stop - at, userfaultfd.UFFDIO_WRITEPROTECT_MODE_WP):
+                return False
+        except FileNotFoundError:
+            # The kernel stops at the first page that is not registered any more. Those behind it may be written to.
+            if stop - at > unit:
+                middle = at + (stop - at) // (2 * unit) * unit
+                pending += ((middle, stop), (at, middle))
+    return True
 
 
 def unprotect(fd: int, start: int, length: int) -> bool:
     """The same backwards; wakes who waits. False: they will fault again."""
-    return _write_protect(fd, start, length, 0)
+    try:
+        return _write_protect(fd, start, length, 0)
+    except FileNotFoundError:
+        return True  # who writes behind the page that is not registered any more has us told of it, and is let go then
 
 
 def _write_protect(fd: int, start: int, length: int, mode: int) -> bool:
@@ -158,13 +174,22 @@ def _write_protect(fd: int, start: int, length: int, mode: int) -> bool:
         try:
             userfaultfd.writeprotect(fd, start, length, mode)
         except OSError as error:
-            if error.errno in _THEIRS:
+            if error.errno in _THEIRS and error.errno != errno.ENOENT:
                 return True
             if error.errno != errno.EAGAIN:
                 raise
             os.sched_yield()
         else:
             return True
+    return False
+
+
+def is_another_program(client: ClientRecord, area: AreaRecord) -> bool:
+    """Whether the process that had an area ended, or called exec. WAKE says nothing of either."""
+    try:
+        userfaultfd.writeprotect(client.userfaultfd, area.address, area.length, 0)
+    except OSError as error:
+        return error.errno == errno.ESRCH
     return False
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, SupportsIndex
 
 from prefault._kernel import mman
 from prefault.device import protocol
@@ -14,6 +15,7 @@ from prefault.device.driver import Access
 from prefault.device.supply import AreaMemory
 from prefault.device.uffd import USER_MODE_ONLY_NOTE
 from prefault.discard import DiscardResult, discard
+from prefault.errors import ProtectionError
 from prefault.lock import LockResult, lock, unlock
 from prefault.mapping import MappedMemory, Pin
 from prefault.memory import Borrowed
@@ -225,6 +227,8 @@ class Area(MappedMemory):
     def read(self, offset: Size = 0, length: Size | None = None) -> bytes:
         """A copy of bytes, populated first: what the driver cannot supply is an exception and no SIGBUS.
 
+        Not so for a driver that declares population as meaningless (``Device.populates``): the copy then touches the pages.
+
         Raises:
             PopulateError: as :meth:`populate`.
             ValueError: outside of the area.
@@ -234,6 +238,8 @@ class Area(MappedMemory):
         start = span.start - borrowed.address
         if self._link.facts.populates:
             self.populate("read", offset=start, length=span.stop - span.start)
+        elif not self._here().prot & mman.PROT_READ:
+            raise ProtectionError(errno.EINVAL, f"the area of {self.device} is not readable: change that with protect()")
         with self.memoryview() as view:
             return bytes(view[start : start + span.stop - span.start])
 
@@ -312,6 +318,12 @@ class Area(MappedMemory):
             pin.release()
         took = perf_counter() - began
         return PopulateResult(done.bytes, done.present_bytes, took, "read", "device", done.threads, done.notes)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "an Area cannot be copied or pickled: copy its bytes, or map the device in the other process as well"
+            " (prefault.device.serve there or here, and prefault.device.connect)"
+        )
 
     def __repr__(self) -> str:
         memory = self._memory

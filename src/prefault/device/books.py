@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 import socket
 import threading
 from bisect import bisect_right, insort
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from prefault._kernel import mman
 from prefault.device.driver import Access, Device, DeviceArea
 from prefault.device.registry import AreaRecord, ClientRecord, Registry
 from prefault.device.states import PageState
@@ -20,6 +22,16 @@ if TYPE_CHECKING:
 
 _start = attrgetter("start")
 _FILLING = int(PageState.FILLING)
+
+
+_LARGE = 1 << 20
+
+
+def zeros(count: int) -> mmap.mmap | bytearray:
+    """So many zeros; many of them cost what is written to them, as an area may have a terabyte."""
+    if count < _LARGE:
+        return bytearray(count)
+    return mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mman.MAP_NORESERVE)
 
 
 class ServedArea(DeviceArea):
@@ -51,7 +63,7 @@ class ServedArea(DeviceArea):
         self.last = (record.offset + record.length) // books.page_size
         self.tracks = record.track_dirty
         self.protectable = record.track_dirty or (books.device.evicts and record.access == "write")
-        self.dirty = bytearray(self.last - self.first) if self.tracks else bytearray()
+        self.dirty = zeros(self.last - self.first) if self.tracks else bytearray()
         self.poisoned: set[int] = set()
         self.counters = Counters()
         self.windows: dict[int, tuple[int, int]] = {}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("prefault.device")
 _MESSAGE_MOST = 2000
+_VALUE_MOST = 100
+_RECLAIMS_MOST = 1000
+_EVICTING_S = 0.001
 
 
 class Failure(NamedTuple):
@@ -41,13 +46,17 @@ class Fill:
         single: one page, by ``fault``; else by ``populate``.
         keep: pages that are not to be dropped for these.
         waiting: who is to get an entry: area, page, whether to write, when its fault was read (ns).
+        changes: ``books.changes`` before there was found to be no room.
         done: the page up to which they are supplied.
         around: a window around a fault.
         reserved: whether their frames count against the capacity.
         finished: called in the loop, under the lock, after the pages' states are set; what it returns is started then.
     """
 
-    __slots__ = ("access", "area", "around", "done", "failure", "finished", "keep", "pages", "reserved", "single", "waiting")
+    __slots__ = (
+        "access", "area", "around", "changes", "done", "failure", "finished", "keep", "pages", "reserved", "single",
+        "waiting",
+    )  # fmt: skip
 
     def __init__(
         self, area: ServedArea, pages: range, access: Access, *, single: bool, keep: list[range],
@@ -61,6 +70,7 @@ class Fill:
         self.keep = keep
         self.waiting: list[tuple[ServedArea, int, bool, int]] = []
         self.done = pages.start
+        self.changes = 0
         self.reserved = False
         self.failure: Failure | None = None
         self.finished = finished
@@ -163,7 +173,7 @@ class Calls:
         text = _shown(error, str)
         said = f"{type(error).__name__}: {text}" if text else type(error).__name__
         where = "" if pages is None else f" (page {pages[0]})" if len(pages) == 1 else f" (pages {pages[0]} to {pages[-1]})"
-        said = f"the driver raised in {name}(){where}: {said}"[:_MESSAGE_MOST]
+        said = f"the driver raised in {name}(){where}: {said}"[:_MESSAGE_MOST] + _where(error)
         _log.error("device %s: %s", self._books.name, said)
         return Failure("driver", errno.EIO, said, pages[0] if pages else 0)
 
@@ -194,9 +204,16 @@ class Calls:
         with self._reclaiming:
             if self._take_room(fill, count):
                 return
-            self._device.reclaim(fill.area, count)
-            if self._take_room(fill, count):
-                return
+            for _ in range(_RECLAIMS_MOST):
+                fill.changes = changes = books.changes
+                self._device.reclaim(fill.area, count)
+                if self._take_room(fill, count):
+                    return
+                # What another thread of the driver evicts just now was no good for reclaim, and makes room in a moment.
+                if self._evictor.evicting:
+                    time.sleep(_EVICTING_S)
+                elif books.changes == changes:
+                    break
         raise _NoRoom(
             f"the device's capacity of {books.capacity} pages has no room for {count} more: {books.used} are taken, and"
             " reclaim() made no room"
@@ -248,9 +265,19 @@ class _Blamed(Exception):
         self.page = page
 
 
+def _where(error: BaseException) -> str:
+    """The line that raised, for whoever writes the driver; nothing if it is ours."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if len(frames) < 2:
+        return ""
+    frame, line = frames[-1]
+    return f" ({os.path.basename(frame.f_code.co_filename)}, line {line})"
+
+
 def _shown(value: object, show: Callable[[object], str] = repr) -> str:
     try:
         text = show(value)
     except Exception:  # noqa: BLE001  it is a driver's
         text = f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) < _MESSAGE_MOST else f"{text[:_MESSAGE_MOST]}..."
+    most = _VALUE_MOST if show is repr else _MESSAGE_MOST
+    return text if len(text) < most else f"{text[:most]}..."

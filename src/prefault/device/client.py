@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -158,6 +159,9 @@ class Link(Channel):
             if self._lifeline >= 0:
                 # The server has a duplicate, which would keep the signal alive after our own descriptor is closed.
                 fcntl.fcntl(self._lifeline, fcntl.F_SETFL, os.O_NONBLOCK)
+            # For all who have the socket: a process that was forked without Python's knowing would keep it open.
+            with contextlib.suppress(OSError):  # the other side has ended it
+                self.connection.shutdown(socket.SHUT_RDWR)
             self._close_descriptors()
             if self._process is not None:
                 self._process.reap(_REAP_S)

@@ -58,7 +58,7 @@ class Entries:
             area.poisoned.difference_update(page for span in result.mapped for page in self.pages_of(area, span))
         return result
 
-    def map_one(self, area: ServedArea, page: int, *, write: bool = False) -> None:
+    def map_one(self, area: ServedArea, page: int, write: bool) -> None:
         """The same for one page, which is what a thread waits for: the usual case in as few steps as it takes."""
         if not area.tracks and not area.poisoned:
             try:
@@ -123,7 +123,7 @@ class Entries:
                 continue
             if page < fill.done:
                 if not (mapped and area is fill.area):
-                    self.map_one(area, page, write=write)
+                    self.map_one(area, page, write)
                 elif write and area.tracks:
                     mark_dirty(area, page)
                     answers.unprotect(area.fd, area.address(page), self._frames.page_size)

@@ -12,11 +12,12 @@ from collections import deque
 from typing import Any
 
 from prefault.device import answers
-from prefault.device.books import Books, ServedArea
+from prefault.device.books import Books, ServedArea, zeros
 from prefault.device.states import PageState
 
 _ORDER_MOST = 1024
 _DIRTY = re.compile(b"\x01+")
+_UNSEEN = re.compile(b"\x00+")
 
 
 class Evictor:
@@ -25,11 +26,15 @@ class Evictor:
     def __init__(self, books: Books) -> None:
         self._books = books
         self._frames = books.frames
+        self.evicting = 0
+        """Calls of :meth:`evict` under way, in whichever thread."""
         self._order: deque[range] | None = None
+        self._listed = 0  # pages in it
         if books.capacity is not None and not books.device.writable:
             self._order = deque()
             if books.registry.generation:
                 self._order.extend(self._frames.runs(range(self._frames.pages), PageState.READY))
+                self._listed = sum(map(len, self._order))
         books.evict = self.evict
 
     # --- evict
@@ -51,6 +56,7 @@ class Evictor:
                 for run in protected:
                     self._restore(run)
                 raise
+            self.evicting += 1
         contents = []
         left = deque(runs)
         try:
@@ -68,13 +74,15 @@ class Evictor:
             with books.lock:
                 for run in left:
                     self._restore(run)
-                books.changes += 1
+                if runs:
+                    books.changes += 1
+                self.evicting -= 1
             books.notify()
         return b"".join(contents)
 
     def _protect(self, run: range) -> None:
         for area, start, length in self._books.over(run):
-            if area.protectable and not answers.protect(area.fd, start, length):
+            if area.protectable and not answers.protect(area.fd, start, length, self._books.unit):
                 raise OSError(
                     errno.EBUSY,
                     f"process {area.pid} keeps changing its mappings: pages {run.start} to {run.stop - 1} were not evicted",
@@ -117,9 +125,21 @@ class Evictor:
                 self._order[-1] = range(self._order[-1].start, run.stop)
             else:
                 self._order.append(run)
-                if len(self._order) > _ORDER_MOST + 2 * self._frames.pages:
-                    # Pages that the driver itself took back, and supplied again, are in it several times.
-                    self._order = deque(self._frames.runs(range(self._frames.pages), PageState.READY))
+            self._listed += len(run)
+            if self._listed > _ORDER_MOST + 2 * (self._books.capacity or 0):
+                self._drop_what_came_again()
+
+    def _drop_what_came_again(self) -> None:
+        """Pages that were given back and supplied again are in the order several times: the last one counts."""
+        assert self._order is not None
+        seen = zeros(self._frames.pages)
+        kept: deque[range] = deque()
+        for run in reversed(self._order):
+            for piece in reversed(self._frames.runs(run, PageState.READY)):
+                fresh = [match.span() for match in _UNSEEN.finditer(seen, piece.start, piece.stop)]
+                kept.extendleft(range(*span) for span in reversed(fresh))
+                seen[piece.start : piece.stop] = b"\x01" * len(piece)
+        self._order, self._listed = kept, sum(map(len, kept))
 
     def drop_oldest(self, pages: int, keep: list[range]) -> None:
         """Make room for so many pages by dropping those that were supplied first, but for those in ``keep``.
@@ -131,6 +151,7 @@ class Evictor:
         kept: list[range] = []
         while pages > 0 and self._order:
             oldest = self._order.popleft()
+            self._listed -= len(oldest)
             for run in self._frames.runs(oldest, PageState.READY):
                 for piece in without(run, keep):
                     take = min(len(piece), pages)
@@ -140,6 +161,7 @@ class Evictor:
             # What of it is still there, for this reason or that, is as old as it was.
             kept += self._frames.runs(oldest, PageState.READY, PageState.EVICTING)
         self._order.extendleft(reversed(kept))
+        self._listed += sum(map(len, kept))
 
     def discard(self, pages: range) -> int:
         """Give pages back that a client has no use for; how many there were."""
@@ -181,9 +203,9 @@ def dirty_runs(area: ServedArea, pages: range) -> list[range]:
     ]
 
 
-def clean(area: ServedArea, runs: list[range], page_size: int) -> None:
+def clean(area: ServedArea, runs: list[range], page_size: int, unit: int) -> None:
     """Hear of the next writes to them again."""
     for run in runs:
         # Protected first: whoever writes from now on waits until it is marked again.
-        answers.protect(area.fd, area.address(run.start), len(run) * page_size)
+        answers.protect(area.fd, area.address(run.start), len(run) * page_size, unit)
         area.dirty[run.start - area.first : run.stop - area.first] = bytes(len(run))

@@ -57,7 +57,10 @@ class Faults:
         self._shift = books.page_size.bit_length() - 1
         self._around = windows.wanted
         self._buffer = bytearray(_BATCH * MESSAGE_BYTES)
+        self._heartbeat = books.frames.heartbeat
+        self._recent: Client | None = None
         self._fill_one = calls.fill_one
+        self._map_one = entries.map_one
         # Who needs no room, no windows and no threads is served in few steps, but for a page that the device ends in.
         self._straight = calls.keeps_no_order and not jobs.threaded and not self._around
         self._blamed = books.registry.blamed
@@ -66,28 +69,48 @@ class Faults:
 
     def read(self, client: Client) -> None:
         """Something can be read from a client's userfaultfd."""
-        until = monotonic_ns() + _AGAIN_NS
-        while True:
-            try:
-                size = client.read_into(self._buffer)
-            except OSError:
-                return self.broken(client)
-            if size is None:
-                return None  # all read; or the thread was killed meanwhile, or another event made it go on
-            now = monotonic_ns()
-            self._answer(client, size, now)
-            if now > until or client.gone:
-                return None
+        self._recent = client
+        heartbeat, buffer, read_into = self._heartbeat, self._buffer, client.read_into
+        until = 0
+        try:
+            while True:
+                try:
+                    size = read_into(buffer)
+                except OSError:
+                    return self.broken(client)
+                if size is None:
+                    return None  # all read; or the thread was killed meanwhile, or another event made it go on
+                now = monotonic_ns()
+                area = client.last
+                event, flags, address, thread = _unpack(buffer)
+                if size == MESSAGE_BYTES and event == UFFD_EVENT_PAGEFAULT and area and area.start <= address < area.stop:
+                    self._one(area, (address - area.base) >> self._shift, flags, thread, now)
+                else:
+                    self._answer(client, size, now)
+                if client.gone:
+                    return None
+                if not until:
+                    until = now + _AGAIN_NS
+                elif now > until:
+                    return None
+                # Should the client have made it blocking just now, we stop here until its next fault. As with a driver that
+                # does not come back, the warden sees to that.
+                heartbeat[0] = now
+        finally:
+            heartbeat[0] = 0
+
+    def take_recent(self) -> Client | None:
+        """Whose faults were answered since the last time, the last one's."""
+        recent, self._recent = self._recent, None
+        return recent
 
     def _answer(self, client: Client, size: int, now: int) -> None:
         if size == MESSAGE_BYTES:
             event, flags, address, thread = _unpack(self._buffer)
             if event == UFFD_EVENT_PAGEFAULT:
-                area = client.last
-                if area is None or not area.start <= address < area.stop:
-                    area = client.find(address)
-                    if area is None:
-                        return self._stray(client, address)
+                area = client.find(address)
+                if area is None:
+                    return self._stray(client, address)
                 return self._one(area, (address - area.base) >> self._shift, flags, thread, now)
         return self._many(client, size, now)
 
@@ -95,23 +118,25 @@ class Faults:
     def _one(self, area: ServedArea, page: int, flags: int, thread: int, now: int) -> None:
         if flags & UFFD_PAGEFAULT_FLAG_WP:
             return self._written(area, page, now)
-        counters = area.counters
-        with self._lock:
-            state = self._states[page]
-            if state == _READY:
-                counters.minor += 1
-                if self._around:
-                    self._map(area, page, bool(flags & UFFD_PAGEFAULT_FLAG_WRITE), thread)
-                else:
-                    counters.log.append(page)
-                    self._entries.map_one(area, page, write=bool(flags & UFFD_PAGEFAULT_FLAG_WRITE))
-                counters.latency[min(((monotonic_ns() - now) // 1000).bit_length(), 31)] += 1
-                return None
-            if state != _MISSING:
-                # An eviction wakes everybody at its end, under the lock that we hold now: so after this.
-                if state == _FILLING:
-                    self._wait(area, page, bool(flags & UFFD_PAGEFAULT_FLAG_WRITE), now)
-                return None
+        if self._states[page] != _MISSING:
+            counters = area.counters
+            with self._lock:
+                state = self._states[page]
+                if state == _READY:
+                    counters.minor += 1
+                    if self._around:
+                        self._map(area, page, flags & UFFD_PAGEFAULT_FLAG_WRITE != 0, thread)
+                    else:
+                        counters.log.append(page)
+                        self._map_one(area, page, flags & UFFD_PAGEFAULT_FLAG_WRITE != 0)
+                    counters.latency[min(((monotonic_ns() - now) // 1000).bit_length(), 31)] += 1
+                    return None
+                if state != _MISSING:
+                    # An eviction wakes everybody at its end, under the lock that we hold now: so after this.
+                    if state == _FILLING:
+                        self._wait(area, page, flags & UFFD_PAGEFAULT_FLAG_WRITE != 0, now)
+                    return None
+        # MISSING, which only this thread changes.
         if self._straight and not self._blamed and page != self._tail:
             return self._supply_one(area, page, flags, now)
         return self._supply(area, page, bool(flags & UFFD_PAGEFAULT_FLAG_WRITE), thread, now)
@@ -219,8 +244,7 @@ class Faults:
             self._books.used += 1
             if failure is None:
                 self._states[page] = _READY
-                self._entries.map_one(area, page, write=write)
-                self._books.changes += 1
+                self._map_one(area, page, write)
         if failure is not None:
             fill = Fill(area, range(page, page + 1), access_of(write), single=True, keep=[], finished=self._filled)
             fill.waiting.append((area, page, write, now))

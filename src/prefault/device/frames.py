@@ -27,7 +27,10 @@ SLOTS = PAGE_SIZE // 8
 """Driver calls that may run at once, of which the warden sees the times: one in the loop, the others in workers."""
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_POPULATE = mman.MADV_POPULATE_WRITE
 _STEP = 32 * MIB
+_SPARSE = 64 << 10
+"""States that are looked at without asking first which of them were ever written."""
 
 
 @functools.cache
@@ -70,6 +73,7 @@ class Frames:
         self._frames_map = mmap.mmap(fd, self.length, flags, mmap.PROT_READ | mmap.PROT_WRITE)
         self._states_map = mmap.mmap(states_fd, _states_bytes(self.pages), mmap.MAP_SHARED)
         self._frames = memoryview(self._frames_map)
+        self._advise = self._frames_map.madvise
         everything = memoryview(self._states_map)
         self._states_file = everything[: self.pages]
         self.states = self._states_file
@@ -165,7 +169,7 @@ class Frames:
         """The same for one page, by a call that takes 1.5 us less, but lets no other thread run meanwhile."""
         if not self.huge:
             try:
-                self._frames_map.madvise(mman.MADV_POPULATE_WRITE, page * self.page_size, self.page_size)
+                self._advise(_POPULATE, page * self.page_size, self.page_size)
                 return
             except OSError:
                 pass  # what it means is said below
@@ -214,8 +218,42 @@ class Frames:
         return sum(len(run) for run in self._matches(pages, states))
 
     def _matches(self, pages: range, states: tuple[int, ...]) -> Iterator[range]:
+        if len(pages) <= _SPARSE:
+            yield from self._matches_in(pages, states)
+            return
+        # Of a large device most states were never written: to look at them would allocate them, and take its time.
+        before = range(pages.start, pages.start)
+        for piece, written in self._pieces(pages):
+            found = self._matches_in(piece, states) if written else [piece] if PageState.MISSING in states else []
+            for run in found:
+                if run.start != before.stop:
+                    if len(before):
+                        yield before
+                    before = run
+                else:
+                    before = range(before.start, run.stop)
+        if len(before):
+            yield before
+
+    def _matches_in(self, pages: range, states: tuple[int, ...]) -> Iterator[range]:
         for match in _pattern(states).finditer(self.states, pages.start, pages.stop):
             yield range(match.start(), match.end())
+
+    def _pieces(self, pages: range) -> Iterator[tuple[range, bool]]:
+        """The pages, in pieces whose states were written at some time, and others, which are MISSING."""
+        at = pages.start
+        while at < pages.stop:
+            try:
+                data = min(os.lseek(self.states_fd, at, os.SEEK_DATA), pages.stop)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                data = pages.stop
+            hole = min(os.lseek(self.states_fd, data, os.SEEK_HOLE), pages.stop) if data < pages.stop else data
+            for piece, written in ((range(at, data), False), (range(data, hole), True)):
+                if len(piece):
+                    yield piece, written
+            at = hole
 
     def run_at(self, page: int, stop: int) -> tuple[int, int]:
         """The state of a page, and where the run of pages in that state ends, at ``stop`` at the latest."""

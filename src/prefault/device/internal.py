@@ -17,9 +17,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
-import msgspec
-
 from prefault.device.driver import Recipe
+from prefault.device.needed import msgspec
 from prefault.device.registry import AreaRecord, ClientRecord
 from prefault.sockets.messages import ProtocolError, receive
 

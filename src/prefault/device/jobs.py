@@ -136,11 +136,16 @@ class Jobs:
         return lambda: self._finish(fill, listed=True)
 
     def _finish(self, fill: Fill, *, listed: bool) -> None:
-        if fill.failure is not None and fill.failure.no_room and len(self._fills) > len(self._starved) + 1:
+        if listed and fill.failure is not None and fill.failure.no_room:
             # What others are filling can make room as soon as it is READY: not before is it an error.
-            fill.failure = None
-            self._starved.append(fill)
-            return
+            if len(self._fills) > len(self._starved) + 1:
+                fill.failure = None
+                self._starved.append(fill)
+                return
+            if fill.changes != self._books.changes:  # it became READY since
+                fill.failure = None
+                self._workers.do(_FillWork(self, fill))
+                return
         if listed:
             del self._fills[fill.pages.start]
             del self._starts[bisect_right(self._starts, fill.pages.start) - 1]

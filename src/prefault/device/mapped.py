@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 import weakref
@@ -10,10 +11,13 @@ from collections.abc import Callable
 
 from prefault._kernel import mman
 from prefault._kernel import userfaultfd as kernel
+from prefault._kernel.userfaultfd import Feature
 from prefault.backings import Opened
 from prefault.device import protocol
+from prefault.device.channel import Exchange
 from prefault.device.client import Link
 from prefault.device.driver import Access
+from prefault.errors import DeviceError
 from prefault.mapping import OwnedMemory
 from prefault.memory import Supplier, add_supplier, remove_supplier
 from prefault.sizes import MIB, PAGE_SIZE
@@ -44,6 +48,8 @@ class MappedArea(OwnedMemory, Supplier):
         self.track_dirty = track_dirty
         self.prot = mman.PROT_READ | (mman.PROT_WRITE if access == "write" else 0)
         self.pid = os.getpid()
+        self._opening: Exchange | None = None
+        """The Map, from when it is sent until the memory is unmapped."""
         self._at_end: Callable[[], None] | None = at_end
         _all_areas.add(self)
 
@@ -56,6 +62,12 @@ class MappedArea(OwnedMemory, Supplier):
         """Map ``length`` bytes, and tell the server."""
         self.length = length
         facts = self.link.facts
+        if self.write_protects and not self.link.userfaultfd.features & Feature.WP_HUGETLBFS_SHMEM:
+            what = "track_dirty=True" if self.track_dirty else f"writing to {facts.name}, which evicts what clients wrote,"
+            raise DeviceError(
+                errno.ENOSYS, f"{what} needs write-protection of shared memory by userfaultfd (Linux 5.19, on arm64 6.11),"
+                " which this kernel does not have",
+            )  # fmt: skip
         # Huge frames come in huge pages only; others are collapsed into them where both addresses are aligned.
         opened = Opened(self.link.frames, facts.page_size if facts.huge else PAGE_SIZE, self.offset)
         length += -length % facts.page_size
@@ -76,7 +88,8 @@ class MappedArea(OwnedMemory, Supplier):
         request = protocol.Map(
             self.link.next_id(), self.address, self.offset, self.mapped, self.access, self.track_dirty, cpu
         )  # fmt: skip
-        self.number = self.link.ask(request, protocol.Mapped).area
+        self._opening = opening = Exchange(request)
+        self.number = self.link.open(opening).area
         add_supplier(self.address, self.mapped, self)
 
     # --- the end
@@ -87,17 +100,18 @@ class MappedArea(OwnedMemory, Supplier):
             remove_supplier(self.address)
         if _leaving:
             return  # the kernel unmaps it, when nobody can touch it any more
-        number, self.number = self.number, None
-        if number is None or os.getpid() != self.pid:
+        self.number = None
+        if self._opening is None or os.getpid() != self.pid:
             self._unmap_now()
         else:
-            self.link.part(number, self._unmap_now, _deadline)
+            self.link.give_up(self._opening, self._unmap_now, _deadline)
 
     def _unmap_now(self) -> None:
-        at_end, self._at_end = self._at_end, None
         try:
             super().unmap()
         finally:
+            self._opening = None
+            at_end, self._at_end = self._at_end, None
             if at_end is not None and os.getpid() == self.pid:
                 at_end()
 

@@ -16,6 +16,7 @@ from prefault.device import inside, mapped
 from prefault.device.area import Area
 from prefault.device.client import Link
 from prefault.device.driver import Access, Device
+from prefault.device.recipes import check_device_facts
 from prefault.device.supply import AreaMemory
 from prefault.device.uffd import open_userfaultfd
 from prefault.errors import DeviceError
@@ -78,7 +79,8 @@ def map(  # noqa: A001  mmap(2) for devices; used as prefault.device.map
             f"the server of {type(device).__name__} cannot map its own device: it would wait for itself. A driver reads and"
             " writes its pages by area.frame() and area.frames()",
         )
-    _extent(type(device).__name__, device.length, device.page_size, length, offset)  # before anything is started
+    check_device_facts(device)  # before anything is started
+    _extent(type(device).__name__, device.length, device.page_size, length, offset)
     _access(type(device).__name__, device.writable, access)
     link = _private_link(device)
     return _map(link, length, offset, populate, access, track_dirty, colocate)
@@ -314,17 +316,31 @@ def _access(name: str, writable: bool, access: Access | None) -> Access:
     return access or ("write" if writable else "read")
 
 
+_pinning = threading.RLock()  # reentrant: a finalizer undoes it
+_pinned: dict[int, tuple[set[int], int]] = {}
+"""The CPUs of a thread before it was pinned, and for how many areas it is."""
+
+
 def _pin_thread() -> tuple[int, Callable[[], None]]:
     """Pin the calling thread to the CPU that it runs on; which, and how to undo that."""
     thread = threading.get_native_id()
-    before = os.sched_getaffinity(thread)
+    with _pinning:
+        before, count = _pinned.get(thread) or (os.sched_getaffinity(thread), 0)
+        _pinned[thread] = before, count + 1
     with open("/proc/thread-self/stat") as file:
         cpu = int(file.read().rpartition(")")[2].split()[36])  # field 39, processor: proc_pid_stat(5)
-    if cpu not in before:
-        cpu = min(before)
+    now = os.sched_getaffinity(thread)
+    if cpu not in now:
+        cpu = min(now)
     os.sched_setaffinity(thread, {cpu})
 
     def undo() -> None:
+        with _pinning:
+            _, count = _pinned[thread]
+            if count > 1:  # for another area, in whatever order they are closed
+                _pinned[thread] = before, count - 1
+                return
+            del _pinned[thread]
         try:
             os.sched_setaffinity(thread, before)
         except ProcessLookupError:
@@ -340,8 +356,10 @@ def _pin_thread() -> tuple[int, Callable[[], None]]:
 
 
 def _after_fork() -> None:
-    global _starting
+    global _starting, _pinning
     _starting = threading.RLock()
+    _pinning = threading.RLock()
+    _pinned.clear()
     _running.clear()
 
 

@@ -10,11 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-try:
-    import msgspec
-except ImportError:
-    raise ImportError("device memory needs msgspec, which is not installed: pip install msgspec", name="msgspec") from None
-
+from prefault.device.needed import msgspec
 from prefault.errors import (
     BackingFullError,
     DeviceError,

@@ -135,7 +135,7 @@ class Remains:
                 link.shutdown(socket.SHUT_RDWR)
             client.connection = -1
             # With areas it lives, and its pidfd will say; unless it has become another program, which the ioctl knows.
-            if all(_is_gone(client, area) for area in client.areas.values()):
+            if all(answers.is_another_program(client, area) for area in client.areas.values()):
                 self._drop(client)
         elif isinstance(request, protocol.Unmap):
             client.areas.pop(request.area, None)
@@ -173,12 +173,3 @@ def _area_at(client: ClientRecord, address: int) -> AreaRecord | None:
         if area.address <= address < area.address + area.length:
             return area
     return None
-
-
-def _is_gone(client: ClientRecord, area: AreaRecord) -> bool:
-    # WAKE says nothing of a process that has ended.
-    try:
-        userfaultfd.writeprotect(client.userfaultfd, area.address, area.length, 0)
-    except OSError as error:
-        return error.errno == errno.ESRCH
-    return False

@@ -34,6 +34,7 @@ class Requests:
     Attributes:
         say: sends a reply to a client.
         added, removed: told of areas that there are, and are not any more.
+        lost: told of a client whose connection ended in the middle of a request.
     """
 
     def __init__(self, books: Books, jobs: Jobs, populates: Populates, evictor: Evictor) -> None:
@@ -46,6 +47,7 @@ class Requests:
         self.say: Callable[[Client, protocol.Reply], None]
         self.added: Callable[[ServedArea, int | None], None]
         self.removed: Callable[[ServedArea, bool], None]
+        self.lost: Callable[[Client], None]
 
     def handle(self, client: Client, request: protocol.Request) -> None:
         """Carry out a request, or refuse it. ProtocolError: the client is not to be listened to any more."""
@@ -107,9 +109,9 @@ class Requests:
                 area.alive = area.opened = False
                 return self.say(client, protocol.Refused(request.id, "device", errno.EIO, failure.message))
             area.opened = True
-            if client.gone:
+            if client.gone or client.connection is None:  # nobody would ever know of the area
                 area.alive = False  # closed as soon as this call is over
-                return None
+                return self.lost(client)
             books.open_area(area)
             client.record.areas[area.number] = record
             self.added(area, request.cpu)
@@ -190,7 +192,7 @@ class Requests:
         with self._books.lock:
             runs = dirty_runs(area, area.pages)
             if request.clear:
-                clean(area, runs, self._frames.page_size)
+                clean(area, runs, self._frames.page_size, self._books.unit)
         self._list(client, request.id, [(run.start, run.stop) for run in runs])
 
     def _list(self, client: Client, number: int, runs: Sequence[tuple[int, int]]) -> None:

@@ -76,7 +76,6 @@ class _Server:
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._leaving: list[Client] = []
-        self._faulted = False
         self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._parent = -1
 
@@ -100,6 +99,7 @@ class _Server:
         self._connections.lost = self._lost
         self._populates.say = self._requests.say = self._connections.say
         self._requests.added, self._requests.removed = self._added, self._removed
+        self._requests.lost = self._lost
         self._spin = Spin()
 
         self._watch(self._waker, EPOLLIN, self._woken)
@@ -120,14 +120,13 @@ class _Server:
         self._end()
 
     def _loop(self) -> None:
-        poll, handlers, populates, spin = self._epoll.poll, self._handlers, self._populates, self._spin
+        poll, handlers, populates, spin, faults = self._epoll.poll, self._handlers, self._populates, self._spin, self._faults
         events: list[tuple[int, int]] = []
         more = False
         while True:
             if not events:
                 events = poll(0 if more or self._leaving else self._connections.patience(), _EVENTS)
             arrived = time.monotonic_ns()
-            self._faulted = False
             for fd, mask in events:
                 handler = handlers.get(fd)
                 if handler is not None:
@@ -140,8 +139,14 @@ class _Server:
             if (self._stopping or not self._books.clients) and self._over():
                 return
             more = bool(populates) and populates.step()
-            if self._faulted and spin.wanted(arrived) and not more and not self._workers.busy:
-                events = spin.wait(poll)
+            client = faults.take_recent()
+            if client is not None and not client.gone and spin.wanted(arrived) and not more and self._calm():
+                expected = [(client.record.userfaultfd, EPOLLIN)]
+                events = spin.wait(poll, expected, partial(faults.read, client), self._calm)
+
+    def _calm(self) -> bool:
+        """Whether there is nothing to do but to answer faults."""
+        return not self._leaving and not self._workers.busy
 
     def _over(self) -> bool:
         if self._stopping:
@@ -154,7 +159,9 @@ class _Server:
         )  # fmt: skip
 
     def _wait_for_workers(self) -> None:
-        select.select([self._waker], [], [])
+        waker = select.poll()  # select(2) knows no descriptors above 1023, and clients have five each
+        waker.register(self._waker, select.POLLIN)
+        waker.poll()
         os.eventfd_read(self._waker)
 
     def stop(self) -> None:
@@ -217,14 +224,19 @@ class _Server:
         def faulted(mask: int) -> None:
             if mask & _ERRORS:  # it was made blocking, say: reading it would stop us
                 return self._leave_soon(client)
-            self._faulted = True
             return faults.read(client)
 
         self._watch(record.userfaultfd, EPOLLIN, faulted)
 
     def _lost(self, client: Client) -> None:
-        """Its connection is over. Without areas it has no more to ask of us; with some it lives, or its pidfd will say."""
-        if not client.areas and not client.opening:
+        """Its connection is over. Without areas it has no more to ask of us; with some it lives, or its pidfd will say.
+
+        Unless it has become another program by exec: that has the same pid, and none of the areas.
+        """
+        if client.opening:
+            return  # asked again when that is done
+        if all(answers.is_another_program(client.record, area) for area in client.record.areas.values()):
+            answers.disarm(client.record.lifeline_read)
             self._leave_soon(client)
 
     def _leave_soon(self, client: Client) -> None:
@@ -325,7 +337,7 @@ class _Server:
         for fd in list(self._handlers):
             self._forget(fd)
         self._epoll.close()
-        os.close(self._waker)
+        # The eventfd ends with the process: a thread of the driver may be about to tell of an eviction.
         if self._parent >= 0:
             os.close(self._parent)
 

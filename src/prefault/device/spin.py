@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import TypeAlias
 
 _SPIN_NS = 100_000
 """How long to stay awake after a fault."""
 _SOON_NS = 250_000
 """Faults that are no further apart than this come in a row: a sleeping process takes 50 to 200 us to be woken."""
 _EVENTS = 64
+
+Events: TypeAlias = list[tuple[int, int]]
+"""Of an epoll: descriptors, and what can be done with them."""
 
 
 class Spin:
@@ -31,13 +35,28 @@ class Spin:
         self._last = time.monotonic_ns()
         return soon and not self._alone and not self._places
 
-    def wait(self, poll: Callable[[float, int], list[tuple[int, int]]]) -> list[tuple[int, int]]:
-        """The next events, if they come soon."""
+    def wait(
+        self, poll: Callable[[float, int], Events], expected: Events, answer: Callable[[], None], calm: Callable[[], bool]
+    ) -> Events:
+        """The next events, if they come soon.
+
+        Args:
+            poll: of the epoll.
+            expected: the most likely events.
+            answer: deals with these right here.
+            calm: whether to go on waiting after that.
+        """
         until = self._last + _SPIN_NS
-        while not (events := poll(0, _EVENTS)):
-            if time.monotonic_ns() > until:
-                break
-        return events
+        while True:
+            events = poll(0, _EVENTS)
+            if events == expected:
+                answer()
+                self._last = time.monotonic_ns()
+                if not calm():
+                    return []
+                until = self._last + _SPIN_NS
+            elif events or time.monotonic_ns() > until:
+                return events
 
     def colocate(self, area: int, cpu: int) -> None:
         """For an area run on that CPU, if we may; the last one that asks wins."""

@@ -21,6 +21,13 @@ _NEEDED = {
     Feature.POISON: "UFFDIO_POISON (Linux 6.6)",
 }
 _WANTED = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.MISSING_HUGETLBFS | Feature.MINOR_HUGETLBFS
+_BY_CAPABILITY = {
+    "uffd_minor_shmem": Feature.MINOR_SHMEM,
+    "uffd_wp_shmem": Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_ASYNC,
+    "uffd_poison": Feature.POISON,
+    "uffd_wp_async": Feature.WP_ASYNC,
+}
+"""Named by PREFAULT_WITHOUT, they are as on a kernel that lacks them."""
 _TRACKING = Feature.WP_ASYNC | Feature.WP_UNPOPULATED
 
 USER_MODE_ONLY_NOTE = (
@@ -59,13 +66,16 @@ def open_userfaultfd(*, tracking: bool = False) -> Opened:
         offered, _ = kernel.api(probe)
     finally:
         os.close(probe)
+    for name, feature in _BY_CAPABILITY.items():
+        if name in capabilities.disabled:
+            offered &= ~feature
     missing = [name for feature, name in _NEEDED.items() if not offered & feature]
     if missing:
         raise DeviceError(
             errno.ENOSYS, f"device memory cannot be mapped: this kernel's userfaultfd lacks {', '.join(missing)}"
         )
     wanted = Feature(sum(_NEEDED)) | _WANTED | (_TRACKING if tracking else Feature(0))
-    if offered & _TRACKING != _TRACKING:
+    if offered & _TRACKING != _TRACKING or not capabilities.PAGEMAP_SCAN.available:  # by which it is read
         wanted &= ~_TRACKING
     # A descriptor takes one handshake; asking what there is was one.
     fd, user_mode_only, _ = _open()
@@ -87,7 +97,8 @@ def _open() -> tuple[int, bool, list[str]]:
             ("userfaultfd(2)", kernel.userfaultfd, _FLAGS),
             ("userfaultfd(2) for user mode only", kernel.userfaultfd, _FLAGS | kernel.UFFD_USER_MODE_ONLY),
         )
-        for name, way, flags in ways:
+        without_kernel = "uffd_kernel_faults" in capabilities.disabled
+        for name, way, flags in ways[2:] if without_kernel else ways:
             try:
                 return way(flags), bool(flags & kernel.UFFD_USER_MODE_ONLY), refusals
             except OSError as error:

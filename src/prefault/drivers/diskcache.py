@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import struct
 import tempfile
 import zlib
@@ -60,7 +61,7 @@ class DiskCache:
             raise
 
     def _open(self, name: str, length: int) -> int:
-        fd = os.open(os.path.join(self.directory, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(os.path.join(self.directory, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         if os.fstat(fd).st_size != length:  # new, or cut short: what is missing has no right checksum
             os.ftruncate(fd, length)
         return fd
@@ -149,9 +150,36 @@ def place(directory: str, source: Source, key: str) -> str:
         )
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     version = hashlib.sha256(json.dumps(list(source.version)).encode()).hexdigest()[:32]
-    path = os.path.join(directory, name, version)
-    os.makedirs(path, mode=0o700, exist_ok=True)
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    _check_owner(directory, shared=True)
+    for path in (os.path.join(directory, name), os.path.join(directory, name, version)):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        _check_owner(path, shared=False)
     return path
+
+
+def _check_owner(path: str, *, shared: bool) -> None:
+    """Whoever may write there could have what we read, or let us write where it wants.
+
+    Args:
+        path: a directory.
+        shared: others may have directories of their own in it, as in /tmp.
+
+    Raises:
+        SourceError: others can write there.
+    """
+    status = os.stat(path) if shared else os.lstat(path)
+    owners = {os.geteuid(), 0} if shared else {os.geteuid()}
+    sticky = shared and status.st_mode & stat.S_ISVTX
+    others = status.st_mode & (stat.S_IWOTH if shared else stat.S_IWOTH | stat.S_IWGRP) and not sticky
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid not in owners or others:
+        raise SourceError(
+            errno.EACCES,
+            f"{path}: it is to be a directory that user {os.geteuid()} owns and nobody else can write to, and it belongs to"
+            f" user {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}: others could put wrong bytes there; give"
+            " another cache_dir",
+        )
 
 
 def _remove_others(directory: str) -> None:

@@ -7,11 +7,14 @@ import errno
 import io
 import math
 import os
+import re
+import stat
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NoReturn
 
+from prefault.drivers.http import shown
 from prefault.drivers.source import (
     CHUNK,
     PASSING,
@@ -34,11 +37,26 @@ _LOCAL_HEADER_BYTES = 30
 _ENCRYPTED = 0x1
 
 
+_URL = re.compile(r"[a-zA-Z][\w+.-]*://[^\s'\"<>)]+")
+
+
+def _said(error: object) -> str:
+    """What a library says, without what is secret in URLs: signatures in their queries, passwords."""
+
+    def harmless(match: re.Match[str]) -> str:
+        try:
+            return shown(match[0])
+        except ValueError:
+            return match[0].partition("://")[0] + "://..."
+
+    return _URL.sub(harmless, str(error))
+
+
 def _refuse(name: str, error: OSError) -> NoReturn:
     number = error.errno or errno.EIO
     if isinstance(error, FileNotFoundError):
         raise SourceMissingError(errno.ENOENT, f"{name}: there is no such file, or no longer") from error
-    raise SourceError(number, f"{name}: {error.strerror or error}") from error
+    raise SourceError(number, f"{name}: {_said(error.strerror or error)}") from error
 
 
 class LocalSource(Source):
@@ -49,8 +67,8 @@ class LocalSource(Source):
         self._path = path
         self._fd = -1
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            if not os.path.isfile(path):
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for its writer
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
                 raise IsADirectoryError(errno.EINVAL, "it is not a regular file")
             now = self._version_of(os.fstat(self._fd))
         except OSError as error:
@@ -105,19 +123,24 @@ class CallableSource(Source):
     @contextlib.contextmanager
     def _stream(self) -> Iterator[BinaryIO]:
         stream = None
+        failed = True
         try:
             stream = self._streams.take()
             yield stream
+            failed = False
         except FileNotFoundError as error:
             _refuse(self.name, error)
         except (ConnectionError, TimeoutError) as error:
-            raise PassingError(f"{type(error).__name__}: {error}") from error
+            raise PassingError(f"{type(error).__name__}: {_said(error)}") from error
         except OSError as error:
             if isinstance(error, SourceError):
                 raise
             _refuse(self.name, error)
         finally:
-            if stream is not None:
+            if stream is not None and failed:  # its connection may be broken for good: a retry is to have another one
+                with contextlib.suppress(Exception):
+                    stream.close()
+            elif stream is not None:
                 self._streams.give(stream)
 
     def _version_of(self, stream: BinaryIO) -> Version:
@@ -195,13 +218,13 @@ class FsspecSource(Source):
             # Some say so of anything that went wrong on the way.
             cause = error.__cause__
             if getattr(cause, "status", None) in PASSING or isinstance(cause, ConnectionError | TimeoutError):
-                raise PassingError(f"{type(cause).__name__}: {cause}") from error
+                raise PassingError(f"{type(cause).__name__}: {_said(cause)}") from error
             _refuse(self.name, error)
         except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
             _refuse(self.name, error)
         except Exception as error:
             status = getattr(error, "status", getattr(error, "code", None))
-            text = f"{type(error).__name__}: {error}"
+            text = f"{type(error).__name__}: {_said(error)}"
             if isinstance(status, int) and 400 <= status < 500 and status not in PASSING:
                 raise SourceError(errno.EIO, f"{self.name}: {text}") from error
             if isinstance(error, NotImplementedError | ValueError | TypeError | KeyError | AttributeError | ImportError):

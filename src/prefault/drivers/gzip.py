@@ -143,7 +143,7 @@ def _load(index: str, inner: Source) -> tuple[int, bytes] | None:
         return None
     except ValueError:
         return None
-    if head.get("version") != list(inner.version) or head.get("index_bytes") != len(content):
+    if not isinstance(head, dict) or head.get("version") != list(inner.version) or head.get("index_bytes") != len(content):
         return None
     return int(head["length"]), content
 

@@ -61,6 +61,13 @@ def shown(url: str) -> str:
     return urllib.parse.urlunsplit((parts.scheme, host, parts.path, "..." if parts.query else "", ""))
 
 
+def _shown_target(url: str) -> str:
+    try:
+        return shown(url)[:200]
+    except ValueError:  # not even a URL; what is behind a question mark may be secret all the same
+        return url.partition("?")[0][:200]
+
+
 def _retry_after(text: str | None) -> float:
     """Seconds of a Retry-After: a number or a date (RFC 9110, 10.2.3); 0 if it says neither."""
     if not text:
@@ -71,6 +78,16 @@ def _retry_after(text: str | None) -> float:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     except (TypeError, ValueError):
         return 0.0
+
+
+def _origin(parts: urllib.parse.SplitResult) -> Origin:
+    return Origin(parts.scheme, parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+
+
+def _is_trusted(origin: Origin, named: Origin) -> bool:
+    """Whether it is where the URL leads to, or the same host with encryption, to which many servers redirect."""
+    upgraded = Origin("https", named.host, 443) if (named.scheme, named.port) == ("http", 80) else named
+    return origin in (named, upgraded)
 
 
 class HttpSource(Source):
@@ -90,7 +107,11 @@ class HttpSource(Source):
             raise ValueError(f"{self.name!r} names no host")
         self._url = url
         self._headers = authorization(parts, "Authorization") | headers
-        self._host = parts.netloc.rpartition("@")[2]
+        for header, value in self._headers.items():
+            # http.client would say so with the value, which may be secret: a token from a file ends in a newline.
+            if set("\r\n") & set(f"{header}{value}"):
+                raise ValueError(f"{self.name}: a line break in the header {header.strip()!r}")
+        self._origin = _origin(parts)
         self._target = url  # where the last redirect led to
         self._connections = Connections()
         try:
@@ -140,18 +161,18 @@ class HttpSource(Source):
         except ValueError:
             usable, target = False, location
         if not usable:
-            raise SourceError(errno.EIO, f"{self.name}: redirected to {target[:200]!r}, which is no HTTP URL")
+            raise SourceError(errno.EIO, f"{self.name}: redirected to {_shown_target(target)!r}, which is no HTTP URL")
         return target
 
     def _send_to(self, url: str, attempts: Attempts, extra: dict[str, str]) -> Answer:
         parts = urllib.parse.urlsplit(url)
-        origin = Origin(parts.scheme, parts.hostname or "", parts.port)
+        origin = _origin(parts)
         host = parts.netloc.rpartition("@")[2]
         path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
         if parts.query:
             path += "?" + urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~-._?")
         headers = {"User-Agent": f"prefault/{__version__}", "Accept-Encoding": "identity", "Accept": "*/*"}
-        if host == self._host:  # what proves who we are is for this host alone
+        if _is_trusted(origin, self._origin):  # what proves who we are is for this host alone, and never less encrypted
             headers |= self._headers
         headers |= extra
         proxy = self._connections.proxy(origin)

@@ -48,11 +48,12 @@ def open_remote(
     """
     import numpy
 
+    map_device = prefault.device.map  # first of all, since it says what is not installed
     device = source if isinstance(source, RemoteFile) else RemoteFile(source, **options)
     kind = _kind(device, format, dtype)
     if kind == "npy" and (dtype is not None or shape is not None):
         raise ValueError("dtype and shape are what a .npy file says; format='raw' maps it as it is")
-    area = prefault.device.map(device)
+    area = map_device(device)
     try:
         if kind == "npy":
             place = npy_place(area.read, device.length, str(device))

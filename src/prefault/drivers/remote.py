@@ -43,7 +43,8 @@ class RemoteFile(Device):
         storage_options: for fsspec.
         capacity: bytes that are kept in memory at most; what came first goes first. None: all that is touched stays.
         cache_dir: a directory on a disk where what was read is kept for the next run, named by URL and version. Needs a
-            source that tells versions apart (ETag, time of change).
+            source that tells versions apart (ETag, time of change). A directory that others can write to is refused, unless
+            it is one like /tmp.
         index: the file with the index of a gzip file; built, by reading everything once, if it is not there.
         workers: how many requests may be under way at once.
         batch: bytes that one request of a populate asks for at most.
@@ -95,7 +96,7 @@ class RemoteFile(Device):
         self._patience = patience
         self._version = None if version is None else Version(*version)
         self._opened: Source | CachedSource | None = None
-        self._areas = 0
+        self._areas: set[int] = set()
         self._lock = threading.Lock()
         if self._version is None:
             with contextlib.closing(self._open_source()) as opened:
@@ -135,19 +136,23 @@ class RemoteFile(Device):
 
     # --- in the server
 
-    def open(self, area: DeviceArea) -> None:  # noqa: ARG002
+    def open(self, area: DeviceArea) -> None:
         """The first area opens the source, which must be of the version that was mapped."""
-        with self._lock:
-            if self._opened is None:
-                with time_limit(self._patience.total_s):
-                    self._opened = self._open_all()
-            self._areas += 1
+        self._source(area)
 
-    def close(self, area: DeviceArea) -> None:  # noqa: ARG002
+    def _source(self, area: DeviceArea) -> Source | CachedSource:
+        # Not in open() alone: a new server calls that once for each area that it finds, and goes on where it raises.
+        with time_limit(self._patience.total_s), self._lock:  # the time that another thread takes to open it counts
+            if self._opened is None:
+                self._opened = self._open_all()
+            self._areas.add(id(area))
+            return self._opened
+
+    def close(self, area: DeviceArea) -> None:
         """The last area closes it."""
         with self._lock:
-            self._areas -= 1
-            opened, self._opened = (self._opened, None) if self._areas <= 0 else (None, self._opened)
+            self._areas.discard(id(area))
+            opened, self._opened = (None, self._opened) if self._areas else (self._opened, None)
         if opened is not None:
             opened.close()
 
@@ -157,14 +162,11 @@ class RemoteFile(Device):
 
     def populate(self, area: DeviceArea, pages: range, access: Access) -> None:  # noqa: ARG002  it is read-only
         """All of the pages with one request, straight into their frames."""
-        opened = self._opened
-        if opened is None:
-            raise RuntimeError(f"{self} is closed")
         start = pages.start * self.page_size
         stop = min(pages.stop * self.page_size, self.length)
         if start < stop:
             with time_limit(self._patience.total_s), area.frames(pages)[: stop - start] as target:
-                opened.read_into(start, target)
+                self._source(area).read_into(start, target)
 
     # --- sources
 

@@ -241,10 +241,9 @@ def test_populate_is_one_call_and_no_fault_follows(workers: int) -> None:
         assert area.populate((0, 1000)).mapped == 0  # all had entries
         assert area.statistics().populated_pages == 999
         assert area.statistics().supplied_pages == 1000
-    assert [note for note in device.notes() if note.startswith("populate")] == [
-        "populate 0-20 read",
-        "populate 21-1000 read",
-    ]
+    # Of two workers either may be first.
+    found = sorted(note for note in device.notes() if note.startswith("populate"))
+    assert found == ["populate 0-20 read", "populate 21-1000 read"]
 
 
 def test_batches_are_of_the_size_that_the_driver_wants(workers: int) -> None:

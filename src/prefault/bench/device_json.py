@@ -9,8 +9,7 @@ from typing import Any
 
 from prefault.bench import jsonfile
 from prefault.bench.device_results import Counts, DeviceRun, Ratio, Route, RouteCell, RouteResult, ratios
-from prefault.bench.jsonfile import SchemaError
-from prefault.bench.machine import Machine
+from prefault.bench.jsonfile import read_run
 from prefault.bench.results import Status
 
 KIND = "prefault-bench-device"
@@ -46,21 +45,7 @@ def to_json(run: DeviceRun) -> dict[str, Any]:
 
 def from_json(document: Any) -> DeviceRun:
     """The run in a document. SchemaError: it is something else, or of another version."""
-    if not isinstance(document, Mapping) or document.get("kind") != KIND:
-        raise SchemaError(f'not a result of prefault bench device (its "kind" would be {KIND!r})')
-    if document.get("schema") != SCHEMA:
-        raise SchemaError(f"schema {document.get('schema')!r} is unknown: this version of prefault reads schema {SCHEMA}")
-    try:
-        head = {
-            field.name: document[field.name]
-            for field in dataclasses.fields(DeviceRun)
-            if field.name not in ("machine", "results")
-        }
-        machine = {field.name: document["machine"][field.name] for field in dataclasses.fields(Machine)}
-        results = tuple(_from_json(entry) for entry in document["cells"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise SchemaError(f"damaged: {type(error).__name__}: {error}") from error
-    return DeviceRun(machine=Machine(**machine), results=results, **head)
+    return read_run(document, KIND, SCHEMA, "prefault bench device", DeviceRun, _from_json)
 
 
 def _to_json(result: RouteResult, compared: Ratio) -> dict[str, Any]:

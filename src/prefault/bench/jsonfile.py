@@ -7,15 +7,20 @@ import dataclasses
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefault.bench import published
 from prefault.bench.grid import Cell
 from prefault.bench.machine import Machine
 from prefault.bench.ratios import Ratios, ratios
 from prefault.bench.results import BenchRun, CellResult, Status
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Run = TypeVar("Run", bound="DataclassInstance")
 
 KIND = "prefault-bench"
 SCHEMA = 1
@@ -104,21 +109,27 @@ def from_json(document: Any) -> BenchRun:
     Raises:
         SchemaError: it is something else, or of another version.
     """
-    if not isinstance(document, Mapping) or document.get("kind") != KIND:
-        raise SchemaError(f'not a result of prefault bench (its "kind" would be {KIND!r})')
-    if document.get("schema") != SCHEMA:
-        raise SchemaError(f"schema {document.get('schema')!r} is unknown: this version of prefault reads schema {SCHEMA}")
+    return read_run(document, KIND, SCHEMA, "prefault bench", BenchRun, _cell_from_json)
+
+
+def read_run(
+    document: Any, kind: str, schema: int, command: str, run: type[Run], read_result: Callable[[Any], Any]
+) -> Run:  # fmt: skip
+    """The run in a document of ``kind``: a dataclass of fields as they stand there, a ``machine`` and ``results``."""
+    if not isinstance(document, Mapping) or document.get("kind") != kind:
+        raise SchemaError(f'not a result of {command} (its "kind" would be {kind!r})')
+    if document.get("schema") != schema:
+        raise SchemaError(f"schema {document.get('schema')!r} is unknown: this version of prefault reads schema {schema}")
     try:
         head = {
-            field.name: document[field.name]
-            for field in dataclasses.fields(BenchRun)
-            if field.name not in ("machine", "results")
+            field.name: document[field.name] for field in dataclasses.fields(run) if field.name not in ("machine", "results")
         }
         machine = {field.name: document["machine"][field.name] for field in dataclasses.fields(Machine)}
-        cells = tuple(_cell_from_json(entry) for entry in document["cells"])
+        head["machine"] = Machine(**machine)
+        head["results"] = tuple(read_result(entry) for entry in document["cells"])
     except (KeyError, TypeError, ValueError) as error:
         raise SchemaError(f"damaged: {type(error).__name__}: {error}") from error
-    return BenchRun(machine=Machine(**machine), results=cells, **head)
+    return run(**head)
 
 
 def _cell_to_json(result: CellResult, beside: Ratios) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import pytest
 import prefault
 import prefault.device
 from prefault._kernel import mman
+from prefault.capabilities import UFFD_KERNEL_FAULTS
 from prefault.device import AccessLog, Area, DeviceArea
 from prefault.device.driver import Access, Supplied
 from prefault.errors import DiscardError, DriverError, PopulateError, PopulateInterrupted, ProtectionError
@@ -100,6 +101,7 @@ class _Moody(Pattern):
 
 
 def test_a_poisoned_page_can_be_populated_later() -> None:
+    needs.capability(UFFD_KERNEL_FAULTS)
     device = _Moody(4)
     with prefault.device.map(device) as area:
         reader, writer = os.pipe()

@@ -18,11 +18,12 @@ import pytest
 
 import prefault
 import prefault.device
+from prefault.capabilities import UFFD_KERNEL_FAULTS
 from prefault.device import fresh, recipes
 from prefault.device.driver import Recipe
 from prefault.device.launch import launch
 from prefault.errors import DeviceError
-from support import processes
+from support import needs, processes
 from support.devices import Pattern, Remade, expected
 from support.wardens import everything, roles
 
@@ -268,6 +269,7 @@ def test_what_a_driver_prints_is_not_the_output_of_the_program() -> None:
 
 def test_ctrl_c_is_the_programs() -> None:
     """The terminal sends it to the whole process group."""
+    needs.capability(UFFD_KERNEL_FAULTS)  # for peek()
     done = _run(
         sys.executable,
         "-c",
@@ -318,3 +320,18 @@ def test_interrupted_while_it_starts(tmp_path: Path) -> None:
     )
     done = _run(sys.executable, "-c", code, path=f"{_ROOT}:{_TESTS}:{tmp_path}")
     assert (done.stdout, done.stderr) == ("interrupted {}\n", "")
+
+
+def test_a_process_that_is_killed_at_its_start_is_not_waited_for(tmp_path: Path) -> None:
+    """Also where somebody else keeps its end of the link open, as a server does that was forked just before."""
+    noted = tmp_path / "child"
+
+    class Remote(Pattern):
+        def recipe(self) -> Recipe:
+            return Recipe("support.wardens:DiesAtItsStart", {"path": str(noted)})
+
+    with pytest.raises(DeviceError, match="ended while the device was made"):
+        prefault.device.map(Remote(8))
+    child = int(noted.read_text())
+    assert processes.alive(child)
+    os.kill(child, signal.SIGKILL)

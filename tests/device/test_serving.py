@@ -16,6 +16,7 @@ import pytest
 
 import prefault
 import prefault.device
+from prefault.capabilities import UFFD_KERNEL_FAULTS
 from prefault.cli import main
 from prefault.device.driver import Recipe
 from prefault.errors import DeviceError, DeviceGoneError
@@ -88,6 +89,7 @@ class Command:
     "device", [Pattern(16), Recipe("support.devices:Remade", {"pages": 16})], ids=["fork", "recipe"]
 )  # fmt: skip
 def test_several_processes_share_what_is_served(device: Any, socket_path: Path) -> None:
+    needs.capability(UFFD_KERNEL_FAULTS)  # for peek(), in the child
     with prefault.device.serve(device, socket_path) as server:
         assert server.path == str(socket_path)
         assert socket_path.stat().st_mode & 0o777 == 0o600

@@ -14,6 +14,7 @@ import pytest
 import prefault
 import prefault.device
 from prefault._kernel import mman
+from prefault.capabilities import UFFD_KERNEL_FAULTS
 from prefault.device import warden
 from prefault.errors import DeviceGoneError, DriverError, PopulateError
 from prefault.sizes import PAGE_SIZE
@@ -146,6 +147,7 @@ def test_without_server_and_warden_the_client_ends_by_sigbus() -> None:
 
 
 def test_a_child_of_the_driver_does_not_keep_the_client_from_seeing_the_end() -> None:
+    needs.capability(UFFD_KERNEL_FAULTS)  # for peek()
     reader, writer = os.pipe()
 
     def client() -> None:

@@ -74,6 +74,8 @@ NOT_IN_HEADERS = {
     "fiemap._EXTENTS": "how many are asked for at once",
     "futex._UNWAITED": "an address",
     "kept._BYTES": "how much is read at once",
+    "userfaultfd._RUN_ANSWER_AT": "where the last field of a proven layout begins",
+    "userfaultfd._TRANSFER_ANSWER_AT": "where the last field of a proven layout begins",
 }
 
 C_STRUCTS = {

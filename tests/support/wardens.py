@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import threading
 import time
@@ -154,6 +155,19 @@ def frames_of(area: prefault.device.Area) -> int:
     raise AssertionError("the area is not mapped")
 
 
+class DiesAtItsStart(Pattern):
+    """Its process is killed while it is made, and leaves a child that has all of its descriptors; its pid is in the file."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(8)
+        child = os.fork()
+        if not child:
+            time.sleep(20)
+            os._exit(0)
+        Path(path).write_text(str(child))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def holders_of(inode: int) -> set[int]:
     """The processes of devices, whoever's children they are, that have these frames."""
     found = set()
@@ -161,7 +175,7 @@ def holders_of(inode: int) -> set[int]:
         try:
             if any(os.stat(f"/proc/{pid}/fd/{name}").st_ino == inode for name in os.listdir(f"/proc/{pid}/fd")):
                 found.add(pid)
-        except (FileNotFoundError, ProcessLookupError):
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # the last: another user's
             continue
     return found
 

@@ -162,7 +162,8 @@ class DiesAtItsStart(Pattern):
         super().__init__(8)
         child = os.fork()
         if not child:
-            time.sleep(20)
+            time.sleep(10)
+            Path(path).write_text("ended")
             os._exit(0)
         Path(path).write_text(str(child))
         os.kill(os.getpid(), signal.SIGKILL)

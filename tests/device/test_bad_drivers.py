@@ -24,7 +24,7 @@ def _quick(kind: Callable[..., Any]) -> Callable[[], Any]:
 
 _ZERO = {"after_discard": "zeros"}
 _CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
-    "returns short": (bad.ReturnsShort, {}, r"page \d+ holds zeros populated, and another when it is touched"),
+    "returns short": (bad.ReturnsShort, {}, r"page \d+ holds zeros once it is populated, unlike when it is touched"),
     "returns a count": (bad.ReturnsCount, {}, r"fault\(page 0\) returned 4096, and is to return None or ZERO"),
     "writes the neighbour's page": (
         bad.WritesNeighbour,
@@ -34,9 +34,9 @@ _CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "other bytes by populate": (
         bad.OtherByPopulate,
         {},
-        r"page 5 holds .* at byte 100 populated, and another when it is touched",
+        r"page 5 holds .* at byte 100 once it is populated, unlike when it is touched",
     ),
-    "forgets the last page": (bad.ForgetsLast, {}, r"page \d+ holds zeros populated, and another when it is touched"),
+    "forgets the last page": (bad.ForgetsLast, {}, r"page \d+ holds zeros once it is populated, unlike when it is touched"),
     "raises on populate": (
         bad.RaisesOnPopulate,
         {},

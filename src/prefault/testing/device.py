@@ -121,14 +121,14 @@ class _Check(Bench):
             for run in self.runs(self.good()):
                 client.ask("populate", area="area", first=run.start, pages=len(run))
                 found = client.touch("area", list(run), self.size)
-                self.compare(scene, found, self.at_first, "populated, and another when it is touched")
+                self.compare(scene, found, self.at_first, "once it is populated, unlike when it is touched")
                 client.ask("populate", area="area", first=run.start, pages=len(run))  # of what is there already
             calls = [call for call in scene.journal.calls().values() if call.kind == "fault"]
             if calls and self.device.capacity is None:
                 raise self.wrong(f"page {calls[0].pages[0]} was faulted in after it was populated")
             scene.quiet()
             again = client.touch("area", self.good(), self.size)
-            self.compare(scene, again, self.at_first, "after the others were populated, and another when it is touched")
+            self.compare(scene, again, self.at_first, "after the others were populated, unlike when it is touched")
         with self.serving("it is populated page by page, backwards, with faults between") as scene:
             client = scene.client(area={})
             backwards = self.good()[::-1]
@@ -140,11 +140,11 @@ class _Check(Bench):
             ]
             client.ask("together", threads=[operations])
             found = client.touch("area", backwards, self.size)
-            self.compare(scene, found, self.at_first, "populated alone, and another when it is touched")
+            self.compare(scene, found, self.at_first, "once it is populated alone, unlike when it is touched")
             reader = scene.client(area={})
             for run in self.runs(self.good()):
                 found = reader.read("area", run, self.size)
-                self.compare(scene, found, self.at_first, "by Area.read, and another when it is touched")
+                self.compare(scene, found, self.at_first, "by Area.read, unlike when it is touched")
 
     def _check_no_populate(self) -> None:
         with self.serving("it is populated, which it declares as meaningless") as scene:

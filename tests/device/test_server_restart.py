@@ -161,3 +161,21 @@ def test_a_page_that_is_blamed_fails_once(warden: Warden) -> None:
     failed = area.populate((5, 6), kind=protocol.Failed)
     assert (failed.kind, failed.page, failed.message) == ("driver", 5, "page 5 ended the last server")
     assert area.view[5 * PAGE] == 6
+
+
+def test_the_end_of_an_area_that_is_asked_for_again_is_not_that_of_a_newer_one(warden: Warden) -> None:
+    """The last server let go of the area, told its warden so, and was killed before it could answer."""
+    client = warden.client
+    area, ended = client.map(4 * PAGE), client.map(4 * PAGE)
+    unmap = protocol.Unmap(next(client.numbers), ended.number)
+    client.ask(protocol.Done, unmap)
+    ended.forget()
+    warden.record(area)
+    os.kill(warden.running.pid, signal.SIGKILL)
+    warden.restart()
+    assert isinstance(client.receive(), protocol.Restarted)
+    newer = client.map(4 * PAGE)
+    client.ask(protocol.Done, unmap)
+    newer.populate((0, 1))
+    assert oracle.present(newer.address, 4 * PAGE) == [True, False, False, False]
+    assert newer.view[PAGE] == area.view[PAGE] == 2

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from prefault.sizes import PAGE_SIZE
 from support import needs, processes
 from support.children import Child
 from support.devices import Pattern, Remade
-from support.wardens import PAGES, Forks, Gated, Peek, frames_of, holders_of, peek, right, roles
+from support.wardens import PAGES, Forks, Gated, Peek, Unlucky, frames_of, holders_of, peek, right, roles
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -120,6 +121,19 @@ def test_a_killed_warden_is_replaced(device: Pattern) -> None:
         else:  # the fresh warden cannot make it
             assert peek(area, 7) == right(7)
             assert peek(area, 20) is None
+
+
+def test_a_warden_that_is_killed_before_it_was_told_anything_is_replaced_as_well() -> None:
+    with _mapped(Unlucky(PAGES)) as area:
+        assert peek(area, 1) == right(1)
+        before = roles()
+        _kill(before["warden"])
+        assert peek(area, 2) == right(2)
+        children = partial(processes.children, before["server"])
+        assert processes.eventually(lambda: any(processes.name(pid) == "prefault-warden" for pid in children()))
+        _kill(before["server"])
+        assert peek(area, 2) == right(2)
+        assert peek(area, 20) is None
 
 
 def test_wardens_are_replaced_time_and_again() -> None:

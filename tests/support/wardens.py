@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import prefault.device
+from prefault.device import fresh
 from prefault.device.driver import Access, DeviceArea, Recipe, Supplied
 from prefault.memory import borrow
 from prefault.sizes import PAGE_SIZE
@@ -153,6 +154,22 @@ def frames_of(area: prefault.device.Area) -> int:
             assert "/memfd:prefault-frames" in line
             return int(line.split()[4])
     raise AssertionError("the area is not mapped")
+
+
+class Unlucky(Pattern):
+    """The first process that its server starts to be its warden is killed before it is told anything."""
+
+    def open(self, area: DeviceArea) -> None:
+        start = fresh.spawn
+
+        def start_in_vain(link: int) -> int:
+            fresh.spawn = start
+            pid = start(link)
+            os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            return pid
+
+        fresh.spawn = start_in_vain
 
 
 class DiesAtItsStart(Pattern):

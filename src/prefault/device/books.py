@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import mmap
 import socket
 import threading
@@ -25,6 +26,8 @@ _FILLING = int(PageState.FILLING)
 
 
 _LARGE = 1 << 20
+_NUMBERS_BITS = 40
+"""Of an area's number; above these is which server gave it."""
 
 
 def zeros(count: int) -> mmap.mmap | bytearray:
@@ -222,7 +225,9 @@ class Books:
         self.changes = 0
         self.notify: Callable[[], None] = _nothing
         self.evict: Callable[[range, Any], bytes]
-        self.areas_made = max((number for record in registry.clients.values() for number in record.areas), default=0)
+        # No number comes twice, not even from the server before this one: a client that had no answer asks again for the end
+        # of its area, which must not be the end of another.
+        self._numbers = itertools.count((registry.generation << _NUMBERS_BITS) + 1)
 
     def check_pages(self, pages: range) -> None:
         """Drivers give us ranges: those are to lie inside the device.
@@ -244,6 +249,10 @@ class Books:
                 low, high = max(first, area.first), min(stop, area.last)
                 found.append((area, area.base + low * size, (high - low) * size))
         return found
+
+    def next_number(self) -> int:
+        """Of an area."""
+        return next(self._numbers)
 
     def new_area(self, client: Client, record: AreaRecord) -> ServedArea:
         """An area, which is not the client's before :meth:`open_area`."""

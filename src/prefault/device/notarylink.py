@@ -85,17 +85,20 @@ class NotaryLink(Notary):
 
     def orphaned(self, registry: Registry) -> int:
         """Start a fresh warden, and hand everything over; a pidfd of it, or -1."""
-        self._link.close()
-        self._retire()
-        if self._often.once_more():
-            _log.error("device %s: its wardens keep dying; its server goes on without one", registry.name)
-            return -1
-        try:
-            return self._another(registry)
-        except (OSError, DeviceError) as error:
-            _log.error("device %s: its warden has died, and there is no other: %s", registry.name, error)
+        while True:
             self._link.close()
-            return -1
+            self._retire()
+            if self._often.once_more():
+                _log.error("device %s: its wardens keep dying; its server goes on without one", registry.name)
+                return -1
+            try:
+                return self._another(registry)
+            except (BrokenPipeError, ConnectionResetError):
+                continue  # it died before it had everything
+            except (OSError, DeviceError) as error:
+                _log.error("device %s: its warden has died, and there is no other: %s", registry.name, error)
+                self._link.close()
+                return -1
 
     def _retire(self) -> None:
         """Reap the warden, if it was our child: the first was our parent."""
@@ -115,9 +118,13 @@ class NotaryLink(Notary):
         os.sched_setaffinity(self._child, self._cpus)
         pidfd = os.pidfd_open(self._child)
         self._warden = pidfd
-        self._link.settimeout(_HAND_OVER_S)
-        self._hand_over(registry, lingers)
-        self._link.settimeout(_SEND_S)
+        try:
+            self._link.settimeout(_HAND_OVER_S)
+            self._hand_over(registry, lingers)
+            self._link.settimeout(_SEND_S)
+        except BaseException:
+            os.close(pidfd)
+            raise
         return pidfd
 
     def _hand_over(self, registry: Registry, lingers: bool) -> None:

@@ -98,8 +98,7 @@ class Requests:
                 return self.say(client, protocol.Mapped(request.id, known.number))
         self._check(client, record)
         books = self._books
-        books.areas_made += 1
-        record.number = books.areas_made
+        record.number = books.next_number()
         area = books.new_area(client, record)
         client.opening.append(record)
 

@@ -28,6 +28,9 @@ from support.devices import Saved, content
 PAGES = 48
 THREADS = 3
 ALARM_S = 5
+"""How long a fork of a client may take to touch one page."""
+START_S = 12
+"""The same where it starts a device of its own: ten fresh Pythons at once take 2 to 3 s on two CPUs, more on busy ones."""
 _SALTS = 4
 
 _WORDS = numpy.arange(PAGE_SIZE // 8, dtype=numpy.uint64)
@@ -244,8 +247,9 @@ def _be_grandchild(board: Board, source: _Source, view: memoryview, index: int, 
     """A fork of a client: it may not touch what its parent mapped, and may map it itself."""
     status = 1
     try:
-        signal.alarm(ALARM_S)
-        faulthandler.dump_traceback_later(ALARM_S - 1, file=board.writer)
+        limit_s = START_S if anew and source.starts else ALARM_S
+        signal.alarm(limit_s)
+        faulthandler.dump_traceback_later(limit_s - 1, file=board.writer)
         if anew:
             try:
                 with source.map(0, PAGES * PAGE_SIZE, False, fresh=True) as own:
@@ -269,6 +273,7 @@ class _Source:
         self._path = path
         self._client: Any = None
         self._lock = threading.Lock()
+        self.starts = path is None
 
     def map(self, offset: int, length: int, populate: bool, *, fresh: bool = False) -> Any:
         if self._path is None:

@@ -28,11 +28,11 @@ import prefault.device
 from prefault.device.driver import Device
 from support import processes
 from support.devices import content
-from support.killed_clients import ALARM_S, KILLED, PAGES, STOP, THREADS, Board, Sluggish, be_client
+from support.killed_clients import ALARM_S, KILLED, PAGES, START_S, STOP, THREADS, Board, Sluggish, be_client
 
 _MOST_CLIENTS = 3
-_LEFTOVERS_S = 10.0
-_FOR_EVER_S = 15.0
+_LEFTOVERS_S = START_S + 5.0
+_FOR_EVER_S = START_S + 5.0
 
 
 class _Plan(NamedTuple):
@@ -127,9 +127,9 @@ class _Round:
             if not waiting:
                 break
             # Some operations start processes, which on a busy machine takes longer than any fault.
-            starting = ("fork",) if self.plan.shared else ("fork", "map")
+            starting, start_s = (("fork",), ALARM_S) if self.plan.shared else (("fork", "map"), START_S)
             stuck = {(pid, slot) for pid, slot in waiting if self._board.operation(slot) not in starting}
-            if ((stuck and took > limit_s) or took > limit_s + ALARM_S) and not said:
+            if ((stuck and took > limit_s) or took > limit_s + start_s) and not said:
                 said = True
                 doing = ", ".join(f"client {pid} thread {slot} in {self._board.operation(slot)}" for pid, slot in waiting)
                 self.wrong.append(f"waits for {took:.1f} s {when}: {doing}; alive: {_family()}")

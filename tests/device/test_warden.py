@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import os
 import signal
+import struct
+import termios
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -121,6 +125,27 @@ def test_a_killed_warden_is_replaced(device: Pattern) -> None:
         else:  # the fresh warden cannot make it
             assert peek(area, 7) == right(7)
             assert peek(area, 20) is None
+
+
+def test_a_killed_warden_is_replaced_once() -> None:
+    """Its server finds out twice at the same time: it cannot tell the warden of something, and sees that it has ended."""
+    device = Pattern(PAGES)
+    with _mapped(device) as area:
+        other = prefault.device.map(device)
+        before = roles()
+        os.kill(before["server"], signal.SIGSTOP)
+        try:
+            unmapping = threading.Thread(target=other.close)
+            unmapping.start()
+            connection = area._memory.link.connection
+            unread = struct.pack("i", 0)
+            assert processes.eventually(lambda: fcntl.ioctl(connection, termios.TIOCOUTQ, unread) != unread)
+            _kill(before["warden"])
+        finally:
+            os.kill(before["server"], signal.SIGCONT)
+        unmapping.join()
+        assert area.stats().errors == 0  # an answer that the server gave after all that
+        assert len(processes.children(before["server"])) == 1
 
 
 def test_a_warden_that_is_killed_before_it_was_told_anything_is_replaced_as_well() -> None:

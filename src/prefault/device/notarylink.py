@@ -27,7 +27,7 @@ class NotaryLink(Notary):
 
     Args:
         link: to the warden.
-        warden: its pidfd.
+        warden: its pidfd, which stays the caller's.
         recipe: how a fresh warden can make the device; None: it cannot, so that this server is the last one.
         listener, listens_at, first: how clients come.
         control: where the process that started all this says that it is over; its pidfd: ``owner``.
@@ -74,34 +74,39 @@ class NotaryLink(Notary):
         try:
             self._tell(internal.Done())
         except OSError:
-            self._retire()  # it has died just now
+            self._end_warden()  # it has died just now
 
     def _tell(self, message: internal.Message, descriptors: list[int] | None = None) -> None:
         try:
             internal.send(self._link, message, descriptors)
         except TimeoutError as error:
-            internal.kill(self._warden)
             raise OSError(error.errno, "the warden takes no messages") from error
 
     def orphaned(self, registry: Registry) -> int:
         """Start a fresh warden, and hand everything over; a pidfd of it, or -1."""
         while True:
             self._link.close()
-            self._retire()
+            self._end_warden()
             if self._often.once_more():
                 _log.error("device %s: its wardens keep dying; its server goes on without one", registry.name)
                 return -1
             try:
                 return self._another(registry)
-            except (BrokenPipeError, ConnectionResetError):
+            except (BrokenPipeError, ConnectionResetError, ProcessLookupError):
                 continue  # it died before it had everything
             except (OSError, DeviceError) as error:
                 _log.error("device %s: its warden has died, and there is no other: %s", registry.name, error)
                 self._link.close()
                 return -1
 
-    def _retire(self) -> None:
-        """Reap the warden, if it was our child: the first was our parent."""
+    def _end_warden(self) -> None:
+        """If it was our child it is reaped; the first was our parent.
+
+        It is dead, as a rule. One that is not, because it takes no messages, would start a second server after this one.
+        """
+        if self._warden >= 0:
+            internal.kill(self._warden)
+            self._warden = -1
         if self._child is not None:
             internal.reap(self._child, 1.0)
             self._child = None
@@ -123,6 +128,7 @@ class NotaryLink(Notary):
             self._hand_over(registry, lingers)
             self._link.settimeout(_SEND_S)
         except BaseException:
+            self._end_warden()
             os.close(pidfd)
             raise
         return pidfd

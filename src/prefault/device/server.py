@@ -127,9 +127,9 @@ class _Server:
             if not events:
                 events = poll(0 if more or self._leaving else self._connections.patience(), _EVENTS)
             arrived = time.monotonic_ns()
-            for fd, mask in events:
-                handler = handlers.get(fd)
-                if handler is not None:
+            for fd, mask, handler in [(fd, mask, handlers.get(fd)) for fd, mask in events]:
+                # What one handler closes and opens may have the number of what a later event is about.
+                if handler is not None and handlers.get(fd) is handler:
                     handler(mask)
             events = []
             if self._leaving:
@@ -288,11 +288,12 @@ class _Server:
 
     def _orphaned(self, _: int) -> None:
         """The warden is gone: a new one gets all that there is."""
-        if self._parent >= 0:
-            self._forget(self._parent)
-            os.close(self._parent)
-            self._parent = -1
-        self._watch_parent(self._notary.orphaned(self._registry))
+        former, self._parent = self._parent, -1
+        self._forget(former)
+        pidfd = self._notary.orphaned(self._registry)
+        if former >= 0:
+            os.close(former)
+        self._watch_parent(pidfd)
 
     # --- after another server
 

@@ -137,6 +137,7 @@ def test_a_killed_warden_is_replaced_once() -> None:
         try:
             unmapping = threading.Thread(target=other.close)
             unmapping.start()
+            assert area._memory is not None
             connection = area._memory.link.connection
             unread = struct.pack("i", 0)
             assert processes.eventually(lambda: fcntl.ioctl(connection, termios.TIOCOUTQ, unread) != unread)

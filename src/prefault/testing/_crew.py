@@ -314,6 +314,17 @@ class _State:
         length = min(pages * mapped.page_size, len(mapped) - start)
         return populate(mapped, offset=start, length=length, access=access).bytes  # type: ignore[arg-type]
 
+    def do_lock(self, area: str) -> None:
+        from prefault.lock import lock
+
+        lock(self._areas[area])
+
+    def do_protect(self, area: str) -> None:
+        """Take all access away, and ask for it again together with the pages."""
+        mapped = self._areas[area]
+        mapped.protect("none")
+        mapped.protect("read", populate=True)
+
     def do_discard(self, area: str, first: int, pages: int) -> None:
         from prefault.discard import discard
 

@@ -64,6 +64,7 @@ class _Check(Bench):
             self._check_edges()
             if self.device.populates:
                 self._check_populate()
+                self._check_routes()
             else:
                 self._check_no_populate()
             self._check_failing_pages()
@@ -123,9 +124,7 @@ class _Check(Bench):
                 found = client.touch("area", list(run), self.size)
                 self.compare(scene, found, self.at_first, "once it is populated, unlike when it is touched")
                 client.ask("populate", area="area", first=run.start, pages=len(run))  # of what is there already
-            calls = [call for call in scene.journal.calls().values() if call.kind == "fault"]
-            if calls and self.device.capacity is None:
-                raise self.wrong(f"page {calls[0].pages[0]} was faulted in after it was populated")
+            self._must_be_quiet(scene)
             scene.quiet()
             again = client.touch("area", self.good(), self.size)
             self.compare(scene, again, self.at_first, "after the others were populated, unlike when it is touched")
@@ -145,6 +144,30 @@ class _Check(Bench):
             for run in self.runs(self.good()):
                 found = reader.read("area", run, self.size)
                 self.compare(scene, found, self.at_first, "by Area.read, unlike when it is touched")
+
+    def _check_routes(self) -> None:
+        """Locking and changing the protection ask for pages as well (requirement C3): the same bytes, and no faults."""
+        run = self.random.choice(self.runs(self.good()))[: 4 if self.size == PAGE_SIZE else 1]
+        offset = run.start * self.size
+        length = min(len(run) * self.size, self.device.length - offset)
+        for route in ("lock", "protect"):
+            with self.serving(f"it is populated by {route}") as scene:
+                client = scene.client()
+                client.ask("map", area="part", offset=offset, length=length)
+                try:
+                    client.ask(route, area="part")
+                except RefusedError as refused:
+                    if route != "lock" or "HeadroomError" not in refused.kinds:
+                        raise
+                    continue  # RLIMIT_MEMLOCK is none of the driver's business
+                found = client.touch("part", list(run), self.size)
+                self.compare(scene, found, self.at_first, f"once it is populated by {route}, unlike when it is touched")
+                self._must_be_quiet(scene)
+
+    def _must_be_quiet(self, scene: Scene) -> None:
+        calls = [call for call in scene.journal.calls().values() if call.kind == "fault"]
+        if calls and self.device.capacity is None:
+            raise self.wrong(f"page {calls[0].pages[0]} was faulted in after it was populated")
 
     def _check_no_populate(self) -> None:
         with self.serving("it is populated, which it declares as meaningless") as scene:

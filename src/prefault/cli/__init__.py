@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import sys
 from typing import Any
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout = None
         return 1
     except OSError as error:
-        _complain(str(error))
+        _complain(_sentence(error))
         return 1
     except ImportError as error:
         if (error.name or "").partition(".")[0] == "prefault":
@@ -73,6 +74,14 @@ def main(arguments: list[str] | None = None) -> int:
         # All is kept and put back: one more Ctrl-C would only interrupt the interpreter's own shutdown, with a traceback.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return status
+
+
+def _sentence(error: OSError) -> str:
+    """One line; the errno is left out where there is more to read than its name."""
+    text = error.strerror
+    if not text or error.errno is None or text == os.strerror(error.errno):
+        text = str(error)
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _complain(sentence: str) -> None:

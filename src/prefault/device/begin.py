@@ -17,6 +17,7 @@ from prefault.device.driver import Device, Recipe
 from prefault.device.frames import Frames
 from prefault.device.registry import Registry
 from prefault.device.warden import Warden
+from prefault.errors import DeviceError
 from prefault.sockets import place
 
 _log = logging.getLogger("prefault.device")
@@ -33,6 +34,18 @@ def registry_of(device: Device) -> Registry:
     )
 
 
+def _made(recipe: Recipe) -> Device:
+    """The device of a recipe. DeviceError also where a module raises what is no Exception, or cannot be printed."""
+    try:
+        return recipes.follow(recipe)
+    except (DeviceError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise DeviceError(
+            errno.EINVAL, f"the device {recipe.factory} cannot be made: it raised {type(error).__name__}"
+        ) from error
+
+
 def serve_in_foreground(recipe: Recipe, path: str, started: Callable[[Device], None]) -> str:
     """Become the warden of a device for many clients, until a signal (SIGTERM, SIGINT, SIGHUP) ends it in an orderly way.
 
@@ -40,7 +53,7 @@ def serve_in_foreground(recipe: Recipe, path: str, started: Callable[[Device], N
         ``""``, or why the server could not go on.
     """
     recipes.check_recipe(recipe)
-    device = recipes.follow(recipe)
+    device = _made(recipe)
     registry = registry_of(device)
     listener, listens_at = place.listen_at(path, socket.SOCK_SEQPACKET)
     try:
@@ -113,7 +126,7 @@ def main(descriptor: int) -> NoReturn:
         recipe = Recipe(message.factory, internal.read_arguments(arguments))
         os.close(arguments)
         link.settimeout(None)
-        become_warden(lambda: recipes.follow(recipe), recipe, link, owner, message.path)
+        become_warden(lambda: _made(recipe), recipe, link, owner, message.path)
     assert isinstance(message, internal.Adopt), message
     _adopt(link, message, dict(zip(message.descriptors, descriptors, strict=True)))
 

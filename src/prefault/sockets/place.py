@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 _LOCK_S = 5.0
 _BACKLOG = 128
+_SHOWN = 300
+"""Characters of a path that a message shows."""
 _MAX_NAME = 80  # with /proc/self/fd/N before it, it must fit into the 107 bytes of sockaddr_un
 
 
@@ -33,9 +35,15 @@ def listen_at(path: str | os.PathLike[str], kind: socket.SocketKind = socket.SOC
 
     Raises:
         FileExistsError: a server is alive there, or it is something else than a socket.
-        OSError: no directory, no permission.
+        ValueError: its name is too long.
+        OSError: no directory, no permission. All of these say in a sentence what is the matter and what to do.
     """
     where = os.path.abspath(os.fsdecode(path))
+    with _explained(where):
+        return _listen_at(where, kind)
+
+
+def _listen_at(where: str, kind: socket.SocketKind) -> tuple[socket.socket, Place]:
     directory, name = os.path.split(where)
     with _locked(directory) as fd:
         _check_free(where, fd, name)
@@ -113,13 +121,20 @@ def _locked(directory: str) -> Iterator[int]:
 
 
 def _check_free(path: str, directory: int, name: str) -> None:
-    if not name or len(os.fsencode(name)) > _MAX_NAME:
-        raise ValueError(f"the name of a socket has 1 to {_MAX_NAME} bytes, not {name!r}")
+    count = len(os.fsencode(name))
+    if count > _MAX_NAME:
+        raise ValueError(
+            f"the name of a socket has at most {_MAX_NAME} bytes, and that of {_shortened(path)} has {count}: choose a"
+            " shorter one"
+        )
     try:
-        mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
+        found = os.stat(name or ".", dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
         return
-    if not stat.S_ISSOCK(mode):
+    if stat.S_ISDIR(found.st_mode):
+        inside = os.path.join(path, "device.sock")
+        raise FileExistsError(errno.EEXIST, f"{path} is a directory: give the path of a socket to make, such as {inside}")
+    if not stat.S_ISSOCK(found.st_mode):
         raise FileExistsError(errno.EEXIST, f"{path} exists and is not a socket: choose another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_LOCK_S)
@@ -129,7 +144,64 @@ def _check_free(path: str, directory: int, name: str) -> None:
             return  # a dead server left it
         except (TimeoutError, BlockingIOError):  # alive, and busy
             pass
+        except PermissionError:
+            raise PermissionError(
+                errno.EACCES,
+                f"{path} is a socket of user {found.st_uid}, and user {os.geteuid()} may not see whether a server is alive"
+                " there: choose another path",
+            ) from None
         except OSError as error:
             if error.errno != errno.EPROTOTYPE:  # alive, and of the other kind; a dead one is refused first
                 raise
     raise FileExistsError(errno.EADDRINUSE, f"a server is alive at {path}: connect to it, or choose another path")
+
+
+@contextlib.contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """What the system says in two words is a sentence about the socket that was to be made; other errors are as they are."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.strerror != os.strerror(error.errno):
+            raise
+        what = _reason(error.errno, os.path.dirname(path))
+        raise OSError(error.errno, f"no socket can be made at {_shortened(path)}: {what}") from error
+
+
+def _reason(number: int, directory: str) -> str:
+    """Why no socket can be made in a directory, and what to do."""
+    shown = _shortened(directory)
+    match number:
+        case errno.ENOENT if not os.path.isdir(directory):
+            return f"there is no directory {shown}: make it, or choose another path"
+        case errno.ENOTDIR:
+            return f"{shown} is not a directory, or lies in what is none: choose another path"
+        case errno.EACCES | errno.EPERM:
+            return (
+                f"user {os.geteuid()} may not do so in {shown}{_owner(directory)}: choose a directory that this user may"
+                " write to"
+            )
+        case errno.EROFS:
+            return f"{shown} is on a read-only file system: choose a path on another"
+        case errno.ELOOP:
+            return f"{shown} is a symbolic link that leads to itself: choose another path"
+        case errno.ENAMETOOLONG:
+            return "the path, or a part of it, is too long for the file system: choose a shorter one"
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"no space is left for a file in {shown}: make room, or choose a path on another file system"
+        case errno.EMFILE | errno.ENFILE:
+            return "too many files are open: raise the limit (ulimit -n), or close some"
+        case _:
+            return f"{shown} does not take one ({os.strerror(number)}): choose a path in another directory"
+
+
+def _owner(directory: str) -> str:
+    try:
+        found = os.stat(directory)
+    except OSError:  # its parent is closed to us
+        return ""
+    return f", which belongs to user {found.st_uid} and has mode {stat.S_IMODE(found.st_mode):o}"
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) <= _SHOWN else f"{path[: _SHOWN // 2]}...{path[-_SHOWN // 2 :]}"

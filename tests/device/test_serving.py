@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +20,13 @@ import prefault
 import prefault.device
 from prefault.capabilities import UFFD_KERNEL_FAULTS
 from prefault.cli import main
+from prefault.device import protocol
 from prefault.device.driver import Recipe
 from prefault.errors import DeviceError, DeviceGoneError
 from support import needs, processes
 from support.children import Child, in_child
 from support.devices import Pattern, Remade
+from support.raw_clients import Raw, served
 from support.wardens import NeverCloses, frames_of, holders_of, peek, right, roles
 
 _ROOT = Path(prefault.__file__).parent.parent
@@ -148,8 +152,8 @@ def test_a_second_server_at_the_path_is_refused(socket_path: Path) -> None:
 
 def test_no_place_for_the_socket(tmp_path: Path) -> None:
     for path, message in (
-        (tmp_path / "none" / "s", "No such file or directory"),
-        (tmp_path, "not a socket"),
+        (tmp_path / "none" / "s", "there is no directory"),
+        (tmp_path, "is a directory"),
         (tmp_path / ("x" * 99), "80 bytes"),
     ):
         with pytest.raises(DeviceError, match=message):
@@ -237,6 +241,84 @@ def test_close_after_all_was_killed(socket_path: Path) -> None:
             os.kill(server.pid, number)
             os.kill(found["server"], number)
         assert processes.eventually(lambda: not any(map(processes.alive, found.values())))
+
+
+# --- who may come
+
+_NOBODY = 65534
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """One in which other users may make files, which those of pytest are not."""
+    with tempfile.TemporaryDirectory(prefix="prefault-serving-") as name:
+        os.chmod(name, 0o777)
+        yield Path(name)
+
+
+def _server() -> int:
+    (server,) = (pid for pid in processes.descendants(os.getpid()) if processes.name(pid) == "prefault-server")
+    return server
+
+
+def _connected_as_nobody(directory: Path) -> str:
+    os.chdir(directory)
+    os.setgroups([])
+    os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+    os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    with pytest.raises(DeviceGoneError) as caught:
+        prefault.device.connect("s")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o777])
+@pytest.mark.parametrize("first", ["server", "client"])
+def test_another_user_hears_the_reason_whoever_is_faster(
+    open_directory: Path, no_leaks: None, first: str, mode: int
+) -> None:
+    """Where the client's Hello lies unread when the server hangs up, the kernel answers with ECONNRESET."""
+    needs.root("become another user")
+
+    with served(open_directory) as path:
+        os.chmod(path, mode)
+        server = _server()
+        if first == "client":
+            os.kill(server, signal.SIGSTOP)
+        try:
+            with Child(lambda: _connected_as_nobody(open_directory)) as child:
+                assert processes.eventually(lambda: child.ended() if first == "server" else _waits(child.pid))
+                os.kill(server, signal.SIGCONT)
+                said = child.result()
+        finally:
+            os.kill(server, signal.SIGCONT)
+    assert f"no device at {path}: " in said
+    assert f"it serves user {os.geteuid()}, not user {_NOBODY}" in said
+
+
+def _waits(pid: int) -> bool:
+    """Whether a client has said Hello: it has a userfaultfd, and sleeps."""
+    with contextlib.suppress(FileNotFoundError):
+        stat_line = Path(f"/proc/{pid}/stat").read_text()
+        return any("userfaultfd" in held for held in processes.descriptors(pid)) and " S " in stat_line
+    return False
+
+
+def test_the_reason_of_a_rejection_is_heard_whatever_else_was_said(tmp_path: Path, no_leaks: None) -> None:
+    with served(tmp_path) as path:
+        server = _server()
+        with Raw(path) as raw:
+            os.kill(server, signal.SIGSTOP)
+            try:
+                for _ in range(5):
+                    raw.say(b"nonsense")
+            finally:
+                os.kill(server, signal.SIGCONT)
+            hung_up = select.poll()
+            hung_up.register(raw.socket, 0)
+            assert hung_up.poll(10_000)
+            (reply,) = raw.hear_all()
+            assert isinstance(reply, protocol.Refused)
+            assert reply.kind == "protocol"
 
 
 # --- the command

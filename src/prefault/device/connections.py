@@ -230,9 +230,7 @@ class Connections:
 
     def reject(self, link: Link, reason: str) -> None:
         """The other side does not keep to the protocol."""
-        packet = protocol.encode(protocol.Refused(0, "protocol", errno.EPROTO, reason[:1000]))
-        with contextlib.suppress(OSError):  # it does not listen either
-            link.connection.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        _last_words(link.connection, protocol.Refused(0, "protocol", errno.EPROTO, reason[:1000]))
         self.hang_up(link)
 
     def hang_up(self, link: Link) -> None:
@@ -285,6 +283,17 @@ def _record(link: Link, descriptors: list[int]) -> ClientRecord:
 def _turn_away(connection: socket.socket, reason: str) -> None:
     """Say why not, and hang up."""
     with connection:
-        packet = protocol.encode(protocol.Refused(0, "device", errno.EAGAIN, f"the server does not take you: {reason}"))
-        with contextlib.suppress(OSError):  # gone before it could be told
-            connection.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        connection.setblocking(False)
+        _last_words(connection, protocol.Refused(0, "device", errno.EAGAIN, f"the server does not take you: {reason}"))
+
+
+def _last_words(connection: socket.socket, reply: protocol.Refused) -> None:
+    """What a client is to hear before we hang up, which follows at once; the connection does not block.
+
+    Were something of the client's still unread then, the kernel would tell it ECONNRESET, and that before the packet here.
+    """
+    with contextlib.suppress(OSError):  # the client is gone, or does not take it
+        connection.shutdown(socket.SHUT_RD)
+        while connection.recv(1):  # descriptors that come with it never enter this process
+            pass
+        connection.send(protocol.encode(reply), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)

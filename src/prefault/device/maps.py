@@ -19,7 +19,7 @@ from prefault.device.driver import Access, Device
 from prefault.device.recipes import check_device_facts
 from prefault.device.supply import AreaMemory
 from prefault.device.uffd import open_userfaultfd
-from prefault.errors import DeviceError
+from prefault.errors import DeviceError, DeviceGoneError
 from prefault.sizes import Size, format_size, parse_size
 from prefault.sockets import place
 from prefault.sockets.messages import may_talk_to
@@ -95,6 +95,7 @@ def connect(path: str | os.PathLike[str], *, timeout: float = 5.0) -> DeviceClie
 
     Raises:
         DeviceError: there is no server, or no userfaultfd is to be had.
+        DeviceGoneError: the server does not take us, and says why (it serves another user, say), or it ends just now.
         PermissionError: the server runs as another user (not root): its memory is not to be trusted.
     """
     return DeviceClient(path, timeout)
@@ -124,7 +125,10 @@ class DeviceClient:
         self.writable, self.notes = facts.writable, facts.notes
 
     def _connected(self, *, tracking: bool) -> Link:
-        link = Link(_connection(self.path, self._timeout), open_userfaultfd(tracking=tracking))
+        try:
+            link = Link(_connection(self.path, self._timeout), open_userfaultfd(tracking=tracking))
+        except DeviceGoneError as gone:  # it does not take us, and says why, or ends just now
+            raise DeviceGoneError(gone.errno or 0, f"no device at {self.path}: {gone.strerror}") from gone
         link.hold()
         return link
 

@@ -203,9 +203,14 @@ class Area(MappedMemory):
 
         Views that are alive keep their own notion of being writable; a write through them is then a SIGSEGV.
 
+        If it fails, or Ctrl-C stops it, the protection is put back to what each part of the area had, as
+        ``/proc/self/maps`` told before; pages that were populated until then stay. What other threads protect meanwhile is
+        put back as well. Where the kernel refuses to put it back (ENOMEM: parts of an area that was protected in parts are
+        mappings of their own, of which a process has ``vm.max_map_count`` at most), a note on the exception says so.
+
         Raises:
             ValueError: "write" on an area that was mapped with ``access="read"``.
-            PopulateError: the protection is changed, and populating failed.
+            PopulateError: as :meth:`populate`.
         """
         memory = self._here()
         self._link.check()
@@ -217,12 +222,20 @@ class Area(MappedMemory):
         if access == "none" and populate:
             raise ValueError("memory that nobody may access cannot be populated")
         pin = Pin(memory)
+        before = memory.protections()
         try:
-            mman.mprotect(memory.address, memory.mapped, prots[access])
-            memory.prot = prots[access]
+            memory.protect(prots[access])
+            return self.populate("write" if access == "write" else "read") if populate else None
+        except BaseException as failure:
+            try:
+                memory.put_back(before)
+            except OSError as error:
+                failure.add_note(
+                    f"the protection of the area could not be put back ({error.strerror}): it is {access!r} now"
+                )
+            raise
         finally:
             pin.release()
-        return self.populate("write" if access == "write" else "read") if populate else None
 
     def read(self, offset: Size = 0, length: Size | None = None) -> bytes:
         """A copy of bytes, populated first: what the driver cannot supply is an exception and no SIGBUS.

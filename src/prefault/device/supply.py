@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from prefault._kernel import mman
 from prefault.device import protocol
@@ -26,6 +26,7 @@ from prefault.memory import Span, Supplied
 from prefault.ranges import PageRange, RangeSet
 from prefault.residency import populated_before
 from prefault.sizes import PAGE_SIZE, format_size
+from prefault.vma import vmas
 
 _CANCEL_S = 5.0
 """How long a populate that was cancelled is waited for: a call of the driver that is under way ends first."""
@@ -36,8 +37,40 @@ _REPLAYED_RUNS = 64
 """How many runs of an access log are asked for at once."""
 
 
+class Protections(NamedTuple):
+    """What may be done with an area: PROT_* of all of it as we know it, and of its parts as the kernel does."""
+
+    prot: int
+    parts: tuple[tuple[PageRange, int], ...]
+
+
 class AreaMemory(MappedArea):
     """Memory that its device supplies."""
+
+    def protections(self) -> Protections:
+        """As they are now."""
+        stop = self.address + self.mapped
+        return Protections(
+            self.prot,
+            tuple(
+                (
+                    PageRange(max(vma.start, self.address), min(vma.stop, stop)),
+                    (mman.PROT_READ if vma.readable else 0) | (mman.PROT_WRITE if vma.writable else 0),
+                )
+                for vma in vmas(self.address, stop)
+            ),
+        )
+
+    def protect(self, prot: int) -> None:
+        """mprotect(2) of all of it."""
+        mman.mprotect(self.address, self.mapped, prot)
+        self.prot = prot
+
+    def put_back(self, before: Protections) -> None:
+        """As they were."""
+        for part, prot in before.parts:
+            mman.mprotect(part.start, part.length, prot)
+        self.prot = before.prot
 
     def populate(
         self, span: Span, origin: int, access: Literal["read", "write"], *, rollback: bool,

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import prefault
 from drivers.conftest import QUICK
 from prefault.device import FaultAround
 from prefault.drivers import Patience, RemoteFile, SourceChangedError, SourceError, SourceMissingError
@@ -344,6 +345,107 @@ def test_what_cannot_be_mapped(server: HttpServer) -> None:
         RemoteFile(server.url("empty"), storage_options={"a": 1})
     with pytest.raises(ValueError, match="at least 1"):
         RemoteFile(server.url("empty"), workers=0)
+
+
+_EMPTY = {
+    "206 of nothing": "HTTP/1.1 206 P\r\nContent-Range: bytes */0\r\nContent-Length: 0\r\n\r\n",
+    "206 with a byte of nothing": "HTTP/1.1 206 P\r\nContent-Range: bytes 0-0/0\r\nContent-Length: 0\r\n\r\n",
+    "206 with an odd range": "HTTP/1.1 206 P\r\nContent-Range: bytes 0--1/0\r\nContent-Length: 0\r\n\r\n",
+    "206 without a range": "HTTP/1.1 206 P\r\nContent-Length: 0\r\n\r\n",
+    "416 without a length": "HTTP/1.1 416 Range Not Satisfiable\r\nContent-Length: 0\r\n\r\n",
+    "416 of any length": "HTTP/1.1 416 R\r\nContent-Range: bytes */*\r\nContent-Length: 0\r\n\r\n",
+    "200 without a length": "HTTP/1.1 200 OK\r\n\r\n",
+    "200 of HTTP/1.0": "HTTP/1.0 200 OK\r\n\r\n",
+    "200 in chunks": "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "200 of 00 bytes": "HTTP/1.1 200 OK\r\nContent-Length: 00\r\n\r\n",
+    "204": "HTTP/1.1 204 No Content\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("answer", _EMPTY)
+def test_an_empty_file_whatever_the_server_says_of_its_first_byte(server: HttpServer, answer: str, tmp_path: Path) -> None:
+    (server.directory / "empty").write_bytes(b"")
+    for cache in (None, tmp_path):
+        server.fail("garbage", text=_EMPTY[answer])
+        with pytest.raises(ValueError, match=r"/empty\): it is empty: there is nothing to map"):
+            RemoteFile(server.url("empty"), patience=QUICK, cache_dir=cache)
+    server.heal()
+    with pytest.raises(ValueError, match=r"/empty\): it is empty: there is nothing to map"):
+        prefault.open_remote(server.url("empty"), patience=QUICK)
+
+
+def test_what_is_not_empty_is_not_taken_for_that(server: HttpServer, file: Served) -> None:
+    for answer in ("416 without a length", "416 of any length", "206 with an odd range", "206 without a range"):
+        server.fail("garbage", text=_EMPTY[answer])
+        with pytest.raises(
+            SourceError, match="does not give byte 0 of what is not empty: it answers range requests wrongly"
+        ):
+            _remote(server)
+    server.fail("status", status=416, headers={"Content-Range": "bytes */5"})
+    with pytest.raises(SourceError, match=r"HTTP 416 .*: the server does not give byte 0 of 5 bytes"):
+        _remote(server)
+    server.fail("status", status=416, count=2)
+    with pytest.raises(SourceError, match=r"HTTP 416 .* also to a request for all of it: it may be empty \(0 bytes cannot"):
+        _remote(server)
+    server.fail("garbage", text="HTTP/1.1 200 OK\r\n\r\nhello")
+    with pytest.raises(SourceError, match=r"ignores range requests .*200 with the whole file"):
+        _remote(server)
+    server.fail("garbage", text="HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", count=2)
+    assert _remote(server).length == len(file[1])  # cut short before the first byte: asked again
+
+
+# --- proxies
+
+
+@pytest.fixture
+def proxies(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment without any."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h", "SOCKS4", "socks"])
+@pytest.mark.parametrize("variable", ["all_proxy", "ALL_PROXY", "http_proxy"])
+def test_a_socks_proxy_is_told_apart(
+    server: HttpServer, file: Served, proxies: pytest.MonkeyPatch, variable: str, scheme: str
+) -> None:
+    proxies.setenv(variable, f"{scheme}://me:secret@proxy.example:1080")
+    with pytest.raises(SourceError, match="SOCKS proxies are not supported") as caught:
+        _remote(server)
+    assert caught.value.strerror == (
+        f"http://127.0.0.1: SOCKS proxies are not supported ({variable.lower()} is {scheme}://proxy.example:1080): set"
+        " http_proxy to an HTTP proxy, or no_proxy to 127.0.0.1 to connect without one"
+    )
+    if variable == "http_proxy":
+        with pytest.raises(SourceError, match="given up"):  # it is not for https: nobody speaks TLS there
+            RemoteFile(server.url("file.bin").replace("http:", "https:"), patience=Patience(retries=0))
+    proxies.setenv("no_proxy", "example.org,127.0.0.1")
+    assert _remote(server).length == len(file[1])
+
+
+@pytest.mark.parametrize("without", ["*", "127.0.0.1", "127.0.0.1:{port}", "other, 127.0.0.1"])
+def test_no_proxy_is_respected(server: HttpServer, file: Served, proxies: pytest.MonkeyPatch, without: str) -> None:
+    proxies.setenv("http_proxy", "http://127.0.0.1:1")
+    quick = Patience(retries=0)
+    with pytest.raises(SourceError, match="Connection refused"):
+        RemoteFile(server.url("file.bin"), patience=quick)
+    proxies.setenv("no_proxy", "127.0.0.1:1")
+    with pytest.raises(SourceError, match="Connection refused"):
+        RemoteFile(server.url("file.bin"), patience=quick)
+    proxies.setenv("no_proxy", without.format(port=server.port))
+    assert RemoteFile(server.url("file.bin"), patience=quick).length == len(file[1])
+
+
+def test_a_proxy_for_the_scheme_goes_before_one_for_all(
+    server: HttpServer, file: Served, proxies: pytest.MonkeyPatch
+) -> None:
+    proxies.setenv("all_proxy", "socks5://proxy.example")
+    proxies.setenv("http_proxy", f"http://127.0.0.1:{server.port}")
+    with pytest.raises(SourceMissingError):  # this one serves no absolute names: it was asked as a proxy
+        _remote(server)
+    assert server.requests()[-1].path == server.url("file.bin")
 
 
 def test_redirects(server: HttpServer, file: Served) -> None:

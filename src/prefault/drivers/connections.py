@@ -8,6 +8,7 @@ is copied once more. Measured with 512 MiB on loopback in 8 threads, CPU seconds
 from __future__ import annotations
 
 import base64
+import errno
 import http.client
 import socket
 import ssl
@@ -17,7 +18,7 @@ import urllib.parse
 import urllib.request
 from typing import NamedTuple
 
-from prefault.drivers.source import CHUNK
+from prefault.drivers.source import CHUNK, SourceError
 
 _PIECE = 4 << 20
 """How much one recv(2) is asked for, in bytes: few calls, each without the GIL."""
@@ -66,9 +67,20 @@ class Connections:
                 connection.close()
 
     def proxy(self, origin: Origin) -> str | None:
-        """The proxy to go through, if any."""
+        """The proxy to go through, if any; SourceError if that is a SOCKS proxy."""
         proxy = self._proxies.get(origin.scheme) or self._proxies.get("all")
-        return None if proxy is None or urllib.request.proxy_bypass(origin.host) else proxy
+        if proxy is None or any(map(urllib.request.proxy_bypass, (origin.host, f"{origin.host}:{origin.port}"))):
+            return None
+        scheme, separator, rest = proxy.partition("://")
+        if separator and scheme.lower().startswith("socks"):
+            variable = f"{origin.scheme}_proxy" if self._proxies.get(origin.scheme) else "all_proxy"
+            raise SourceError(
+                errno.EOPNOTSUPP,
+                f"{origin.scheme}://{origin.host}: SOCKS proxies are not supported ({variable} is"
+                f" {scheme}://{rest.rpartition('@')[2]}): set {origin.scheme}_proxy to an HTTP proxy, or no_proxy to"
+                f" {origin.host} to connect without one",
+            )
+        return proxy
 
     def _make(self, origin: Origin, timeout_s: float) -> http.client.HTTPConnection:
         proxy = self.proxy(origin)

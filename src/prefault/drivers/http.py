@@ -14,7 +14,7 @@ import re
 import ssl
 import time
 import urllib.parse
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from prefault._version import __version__
 from prefault.drivers.connections import Answer, Connections, Origin, authorization
@@ -194,7 +194,7 @@ class HttpSource(Source):
             connection.close()
             raise
 
-    def _refuse(self, answer: Answer, what: str) -> None:
+    def _refuse(self, answer: Answer, what: str) -> NoReturn:
         """Raise what a status says that is neither 200 nor 206."""
         response = answer.response
         status, reason = response.status, f"HTTP {response.status} {response.reason}".strip()
@@ -233,15 +233,23 @@ class HttpSource(Source):
         answer = self._send(attempts, {"Range": "bytes=0-0"})
         response = answer.response
         says = _content_range(response.headers.get("Content-Range"))
-        if response.status == 416 and says is not None and says.total == 0:
+        total = None if says is None else says.total
+        if response.status == 204 or (response.status in (206, 416) and total == 0):
             answer.drop()
             return self._version_of(response, 0)
         if response.status == 200:
             length = response.headers.get("Content-Length")
-            answer.drop()
-            if length == "0":
+            if not self._has_body(answer, attempts):
                 return self._version_of(response, 0)
             raise self._ignores_ranges(f"all {length} bytes" if length else "the whole file")
+        if response.status == 416 or (response.status == 206 and total is None and response.length == 0):
+            answer.drop()
+            if total is None and self._is_empty(attempts):
+                return self._version_of(response, 0)
+            raise SourceError(
+                errno.EIO, f"{self.name}: HTTP {response.status} {response.reason}: the server does not give byte 0 of"
+                f" {'what is not empty' if total is None else f'{total} bytes'}: it answers range requests wrongly",
+            )  # fmt: skip
         if response.status != 206:
             self._refuse(answer, "byte 0")
         self._check_encoding(answer)
@@ -254,6 +262,31 @@ class HttpSource(Source):
         version = self._version_of(response, says.total)
         self._finish(answer)
         return version
+
+    def _is_empty(self, attempts: Attempts) -> bool:
+        """Whether all of it is nothing: what servers say of byte 0 of an empty file does not tell."""
+        answer = self._send(attempts, {})
+        if answer.response.status in (200, 204):
+            return not self._has_body(answer, attempts)
+        if answer.response.status in (206, 416):
+            answer.drop()
+            raise SourceError(
+                errno.EIO,
+                f"{self.name}: HTTP {answer.response.status} {answer.response.reason} also to a request for all of it: it"
+                " may be empty (0 bytes cannot be mapped), or the server is broken",
+            )
+        return self._refuse(answer, "all of it")
+
+    def _has_body(self, answer: Answer, attempts: Attempts) -> bool:
+        """Whether the answer has at least one byte; it is done with then."""
+        try:
+            if answer.response.length is not None:
+                return answer.response.length > 0
+            return answer.read_into(memoryview(bytearray(1)), attempts.timeout_s) > 0
+        except (http.client.HTTPException, OSError) as error:
+            raise PassingError(f"{type(error).__name__}: {error} before the first byte") from error
+        finally:
+            answer.drop()
 
     def _ignores_ranges(self, what: str) -> SourceError:
         return SourceError(

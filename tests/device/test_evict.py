@@ -136,7 +136,7 @@ def test_what_was_written_is_saved_and_comes_back() -> None:
         assert other.view[3 * PAGE] == 5
         assert area.populate((0, 1)).mapped == 1
         assert [device.store[page * PAGE] for page in range(16)] == [0, 0, 0, 0, 4, 5, 6, 7, *[0] * 8]
-        assert os.fstat(running.frames.fd).st_blocks * 512 == 3 * PAGE
+        assert [running.frames.has(page * PAGE) for page in range(9)] == [page in (0, 3, 8) for page in range(9)]
         assert oracle.present(area.address, 16 * PAGE) == [page in (0, 3, 8) for page in range(16)]
         assert not any(oracle.present(other.address, 8 * PAGE))
         area.view[5 * PAGE + 1] += 1

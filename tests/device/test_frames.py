@@ -112,6 +112,38 @@ def test_secure_allocates_and_punch_gives_back(frames: Frames) -> None:
     assert bytes(frames.view(range(3, 4))) == bytes(PAGE)
 
 
+def _there(frames: Frames) -> list[int]:
+    return [page for page in range(frames.pages) if frames.has(page * PAGE)]
+
+
+def test_pages_one_behind_the_other_are_secured_together(frames: Frames) -> None:
+    found = []
+    for page in (2, 3, 4, 5, 11, 9, 10, 17, 18, 19):
+        frames.secure_one(page)
+        found.append(_there(frames))
+        assert page in found[-1]
+    assert found[:4] == [[2], [2, 3, 4], [2, 3, 4], [2, 3, 4, 5, 6, 7, 8]]
+    assert found[4:6] == [[*range(2, 9), 11], [*range(2, 10), 11]]
+    assert found[-1] == [*range(2, 12), 17, 18, 19]
+
+
+def test_what_was_secured_ahead_and_punched_is_secured_again(frames: Frames) -> None:
+    for page in (2, 3, 4, 5):
+        frames.secure_one(page)
+    frames.punch(range(6, 8))
+    frames.secure_one(6)
+    assert 6 in _there(frames)
+
+
+def test_of_large_pages_none_is_secured_ahead(no_leaks: None, hugetlb_pool: Callable[[int], None]) -> None:
+    hugetlb_pool(0)
+    frames = Frames.create(4 * HUGE_PAGE, HUGE_PAGE)
+    frames.secure_one(0)
+    frames.secure_one(1)
+    assert _allocated(frames.fd) == 2 * HUGE_PAGE
+    frames.close()
+
+
 def test_behind_the_end_of_the_device_there_are_zeros(frames: Frames) -> None:
     frames.view(range(18, 20))[:] = b"x" * 2 * PAGE
     frames.clear_tail(range(18, 19))

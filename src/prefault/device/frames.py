@@ -29,6 +29,8 @@ SLOTS = PAGE_SIZE // 8
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _POPULATE = mman.MADV_POPULATE_WRITE
 _STEP = 32 * MIB
+_AHEAD = 64 << 10
+"""Bytes that are secured at once, at most, because faults go forward."""
 _SPARSE = 64 << 10
 """States that are looked at without asking first which of them were ever written."""
 
@@ -74,6 +76,11 @@ class Frames:
         self._states_map = mmap.mmap(states_fd, _states_bytes(self.pages), mmap.MAP_SHARED)
         self._frames = memoryview(self._frames_map)
         self._advise = self._frames_map.madvise
+        self._next = -1
+        self._ahead = 0
+        """From ``_next`` to here pages are secured already."""
+        self._step = 1
+        self._most = max(1, _AHEAD // page_size)
         everything = memoryview(self._states_map)
         self._states_file = everything[: self.pages]
         self.states = self._states_file
@@ -166,13 +173,24 @@ class Frames:
             raise OSError(errno.ENOSPC, f"no {what} left for the frames of {where}") from error
 
     def secure_one(self, page: int) -> None:
-        """The same for one page, by a call that takes 1.5 us less, but lets no other thread run meanwhile."""
+        """The same for one page, by a call that takes 1.5 us less, but lets no other thread run meanwhile.
+
+        Pages that are secured one behind the other bring some of the next with them, as many as there were, which takes
+        another 1.5 us less for each. In one thread only.
+        """
         if not self.huge:
+            forward = page == self._next
+            self._next = page + 1
+            if forward and page < self._ahead:
+                return
+            count = min(2 * self._step, self._most, self.pages - page) if forward else 1
+            self._step = count
+            self._ahead = page + count  # before: punch(), in another thread, takes that back after it punched
             try:
-                self._advise(_POPULATE, page * self.page_size, self.page_size)
+                self._advise(_POPULATE, page * self.page_size, count * self.page_size)
                 return
             except OSError:
-                pass  # what it means is said below
+                self._ahead = 0  # what it means is said below
         self.secure(range(page, page + 1))
 
     def has(self, offset: int) -> bool:
@@ -193,6 +211,7 @@ class Frames:
         """Give the frames back: out of every process's page table as well."""
         size = self.page_size
         fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, pages.start * size, len(pages) * size)
+        self._ahead = 0
 
     def clear_tail(self, pages: range) -> None:
         """What the driver wrote behind the end of the device is not the client's to see."""

@@ -56,10 +56,15 @@ class Forks(Pattern):
     """It has a child of its own, which does nothing for a while."""
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
+        reader, writer = os.pipe()
         if not os.fork():
             Path("/proc/self/comm").write_text("a-child")
+            os.write(writer, b".")
             time.sleep(60)
             os._exit(0)
+        os.read(reader, 1)  # by its name it could be taken for the server until then
+        os.close(reader)
+        os.close(writer)
         return super().fault(area, page, access)
 
 

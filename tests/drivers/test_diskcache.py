@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec  # type: ignore[import-untyped]
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem  # type: ignore[import-untyped]
 
 from drivers.conftest import QUICK
 from prefault.drivers import RemoteFile, SourceChangedError, SourceError
-from prefault.drivers.diskcache import BLOCK
+from prefault.drivers.diskcache import BLOCK, named, place
+from prefault.drivers.http import HttpSource
 from prefault.sizes import KIB, PAGE_SIZE
 from support.children import Child
 from support.fake_area import FakeArea
@@ -264,3 +269,104 @@ def test_one_cache_for_each_way_to_unpack(tmp_path: Path, content: Content) -> N
         with FakeArea(device) as area:
             area.fill()
             assert area.content(0, len(holds)) == holds
+
+
+# --- which source
+
+_PLACES: list[dict[str, Any]] = [
+    {},
+    {"endpoint_url": "http://one:9000"},
+    {"endpoint_url": "http://two:9000"},
+    {"client_kwargs": {"endpoint_url": "http://one:9000"}},
+    {"client_kwargs": {"endpoint_url": "http://two:9000"}},
+    {"s3": {"profile": "work"}},
+    {"account_name": "mine"},
+    {"connection_string": "AccountName=mine;AccountKey=secret==;EndpointSuffix=one"},
+    {"connection_string": "AccountName=yours;AccountKey=secret==;EndpointSuffix=one"},
+    {"username": "me"},
+    {"anon": True},
+    {"anon": False},
+]
+_CREDENTIALS: list[dict[str, Any]] = [
+    {"key": "AKIA1", "secret": "s3cret", "token": "fresh"},
+    {"client_kwargs": {"aws_access_key_id": "AKIA1", "aws_secret_access_key": "s3cret", "aws_session_token": "fresh"}},
+    {"password": "s3cret", "passphrase": "s3cret"},
+    {"account_key": "s3cret", "sas_token": "fresh", "credential": object()},
+    {"headers": {"Authorization": "Bearer fresh", "X-Api-Key": "s3cret", "Cookie": "fresh"}, "auth": ("me", "s3cret")},
+]
+
+
+def _fresh(value: Any) -> Any:
+    """With the secrets of another day."""
+    if isinstance(value, dict):
+        return {name: _fresh(item) for name, item in value.items()}
+    return f"{value} anew" if isinstance(value, str) else value
+
+
+def test_storage_options_that_lead_elsewhere_name_another_source() -> None:
+    keys = [named("s3://bucket/f", None, options) for options in _PLACES]
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == "s3://bucket/f|None"  # what was kept before options counted is found again
+    again = [named("s3://bucket/f", None, dict(reversed(options.items()))) for options in _PLACES]
+    assert again == keys
+    assert named("s3://bucket/f", "gzip", _PLACES[1]) not in keys
+
+
+@pytest.mark.parametrize("credentials", _CREDENTIALS)
+def test_credentials_name_nothing_and_are_nowhere(credentials: dict[str, Any]) -> None:
+    for options in _PLACES:
+        key = named("s3://bucket/f", None, options | credentials)
+        assert key == named("s3://bucket/f", None, options | _fresh(credentials))
+        assert not any(secret in key for secret in ("AKIA1", "s3cret", "fresh", "secret=="))
+
+
+class _Token:
+    pass
+
+
+def test_objects_among_the_options_name_the_same_in_each_process() -> None:
+    assert named("x://y", None, {"session": _Token()}) == named("x://y", None, {"session": _Token()})
+    assert named("x://y", None, {"session": _Token()}) != named("x://y", None, {"session": object()})
+
+
+def test_places_of_different_keys_share_nothing(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    with contextlib.closing(HttpSource(server.url("file.bin"), {}, QUICK)) as source:
+        one, two = (place(str(tmp_path), source, named("s3://bucket/f", None, options)) for options in _PLACES[1:3])
+    assert one != two
+    assert os.path.dirname(one) != os.path.dirname(two)  # a new version of one takes nothing of the other away
+
+
+class _Endpoint(MemoryFileSystem):  # type: ignore[misc]
+    """The endpoint is an option, as with S3."""
+
+    protocol = "endpoint"
+    store: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, endpoint_url: str = "", secret: str = "", **options: Any) -> None:
+        super().__init__(**options)
+        self._url = endpoint_url
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        return {"name": path, "type": "file", "size": 70_000, "ETag": "same"}
+
+    def cat_file(self, path: str, start: int, end: int, **_: Any) -> bytes:
+        return (self._url.encode() * 70_000)[start:end]
+
+
+def test_two_endpoints_share_no_entries_though_length_and_etag_agree(tmp_path: Path) -> None:
+    fsspec.register_implementation("endpoint", _Endpoint, clobber=True)
+    for endpoint in ("a", "b", "a"):
+        options = {"endpoint_url": endpoint, "secret": "hush"}
+        with FakeArea(RemoteFile("endpoint://f", storage_options=options, cache_dir=tmp_path, patience=QUICK)) as area:
+            area.fill()
+            assert area.content(0, 70_000) == endpoint.encode() * 70_000
+    names = [path.name for path in tmp_path.iterdir()]
+    assert len(names) == 2
+    assert not any(b"hush" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("name", ["f.gz", "f.zst"])
+def test_a_packed_file_of_no_bytes_is_empty(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="it is empty: there is nothing to map"):
+        RemoteFile(tmp_path / name, cache_dir=tmp_path / "cache")

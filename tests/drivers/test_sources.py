@@ -20,7 +20,7 @@ import pytest
 from drivers.conftest import QUICK
 from prefault.drivers import RemoteFile, SourceChangedError, SourceError, SourceMissingError
 from prefault.drivers.files import FsspecSource
-from prefault.drivers.source import time_limit
+from prefault.drivers.source import Attempts, Patience, time_limit
 from prefault.sizes import PAGE_SIZE
 from support.fake_area import FakeArea
 from support.http_server import HttpServer
@@ -166,6 +166,39 @@ def test_what_a_file_system_raises(memory: Any, content: Content, monkeypatch: p
             area.fill()
 
 
+@pytest.mark.parametrize(
+    "name", ["NoCredentialsError", "ProfileNotFound", "AuthenticationException", "DefaultCredentialsError"]
+)
+def test_who_has_no_keys_is_told_so_at_once(
+    memory: Any, content: Content, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """By the names that the libraries of s3, gs and ssh give to it: they are not ours to import."""
+    memory.pipe("/f", content(5000))
+    flaky = _Flaky(memory, monkeypatch)
+    flaky.script = [type(name, (Exception,), {})("no keys found")] * 9
+    with FakeArea(_remote("memory://f")) as area:
+        with pytest.raises(SourceError, match=f"{name}: no keys found; .*storage_options") as caught:
+            area.fill()
+        assert caught.value.errno == errno.EACCES
+        assert flaky.calls == 1
+
+
+def test_a_directory_of_a_file_system_that_is_not_asynchronous(memory: Any, content: Content) -> None:
+    """``dir`` says of itself that it is."""
+    expected = content(70_001)
+    memory.pipe("/dir/f", expected)
+    _assert_holds(_remote("dir://f::memory://dir"), expected)
+
+
+def test_a_request_that_shows_no_progress_has_half_of_the_time_that_is_left() -> None:
+    patience = Patience(timeout_s=1.0, total_s=20.0)
+    assert 9 < Attempts(patience, "f").long_timeout_s <= 10
+    with time_limit(1.5):
+        assert 0.5 < Attempts(patience, "f").long_timeout_s <= 1.0
+    with time_limit(0.0), pytest.raises(SourceError, match="took longer than 20 s"):
+        _ = Attempts(patience, "f").long_timeout_s
+
+
 def test_what_a_file_system_says_is_told_without_what_is_secret_in_it(
     memory: Any, content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +240,7 @@ def test_a_file_system_that_is_asynchronous(server: HttpServer, content: Content
         source.read(1000, 5000)
 
 
-@pytest.mark.parametrize(("url", "package"), [("s3://b/k", "s3fs"), ("gs://b/k", "gcsfs"), ("ssh://h/f", "paramiko")])
+@pytest.mark.parametrize(("url", "package"), [("s3://b/k", "s3fs"), ("gs://b/k", "gcsfs"), ("az://c/k", "adlfs")])
 def test_a_missing_package_is_named(url: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"needs the package {package}.*pip install {package}"):

@@ -14,11 +14,13 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import struct
 import tempfile
 import zlib
+from typing import Any
 
 from prefault.drivers.source import Source, SourceError
 
@@ -27,6 +29,12 @@ BLOCK = 64 << 10
 
 _ENTRY = struct.Struct("<II")  # valid, CRC-32
 _VALID = 0x7A5EB10C
+_SECRET = re.compile(
+    r"secret|token|passw|passphrase|credential|cookie|signature|authorization|^auth$|\bsas\b|key(_?id)?$",
+    re.ASCII | re.IGNORECASE,
+)
+"""In the names of options that say who we are, not where it is."""
+_SETTINGS = re.compile(r"\w+=[^;]*(;\w+=[^;]*)*;?", re.ASCII)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger("prefault.drivers")
 
@@ -136,13 +144,37 @@ class DiskCache:
         self._data = self._map = -1
 
 
+def named(url: str, packed: str | None, options: dict[str, Any]) -> str:
+    """What names a source, as a key: its URL, how it is unpacked, and those storage options that may lead elsewhere.
+
+    Without what proves who we are: it is in no name on the disk, not even as a checksum that could be guessed at, and a
+    new token does not make another source. Two who may read different things of one name are told apart by its version.
+    """
+    key = f"{url}|{packed}"
+    leading = _leading(options)
+    return f"{key}|{json.dumps(leading, sort_keys=True)}" if leading else key
+
+
+def _leading(value: Any) -> Any:
+    """What may lead to another place, as plain values that are the same in each process."""
+    if isinstance(value, dict):
+        return {str(name): _leading(item) for name, item in value.items() if not _SECRET.search(str(name))}
+    if isinstance(value, list | tuple):
+        return [_leading(item) for item in value]
+    if isinstance(value, str) and _SETTINGS.fullmatch(value):  # "AccountName=a;AccountKey=b"
+        return ";".join(part for part in value.split(";") if not _SECRET.search(part.partition("=")[0]))
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def place(directory: str, source: Source, key: str) -> str:
     """The directory for this version of a source, made if it is not there.
 
     Raises:
         SourceError: nothing but the length tells one version from another.
     """
-    if not source.version.told_apart:
+    if source.length and not source.version.told_apart:  # of nothing there is no other version
         raise SourceError(
             errno.EINVAL,
             f"{source.name}: it has neither an ETag nor a time of change, so what is kept on a disk could be of another"

@@ -38,6 +38,8 @@ _ENCRYPTED = 0x1
 
 
 _URL = re.compile(r"[a-zA-Z][\w+.-]*://[^\s'\"<>)]+")
+_QUERY = re.compile(r"\?[\w%.+-]+=[^\s'\"<>)]*")
+"""Of a URL that is told by its path: urllib3 does."""
 
 
 def _said(error: object) -> str:
@@ -49,7 +51,7 @@ def _said(error: object) -> str:
         except ValueError:
             return match[0].partition("://")[0] + "://..."
 
-    return _URL.sub(harmless, str(error))
+    return _QUERY.sub("?...", _URL.sub(harmless, str(error)))
 
 
 def _refuse(name: str, error: OSError) -> NoReturn:
@@ -169,6 +171,11 @@ class CallableSource(Source):
 _TAGS = ("ETag", "etag", "md5", "md5Hash", "sha256", "oid", "generation", "VersionId", "version_id", "ino")
 _TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
 
+# By name, since their libraries are not ours to import: botocore's, google.auth's, azure's and paramiko's. Time does not
+# mend them. What fails to fetch credentials (CredentialRetrievalError) is another thing.
+_WITHOUT_KEYS = re.compile(r"Credentials(Error|$)|ProfileNotFound|Authentication|BadHostKey")
+_KEYS = "keys and the like are given by storage_options, or as its package finds them"
+
 
 class FsspecSource(Source):
     """Whatever fsspec opens, by ``cat_file`` of its file system.
@@ -178,22 +185,59 @@ class FsspecSource(Source):
 
     def __init__(self, url: str, options: dict[str, Any], name: str, patience: Patience, version: Version | None) -> None:
         super().__init__(name, patience)
-        self._fs, self._path = _file_system(url, options)
-        # Archives of fsspec share one file object with a position.
-        self._one_at_a_time = threading.Lock() if getattr(self._fs, "fo", None) is not None else contextlib.nullcontext()
+        self._url, self._options = url, options
+        self._fs: Any = None
+        self._path = ""
+        self._broken = False
+        self._opening = threading.Lock()
         attempts = Attempts(patience, name)
         while True:
             try:
-                now = self._ask_version()
+                now = self._ask_version(attempts)
                 break
             except PassingError as failure:
                 attempts.wait(failure)
         self.version = version if version is not None else now
 
-    def _ask_version(self) -> Version:
-        with self._translated(), self._one_at_a_time:
+    def _connect(self) -> None:
+        """The file system, anew if it failed: some have one connection, and never another."""
+        with self._opening:
+            if self._fs is not None and not self._broken:
+                return
+            if self._fs is not None:
+                self._fs.clear_instance_cache()  # fsspec would give us the same one
+            try:
+                self._fs, self._path = _file_system(self._url, self._options)
+            except (ImportError, ValueError):
+                raise
+            except Exception:
+                with self._translated():
+                    raise
+            self._broken = False
+
+    @contextlib.contextmanager
+    def _turn(self, attempts: Attempts) -> Iterator[None]:
+        """One thread at a time where there is but one of something: archives' file object, connections of ftp and sftp.
+
+        Threads that share a paramiko client take each other's answers, and wait for ever.
+        """
+        if not any(getattr(self._fs, name, None) is not None for name in ("fo", "ftp")):
+            yield
+            return
+        # fsspec gives several sources the same file system.
+        lock = vars(self._fs).setdefault("_prefault_turn", threading.Lock())
+        while not lock.acquire(timeout=attempts.timeout_s):
+            pass
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _ask_version(self, attempts: Attempts) -> Version:
+        self._connect()
+        with self._translated(), self._turn(attempts):
             self._fs.invalidate_cache()
-            info = self._fs.info(self._path)
+            info = self._call("info", attempts.timeout_s)
             if info.get("type", "file") != "file" or info.get("size") is None:
                 raise SourceError(errno.EINVAL, f"{self.name}: it is not a file, or does not say how long it is")
             tag = [f"{key}={info[key]}" for key in _TAGS if info.get(key)]
@@ -220,46 +264,76 @@ class FsspecSource(Source):
             if getattr(cause, "status", None) in PASSING or isinstance(cause, ConnectionError | TimeoutError):
                 raise PassingError(f"{type(cause).__name__}: {_said(cause)}") from error
             _refuse(self.name, error)
-        except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        except PermissionError as error:
+            raise SourceError(errno.EACCES, f"{self.name}: access is denied: {_said(error)}; {_KEYS}") from error
+        except (IsADirectoryError, NotADirectoryError) as error:
             _refuse(self.name, error)
         except Exception as error:
-            status = getattr(error, "status", getattr(error, "code", None))
-            text = f"{type(error).__name__}: {_said(error)}"
+            status = getattr(error, "status", None)
+            status = getattr(error, "code", None) if status is None else status
+            text = ": ".join(filter(None, (type(error).__name__, _said(error))))
+            if _WITHOUT_KEYS.search(type(error).__name__):
+                raise SourceError(errno.EACCES, f"{self.name}: {text}; {_KEYS}") from error
             if isinstance(status, int) and 400 <= status < 500 and status not in PASSING:
                 raise SourceError(errno.EIO, f"{self.name}: {text}") from error
             if isinstance(error, NotImplementedError | ValueError | TypeError | KeyError | AttributeError | ImportError):
                 raise SourceError(errno.EIO, f"{self.name}: {text}") from error
+            self._broken = getattr(self._fs, "ftp", None) is not None
             raise PassingError(text) from error
 
     def _attempt(self, offset: int, target: memoryview, attempts: Attempts) -> None:
-        timeout_s = attempts.timeout_s
-        with self._translated(), self._one_at_a_time:
-            content = self._cat(offset, offset + len(target), timeout_s)
-        difference = self.version.change(self._ask_version())
+        self._connect()
+        done = 0
+        try:
+            with self._translated(), self._turn(attempts):
+                for piece in self._pieces(offset, len(target), attempts):
+                    if len(piece) > len(target) - done:
+                        got = f"asked for {len(target)} bytes at {offset}, got {done + len(piece)}"
+                        raise SourceError(errno.EIO, f"{self.name}: {got}: it ignores ranges")
+                    target[done : done + len(piece)] = piece
+                    done += len(piece)
+        except PassingError as failure:
+            raise PassingError(str(failure), done=done) from failure
+        # At the end only: what came before a failure is of this version if the source is still of it now.
+        difference = self.version.change(self._ask_version(attempts))
         if difference:
             raise self.changed(difference)
-        if len(content) > len(target):
-            raise SourceError(
-                errno.EIO, f"{self.name}: asked for {len(target)} bytes at {offset}, got {len(content)}: it ignores ranges"
-            )
-        target[: len(content)] = content
-        if len(content) < len(target):
-            raise PassingError(f"asked for {len(target)} bytes at {offset}, got {len(content)}", done=len(content))
+        if done < len(target):
+            raise PassingError(f"asked for {len(target)} bytes at {offset}, got {done}", done=done)
 
-    def _cat(self, start: int, end: int, timeout_s: float) -> bytes:
-        content: bytes
-        if getattr(self._fs, "async_impl", False):
+    def _pieces(self, offset: int, length: int, attempts: Attempts) -> Iterator[bytes]:
+        """The bytes one after the other, so that a slow line is not taken for one that is dead."""
+        from fsspec.spec import AbstractFileSystem  # type: ignore[import-untyped]
+
+        if getattr(self._fs.cat_file, "__func__", None) is AbstractFileSystem.cat_file:  # it would open it for each piece
+            with self._fs.open(self._path, "rb") as file:
+                file.seek(offset)
+                if hasattr(file, "prefetch"):  # paramiko asks for 32 KiB at a time, and waits for them, without
+                    file.prefetch(offset + length)
+                while length and attempts.left_s and (piece := file.read(min(length, CHUNK))):
+                    yield piece
+                    length -= len(piece)
+            return
+        yield self._call("cat_file", attempts.long_timeout_s, start=offset, end=offset + length)
+
+    def _call(self, name: str, timeout_s: float, **arguments: Any) -> Any:
+        """A method of the file system for the path; with a time limit where it can have one."""
+        if _is_async(self._fs):
             from fsspec.asyn import sync  # type: ignore[import-untyped]
 
-            content = sync(self._fs.loop, self._fs._cat_file, self._path, start=start, end=end, timeout=timeout_s)
-        else:
-            content = self._fs.cat_file(self._path, start=start, end=end)
-        return content
+            return sync(self._fs.loop, getattr(self._fs, f"_{name}"), self._path, timeout=timeout_s, **arguments)
+        return getattr(self._fs, name)(self._path, **arguments)
 
     def close(self) -> None:
         """Give up what is open."""
         # File systems are kept and shared by fsspec; an archive's file is ours alone only by chance.
         return
+
+
+def _is_async(file_system: Any) -> bool:
+    """``dir://`` says so, whatever it is a directory of."""
+    inner = getattr(file_system, "fs", None)
+    return getattr(file_system, "async_impl", False) and (inner is None or _is_async(inner))
 
 
 def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 from prefault.device.driver import Access, Device, DeviceArea, FaultAround, Recipe
-from prefault.drivers.diskcache import CachedSource, DiskCache, place
+from prefault.drivers.diskcache import CachedSource, DiskCache, named, place
 from prefault.drivers.files import CallableSource, FsspecSource, LocalSource, open_member
 from prefault.drivers.gzip import open_gzip
 from prefault.drivers.http import HttpSource, shown
@@ -42,9 +42,9 @@ class RemoteFile(Device):
         headers: for http and https, sent with each request.
         storage_options: for fsspec.
         capacity: bytes that are kept in memory at most; what came first goes first. None: all that is touched stays.
-        cache_dir: a directory on a disk where what was read is kept for the next run, named by URL and version. Needs a
-            source that tells versions apart (ETag, time of change). A directory that others can write to is refused, unless
-            it is one like /tmp.
+        cache_dir: a directory on a disk where what was read is kept for the next run, named by URL, version, and those
+            storage_options that are no credentials. Needs a source that tells versions apart (ETag, time of change). A
+            directory that others can write to is refused, unless it is one like /tmp.
         index: the file with the index of a gzip file; built, by reading everything once, if it is not there.
         workers: how many requests may be under way at once.
         batch: bytes that one request of a populate asks for at most.
@@ -180,8 +180,8 @@ class RemoteFile(Device):
             source.close()
             raise
 
-    def _key(self) -> str:
-        return f"{self.source}|{self._kind()}"
+    def _key(self, what: str | None = None) -> str:
+        return named(str(self.source), what or self._kind(), self._options)
 
     def _kind(self) -> str | None:
         """How it is packed; ValueError for what has no random access."""
@@ -205,13 +205,15 @@ class RemoteFile(Device):
         kind = self._kind()
         # The version of what is inside contains that of what it is packed in.
         plain = self._open_plain(None if kind else self._version)
+        if self._version is None and not plain.length:
+            return plain  # nothing is packed in it: __init__ says so
         if kind == "zstd":
             opened: Source = ZstdSource(plain, None)
         elif kind == "gzip":
             index = self._index
             if index is None and self._cache_dir is not None:
                 try:
-                    index = os.path.join(place(self._cache_dir, plain, f"{self.source}|index"), "gzip.index")
+                    index = os.path.join(place(self._cache_dir, plain, self._key("index")), "gzip.index")
                 except BaseException:
                     plain.close()
                     raise

@@ -131,12 +131,26 @@ class Attempts:
         self._until = min(time.monotonic() + patience.total_s, _limit.until)
 
     @property
-    def timeout_s(self) -> float:
-        """How long to wait for the next bytes; SourceError when there is no time left."""
+    def left_s(self) -> float:
+        """Of the time that a read may take; SourceError when there is none."""
         left = self._until - time.monotonic()
         if left <= 0:
-            raise SourceError(errno.ETIMEDOUT, f"{self._name}: a read took longer than {self._patience.total_s:g} s")
-        return min(self._patience.timeout_s, left)
+            raise SourceError(
+                errno.ETIMEDOUT,
+                f"{self._name}: a read took longer than {self._patience.total_s:g} s: on a slow line a smaller batch, fewer"
+                " workers or a longer patience help",
+            )
+        return left
+
+    @property
+    def timeout_s(self) -> float:
+        """How long to wait for the next bytes; SourceError as above."""
+        return min(self._patience.timeout_s, self.left_s)
+
+    @property
+    def long_timeout_s(self) -> float:
+        """How long to wait for a request of which nothing is seen before all is there: it can be repeated once."""
+        return max(self.timeout_s, self.left_s / 2)
 
     def wait(self, failure: PassingError) -> None:
         """Pause before the next attempt; SourceError if there is to be none."""

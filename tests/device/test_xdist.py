@@ -1,0 +1,97 @@
+"""Device memory in the workers of pytest-xdist: their streams are pipes to a controller that waits for their end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from support import processes
+
+MODULE = """
+    import multiprocessing
+
+    import prefault
+    import prefault.device
+    import pytest
+    from prefault.device import Device, Recipe
+
+    class Numbers(Device):
+        length = 1 << 20
+
+        def fault(self, area, page, access):
+            area.frame(page)[:] = bytes([page % 251]) * 4096
+
+    class WithRecipe(Numbers):
+        def recipe(self):
+            return Recipe("test_user:WithRecipe", {})
+
+    class Failing(Numbers):
+        def fault(self, area, page, access):
+            raise OSError(5, "no such luck")
+
+    def in_a_child(kind, queue):
+        with prefault.device.map(kind()) as area:
+            queue.put(area.read(7 * 4096, 1))
+
+    @pytest.mark.parametrize("kind", [Numbers, WithRecipe])
+    def test_touch_and_populate(kind):
+        with prefault.device.map(kind()) as area:
+            assert area.memoryview()[3 * 4096] == 3
+            assert prefault.populate(area).bytes == Numbers.length - 4096
+
+    @pytest.mark.parametrize("kind", [Numbers, WithRecipe])
+    @pytest.mark.parametrize("method", ["fork", "spawn"])
+    def test_children(kind, method):
+        context = multiprocessing.get_context(method)
+        queue = context.Queue()
+        with prefault.device.map(kind(), populate=True):
+            child = context.Process(target=in_a_child, args=(kind, queue))
+            child.start()
+            assert queue.get(timeout=60) == bytes([7])
+            child.join(60)
+            assert child.exitcode == 0
+
+    def test_a_driver_that_raises():
+        with prefault.device.map(Failing()) as area, pytest.raises(prefault.DriverError, match="no such luck"):
+            prefault.populate(area)
+
+    left_open = []
+
+    def test_an_area_that_is_never_closed():
+        left_open.append(prefault.device.map(Numbers(), populate=True))
+
+    def test_touching_what_cannot_be_had_ends_the_worker():
+        prefault.device.map(Failing()).memoryview()[0]
+"""
+
+
+@pytest.mark.parametrize("distribution", ["load", "loadfile"])
+def test_a_module_of_a_user(tmp_path: Path, distribution: str) -> None:
+    (tmp_path / "test_user.py").write_text(textwrap.dedent(MODULE))
+    mark = f"PREFAULT_TEST_XDIST={os.getpid()}-{distribution}"
+    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", distribution, "-W", "error", "-p", "no:cacheprovider"]
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path} | dict([mark.split("=", 1)])
+    for crash in (False, True):
+        chosen = ["-k", "ends_the_worker" if crash else "not ends_the_worker", "--max-worker-restart", "0"]
+        done = subprocess.run(
+            [*command, *chosen, "test_user.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
+        )
+        said = done.stdout + done.stderr
+        if crash:
+            assert "crashed while running 'test_user.py::test_touching_what_cannot_be_had" in said
+        else:
+            assert done.returncode == 0, said
+            assert "8 passed" in said
+            assert "unclosed" not in said
+            assert "Bad file descriptor" not in said
+    deadline = time.monotonic() + 30
+    while left := processes.with_environment(mark):
+        assert time.monotonic() < deadline, {pid: processes.name(pid) for pid in left}
+        time.sleep(0.05)

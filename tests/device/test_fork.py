@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -247,3 +248,46 @@ def test_exec_ends_the_server() -> None:
     )
     assert out.strip() == "['0', '1', '2', '3']"
     _wait_for_the_end()
+
+
+def test_a_server_that_is_a_fork_keeps_no_port_of_the_program_taken(tmp_path: Path) -> None:
+    """A program that ends in the middle of a driver's call can be started again at once, at the same port."""
+    program = """
+        import os, socket, sys, threading
+        import prefault.device
+        from pathlib import Path
+
+        class Waiting(prefault.device.Device):
+            length = 65536
+
+            def fault(self, area, page, access):
+                Path(sys.argv[1]).touch()
+                while not Path(sys.argv[2]).exists():
+                    threading.Event().wait(0.01)
+
+        listener = socket.create_server(("127.0.0.1", 0))
+        area = prefault.device.map(Waiting())
+        threading.Thread(target=area.populate, daemon=True).start()
+        while not Path(sys.argv[1]).exists():
+            threading.Event().wait(0.01)
+        print(listener.getsockname()[1], flush=True)
+        os._exit(0)
+    """
+    called, go_on = tmp_path / "called", tmp_path / "go-on"
+    mark = f"PREFAULT_TEST_PORT={tmp_path}"
+    with open(tmp_path / "out", "w+") as out:  # no pipe: the fork holds it
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program), called, go_on],
+            stdout=out, timeout=60, check=True, env=os.environ | dict([mark.split("=", 1)]),
+        )  # fmt: skip
+        out.seek(0)
+        port = int(out.read())
+    try:
+        assert processes.with_environment(mark)
+        socket.create_server(("127.0.0.1", port)).close()
+    finally:
+        go_on.touch()
+    deadline = time.monotonic() + 30
+    while processes.with_environment(mark):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import logging
 import os
 import resource
 import signal
+import socket
+import stat
 import sys
 import warnings
 from typing import Any
@@ -31,7 +34,7 @@ def fork() -> int:
 def leave_the_caller() -> None:
     """In a fork of somebody's program: nothing of it goes on here. To be called with all signals blocked.
 
-    Its descriptors stay open, because the device may use some.
+    Its descriptors stay open, because the device may use some; but not the sockets at which it listens.
     """
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
@@ -41,7 +44,33 @@ def leave_the_caller() -> None:
     os.setsid()
     # Nothing of the caller's is finalized here: temporary files of its would be removed.
     gc.freeze()
+    _give_up_ports()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _give_up_ports() -> None:
+    """The program may end, and be started again, while a driver's call keeps us: its ports are to be free for it then.
+
+    The numbers stay taken, by the null device: objects of the program that have them are still here.
+    """
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(None)  # else each socket object makes its socket non-blocking, which the program shares
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                continue
+        except OSError as error:
+            if error.errno != errno.EBADF:  # of the directory that was listed
+                raise
+            continue
+        taken = socket.socket(fileno=fd)
+        listens = taken.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        taken.detach()  # the number is still the program's
+        if listens:
+            os.dup2(nothing, fd, inheritable=False)
+    os.close(nothing)
+    socket.setdefaulttimeout(before)
 
 
 def settle() -> None:

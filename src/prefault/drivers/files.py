@@ -1,16 +1,13 @@
-"""Sources on this machine, in archives, behind fsspec, and behind an ``open()``-like callable."""
+"""Sources on this machine, behind fsspec, and behind an ``open()``-like callable."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import io
-import math
 import os
 import re
 import stat
 import threading
-import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NoReturn
 
@@ -21,21 +18,13 @@ from prefault.drivers.source import (
     Attempts,
     PassingError,
     Patience,
-    Slice,
     Source,
-    SourceChangedError,
     SourceError,
-    SourceFile,
     SourceMissingError,
     StreamPool,
     Version,
     fill_from,
 )
-from prefault.sizes import MIB
-
-_LOCAL_HEADER_BYTES = 30
-_ENCRYPTED = 0x1
-
 
 _URL = re.compile(r"[a-zA-Z][\w+.-]*://[^\s'\"<>)]+")
 _QUERY = re.compile(r"\?[\w%.+-]+=[^\s'\"<>)]*")
@@ -358,101 +347,3 @@ def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     except ValueError as error:
         raise ValueError(f"{url.partition('://')[0]}://: {error}") from error
     return fs, path
-
-
-def open_member(inner: Source, member: str, name: str, version: Version | None) -> Source:
-    """A member of a zip archive, which it owns. Stored ones are read in ranges; others from their start on."""
-    try:
-        with SourceFile(inner) as file:
-            try:
-                archive = zipfile.ZipFile(file)
-                info = archive.getinfo(member.lstrip("/"))
-            except KeyError:
-                raise SourceMissingError(errno.ENOENT, f"{name}: the archive has no member {member!r}") from None
-            except (zipfile.BadZipFile, NotImplementedError) as error:
-                raise file.failure or SourceError(errno.EIO, f"{name}: {error}") from error
-        if info.flag_bits & _ENCRYPTED:
-            raise SourceError(errno.EACCES, f"{name}: the member is encrypted")
-        tag = f"crc={info.CRC:08x} in {inner.version.length} {inner.version.tag}".strip()
-        now = Version(info.file_size, tag, inner.version.modified)
-        if version is not None and version != now:
-            raise SourceChangedError(
-                errno.ESTALE, f"{name} changed while it was mapped: {version.change(now)}; open it again"
-            )
-        if info.compress_type != zipfile.ZIP_STORED:
-            return StreamSource(inner, name, now, lambda file: zipfile.ZipFile(io.BufferedReader(file, MIB)).open(info))
-        header = inner.read(info.header_offset, _LOCAL_HEADER_BYTES)
-        if header[:4] != b"PK\3\4":
-            raise SourceError(errno.EIO, f"{name}: the archive is broken: no member at byte {info.header_offset}")
-        start = info.header_offset + _LOCAL_HEADER_BYTES
-        start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        return Slice(inner, name, start, now)
-    except BaseException:
-        inner.close()
-        raise
-
-
-class StreamSource(Source):
-    """What a library reads out of another source, which it owns: one stream for each thread that reads.
-
-    Args:
-        inner: the source of the packed bytes.
-        name: for messages.
-        version: of the content.
-        opener: makes a stream, which can seek, from a file object.
-    """
-
-    def __init__(self, inner: Source, name: str, version: Version, opener: Callable[[Any], Any]) -> None:
-        super().__init__(name, inner.patience)
-        self.version = version
-        self._inner = inner
-        self._streams = StreamPool(lambda: _Stream(SourceFile(inner), opener))
-
-    def _attempt(self, offset: int, target: memoryview, attempts: Attempts) -> None:  # noqa: ARG002
-        # Going back may mean to start again from the front: of the idle streams, that which has the shortest way to go.
-        stream = self._streams.take(lambda stream: offset - stream.position if stream.position <= offset else math.inf)
-        try:
-            done = stream.fill(offset, target)
-        except Exception as error:
-            stream.close()
-            # Libraries replace what a source says by an error of theirs.
-            if stream.file.failure is not None:
-                raise stream.file.failure from error
-            raise SourceError(errno.EIO, f"{self.name}: it cannot be unpacked: {error}") from error
-        except BaseException:
-            stream.close()
-            raise
-        self._streams.give(stream)
-        if done < len(target):
-            raise SourceError(errno.EIO, f"{self.name}: it ends at byte {offset + done} of {self.length}")
-
-    def close(self) -> None:
-        """Give up what is open."""
-        self._streams.close()
-        self._inner.close()
-
-
-class _Stream:
-    """One stream, opened by the first read, and what its reads of the packed bytes raised."""
-
-    def __init__(self, file: SourceFile, opener: Callable[[Any], Any]) -> None:
-        self.file = file
-        self.position = 0
-        self._opener = opener
-        self._content: Any = None
-
-    def fill(self, offset: int, target: memoryview) -> int:
-        """See :func:`fill_from`."""
-        self.file.failure = None
-        if self._content is None:
-            self._content = self._opener(self.file)
-        done = fill_from(self._content, offset, target)
-        self.position = offset + done
-        return done
-
-    def close(self) -> None:
-        """Give up what is open."""
-        if self._content is not None:
-            with contextlib.suppress(Exception):  # it is given up because it failed
-                self._content.close()
-        self.file.close()

@@ -14,7 +14,7 @@ import tempfile
 import zlib
 from typing import Any
 
-from prefault.drivers.files import StreamSource
+from prefault.drivers.archives import StreamSource
 from prefault.drivers.source import CHUNK, Source, SourceError, SourceFile, Version
 
 _MAGIC = b"prefault gzip index 1\n"

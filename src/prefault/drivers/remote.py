@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 from prefault.device.driver import Access, Device, DeviceArea, FaultAround, Recipe
+from prefault.drivers.archives import open_member
 from prefault.drivers.diskcache import CachedSource, DiskCache, named, place
-from prefault.drivers.files import CallableSource, FsspecSource, LocalSource, open_member
+from prefault.drivers.files import CallableSource, FsspecSource, LocalSource
 from prefault.drivers.gzip import open_gzip
 from prefault.drivers.http import HttpSource, shown
 from prefault.drivers.source import Patience, Source, Version, time_limit

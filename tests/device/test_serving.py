@@ -203,11 +203,12 @@ def _owner_with_fork(path: Path) -> None:
         time.sleep(60)
 
 
-def test_it_ends_when_it_is_forgotten(socket_path: Path) -> None:
+def test_it_ends_when_it_is_forgotten_though_a_fork_has_its_socket(socket_path: Path) -> None:
     server = prefault.device.serve(Pattern(4), socket_path)
     pid = server.pid
-    del server
-    assert processes.eventually(lambda: not processes.alive(pid))
+    with Child(lambda: time.sleep(60)):
+        del server
+        assert processes.eventually(lambda: not processes.alive(pid))
 
 
 def test_a_fork_has_no_say(socket_path: Path) -> None:

@@ -70,7 +70,9 @@ class Server:
 
     def __del__(self) -> None:
         if not self._closed:
-            self._launched.connection.close()  # whereupon they end
+            with self._launched.connection as link, contextlib.suppress(OSError):  # they have ended already
+                if os.getpid() == self._owner:
+                    link.shutdown(socket.SHUT_RDWR)  # whereupon they end, also where a fork of ours has it
 
     def __repr__(self) -> str:
         return f"<Server at {self.path}, {'closed' if self._closed else f'warden {self.pid}'}>"

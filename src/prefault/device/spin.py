@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -63,9 +64,17 @@ class Spin:
         if cpu in self._home:
             self._places.pop(area, None)
             self._places[area] = cpu
-            os.sched_setaffinity(0, {cpu})
+            _run_on({cpu})
 
     def separate(self, area: int) -> None:
         """The area is no more."""
         if self._places.pop(area, None) is not None:
-            os.sched_setaffinity(0, {list(self._places.values())[-1]} if self._places else self._home)
+            _run_on({list(self._places.values())[-1]} if self._places else self._home)
+
+
+def _run_on(cpus: set[int]) -> None:
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a cpuset took all of these CPUs away
+            raise

@@ -10,119 +10,26 @@ import argparse
 import fcntl
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
-import prefault
+from device_areas import cycles, many
+from device_common import Effort, Measure, Trivial, cpu_ns, helpers, spread, stat, warm
 from prefault import device as devices
 from prefault._kernel import hugetlb, mman
-from prefault.device import Area, Device, DeviceArea
-from prefault.device.driver import Access
+from prefault.device import Area
 from prefault.device.populates import PIECE
-from prefault.sizes import GIB, KIB, MIB, PAGE_SIZE, format_size
+from prefault.sizes import GIB, MIB, PAGE_SIZE, format_size
 
 _HERE = Path(__file__).parent
 _HUGE = 2 * MIB
-
-
-class Trivial(Device):
-    """Copies the same 4 KiB into each page: what the handler in C does as well."""
-
-    writable = False
-    _content = b"\x5a" * PAGE_SIZE
-
-    def __init__(self, length: int, page_size: int = PAGE_SIZE) -> None:
-        self.length = length
-        self.page_size = page_size
-        self._page = self._content * (page_size // PAGE_SIZE)
-
-    def fault(self, area: DeviceArea, page: int, access: Access) -> None:  # noqa: ARG002
-        area.frame(page)[:] = self._page
-
-    def populate(self, area: DeviceArea, pages: range, access: Access) -> None:  # noqa: ARG002
-        area.frames(pages)[:] = self._page * len(pages)
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """One row of the report. ``met`` is None where nothing is demanded."""
-
-    name: str
-    limit: str
-    figure: str
-    met: bool | None
-    detail: str
-
-    def __str__(self) -> str:
-        verdict = {None: "", True: "MET", False: "MISS"}[self.met]
-        return f"| {self.name} | {self.limit} | {self.figure} | {verdict} | {self.detail} |"
-
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How much is done."""
-
-    rounds: int
-    length: int
-    loads: int
-    cycles: int
-    seconds: float
-
-
-# --- processes
-
-
-def _stat(pid: int) -> tuple[str, int, int]:
-    """Name, parent, and CPU ticks of a process: proc_pid_stat(5)."""
-    name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
-    fields = rest.split()
-    return name, int(fields[1]), int(fields[11]) + int(fields[12])
-
-
-def _helpers() -> dict[str, int]:
-    """The warden and the server of the device that was mapped last, by what they are."""
-    found: dict[str, int] = {}
-    parent = os.getpid()
-    for role in ("warden", "server"):
-        children = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and _stat(int(entry.name))[:2] == (f"prefault-{role}", parent):
-                    children.append(int(entry.name))
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-        found[role] = parent = max(children)
-    return found
-
-
-def _cpu_ns(pid: int) -> int:
-    """CPU time of all threads, from the scheduler's own count: ticks of 10 ms are coarse."""
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
-
-
-@dataclass(frozen=True, slots=True)
-class Holdings:
-    """What a process has: open descriptors, mappings, and anonymous memory that is resident."""
-
-    descriptors: int
-    mappings: int
-    rss_kib: int
-
-    @classmethod
-    def of(cls, pid: int) -> Holdings:
-        status = Path(f"/proc/{pid}/status").read_text().splitlines()
-        rss = next(int(line.split()[1]) for line in status if line.startswith("RssAnon:"))
-        maps = Path(f"/proc/{pid}/maps").read_text()
-        return cls(len(os.listdir(f"/proc/{pid}/fd")), maps.count("\n"), rss)
 
 
 # --- C
@@ -155,12 +62,6 @@ def continued_in_c(program: Path, area: Area) -> Iterator[Callable[[int], float]
 
         yield once
         asked.close()
-
-
-def warm(length: int = 256 * MIB) -> None:
-    """Have the host back memory that is free: a page that went back to it costs 9 us more at its first touch here."""
-    with prefault.Mapping(length) as memory:
-        prefault.populate(memory)
 
 
 def loads_in_c(program: Path, count: int, placement: str) -> list[int]:
@@ -322,12 +223,6 @@ def our_loads(count: int, *, colocate: bool = False, pause_ns: int = 0) -> tuple
         return new, loads(view, offsets, pause_ns), nothing
 
 
-def _spread(values: list[int]) -> str:
-    ordered = sorted(values)
-    at = [ordered[min(len(ordered) - 1, int(len(ordered) * part))] / 1e3 for part in (0, 0.5, 0.9, 0.99)]
-    return "{:.1f} us best, {:.1f} median, {:.1f} 90 %, {:.1f} 99 %".format(*at)
-
-
 def histogram(values: list[int]) -> list[str]:
     """How many lie between powers of two of microseconds."""
     counts: dict[int, int] = {}
@@ -374,7 +269,7 @@ def latency(program: Path, effort: Effort) -> Iterator[Measure | str]:
     for name, limit_us in (("colocated", 15), ("ours", 30)):
         yield Measure(
             f"fault latency, {names[name]}", f"median at most {limit_us} us", f"{middle[name] / 1e3:.1f} us",
-            middle[name] <= limit_us * 1000, _spread(times[name]) + f"; {len(times[name])} faults in {effort.rounds} runs",
+            middle[name] <= limit_us * 1000, spread(times[name]) + f"; {len(times[name])} faults in {effort.rounds} runs",
         )  # fmt: skip
     for name, other in (("colocated", "same"), ("ours", "free"), ("ours", "spin")):
         ratio = middle[name] / middle[other]
@@ -384,7 +279,7 @@ def latency(program: Path, effort: Effort) -> Iterator[Measure | str]:
         )  # fmt: skip
     for name in ("ready", "paused", *_IN_C, "nothing"):
         figure = f"{middle[name] / 1e3:.2f} us"
-        yield Measure(f"fault latency, {names[name]}", "(none)", figure, None, _spread(times[name]))
+        yield Measure(f"fault latency, {names[name]}", "(none)", figure, None, spread(times[name]))
     for name in ("ours", "colocated", "paused", *_IN_C):
         yield "\n".join(("", f"{names[name]}:", "", "```", *histogram(times[name]), "```"))
 
@@ -393,119 +288,18 @@ def idle(effort: Effort) -> Iterator[Measure]:
     """What the processes cost when nothing happens, just after faults."""
     count = effort.loads
     with devices.map(Trivial(count * PAGE_SIZE)) as area, area.memoryview() as view:
-        pids = _helpers()
+        pids = helpers()
         loads(view, range(0, count * PAGE_SIZE, PAGE_SIZE))
         time.sleep(0.1)
-        before = {role: (_cpu_ns(pid), _stat(pid)[2]) for role, pid in pids.items()}
+        before = {role: (cpu_ns(pid), stat(pid)[2]) for role, pid in pids.items()}
         time.sleep(effort.seconds)
         for role, pid in pids.items():
-            used, ticks = _cpu_ns(pid) - before[role][0], _stat(pid)[2] - before[role][1]
+            used, ticks = cpu_ns(pid) - before[role][0], stat(pid)[2] - before[role][1]
             yield Measure(
                 f"CPU that the idle {role} takes in {effort.seconds:.0f} s", "about 0 (below 0.1 %)",
                 f"{used / 1e6:.3f} ms", used < 1e6 * effort.seconds,
                 f"{ticks} ticks of /proc/PID/stat; begun 0.1 s after {count} faults",
             )  # fmt: skip
-
-
-# --- many areas
-
-
-def many(effort: Effort) -> Iterator[Measure]:
-    """1 000 areas at once on one server against one area on another, in turns of 50 faults."""
-    areas, turn = 1000, 50
-    turns = max(2, effort.rounds * effort.loads // turn)
-    each = -(-turns * turn // areas) + turn
-    draw = random.Random(4)
-    with ExitStack() as stack:
-
-        def opened(count: int, pages: int) -> list[memoryview]:
-            device = Trivial(count * pages * PAGE_SIZE)
-            views = []
-            for number in range(count):
-                area = stack.enter_context(devices.map(device, pages * PAGE_SIZE, number * pages * PAGE_SIZE))
-                views.append(stack.enter_context(area.memoryview()))
-            return views
-
-        one = opened(1, turns * turn)[0]
-        began = time.perf_counter_ns()
-        thousand = opened(areas, each)
-        opening = (time.perf_counter_ns() - began) / areas
-        warm()
-        alone: list[int] = []
-        crowd: list[int] = []
-        places = [(view, page * PAGE_SIZE) for view in thousand for page in range(each)]
-        draw.shuffle(places)
-        for index in range(turns):
-            alone += each_load((one, page * PAGE_SIZE) for page in range(index * turn, (index + 1) * turn))
-            crowd += each_load(places[index * turn : (index + 1) * turn])
-    ratio = statistics.median(crowd) / statistics.median(alone)
-    yield Measure(
-        "fault latency, any of 1 000 areas on one server, against one area", "at most 2x", f"{ratio:.2f}x", ratio <= 2,
-        f"one: {_spread(alone)}; 1 000: {_spread(crowd)}; {len(alone)} of each; mapping took {opening / 1e3:.0f} us an area",
-    )  # fmt: skip
-
-
-def each_load(places: Iterator[tuple[memoryview, int]] | list[tuple[memoryview, int]]) -> list[int]:
-    clock = time.perf_counter_ns
-    took = []
-    for view, at in places:
-        began = clock()
-        view[at]
-        took.append(clock() - began)
-    return took
-
-
-def cycles(effort: Effort) -> Iterator[Measure]:
-    """Areas opened, touched and closed, one after the other, while another area keeps the server; what is left of them."""
-    length = 64 * KIB
-    device = Trivial(16 * length)
-    opening: list[int] = []
-    closing: list[int] = []
-
-    def cycle(number: int) -> None:
-        began = time.perf_counter_ns()
-        area = devices.map(device, length, number % 16 * length)
-        opening.append(time.perf_counter_ns() - began)
-        with area.memoryview() as view:
-            assert view[0] == 0x5A
-        began = time.perf_counter_ns()
-        area.close()
-        closing.append(time.perf_counter_ns() - began)
-
-    with devices.map(device):
-        pids = {"client": os.getpid(), **_helpers()}
-        for number in range(effort.cycles // 10):  # what is allocated once is there after this
-            cycle(number)
-        opening.clear()
-        closing.clear()
-        before = {role: Holdings.of(pid) for role, pid in pids.items()}
-        for number in range(effort.cycles):
-            cycle(number)
-        after = {role: Holdings.of(pid) for role, pid in pids.items()}
-    yield Measure(
-        f"{effort.cycles} areas opened and closed", "(none)",
-        f"{statistics.median(opening) / 1e3:.0f} us to open, {statistics.median(closing) / 1e3:.0f} us to close",
-        None, f"medians; 99 %: {sorted(opening)[-len(opening) // 100] / 1e3:.0f} and"
-        f" {sorted(closing)[-len(closing) // 100] / 1e3:.0f} us",
-    )  # fmt: skip
-    for role, then in before.items():
-        now = after[role]
-        more = (now.descriptors - then.descriptors, now.mappings - then.mappings, now.rss_kib - then.rss_kib)
-        yield Measure(
-            f"what the {role} has more after {effort.cycles} areas", "no leak (below 100 bytes an area)",
-            f"{more[0]} descriptors, {more[1]} mappings, {more[2]} KiB",
-            more[0] <= 0 and more[1] <= 0 and more[2] * 1024 < 100 * effort.cycles,
-            f"{then.descriptors} descriptors, {then.mappings} mappings, {then.rss_kib} KiB anonymous before",
-        )  # fmt: skip
-    starts = []
-    for _ in range(max(3, effort.rounds)):
-        began = time.perf_counter_ns()
-        devices.map(Trivial(length)).close()
-        starts.append((time.perf_counter_ns() - began) / 1e6)
-    yield Measure(
-        "a device mapped and closed, server and warden too", "(none)", f"{statistics.median(starts):.1f} ms median", None,
-        f"{min(starts):.1f} ms best, {max(starts):.1f} worst of {len(starts)}; the server is a fork",
-    )  # fmt: skip
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from prefault._kernel import userfaultfd
 from prefault.device.states import PageState
+from prefault.sizes import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _MAX_UNREACHABLE = 2000
 """Pages in a row that are not mapped or not registered, before the rest is taken to be so as well."""
 _PATIENCE = 100
+_NOWHERE = 1 << 20
+"""An address that mmap(2) never chooses. A question asked of areas would take away the protection that evictions rely on."""
 _CHUNK = 16 << 20
 
 
@@ -47,6 +50,16 @@ class Result:
         self.holes: list[int] = []
         self.unreachable = self.busy = self.gone = False
         self.failed = 0
+
+    def add(self, other: Result) -> None:
+        """What became of a run behind this one."""
+        self.mapped += other.mapped
+        self.present += other.present
+        self.holes += other.holes
+        self.unreachable |= other.unreachable
+        self.busy |= other.busy
+        self.gone |= other.gone
+        self.failed = self.failed or other.failed
 
     @property
     def mapped_bytes(self) -> int:
@@ -184,10 +197,12 @@ def _write_protect(fd: int, start: int, length: int, mode: int) -> bool:
     return False
 
 
-def is_another_program(client: ClientRecord, area: AreaRecord) -> bool:
-    """Whether the process that had an area ended, or called exec. WAKE says nothing of either."""
+def is_another_program(client: ClientRecord) -> bool:
+    """Whether a process has none of its areas: there are none, it ended, or called exec. WAKE says nothing of either."""
+    if not client.areas:
+        return True
     try:
-        userfaultfd.writeprotect(client.userfaultfd, area.address, area.length, 0)
+        userfaultfd.writeprotect(client.userfaultfd, _NOWHERE, PAGE_SIZE, 0)
     except OSError as error:
         return error.errno == errno.ESRCH
     return False

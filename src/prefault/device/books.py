@@ -67,6 +67,8 @@ class ServedArea(DeviceArea):
         self.tracks = record.track_dirty
         self.protectable = record.track_dirty or (books.device.evicts and record.access == "write")
         self.dirty = zeros(self.last - self.first) if self.tracks else bytearray()
+        # Where the kernel tracks alone, only we know that a page had an entry before: see Entries.map().
+        self.given = zeros(self.last - self.first) if self.tracks and not books.device.evicts else bytearray()
         self.poisoned: set[int] = set()
         self.counters = Counters()
         self.windows: dict[int, tuple[int, int]] = {}

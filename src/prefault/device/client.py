@@ -110,6 +110,15 @@ class Link(Channel):
             raise DeviceGoneError(errno.ECONNRESET, "the device's server and its warden are gone")
 
     @property
+    def answered_for(self) -> bool:
+        """Whether the connection is lost, and somebody may still act upon the memory of areas: the lifeline is held."""
+        if not self._silent or self._lifeline < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._lifeline, select.POLLIN)
+        return not poll.poll(0)
+
+    @property
     def tracks_by_itself(self) -> bool:
         """Whether the kernel notes writes to tracked areas of this link, without a fault (WP_ASYNC)."""
         return bool(self.userfaultfd.features & Feature.WP_ASYNC)

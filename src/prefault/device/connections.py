@@ -25,6 +25,7 @@ HELLO_S = 5.0
 _DESCRIPTORS_EACH = 5
 _MAX_CONNECTIONS = 4096
 _QUEUE_MOST = 64
+_DROPPED_MOST = 10_000
 
 EPOLLIN, EPOLLOUT = select.EPOLLIN, select.EPOLLOUT
 
@@ -61,6 +62,8 @@ class Connections:
     Attributes:
         greeted: told of Hello and its record, says Welcome.
         asked: told of requests.
+        welcome: says Welcome once more, to who is a client already.
+        restarted: there was another server before.
         lost: told of a client whose connection is over.
     """
 
@@ -71,7 +74,9 @@ class Connections:
         self.strangers: set[Link] = set()
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._most = min(_MAX_CONNECTIONS, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _DESCRIPTORS_EACH - 16))
+        self.restarted = False
         self.greeted: Callable[[Link, protocol.Hello, ClientRecord], None]
+        self.welcome: Callable[[Link, protocol.Hello], None]
         self.asked: Callable[[Client, protocol.Request], None]
         self.lost: Callable[[Client], None]
 
@@ -125,6 +130,11 @@ class Connections:
         record = client.record
         link = Link(client.connection, record.pid, record.uid, record.pidfd)
         link.client = client
+        # It is asked again, but for what was answered meanwhile, of which this may be a copy: a discard comes once.
+        with contextlib.suppress(OSError):
+            for _ in range(_DROPPED_MOST):
+                if not client.connection.recv(1):
+                    break
         self._listen(link)
 
     def _listen(self, link: Link) -> None:
@@ -176,6 +186,8 @@ class Connections:
                 descriptors = []
                 self.strangers.discard(link)
                 return self.greeted(link, request, record)
+            if self.restarted and isinstance(request, protocol.Hello):  # asked again; the first was read after all
+                return self.welcome(link, request)
             if descriptors:
                 raise ProtocolError("descriptors come with Hello only")
             return self.asked(link.client, request)

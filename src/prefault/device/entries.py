@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from fcntl import ioctl
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from prefault.device.calls import Fill
 
 
+_RUN = re.compile(b"\\x00+|\\x01+")
 _pack_into = UFFDIO_RUN_ARGUMENT.pack_into
 
 
@@ -40,8 +42,17 @@ class Entries:
 
         An area that tracks gets them write-protected, unless ``write`` says that they are written to at once.
         """
+        if write or not area.given:
+            return self._map(area, pages, protect=area.tracks and not write, write=write)
+        # A page that had an entry, and lost it, may have been written: protected, it would pass for one that was not.
+        result = answers.Result()
+        for match in _RUN.finditer(area.given, pages.start - area.first, pages.stop - area.first):
+            piece = range(match.start() + area.first, match.end() + area.first)
+            result.add(self._map(area, piece, protect=not area.given[match.start()], write=False))
+        return result
+
+    def _map(self, area: ServedArea, pages: range, *, protect: bool, write: bool) -> answers.Result:
         size = self._frames.page_size
-        protect = area.tracks and not write
         if area.tracks and write:
             for page in pages:
                 mark_dirty(area, page)
@@ -54,6 +65,14 @@ class Entries:
             answers.poison_run(area.fd, area.address(pages.start), len(pages) * size, self._frames.unit)
         if result.gone:
             self.gone(area.client)
+        if area.tracks and not write and not protect:
+            for span in result.mapped:
+                for page in self.pages_of(area, span):
+                    mark_dirty(area, page)
+        if area.given:
+            for span in result.mapped:
+                given = self.pages_of(area, span)
+                area.given[given.start - area.first : given.stop - area.first] = b"\x01" * len(given)
         if area.poisoned and result.mapped:
             area.poisoned.difference_update(page for span in result.mapped for page in self.pages_of(area, span))
         return result

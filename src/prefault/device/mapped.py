@@ -108,6 +108,14 @@ class MappedArea(OwnedMemory, Supplier):
 
     def _unmap_now(self) -> None:
         try:
+            if self.mapped and os.getpid() == self.pid and self.link.answered_for:
+                # The server was not told. It would poison or unprotect whatever is mapped here next, also through another
+                # userfaultfd: the kernel does not tell them apart.
+                mapped, self.mapped = self.mapped, 0
+                mman.mmap(
+                    self.address, mapped, mman.PROT_NONE,
+                    mman.MAP_PRIVATE | mman.MAP_ANONYMOUS | mman.MAP_NORESERVE | mman.MAP_FIXED,
+                )  # fmt: skip
             super().unmap()
         finally:
             self._opening = None

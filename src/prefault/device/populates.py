@@ -106,6 +106,8 @@ class Populates:
         for populate in self._active:
             if populate.area is area and populate.failed is None:
                 populate.failed = ("gone", errno.ENODEV, "the area was unmapped while it was populated")
+            if populate.client is not area.client and area.access == "write":  # what was written there is not to be undone
+                populate.supplied = [part for run in populate.supplied for part in without(run, [area.pages])]
 
     def count(self, client: Client) -> int:
         """Requests of a client under way."""

@@ -88,6 +88,8 @@ class Remains:
 
     def _drop(self, client: ClientRecord) -> None:
         if self._registry.clients.pop(client.number, None) is not None:
+            if answers.is_another_program(client):
+                answers.disarm(client.lifeline_read)
             for fd in internal.descriptors_of(client):
                 self._forget(fd)
             internal.close_client(client)
@@ -135,7 +137,7 @@ class Remains:
                 link.shutdown(socket.SHUT_RDWR)
             client.connection = -1
             # With areas it lives, and its pidfd will say; unless it has become another program, which the ioctl knows.
-            if all(answers.is_another_program(client, area) for area in client.areas.values()):
+            if answers.is_another_program(client):
                 self._drop(client)
         elif isinstance(request, protocol.Unmap):
             client.areas.pop(request.area, None)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MAX_AREAS = 100_000
 """Of one client."""
-MAX_POPULATES = 64
+MAX_POPULATES = 1024
 """That a client may have under way."""
 _ADDRESSES = 1 << 56
 
@@ -211,15 +211,17 @@ class Requests:
 
     # --- after a restart
 
-    def restore(self, client: Client, record: AreaRecord, open_now: Callable[[ServedArea], None]) -> None:
+    def restore(self, client: Client, record: AreaRecord) -> ServedArea:
         """An area that the last server had: its driver is new, and its dirty pages are not known any more."""
         area = self._books.new_area(client, record)
         if area.tracks:
             for run in self._frames.runs(area.pages, PageState.READY):
                 area.dirty[run.start - area.first : run.stop - area.first] = b"\x01" * len(run)
+                if area.given:
+                    area.given[run.start - area.first : run.stop - area.first] = b"\x01" * len(run)
         self._books.open_area(area)
         area.opened = True
-        open_now(area)
+        return area
 
 
 def _nothing(failure: Failure | None) -> None:

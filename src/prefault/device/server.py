@@ -94,7 +94,8 @@ class _Server:
         )
         self._requests = Requests(books, self._jobs, self._populates, evictor)
         self._connections = Connections(self._watch, self._forget)
-        self._connections.greeted = self._greet
+        self._connections.greeted, self._connections.welcome = self._greet, self._welcome
+        self._connections.restarted = registry.generation > 0
         self._connections.asked = self._requests.handle
         self._connections.lost = self._lost
         self._populates.say = self._requests.say = self._connections.say
@@ -203,6 +204,9 @@ class _Server:
             self._leave_soon(client)
             return
         self._tell(lambda: self._notary.admitted(record))
+        self._welcome(link, request)
+
+    def _welcome(self, link: Link, request: protocol.Hello) -> None:
         books, device = self._books, self._device
         self._connections.send(
             link,
@@ -233,9 +237,11 @@ class _Server:
 
         Unless it has become another program by exec: that has the same pid, and none of the areas.
         """
+        if client.gone:
+            return  # its descriptors are closed, and the numbers may be another client's
         if client.opening:
             return  # asked again when that is done
-        if all(answers.is_another_program(client.record, area) for area in client.record.areas.values()):
+        if answers.is_another_program(client.record):
             answers.disarm(client.record.lifeline_read)
             self._leave_soon(client)
 
@@ -249,7 +255,8 @@ class _Server:
         leaving, self._leaving = self._leaving, []
         for client in leaving:
             record = client.record
-            if not client.areas:  # it has nothing left to fear from our end
+            # It has nothing left to fear from our end; or it called exec while it was answered.
+            if answers.is_another_program(record):
                 answers.disarm(record.lifeline_read)
             for area in list(client.areas.values()):
                 self._requests.give_up(area, quietly=True)
@@ -298,6 +305,7 @@ class _Server:
     # --- after another server
 
     def _resume(self) -> None:
+        restored: list[ServedArea] = []
         for record in list(self._registry.clients.values()):
             connection = socket.socket(fileno=record.connection) if record.connection >= 0 else None
             client = Client(record, connection)
@@ -306,13 +314,17 @@ class _Server:
                 # The last server may have died between protecting and unprotecting. Threads that wait ask again, and what
                 # was read by it, and not answered, as well.
                 answers.unprotect(record.userfaultfd, area.address, area.length)
-                self._requests.restore(client, area, self._open)
+                restored.append(self._requests.restore(client, area))
             self._admit(client)
             if connection is not None:
                 connection.setblocking(False)
                 self._connections.resume(client)
-            for area in record.areas.values():
-                answers.wake(record.userfaultfd, area.address, area.length)
+        # Not before all areas are known: a driver that evicts in open() has to have all of them write-protected.
+        for served in restored:
+            self._open(served)
+        for client in list(self._books.clients.values()):
+            for area in client.record.areas.values():
+                answers.wake(client.record.userfaultfd, area.address, area.length)
             self._connections.say(client, protocol.Restarted(0, self._registry.generation))
 
     def _open(self, area: ServedArea) -> None:

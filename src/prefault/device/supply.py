@@ -97,8 +97,8 @@ class AreaMemory(MappedArea):
         self.link.check()
         unit = self.link.facts.page_size
         start = span.start + (self.address - span.start) % unit
-        # The rest of the last page is nobody else's.
-        at_end = span.stop == self.address + self.length
+        # The rest of the device's last page is nobody else's; that of a page inside of it may be another area's.
+        at_end = span.stop == self.address + self.length and self.offset + self.length == self.link.facts.length
         stop = self.address + self.mapped if at_end else span.stop - (span.stop - self.address) % unit
         if stop <= start:
             return 0, 0

@@ -106,11 +106,12 @@ class Calls:
         try:
             if self._books.registry.blamed:
                 self._check_blamed(fill)
-            self._reserve(fill)
+            self._reserve(fill, slot)
             try:
                 self._frames.secure(pages)
             except OSError as error:
                 raise _Full(str(error.strerror)) from None
+            heartbeat[slot] = time.monotonic_ns()
             if fill.single or self.page_by_page:
                 fault, area, access = self._device.fault, fill.area, fill.access
                 for page in pages:
@@ -182,12 +183,17 @@ class Calls:
     def _check_blamed(self, fill: Fill) -> None:
         blamed = self._books.registry.blamed
         with self._books.lock:
-            for page in list(blamed):
-                if page in fill.pages:
-                    # Of a window nobody asked for every page: what was touched is asked for alone next, which counts.
-                    raise _Blamed(page, blamed[page] if fill.around else blamed.pop(page))
+            found = [page for page in blamed if page in fill.pages]
+            if not found:
+                return
+            message = blamed[found[0]]
+            # Of a window nobody asked for every page: what was touched is asked for alone next, which counts.
+            if not fill.around:
+                for page in found:
+                    del blamed[page]
+            raise _Blamed(found[0], message)
 
-    def _reserve(self, fill: Fill) -> None:
+    def _reserve(self, fill: Fill, slot: int) -> None:
         """Room for the frames, which count from now on.
 
         Raises:
@@ -200,13 +206,16 @@ class Calls:
                 books.used += count
                 fill.reserved = True
             return
-        # One at a time: another thread is not to take the room that was made for this one.
+        # One at a time: another thread is not to take the room that was made for this one. The time of its call is not ours.
+        self._heartbeat[slot] = 0
         with self._reclaiming:
             if self._take_room(fill, count):
                 return
             for _ in range(_RECLAIMS_MOST):
                 fill.changes = changes = books.changes
+                self._heartbeat[slot] = time.monotonic_ns()
                 self._device.reclaim(fill.area, count)
+                self._heartbeat[slot] = 0
                 if self._take_room(fill, count):
                     return
                 # What another thread of the driver evicts just now was no good for reclaim, and makes room in a moment.

@@ -135,7 +135,7 @@ class Evictor:
         seen = zeros(self._frames.pages)
         kept: deque[range] = deque()
         for run in reversed(self._order):
-            for piece in reversed(self._frames.runs(run, PageState.READY)):
+            for piece in reversed(self._frames.runs(run, PageState.READY, PageState.EVICTING)):
                 fresh = [match.span() for match in _UNSEEN.finditer(seen, piece.start, piece.stop)]
                 kept.extendleft(range(*span) for span in reversed(fresh))
                 seen[piece.start : piece.stop] = b"\x01" * len(piece)

@@ -31,6 +31,8 @@ _TIMEOUTS_MOST = 3
 _END_S = 5.0
 """How long a server may take to end, besides the time that its driver has for a call."""
 _START_S = 60.0
+_LATE = 0.25
+"""Of the time that a driver has. Where a look comes later than that nobody ran, and the driver's time begins anew."""
 
 _SOFTWARE = 70  # EX_SOFTWARE
 
@@ -125,6 +127,10 @@ class Warden:
             self._kill_server()
         if now < self._next_look:
             return
+        # We were stopped, and so was the server: Ctrl-Z, or a frozen container.
+        if now > self._next_look + _LATE * self._registry.timeout_s:
+            self._next_look = now + self._registry.timeout_s
+            return
         # A call that begins after this look has its time until the next one at least.
         limit_ns = int(self._registry.timeout_s * 1e9)
         oldest = min((began for began in self._registry.frames.heartbeat if began), default=0)
@@ -192,7 +198,7 @@ class Warden:
             for end in (self._signals, self._signal_writer, self._link):
                 end.close()
             first = None if self._registry.clients else self._first
-            os.register_at_fork(after_in_child=lambda: _forget_clients(self._registry, link))
+            os.register_at_fork(after_in_child=lambda: _forget_clients(self._registry, link, self._listener, self._control))
             notary = NotaryLink(
                 link, warden, recipe=self._recipe, listener=self._listener, listens_at=self._place, first=first,
                 control=self._control, owner=self._owner,
@@ -249,6 +255,7 @@ class Warden:
                     clients[message.client].areas.pop(message.area, None)
             case internal.Left():
                 client_left = clients.pop(message.client, None)
+                self._early.pop(message.client, None)  # one that could not be taken: its number will be another's
                 if client_left is not None:
                     internal.close_client(client_left)
                 if self._lingers and not clients:
@@ -400,8 +407,10 @@ def _wake_only(*_: object) -> None:
     """The signal's number is in the socket that wakes the loop."""
 
 
-def _forget_clients(registry: Registry, link: socket.socket) -> None:
+def _forget_clients(registry: Registry, *ends: socket.socket | None) -> None:
     """In a process that the driver forked: it must not keep a client from seeing that the server has died."""
     for client in registry.clients.values():
         internal.close_client(client)
-    link.close()
+    for end in ends:
+        if end is not None:
+            end.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,24 @@ def test_a_hundred_areas_at_once(tmp_path: Path, no_leaks: None) -> None:
 @pytest.mark.stress
 def test_a_thousand_areas_at_once(tmp_path: Path, no_leaks: None) -> None:
     _check_at_once(tmp_path / "s", 1000)
+
+
+_ENDS_WITH_ARRAYS = """
+import sys
+import prefault.device
+from support.devices import Pattern
+
+own = prefault.device.map(Pattern(4)).ndarray("uint8")
+with prefault.device.serve(Pattern(4), sys.argv[1]) as server:
+    served = prefault.device.connect(server.path).map(populate=True).ndarray("uint8")
+print(own[0], served[0])
+"""
+
+
+def test_a_program_that_ends_with_arrays_open_is_not_warned_of_forgotten_sockets(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", _ENDS_WITH_ARRAYS, tmp_path / "s"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{content(0)[0]} {content(0)[0]}\n"

@@ -185,6 +185,7 @@ class Link(Channel):
     def leave(self) -> None:
         """This process ends, with memory mapped: let the kernel close everything, after the last touch."""
         self._closed = True
+        self.connection.detach()  # the descriptor stays: closed before, it would be said to have been forgotten
 
     def _close_descriptors(self) -> None:
         self.connection.close()

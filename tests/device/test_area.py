@@ -73,6 +73,11 @@ def test_the_offset_of_a_failure_counts_from_the_buffer() -> None:
             prefault.populate(view)
         assert caught.value.offset == 2 * PAGE_SIZE - 10
         view.release()
+        view = area.memoryview()[3 * PAGE_SIZE + 10 :]  # the page that fails begins before it
+        with pytest.raises(DriverError, match="at offset 0") as caught:
+            prefault.populate(view)
+        assert caught.value.offset == 0
+        view.release()
 
 
 def test_read_is_an_exception_where_a_touch_is_sigbus() -> None:

@@ -185,6 +185,9 @@ def test_safetensors(server: HttpServer) -> None:
     found = SafeTensors(_open(server, "a.safetensors"))
     assert set(found) == set(tensors)
     assert found.metadata == {"made": "here"}
+    assert ("big" in found, "bug" in found) == (True, False)
+    with pytest.raises(KeyError, match="'bug' is none of the 5 tensors of the file; nearest: big"):
+        found["bug"]
     server.requests(clear=True)
     for name in ("half", "flags", "scalar", "later"):
         assert found[name].dtype == tensors[name].dtype

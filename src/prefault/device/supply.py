@@ -158,12 +158,12 @@ class _Populate:
             how = "writable" if self._access == "write" else "readable"
             raise ProtectionError(
                 errno.EINVAL, f"the area of {self._link.facts.name} is not {how}: ask for access='read', or change it with"
-                " protect()", address=self._start, offset=self._start - self._origin,
+                " protect()", address=self._start, offset=max(0, self._start - self._origin),
             )  # fmt: skip
         if not self._link.facts.populates:
             raise NoPopulateError(
                 errno.EOPNOTSUPP, f"the driver of {self._link.facts.name} declares population as meaningless: its pages come"
-                " when they are touched", address=self._start, offset=self._start - self._origin,
+                " when they are touched", address=self._start, offset=max(0, self._start - self._origin),
             )  # fmt: skip
 
     def _lacking(self, start: int, stop: int) -> list[protocol.Run]:
@@ -225,7 +225,7 @@ class _Populate:
             kept = self._kept(self._present(runs))
             raise DeviceGoneError(
                 gone.errno or errno.ENOTCONN, gone.strerror or str(gone), address=self._start,
-                offset=self._start - self._origin, populated=kept,
+                offset=max(0, self._start - self._origin), populated=kept,
             ) from None  # fmt: skip
         reply = exchange.reply
         if isinstance(reply, protocol.Populated | protocol.Failed):
@@ -249,7 +249,7 @@ class _Populate:
             message = self._message(failed.page, failed.message, kept)
             address = self._memory.address_of(failed.page)
             return HeadroomError(
-                failed.number or errno.ENOMEM, message, address=address, offset=address - self._origin, populated=kept,
+                failed.number or errno.ENOMEM, message, address=address, offset=self._offset(failed.page), populated=kept,
                 limit=failed.limit, needed_bytes=failed.needed_bytes, available_bytes=failed.available_bytes,
             )  # fmt: skip
         return self._error(protocol.FAILURES[failed.kind], failed.number or errno.EIO, failed.page, failed.message, kept)
@@ -260,12 +260,16 @@ class _Populate:
         kept = self._kept(RangeSet()) if kept is None else kept
         address = self._memory.address_of(page)
         message = self._message(page, what, kept)
-        return kind(number, message, address=address, offset=address - self._origin, populated=kept)
+        return kind(number, message, address=address, offset=self._offset(page), populated=kept)
 
     def _message(self, page: int, what: str, kept: RangeSet) -> str:
         name = self._link.facts.name
-        offset = self._memory.address_of(page) - self._origin
-        return f"{name} cannot supply the page at offset {offset} (page {page} of the device): {what}; {self._text(kept)}"
+        where = f"offset {self._offset(page)} (page {page} of the device)"
+        return f"{name} cannot supply the page at {where}: {what}; {self._text(kept)}"
+
+    def _offset(self, page: int) -> int:
+        """In the buffer that was given: the first byte of it that lies on that page."""
+        return max(0, self._memory.address_of(page) - self._origin)
 
     def _text(self, kept: RangeSet) -> str:
         undone = ", the rest given back" if self._rollback else ""

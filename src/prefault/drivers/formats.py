@@ -6,6 +6,7 @@ Headers are read by :meth:`prefault.device.Area.read`, so that a source that fai
 from __future__ import annotations
 
 import ast
+import difflib
 import errno
 import io
 import json
@@ -167,7 +168,7 @@ class SafeTensors(Mapping[str, "numpy.ndarray[Any, Any]"]):
     def __getitem__(self, name: str) -> numpy.ndarray[Any, Any]:
         import numpy
 
-        tensor = self._tensors[name]
+        tensor = self._find(name)
         dtype = _dtype(tensor.kind, name)
         if math.prod(tensor.shape) * dtype.itemsize != tensor.stop - tensor.start:
             raise ValueError(
@@ -177,8 +178,18 @@ class SafeTensors(Mapping[str, "numpy.ndarray[Any, Any]"]):
 
     def raw(self, name: str) -> numpy.ndarray[Any, Any]:
         """The bytes of a tensor."""
-        tensor = self._tensors[name]
+        tensor = self._find(name)
         return self._content[tensor.start : tensor.stop]
+
+    def _find(self, name: str) -> _Tensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            nearest = ", ".join(difflib.get_close_matches(str(name), self._tensors, 3, 0.0)) or "none"
+            raise KeyError(f"{name!r} is none of the {len(self)} tensors of the file; nearest: {nearest}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

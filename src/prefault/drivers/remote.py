@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import urllib.parse
+from collections import deque
 from collections.abc import Callable
 from typing import Any, BinaryIO, Literal, TypeAlias
 
@@ -15,7 +17,7 @@ from prefault.drivers.diskcache import CachedSource, DiskCache, named, place
 from prefault.drivers.files import CallableSource, FsspecSource, LocalSource
 from prefault.drivers.gzip import open_gzip
 from prefault.drivers.http import HttpSource, shown
-from prefault.drivers.source import Patience, Source, Version, time_limit
+from prefault.drivers.source import GivenUpError, Patience, Source, Version, time_limit
 from prefault.drivers.zstd import ZstdSource
 from prefault.sizes import MIB, PAGE_SIZE, Size, parse_size
 
@@ -24,6 +26,8 @@ Where: TypeAlias = str | os.PathLike[str] | Callable[[], BinaryIO]
 
 _SUFFIXES = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _NO_RANDOM_ACCESS = (".bz2", ".xz", ".lzma", ".lz4", ".br", ".z")
+_STILL_S = 1.0
+"""How long what was given up is not tried again, in seconds."""
 _MARGIN_S = 15.0
 """From when a read gives up by itself to when its process is ended for not coming back."""
 
@@ -98,6 +102,7 @@ class RemoteFile(Device):
         self._version = None if version is None else Version(*version)
         self._opened: Source | CachedSource | None = None
         self._areas: set[int] = set()
+        self._given_up: deque[tuple[range, float, GivenUpError]] = deque(maxlen=self.workers)
         self._lock = threading.Lock()
         if self._version is None:
             with contextlib.closing(self._open_source()) as opened:
@@ -158,7 +163,10 @@ class RemoteFile(Device):
             opened.close()
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> None:
-        """One page; what lies around comes by :meth:`populate`."""
+        """One page; what lies around comes by :meth:`populate`, and if that fails, the page is asked for alone."""
+        for pages, when, error in list(self._given_up):
+            if page in pages and time.monotonic() - when < _STILL_S:
+                raise error  # who touched it has waited for all of our patience already
         self.populate(area, range(page, page + 1), access)
 
     def populate(self, area: DeviceArea, pages: range, access: Access) -> None:  # noqa: ARG002  it is read-only
@@ -166,8 +174,12 @@ class RemoteFile(Device):
         start = pages.start * self.page_size
         stop = min(pages.stop * self.page_size, self.length)
         if start < stop:
-            with time_limit(self._patience.total_s), area.frames(pages)[: stop - start] as target:
-                self._source(area).read_into(start, target)
+            try:
+                with time_limit(self._patience.total_s), area.frames(pages)[: stop - start] as target:
+                    self._source(area).read_into(start, target)
+            except GivenUpError as error:
+                self._given_up.append((pages, time.monotonic(), error))
+                raise
 
     # --- sources
 

@@ -39,6 +39,10 @@ class SourceChangedError(SourceError):
     """The source is not what it was when it was mapped (ESTALE): open it again."""
 
 
+class GivenUpError(SourceError):
+    """It was tried for as long, or as often, as the patience allows."""
+
+
 class PassingError(Exception):
     """What may be better in a moment: it is tried again.
 
@@ -135,7 +139,7 @@ class Attempts:
         """Of the time that a read may take; SourceError when there is none."""
         left = self._until - time.monotonic()
         if left <= 0:
-            raise SourceError(
+            raise GivenUpError(
                 errno.ETIMEDOUT,
                 f"{self._name}: a read took longer than {self._patience.total_s:g} s: on a slow line a smaller batch, fewer"
                 " workers or a longer patience help",
@@ -159,12 +163,12 @@ class Attempts:
         self._failures = 1 if failure.done else self._failures + 1
         if self._failures > self._patience.retries:
             tries = f"{self._failures} tries" if self._failures > 1 else "one try"
-            raise SourceError(errno.EIO, f"{self._name}: given up after {tries}: {failure}") from failure
+            raise GivenUpError(errno.EIO, f"{self._name}: given up after {tries}: {failure}") from failure
         pause = min(self._patience.longest_pause_s, self._patience.first_pause_s * 2 ** (self._failures - 1))
         # Jitter: many readers that failed at one moment do not all come back at one moment.
         pause = max(pause * random.uniform(0.5, 1.0), failure.after_s)
         if time.monotonic() + pause >= self._until:
-            raise SourceError(
+            raise GivenUpError(
                 errno.ETIMEDOUT,
                 f"{self._name}: given up, for the next try in {pause:.1f} s would exceed the {self._patience.total_s:g} s"
                 f" that a read may take: {failure}",

@@ -211,7 +211,8 @@ class Frames:
         """Give the frames back: out of every process's page table as well."""
         size = self.page_size
         fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, pages.start * size, len(pages) * size)
-        self._ahead = 0
+        # What lies ahead would never be given back where pages are taken back one by one: none is allocated ahead any more.
+        self._most, self._ahead = 1, 0
 
     def clear_tail(self, pages: range) -> None:
         """What the driver wrote behind the end of the device is not the client's to see."""

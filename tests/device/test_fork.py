@@ -291,3 +291,12 @@ def test_a_server_that_is_a_fork_keeps_no_port_of_the_program_taken(tmp_path: Pa
     while processes.with_environment(mark):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_program_with_a_socket_that_has_no_name() -> None:
+    try:
+        nameless = socket.socket(44, socket.SOCK_RAW)  # AF_XDP
+    except OSError as error:
+        pytest.skip(f"no socket without a name is to be had: {error}")
+    with nameless, prefault.device.map(Pattern()) as area:
+        area.read(0, 1)

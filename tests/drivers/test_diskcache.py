@@ -16,7 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem  # type: ignore[impor
 
 from drivers.conftest import QUICK
 from prefault.drivers import RemoteFile, SourceChangedError, SourceError
-from prefault.drivers.diskcache import BLOCK, named, place
+from prefault.drivers.diskcache import BLOCK, DiskCache, named, place
 from prefault.drivers.http import HttpSource
 from prefault.sizes import KIB, PAGE_SIZE
 from support.children import Child
@@ -370,3 +370,30 @@ def test_a_packed_file_of_no_bytes_is_empty(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(ValueError, match="it is empty: there is nothing to map"):
         RemoteFile(tmp_path / name, cache_dir=tmp_path / "cache")
+
+
+def test_two_versions_that_are_opened_at_once(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    source = HttpSource(server.url("file.bin"), {}, QUICK)
+    other = HttpSource(server.url("file.bin"), {}, QUICK, source.version._replace(tag='"other"'))
+    failed: list[OSError] = []
+
+    def open_often(which: HttpSource) -> None:
+        try:
+            for _ in range(200):
+                DiskCache(str(tmp_path / "cache"), which, "key").close()
+        except OSError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=open_often, args=(which,)) for which in (source, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    source.close()
+    other.close()
+    assert not failed
+
+
+def test_a_password_in_a_url_names_nothing() -> None:
+    names = {named(f"zip://a::https://user{secret}@host/f", None, {}) for secret in ("", ":one", ":two")}
+    assert names == {"zip://a::https://user@host/f|None"}

@@ -544,3 +544,31 @@ def test_it_leaves_no_descriptor(server: HttpServer, file: Served) -> None:
         with pytest.raises(SourceError):
             area.fill()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(("drop", "end"), [(b"a", b"\r\n\r\n"), (b"\r\nHTTP/1.1 100 Continue\r\n", b"\r\n")])
+def test_a_head_that_never_ends_is_given_up_in_time(drop: bytes, end: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as accepted:
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):  # the listener is closed, or who asked has given up
+                connection = accepted.enter_context(listener.accept()[0])
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 100 Continue\r\nX: ")
+                for _ in range(20):
+                    connection.sendall(drop)
+                    time.sleep(0.1)
+                connection.sendall(end + b"HTTP/1.1 206 OK\r\nContent-Range: bytes 0-0/5\r\nContent-Length: 1\r\n\r\na")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        patience = Patience(retries=0, timeout_s=0.5, total_s=1.0)
+        with pytest.raises(SourceError, match=r"given up|took longer"):
+            RemoteFile(f"http://127.0.0.1:{listener.getsockname()[1]}/x", patience=patience)
+        thread.join()
+
+
+def test_a_time_to_wait_that_is_no_time(server: HttpServer, file: Served) -> None:
+    when = "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"
+    server.fail("status", status=503, count=1, headers={"Retry-After": when})
+    _remote(server)

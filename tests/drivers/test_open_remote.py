@@ -326,3 +326,19 @@ def test_capacity_bounds_what_stays(server: HttpServer, content: Content) -> Non
     assert frames.st_blocks * 512 <= 4 * MIB
     with pytest.raises(prefault.PopulateError, match=r"capacity|full|room"):
         prefault.populate(array)
+
+
+def test_headers_that_are_nested_without_end() -> None:
+    header = b"-" * 60_000 + b"1"
+    npy = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header
+    with pytest.raises(ValueError, match="cannot be read"):
+        npy_place(lambda offset, length: npy[offset : offset + length], len(npy), "it")
+    header = b"[" * 200_000
+    with pytest.raises(ValueError, match="cannot be read"):
+        SafeTensors(numpy.frombuffer(struct.pack("<Q", len(header)) + header, numpy.uint8))
+
+
+def test_items_of_no_bytes(server: HttpServer) -> None:
+    (server.directory / "f").write_bytes(b"content")
+    with pytest.raises(ValueError, match="have no bytes"):
+        _open(server, "f", dtype="S")

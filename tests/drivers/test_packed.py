@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import random
 import struct
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
@@ -259,3 +261,46 @@ def test_missing_libraries_are_named(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"not installed: pip install 'prefault\[{extra}\]'"):
         RemoteFile(path, index=tmp_path / "index")
+
+
+def _words(seed: int) -> bytes:
+    generator = random.Random(seed)
+    words = [bytes(generator.choices(range(97, 117), k=6)) for _ in range(2000)]
+    return b"".join(generator.choices(words, k=900_000))
+
+
+def test_an_index_that_a_disk_damaged_gives_no_wrong_bytes(tmp_path: Path) -> None:
+    path, index = tmp_path / "a.gz", tmp_path / "index"
+    expected = _words(1)
+    path.write_bytes(gzip.compress(expected))
+    RemoteFile(path, index=index)
+    built = index.read_bytes()
+    # Behind the points come their windows, of 32 KiB each; the last is that of the end.
+    for back in range(32 * KIB + 100, 64 * KIB, 4 * KIB):
+        index.write_bytes(built[:-back] + bytes((built[-back] ^ 1,)) + built[1 - back :])
+        with FakeArea(RemoteFile(path, index=index)) as area:
+            for start in range(4 * MIB, len(expected) - 64 * KIB, 64 * KIB):
+                assert area.get(start, start + PAGE_SIZE) == expected[start : start + PAGE_SIZE]
+        assert index.read_bytes() == built
+
+
+def test_an_index_is_not_that_of_another_content_which_cannot_be_told_apart(tmp_path: Path) -> None:
+    first = _words(1)
+    second = first.translate(bytes(byte + (97 <= byte < 120) for byte in range(256)))
+    packed = []
+    for content in (first, second):
+        packer = zlib.compressobj(6, zlib.DEFLATED, 31, 8, zlib.Z_FIXED)  # the same matches, in the same places
+        packed.append(packer.compress(content) + packer.flush())
+    assert len(packed[0]) == len(packed[1])
+    RemoteFile(lambda: io.BytesIO(packed[0]), compression="gzip", index=tmp_path / "index")
+    device = RemoteFile(lambda: io.BytesIO(packed[1]), compression="gzip", index=tmp_path / "index")
+    for start in range(4 * MIB, len(second) - 64 * KIB, 64 * KIB):
+        with FakeArea(device) as area:
+            assert area.get(start, start + PAGE_SIZE) == second[start : start + PAGE_SIZE]
+
+
+def test_a_frame_that_would_take_all_memory_is_refused(tmp_path: Path) -> None:
+    table = struct.pack("<II", 4, (1 << 30) + 1) + struct.pack("<IBI", 1, 0, 0x8F92EAB1)
+    (tmp_path / "a.zst").write_bytes(bytes(4) + struct.pack("<II", 0x184D2A5E, len(table)) + table)
+    with pytest.raises(SourceError, match="smaller frames"):
+        RemoteFile(tmp_path / "a.zst")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import sys
 import threading
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -440,3 +442,75 @@ def test_a_callable_that_raises() -> None:
 
     with pytest.raises(SourceMissingError):
         _remote(opener)
+
+
+# --- what looks like something else
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_two_colons_in_a_path_are_part_of_it(tmp_path: Path, prefix: str) -> None:
+    (tmp_path / "a").write_bytes(b"another")
+    (tmp_path / "a::b.bin").write_bytes(bytes(60_001))
+    _assert_holds(_remote(f"{prefix}{tmp_path}/a::b.bin"), bytes(60_001))
+
+
+def test_two_colons_in_a_query_tell_nothing_of_it(server: HttpServer) -> None:
+    (server.directory / "f").write_bytes(bytes(60_001))
+    device = _remote(server.url("f") + "?signature=a::secret")
+    _assert_holds(device, bytes(60_001))
+    assert "secret" not in str(device)
+
+
+@pytest.mark.parametrize("kind", ["simplecache", "filecache"])
+def test_file_systems_that_keep_copies_of_any_version_are_refused(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "f").write_bytes(b"content")
+    with pytest.raises(ValueError, match="give cache_dir="):
+        _remote(f"{kind}::file://{tmp_path}/f")
+
+
+@pytest.mark.parametrize("name", ["modify", "modificationTime", "sha", "hex"])
+def test_what_file_systems_call_the_version(memory: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    memory.pipe("/f", b"old" * 1000)
+    said = {"type": "file", "size": 3000, name: "1"}
+    monkeypatch.setattr(type(memory), "info", lambda *_: dict(said))
+    with FakeArea(_remote("memory://f")) as area:
+        memory.pipe("/f", b"new" * 1000)
+        said[name] = "2"
+        with pytest.raises(SourceChangedError):
+            area.fill()
+
+
+@pytest.mark.parametrize("lie", ["longer", "packed", "another"])
+def test_a_member_of_which_an_archive_says_two_things(tmp_path: Path, lie: str) -> None:
+    path = tmp_path / "a.zip"
+    _zip(path, bytes(500), zipfile.ZIP_STORED)
+    content = bytearray(path.read_bytes())
+    if lie == "longer":  # the unpacked size in the directory
+        at = content.rindex(b"PK\1\2")
+        content[at + 24 : at + 28] = (900).to_bytes(4, "little")
+    elif lie == "packed":  # the method in the local header
+        content[content.rindex(b"PK\3\4") + 8] = 8
+    else:
+        content[content.rindex(b"PK\3\4") + 30] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(SourceError, match="do not agree"):
+        _remote(f"zip://dir/a.bin::{path}")
+
+
+def test_a_member_that_unpacks_to_more_than_it_says_does_not_take_all_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive, archive.open("a", "w") as member:
+        for _ in range(300):
+            member.write(bytes(1 << 20))
+    content = bytearray(path.read_bytes())
+    at = content.index(b"PK\1\2")
+    content[at + 24 : at + 28] = (5000).to_bytes(4, "little")
+    path.write_bytes(content)
+    device = _remote(f"zip://a::{path}")
+    tracemalloc.start()
+    try:
+        with FakeArea(device) as area, contextlib.suppress(SourceError):
+            area.fill()
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    finally:
+        tracemalloc.stop()

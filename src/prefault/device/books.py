@@ -118,7 +118,7 @@ class ServedArea(DeviceArea):
         return self._books.evict(pages, save)
 
 
-_HEARD = 1024
+_HEARD = 1 << 16
 """Ids of requests that are remembered: more than a client has under way at once."""
 
 

@@ -64,7 +64,8 @@ def _give_up_ports() -> None:
             if error.errno != errno.EBADF:  # of the directory that was listed
                 raise
             continue
-        taken = socket.socket(fileno=fd)
+        # Of which family it is does not matter, and asking fails for some (AF_ALG, AF_XDP).
+        taken = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
         listens = taken.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         taken.detach()  # the number is still the program's
         if listens:

@@ -26,6 +26,9 @@ from prefault.sizes import MIB
 
 _LOCAL_HEADER_BYTES = 30
 _ENCRYPTED = 0x1
+_UTF8 = 0x800
+_SIP = 64
+"""Packed bytes that zipfile unpacks at once, in full, where it knows no limit: some 70 MB of bzip2 at most."""
 
 
 def open_member(inner: Source, member: str, name: str, version: Version | None) -> Source:
@@ -48,16 +51,42 @@ def open_member(inner: Source, member: str, name: str, version: Version | None) 
                 errno.ESTALE, f"{name} changed while it was mapped: {version.change(now)}; open it again"
             )
         if info.compress_type != zipfile.ZIP_STORED:
-            return StreamSource(inner, name, now, lambda file: zipfile.ZipFile(io.BufferedReader(file, MIB)).open(info))
-        header = inner.read(info.header_offset, _LOCAL_HEADER_BYTES)
+            return StreamSource(inner, name, now, lambda file: _unpacked(file, info))
+        start = info.header_offset + _LOCAL_HEADER_BYTES
+        raw_name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
+        inside = info.header_offset >= 0 and start + len(raw_name) <= inner.length
+        header = inner.read(info.header_offset, _LOCAL_HEADER_BYTES + len(raw_name)) if inside else b""
         if header[:4] != b"PK\3\4":
             raise SourceError(errno.EIO, f"{name}: the archive is broken: no member at byte {info.header_offset}")
-        start = info.header_offset + _LOCAL_HEADER_BYTES
+        if header[8:10] != b"\0\0" or header[_LOCAL_HEADER_BYTES:] != raw_name or info.compress_size != info.file_size:
+            raise SourceError(
+                errno.EIO, f"{name}: the archive is broken: its directory and byte {info.header_offset} do not agree"
+            )
         start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
         return Slice(inner, name, start, now)
     except BaseException:
         inner.close()
         raise
+
+
+def _unpacked(file: SourceFile, info: zipfile.ZipInfo) -> Any:
+    stream: Any = zipfile.ZipFile(io.BufferedReader(file, MIB)).open(info)  # noqa: SIM115  the caller closes it
+    return stream if info.compress_type == zipfile.ZIP_DEFLATED else _Sips(stream)
+
+
+class _Sips:
+    """A member packed with bzip2 or lzma, in small steps: of any amount that is asked for, zipfile reads as much, packed."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        stream.MAX_SEEK_READ = stream.MIN_READ_SIZE = _SIP
+        self.seek, self.close = stream.seek, stream.close
+
+    def readinto(self, target: memoryview) -> int:
+        """Some bytes."""
+        with target[:_SIP] as piece:
+            count: int = self._stream.readinto(piece)
+        return count
 
 
 class StreamSource(Source):

@@ -10,13 +10,15 @@ from __future__ import annotations
 import base64
 import errno
 import http.client
+import io
 import socket
 import ssl
 import struct
 import threading
 import urllib.parse
 import urllib.request
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from prefault.drivers.source import CHUNK, SourceError
 
@@ -108,6 +110,35 @@ def authorization(parts: urllib.parse.SplitResult, header: str) -> dict[str, str
     return {header: "Basic " + base64.b64encode(pair.encode()).decode()}
 
 
+class _Timed(io.RawIOBase):
+    """What arrives, looked at the clock before each wait: a time limit of the socket's own begins anew with each byte."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, timeout_s: Callable[[], float]) -> None:
+        super().__init__()
+        self._raw = raw
+        self._sock = sock
+        self._timeout_s = timeout_s
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._sock.settimeout(self._timeout_s())
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class Response(http.client.HTTPResponse):
+    """An answer that comes in time, or is an error, though its head or a line of it never ends."""
+
+    def __init__(self, timeout_s: Callable[[], float], sock: socket.socket, *arguments: Any, **named: Any) -> None:
+        super().__init__(sock, *arguments, **named)
+        self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock, timeout_s))
+
+
 class Answer:
     """The head of an answer, and its body to be read."""
 
@@ -142,7 +173,8 @@ class Answer:
         else:
             # A time limit of Python's makes the socket non-blocking, and MSG_WAITALL then waits for nothing.
             sock.settimeout(None)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", *divmod(int(timeout_s * 1e6), 10**6)))
+            limit = struct.pack("@ll", *divmod(max(1, int(timeout_s * 1e6)), 10**6))  # 0 would be no limit
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
             with target[: min(_PIECE, response.length)] as piece:
                 try:
                     count = sock.recv_into(piece, 0, socket.MSG_WAITALL)

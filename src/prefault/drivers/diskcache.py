@@ -24,6 +24,7 @@ from typing import Any
 
 from prefault.drivers.source import Source, SourceError
 
+_TRIES = 10
 BLOCK = 64 << 10
 """Bytes that have a checksum in common."""
 
@@ -35,6 +36,7 @@ _SECRET = re.compile(
 )
 """In the names of options that say who we are, not where it is."""
 _SETTINGS = re.compile(r"\w+=[^;]*(;\w+=[^;]*)*;?", re.ASCII)
+_PASSWORD = re.compile(r"(?<=://)(?P<user>[^/?#:@]*):[^/?#]*(?=@)")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger("prefault.drivers")
 
@@ -60,7 +62,8 @@ class DiskCache:
             about = {"source": source.name, "version": list(source.version), "block_bytes": BLOCK}
             _write_whole(os.path.join(self.directory, "source.json"), json.dumps(about, indent=1).encode() + b"\n")
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            # ENOENT: who opens another version just now has removed this one.
+            if error.errno not in (*_NO_ROOM, errno.ENOENT):
                 self.close()
                 raise
             self._give_up(error)
@@ -89,7 +92,11 @@ class DiskCache:
         """
         if self._data < 0 or self._map < 0:
             return [blocks]
-        entries = os.pread(self._map, len(blocks) * _ENTRY.size, blocks.start * _ENTRY.size)
+        try:
+            entries = os.pread(self._map, len(blocks) * _ENTRY.size, blocks.start * _ENTRY.size)
+        except OSError as error:  # a bad sector
+            _log.warning("%s: its map cannot be read (%s): downloaded again", self.directory, error.strerror)
+            return [blocks]
         start = blocks.start * BLOCK
         missing: list[range] = []
         for number, block in enumerate(blocks):
@@ -150,7 +157,8 @@ def named(url: str, packed: str | None, options: dict[str, Any]) -> str:
     Without what proves who we are: it is in no name on the disk, not even as a checksum that could be guessed at, and a
     new token does not make another source. Two who may read different things of one name are told apart by its version.
     """
-    key = f"{url}|{packed}"
+    where = _PASSWORD.sub(r"\g<user>", url)
+    key = f"{where}|{packed}"
     leading = _leading(options)
     return f"{key}|{json.dumps(leading, sort_keys=True)}" if leading else key
 
@@ -185,10 +193,21 @@ def place(directory: str, source: Source, key: str) -> str:
     os.makedirs(directory, mode=0o700, exist_ok=True)
     _check_owner(directory, shared=True)
     for path in (os.path.join(directory, name), os.path.join(directory, name, version)):
+        _make_own(path)
+    return path
+
+
+def _make_own(path: str) -> None:
+    for left in reversed(range(_TRIES)):
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
-        _check_owner(path, shared=False)
-    return path
+        try:
+            _check_owner(path, shared=False)
+        except FileNotFoundError:  # who opens another version just now has removed it
+            if not left:
+                raise
+        else:
+            return
 
 
 def _check_owner(path: str, *, shared: bool) -> None:

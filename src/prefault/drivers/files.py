@@ -157,8 +157,8 @@ class CallableSource(Source):
         self._streams.close()
 
 
-_TAGS = ("ETag", "etag", "md5", "md5Hash", "sha256", "oid", "generation", "VersionId", "version_id", "ino")
-_TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
+_TAGS = ("ETag", "etag", "md5", "md5Hash", "sha256", "oid", "generation", "VersionId", "version_id", "ino", "sha", "hex")
+_TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "modify", "modificationTime", "created")
 
 # By name, since their libraries are not ours to import: botocore's, google.auth's, azure's and paramiko's. Time does not
 # mend them. What fails to fetch credentials (CredentialRetrievalError) is another thing.

@@ -63,7 +63,7 @@ def npy_place(read: Read, length: int, name: str) -> ArrayPlace:
     header = read(0, size)
     try:
         shape, fortran, dtype = _npy_header(header, version)
-    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, tokenize.TokenError) as error:
+    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
         raise ValueError(f"{name}: its .npy header cannot be read: {error}") from error
     if dtype.hasobject:
         raise ValueError(f"{name} holds Python objects, which cannot be mapped")
@@ -151,7 +151,7 @@ class SafeTensors(Mapping[str, "numpy.ndarray[Any, Any]"]):
             header = json.loads(read(8, size))
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             self._tensors = {name: self._tensor(entry, 8 + size) for name, entry in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a safetensors file: its header cannot be read: {error}") from error
         stop = max((tensor.stop for tensor in self._tensors.values()), default=0)
         if stop > length:
@@ -163,7 +163,7 @@ class SafeTensors(Mapping[str, "numpy.ndarray[Any, Any]"]):
         shape = tuple(entry["shape"])
         if not all(type(number) is int and number >= 0 for number in (start, stop - start, *shape)):
             raise ValueError(f"an entry with the shape {shape} at {start} to {stop}")
-        return _Tensor(entry["dtype"], shape, base + start, base + stop)
+        return _Tensor(str(entry["dtype"]), shape, base + start, base + stop)
 
     def __getitem__(self, name: str) -> numpy.ndarray[Any, Any]:
         import numpy

@@ -34,22 +34,23 @@ def _library(name: str) -> Any:
     return indexed_gzip
 
 
-def open_gzip(inner: Source, index: str | None, version: Version | None) -> Source:
+def open_gzip(inner: Source, index: str | None, version: Version | None, *, afresh: bool = False) -> Source:
     """What a gzip file unpacks to. It owns the packed source.
 
     Args:
         inner: the packed bytes.
         index: the file of the index, which is built if it is not there or of another version.
         version: the one to give, or None.
+        afresh: what is there is not known: of a source that does not tell its versions apart, no index is either.
     """
     try:
-        return _open(inner, index, version)
+        return _open(inner, index, version, afresh)
     except BaseException:
         inner.close()
         raise
 
 
-def _open(inner: Source, index: str | None, version: Version | None) -> Source:
+def _open(inner: Source, index: str | None, version: Version | None, afresh: bool) -> Source:
     library = _library(inner.name)
     if index is None:
         raise SourceError(
@@ -57,7 +58,8 @@ def _open(inner: Source, index: str | None, version: Version | None) -> Source:
             f"{inner.name}: gzip has no random access without an index: give index=, the name of a file (it is built once,"
             " which reads everything once), or cache_dir=; compression=None maps the packed bytes",
         )
-    made = _load(index, inner)
+    # Of another content of the same length an index gives wrong bytes, and no error.
+    made = None if afresh and not inner.version.told_apart else _load(index, inner)
     if made is None:
         made = _build(library, inner, index)
     length, content = made
@@ -143,9 +145,17 @@ def _load(index: str, inner: Source) -> tuple[int, bytes] | None:
         return None
     except ValueError:
         return None
-    if not isinstance(head, dict) or head.get("version") != list(inner.version) or head.get("index_bytes") != len(content):
+    if not isinstance(head, dict) or head.get("version") != list(inner.version):
         return None
-    return int(head["length"]), content
+    length = head.get("length")
+    # There is content in it, of which a bit that a disk lost would be wrong bytes: nothing else would notice.
+    if not isinstance(length, int) or length < 0 or head.get("checksum") != _checksum(length, content):
+        return None
+    return length, content
+
+
+def _checksum(length: int, content: bytes) -> int:
+    return zlib.crc32(content, zlib.crc32(str(length).encode()))
 
 
 def _build(library: Any, inner: Source, index: str) -> tuple[int, bytes]:
@@ -164,7 +174,7 @@ def _build(library: Any, inner: Source, index: str) -> tuple[int, bytes]:
                 raise file.failure from error
             raise SourceError(errno.EIO, f"{inner.name}: it cannot be unpacked: {error}") from error
     content = kept.getvalue()
-    head = {"version": list(inner.version), "length": length, "index_bytes": len(content)}
+    head = {"version": list(inner.version), "length": length, "checksum": _checksum(length, content)}
     directory = os.path.dirname(os.path.abspath(index))
     # Under another name first: whoever finds the index finds all of it.
     fd, unfinished = tempfile.mkstemp(prefix=".prefault-", dir=directory)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import email.utils
 import errno
+import functools
 import http.client
 import re
 import ssl
@@ -17,7 +18,7 @@ import urllib.parse
 from typing import NamedTuple, NoReturn
 
 from prefault._version import __version__
-from prefault.drivers.connections import Answer, Connections, Origin, authorization
+from prefault.drivers.connections import Answer, Connections, Origin, Response, authorization
 from prefault.drivers.source import (
     CHUNK,
     PASSING,
@@ -76,7 +77,7 @@ def _retry_after(text: str | None) -> float:
         return float(text)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0
 
 
@@ -180,11 +181,14 @@ class HttpSource(Source):
             path = f"http://{host}{path}"
             headers |= authorization(urllib.parse.urlsplit(proxy), "Proxy-Authorization")
         connection, used = self._connections.take(origin, attempts.timeout_s)
+        connection.response_class = functools.partial(Response, lambda: attempts.timeout_s)  # type: ignore[assignment]
         try:
             connection.request("GET", path, headers=headers)
             return Answer(connection.getresponse(), connection, origin)
         except (http.client.HTTPException, OSError) as error:
             connection.close()
+            if isinstance(error, SourceError):
+                raise
             if isinstance(error, ssl.SSLCertVerificationError):
                 raise SourceError(errno.EACCES, f"{self.name}: {error}") from error
             # A server closes connections that are idle for long, and we hear of it when we use them again.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import urllib.parse
 from typing import TYPE_CHECKING, Any, Literal
 
 import prefault.device
 from prefault.drivers.formats import ArrayPlace, npy_place
 from prefault.drivers.held import array_of
-from prefault.drivers.remote import RemoteFile, Where
+from prefault.drivers.remote import RemoteFile, Where, name_of
 from prefault.sizes import Size, parse_size
 
 if TYPE_CHECKING:
@@ -77,9 +76,7 @@ def _kind(device: RemoteFile, given: str, dtype: object) -> str:
         return given
     if dtype is not None or callable(device.source):
         return "raw"
-    first = device.source.partition("::")[0]
-    name = urllib.parse.urlsplit(first).path if first.startswith(("http://", "https://")) else first
-    stem, suffix = os.path.splitext(name)
+    stem, suffix = os.path.splitext(name_of(device.source))
     if suffix.lower() in _PACKED:
         suffix = os.path.splitext(stem)[1]
     return "npy" if suffix.lower() == ".npy" else "raw"
@@ -97,6 +94,8 @@ def _raw_place(
     kind = numpy.dtype("uint8" if dtype is None else dtype)
     if kind.hasobject:
         raise TypeError("an array that is mapped cannot hold Python objects")
+    if not kind.itemsize:
+        raise ValueError(f"items of the dtype {kind} have no bytes: say how many, as in 'S8'")
     if shape is None:
         extents: tuple[int, ...] = (max(0, length - offset) // kind.itemsize,)
     else:

@@ -28,6 +28,8 @@ _SUFFIXES = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _NO_RANDOM_ACCESS = (".bz2", ".xz", ".lzma", ".lz4", ".br", ".z")
 _STILL_S = 1.0
 """How long what was given up is not tried again, in seconds."""
+_COPIES = ("simplecache", "filecache")
+"""File systems of fsspec that keep whole files, and do not look whether those are what the source is now."""
 _MARGIN_S = 15.0
 """From when a read gives up by itself to when its process is ended for not coming back."""
 
@@ -166,7 +168,7 @@ class RemoteFile(Device):
         """One page; what lies around comes by :meth:`populate`, and if that fails, the page is asked for alone."""
         for pages, when, error in list(self._given_up):
             if page in pages and time.monotonic() - when < _STILL_S:
-                raise error  # who touched it has waited for all of our patience already
+                raise GivenUpError(error.errno, error.strerror)  # who touched it has waited for all of our patience already
         self.populate(area, range(page, page + 1), access)
 
     def populate(self, area: DeviceArea, pages: range, access: Access) -> None:  # noqa: ARG002  it is read-only
@@ -178,7 +180,8 @@ class RemoteFile(Device):
                 with time_limit(self._patience.total_s), area.frames(pages)[: stop - start] as target:
                     self._source(area).read_into(start, target)
             except GivenUpError as error:
-                self._given_up.append((pages, time.monotonic(), error))
+                # Another one: the traceback of this has views of the frames.
+                self._given_up.append((pages, time.monotonic(), GivenUpError(error.errno, error.strerror)))
                 raise
 
     # --- sources
@@ -204,9 +207,7 @@ class RemoteFile(Device):
             return self._compression
         if callable(self.source):
             return None
-        first = self.source.partition("::")[0]
-        name = urllib.parse.urlsplit(first).path if first.startswith(("http://", "https://")) else first
-        suffix = os.path.splitext(name)[1].lower()
+        suffix = os.path.splitext(name_of(self.source))[1].lower()
         if suffix in _NO_RANDOM_ACCESS:
             raise ValueError(
                 f"{_shown(self.source)}: {suffix} files have no random access: unpack it, or pack it as seekable zstd;"
@@ -230,7 +231,7 @@ class RemoteFile(Device):
                 except BaseException:
                     plain.close()
                     raise
-            opened = open_gzip(plain, index, None)
+            opened = open_gzip(plain, index, None, afresh=self._version is None)
         else:
             return plain
         if self._version is not None and opened.version != self._version:
@@ -248,16 +249,12 @@ def open_plain(
     url: str, headers: dict[str, str], options: dict[str, Any], patience: Patience, version: Version | None = None
 ) -> Source:
     """The source of a URL or path, not unpacked."""
-    protocol, separator, rest = url.partition("://")
+    protocol, _, rest = url.partition("://")
     if "::" in url and protocol == "zip":
         member, _, inner = rest.partition("::")
         within = options.get(inner.partition("://")[0], {}) if "::" not in inner else options
         return open_member(open_plain(inner, headers, within, patience), member, shown_chain(url), version)
-    if "::" not in url:
-        if not separator:
-            return LocalSource(url, patience, version)
-        if protocol in ("file", "local"):
-            return LocalSource(rest, patience, version)
+    if _is_whole(url):
         if protocol in ("http", "https"):
             if options:
                 raise ValueError(
@@ -265,12 +262,33 @@ def open_plain(
                     " headers= does"
                 )
             return HttpSource(url, headers, patience, version)
+        return LocalSource(rest if "://" in url else url, patience, version)
+    for part in url.split("::"):
+        if part.partition("://")[0] in _COPIES:
+            raise ValueError(f"{part.partition('://')[0]}:: gives copies of any version: leave it out, and give cache_dir=")
     return FsspecSource(url, options, shown_chain(url), patience, version)
 
 
 def shown_chain(url: str) -> str:
     """A URL for messages, without what is secret in it."""
-    return "::".join(shown(part) if "://" in part else part for part in url.split("::"))
+    if "://" not in url:
+        return url
+    if _is_whole(url):
+        return shown(url)
+    first, separator, inner = url.partition("::")
+    return (shown(first) if "://" in first else first) + separator + shown_chain(inner)
+
+
+def _is_whole(url: str) -> bool:
+    """Whether ``::`` is part of a name: in a path, and in a URL of what fsspec chains nothing in front of."""
+    protocol, separator, _ = url.partition("://")
+    return not separator or protocol in ("file", "local", "http", "https")
+
+
+def name_of(url: str) -> str:
+    """What ends in the suffix of the file."""
+    first = url if _is_whole(url) else url.partition("::")[0]
+    return urllib.parse.urlsplit(first).path if first.startswith(("http://", "https://")) else first
 
 
 def _shown(source: str | Callable[[], BinaryIO]) -> str:

@@ -26,6 +26,9 @@ _RESERVED = 0x7C
 _MOST_FRAMES = 0x8000000
 """The format's own bound."""
 
+_MOST_FRAME = 1 << 30
+"""Bytes that a frame unpacks to: the bound of the format's own library. All of it is in memory for any byte of it."""
+
 _KEPT_BYTES = 64 << 20
 """Unpacked frames that are kept, because the next read is likely to need the rest of them."""
 
@@ -94,6 +97,12 @@ class ZstdSource(Source):
         if _SKIPPABLE.unpack_from(table) != (_SKIPPABLE_MAGIC, table_bytes - _SKIPPABLE.size):
             raise self._broken("it has no header")
         sizes = [struct.unpack_from("<II", table, _SKIPPABLE.size + index * entry_bytes) for index in range(count)]
+        if any(size > _MOST_FRAME for _, size in sizes):
+            raise SourceError(
+                errno.EOPNOTSUPP,
+                f"{self.name}: a frame of {max(size for _, size in sizes)} bytes, and {_MOST_FRAME} at most can be unpacked"
+                " at once: pack it in smaller frames",
+            )
         packed = list(itertools.accumulate((size for size, _ in sizes), initial=0))
         content = list(itertools.accumulate((size for _, size in sizes), initial=0))
         if packed[-1] != inner.length - table_bytes:

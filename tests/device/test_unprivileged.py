@@ -7,6 +7,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,6 +130,12 @@ def test_where_a_sandbox_forbids_it_the_message_names_the_setting(answer: int) -
 def test_as_on_a_kernel_without_userfaultfd() -> None:
     with without("userfaultfd"), pytest.raises(DeviceError, match="CONFIG_USERFAULTFD"):
         prefault.device.map(Pattern(4))
+
+
+def test_a_connection_that_finds_no_userfaultfd_is_closed(tmp_path: Path, no_leaks: None) -> None:
+    server = prefault.device.serve(Pattern(4), tmp_path / "s")
+    with server, without("userfaultfd"), pytest.raises(DeviceError, match="CONFIG_USERFAULTFD"):
+        prefault.device.connect(server.path)
 
 
 def test_the_handshake_asks_for_what_there_is() -> None:

@@ -125,8 +125,14 @@ class DeviceClient:
         self.writable, self.notes = facts.writable, facts.notes
 
     def _connected(self, *, tracking: bool) -> Link:
+        connection = _connection(self.path, self._timeout)
         try:
-            link = Link(_connection(self.path, self._timeout), open_userfaultfd(tracking=tracking))
+            opened = open_userfaultfd(tracking=tracking)
+        except BaseException:
+            connection.close()
+            raise
+        try:
+            link = Link(connection, opened)
         except DeviceGoneError as gone:  # it does not take us, and says why, or ends just now
             raise DeviceGoneError(gone.errno or 0, f"no device at {self.path}: {gone.strerror}") from gone
         link.hold()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from prefault.device import Device
+from prefault.sizes import PAGE_SIZE
+from prefault.testing import check_device
 
 _EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
@@ -23,3 +30,25 @@ def test_example(path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout
     assert done.stderr == ""
+
+
+def test_the_page_cache_keeps_the_contract(tmp_path: Path) -> None:
+    """It is what the guide tells people to begin with."""
+    (path,) = (path for path in _EXAMPLES if path.stem == "page_cache")
+    spec = importlib.util.spec_from_file_location("page_cache", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    content = os.urandom(40 * PAGE_SIZE)
+    numbers = itertools.count()
+
+    def make() -> Device:
+        file = tmp_path / str(next(numbers))
+        file.write_bytes(content)
+        device: Device = module.Cache(str(file))
+        device.capacity = 32 * PAGE_SIZE
+        device.recipe = lambda: None  # type: ignore[method-assign]
+        return device
+
+    check_device(make, expected=lambda page: content[page * PAGE_SIZE : (page + 1) * PAGE_SIZE], after_discard="any")

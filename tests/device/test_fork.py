@@ -18,7 +18,7 @@ import prefault
 import prefault.device
 from prefault.errors import DeviceGoneError
 from prefault.sizes import PAGE_SIZE
-from support import oracle, processes
+from support import needs, oracle, processes
 from support.children import in_child
 from support.devices import Pattern, Remade, Slow, expected
 
@@ -297,6 +297,6 @@ def test_a_program_with_a_socket_that_has_no_name() -> None:
     try:
         nameless = socket.socket(44, socket.SOCK_RAW)  # AF_XDP
     except OSError as error:
-        pytest.skip(f"no socket without a name is to be had: {error}")
+        needs.missing(f"no socket without a name is to be had: {error}")
     with nameless, prefault.device.map(Pattern()) as area:
         area.read(0, 1)

@@ -19,6 +19,7 @@ from prefault.drivers import RemoteFile, SourceChangedError, SourceError
 from prefault.drivers.diskcache import BLOCK, DiskCache, named, place
 from prefault.drivers.http import HttpSource
 from prefault.sizes import KIB, PAGE_SIZE
+from support import needs
 from support.children import Child
 from support.fake_area import FakeArea
 from support.http_server import HttpServer
@@ -214,11 +215,16 @@ def _remote_without(server: HttpServer) -> RemoteFile:
     return RemoteFile(server.url("file.bin"), patience=QUICK)
 
 
-def test_what_others_could_have_planted_is_refused(server: HttpServer, file: Served, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
+def _filled(server: HttpServer, cache: Path) -> Path:
+    """A cache of the whole file; its data."""
     with FakeArea(_remote(server, cache)) as area:
         area.fill()
-    data = _files(cache)["data"]
+    return _files(cache)["data"]
+
+
+def test_what_others_could_have_planted_is_refused(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    data = _filled(server, cache)
     for path in (cache, data.parent.parent, data.parent):
         assert path.stat().st_mode & 0o777 == 0o700
         path.chmod(0o777)
@@ -236,12 +242,10 @@ def test_what_others_could_have_planted_is_refused(server: HttpServer, file: Ser
     assert victim.read_bytes() == b"dear"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
 def test_a_cache_of_somebody_else_is_refused(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    needs.root("give a directory away")
     cache = tmp_path / "cache"
-    with FakeArea(_remote(server, cache)) as area:
-        area.fill()
-    data = _files(cache)["data"]
+    data = _filled(server, cache)
     for path in (cache, data.parent.parent, data.parent):
         os.chown(path, 65534, -1)
         with pytest.raises(SourceError, match="belongs to user 65534"):

@@ -22,6 +22,7 @@ from drivers.conftest import QUICK
 from prefault.device import FaultAround
 from prefault.drivers import Patience, RemoteFile, SourceChangedError, SourceError, SourceMissingError
 from prefault.sizes import MIB, PAGE_SIZE
+from support import needs
 from support.fake_area import FakeArea
 from support.http_server import HttpServer
 
@@ -491,7 +492,7 @@ def test_headers_never_go_unencrypted_to_the_host_that_they_were_given_for_with_
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
     command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key", "-out", "certificate"]
     if shutil.which("openssl") is None:
-        pytest.skip("openssl, which makes a certificate, is not installed")
+        needs.missing("openssl, which makes a certificate, is not installed")
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     heads: list[bytes] = []
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -1,4 +1,4 @@
-"""Fixtures that change the machine, and put it back."""
+"""Fixtures that change the machine, and put it back; the table of skipped tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 
 from prefault._kernel import hugetlb
-from support import needs, oracle
+from support import needs, oracle, signals
+from support.skips import pytest_terminal_summary
+
+__all__ = ["pytest_terminal_summary"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_are_not_ignored() -> Iterator[None]:
+    """Ctrl-C and a hangup do in every test, and in every program that a test starts, what they do at a terminal."""
+    with signals.not_ignored():
+        yield
 
 
 @pytest.fixture

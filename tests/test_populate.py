@@ -293,10 +293,13 @@ except KeyboardInterrupt:
 def test_a_real_ctrl_c_in_a_process_of_its_own() -> None:
     with subprocess.Popen([sys.executable, "-c", _INTERRUPTED], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        time.sleep(0.2)
-        child.send_signal(signal.SIGINT)
-        said, _ = child.communicate(timeout=30)
+        try:
+            assert child.stdout.readline() == "ready\n"
+            time.sleep(0.2)
+            child.send_signal(signal.SIGINT)
+            said, _ = child.communicate(timeout=30)
+        finally:
+            child.kill()  # else leaving the ``with`` would wait for ever
     assert child.returncode == 0
     assert said.startswith(("populated ", "between"))
 

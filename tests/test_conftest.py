@@ -1,0 +1,105 @@
+"""What conftest.py does for every test, seen in a run of pytest of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import signals
+
+_TESTS = Path(__file__).parent
+
+
+def run_pytest(directory: Path, text: str, *command: str) -> str:
+    """What pytest prints of a test file with this text, beside our conftest.py. ``command``: what starts pytest."""
+    shutil.copy(_TESTS / "conftest.py", directory)
+    (directory / "test_it.py").write_text(text)
+    arguments: list[str] = [
+        sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(directory), "-o", f"pythonpath={_TESTS}",
+        "--import-mode=importlib", "-p", "no:cacheprovider", str(directory),
+    ]  # fmt: skip
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, cwd=directory)
+    return done.stdout + done.stderr
+
+
+_SENDS_SIGNALS = """
+import signal, subprocess, sys
+import pytest
+
+def died_of(number):
+    code = f"import signal, time; signal.raise_signal({int(number)}); time.sleep(0.1); print('lives')"
+    return -subprocess.run([sys.executable, "-c", code], capture_output=True).returncode
+
+def test_in_this_process():
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGHUP)
+
+def test_in_a_program():
+    assert died_of(signal.SIGINT) == signal.SIGINT
+    assert died_of(signal.SIGHUP) == signal.SIGHUP
+"""
+
+
+def test_ignored_signals_reach_tests_and_the_programs_that_they_start(tmp_path: Path) -> None:
+    found = run_pytest(tmp_path, _SENDS_SIGNALS, "bash", "-c", 'trap "" INT HUP; exec "$@"', "bash")
+    assert "2 passed" in found, found
+
+
+def test_signals_are_ignored_again_afterwards() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals.not_ignored():
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_handler_is_left_alone() -> None:
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        handler = signal.getsignal(signal.SIGINT)
+        with signals.not_ignored():
+            assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+_SKIPS = """
+import pytest
+from support import needs
+
+@pytest.mark.parametrize("number", range(3))
+def test_three(number):
+    needs.missing("only root can mount a tmpfs")
+
+@pytest.mark.skip(reason="of two\\n  lines")
+def test_marked():
+    pass
+
+@pytest.mark.xfail
+def test_known():
+    assert False
+"""
+
+
+def test_skipped_tests_are_counted_by_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFAULT_REQUIRE_ALL", raising=False)
+    lines = run_pytest(tmp_path, _SKIPS).splitlines()
+    at = lines.index("tests  reason")
+    assert "skipped tests" in lines[at - 1]
+    assert lines[at + 1 : at + 3] == ["    3  only root can mount a tmpfs", "    1  of two lines"]
+    assert "4 skipped, 1 xfailed" in lines[at + 3]
+
+
+def test_nothing_is_printed_when_no_test_was_skipped(tmp_path: Path) -> None:
+    found = run_pytest(tmp_path, "def test(): pass")
+    assert "1 passed" in found, found
+    assert "skipped" not in found

@@ -80,7 +80,7 @@ _BY_NAME = {
 }
 
 _HEAVY = {"numpy", "rich", "click"}
-_HEAVY_ALLOWED = ("prefault.cli", "prefault.bench")
+_HEAVY_ALLOWED = ("prefault.cli", "prefault.bench", "prefault.doctor.report")
 
 
 @dataclass(frozen=True)

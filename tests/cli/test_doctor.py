@@ -12,8 +12,9 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from prefault.cli.doctor import doctor, render
+from prefault.cli.doctor import doctor
 from prefault.doctor import Advice, CapabilityAnswer, Machine, Pool, Reading, Record, Report
+from prefault.doctor.report import render, show
 
 MACHINE = Machine("6.1.0", "x86_64", None, True, 4096, "3.11.7", "0.1.0", "2026-01-01T00:00:00+00:00", 0, None)
 REMEDY = "echo within_size > /sys/kernel/mm/transparent_hugepage/hugepages-2048kB/shmem_enabled && echo a_second_long_one"
@@ -75,8 +76,7 @@ def test_piped_it_has_no_escapes_and_fits_80_columns(piped: str) -> None:
 
 def test_colours_only_on_a_terminal() -> None:
     terminal = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=80)
-    for line in render(REPORT, 80):
-        terminal.print(line, soft_wrap=True)
+    show(REPORT, terminal)
     text = terminal.file.getvalue()  # type: ignore[attr-defined]
     assert "\x1b[" in text
     assert "yes" in text  # not by colour alone

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from datetime import datetime
 from typing import TypeAlias
 
-from prefault.bench.device_results import RouteCell, RouteResult
+from prefault.bench.device_results import DeviceRun, RouteCell, RouteResult
 from prefault.bench.device_routes import Bed, RefusedError, Repetition, StoppedError, WrongError, repetition
 from prefault.bench.kinds import HUGE_PAGE_BYTES
-from prefault.bench.machine import available_memory_bytes
+from prefault.bench.machine import available_memory_bytes, this_machine
 from prefault.bench.places import MARGIN_BYTES, hugetlb_pool
 from prefault.bench.results import Status
+from prefault.bench.stopping import StopRequest
+from prefault.device.uffd import USER_MODE_ONLY_NOTE
 from prefault.sizes import format_size
 
 Event: TypeAlias = RouteCell | RouteResult
@@ -40,6 +44,31 @@ def run(
             if pool.available_pages < pages:
                 refusal = pool.refusal
         yield from session.run(huge, refusal)
+
+
+def measure_all(
+    cells: Sequence[RouteCell], *, repeats: int, colocate: bool, stop: StopRequest, show: Callable[[Event], None]
+) -> DeviceRun:
+    """Measure the cells and return the run with their results, in the order of ``cells``. ``show`` takes each event."""
+    machine = this_machine()
+    started, began = datetime.now().astimezone().isoformat(timespec="seconds"), time.monotonic()
+    results: dict[RouteCell, RouteResult] = {}
+    with closing(run(cells, repeats=repeats, colocate=colocate, stopping=lambda: stop.requested)) as events:
+        for event in events:
+            show(event)
+            if isinstance(event, RouteResult):
+                results[event.cell] = event
+    notes = [result.note or "" for result in results.values() if result.counts is not None]
+    return DeviceRun(
+        machine=machine,
+        started=started,
+        seconds=time.monotonic() - began,
+        repeats=repeats,
+        colocate=colocate,
+        user_mode_only=any(USER_MODE_ONLY_NOTE in note for note in notes) if notes else None,
+        interrupted=stop.requested,
+        results=tuple(results[cell] for cell in cells),
+    )
 
 
 class _Session:

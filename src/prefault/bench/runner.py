@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TypeAlias
 
 from prefault.bench.client import CellFailedError, StoppedError, Worker, WorkerError
 from prefault.bench.grid import Cell
 from prefault.bench.kinds import Places
-from prefault.bench.machine import available_memory_bytes
+from prefault.bench.machine import available_memory_bytes, this_machine
 from prefault.bench.obstacles import memory_bytes, obstacle, pool_pages
 from prefault.bench.places import MARGIN_BYTES, Hugetlbfs, Pool, hugetlb_pool, hugetlbfs
-from prefault.bench.results import CellResult, Status
+from prefault.bench.results import BenchRun, CellResult, Status
 from prefault.bench.stopping import StopRequest
 from prefault.sizes import GIB
 
@@ -79,6 +81,33 @@ def run(
                     mounted = stack.enter_context(hugetlbfs())
             session = _Session(repeats, replace(places, hugetlbfs=mounted.directory), pool, mounted, stop)
             yield from session.run(huge)
+
+
+def measure_all(
+    cells: Sequence[Cell], *, quick: bool, repeats: int, places: Places, stop: StopRequest, show: Callable[[Event], None]
+) -> BenchRun:
+    """Measure the cells and return the run with their results, in the order of ``cells``. ``show`` takes each event."""
+    machine = this_machine()
+    started, began = datetime.now().astimezone().isoformat(timespec="seconds"), time.monotonic()
+    warmed_up_bytes = 0
+    results: dict[Cell, CellResult] = {}
+    with closing(run(cells, repeats=repeats, places=places, stop=stop)) as events:
+        for event in events:
+            show(event)
+            if isinstance(event, Finished):
+                results[event.result.cell] = event.result
+            elif isinstance(event, WarmedUp):
+                warmed_up_bytes += event.size_bytes
+    return BenchRun(
+        machine=machine,
+        started=started,
+        seconds=time.monotonic() - began,
+        quick=quick,
+        repeats=repeats,
+        warmed_up_bytes=warmed_up_bytes,
+        interrupted=stop.requested,
+        results=tuple(results[cell] for cell in cells),
+    )
 
 
 class _Session:

@@ -1,7 +1,7 @@
 """Ctrl-C as a descriptor to wait for.
 
-An exception out of a signal handler can come between any two steps, also those that put the machine back as it was. The
-benchmark waits for its worker nearly all the time, so it waits for the signal at the same place.
+A signal handler can raise between any two steps, also between those that put the machine back as it was. The benchmark waits
+for its worker nearly all the time, so it waits for the signal at the same place.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """While entered (in the main thread), SIGINT, SIGTERM and SIGHUP are remembered instead of acted upon.
+    """Remember SIGINT, SIGTERM and SIGHUP instead of acting upon them, while entered in the main thread.
+
+    A signal that is ignored already stays ignored, as nohup(1) and a shell's ``command &`` ask for.
 
     Attributes:
-        signal: the first that came; None so far.
+        signal: the first signal that came; None before.
     """
 
     def __init__(self) -> None:
@@ -28,7 +30,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's wish is kept
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._remember)
         return self
 
@@ -42,18 +44,24 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether one came."""
+        """Whether a signal came."""
         return self.signal is not None
 
     def fileno(self) -> int:
-        """Readable from the moment on that one came."""
+        """Return a descriptor that is readable as soon as a signal came."""
         return self._read_fd
 
     def request(self, number: signal.Signals = signal.SIGINT) -> None:
-        """As if the signal had come."""
+        """Ask for a stop as if signal ``number`` had come."""
         if self.signal is None:
             self.signal = number
             os.write(self._write_fd, b"\0")
+
+    def ignore_more(self) -> None:
+        """Ignore these signals from now on, also after the ``with``: the process keeps its results and is about to end."""
+        for number in self._before:
+            self._before[number] = signal.SIG_IGN
+            signal.signal(number, signal.SIG_IGN)
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.request(signal.Signals(number))

@@ -1,37 +1,39 @@
-"""The ``prefault`` command: parse and print, one module a command. Everything it shows comes from the library."""
+"""The ``prefault`` command: one module per command, which parses and prints. What it shows comes from the library."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import signal
 import sys
-from typing import Any
+from importlib import import_module
 
 import click
 
 from prefault._version import __version__
 
-_COMMANDS = ("bench", "device", "doctor")
-"""Each is the command object of that name in the module of that name, loaded when it is asked for."""
+_COMMANDS = {
+    "bench": "Measure how fast this machine populates memory, beside the figures published in 2021.",
+    "device": "Serve memory whose pages a driver supplies.",
+    "doctor": "Show what this machine can do for prefault, what limits it, and what could be better.",
+}
+"""The first line of each command's help. ``NAME`` is the command object ``NAME`` in the module ``prefault.cli.NAME``."""
 
 
 class _LazyGroup(click.Group):
-    """Commands are imported when they are needed: ``prefault --version`` pays for none of them."""
+    """A group that imports a command's module when that command is run: ``prefault --help`` imports none."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return [name for name in _COMMANDS if importlib.util.find_spec(f"{__name__}.{name}") is not None]
+        return list(_COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self.list_commands(ctx):
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _COMMANDS:
             return None
-        command: Any = getattr(importlib.import_module(f"{__name__}.{cmd_name}"), cmd_name)
+        command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
         assert isinstance(command, click.Command)
         return command
 
-
-_SIGNALLED = 128
-"""Exit statuses above it name a signal, as the shell has it."""
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,9 +43,10 @@ def cli() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; its exit status.
+    """Run the command and return its exit status.
 
-    What the user can mend is one sentence on stderr: 2 for a wrong call, 1 for everything else. Ctrl-C is 130.
+    An error that the user can correct is one sentence on stderr, with status 2 for a wrong call and 1 otherwise. Ctrl-C is
+    130.
     """
     try:
         status = cli.main(arguments, prog_name="prefault", standalone_mode=False)
@@ -57,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         _complain("interrupted")
         return 130
     except BrokenPipeError:
-        # Whoever read us has gone, as with `| head`. Python would complain when it flushes at exit.
+        # The reader of stdout has gone, as with `| head`. Python would complain when it flushes stdout at exit.
         sys.stdout = None
         return 1
     except OSError as error:
@@ -68,16 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         _complain(str(error))  # an extra that is not installed
         return 1
-    if not isinstance(status, int):
-        return 0
-    if status > _SIGNALLED:
-        # All is kept and put back: one more Ctrl-C would only interrupt the interpreter's own shutdown, with a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return status
+    return status if isinstance(status, int) else 0
 
 
 def _sentence(error: OSError) -> str:
-    """One line; the errno is left out where there is more to read than its name."""
+    """Return the error's message on one line, without the errno where the message says more than the errno's name."""
     text = error.strerror
     if not text or error.errno is None or text == os.strerror(error.errno):
         text = str(error)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
-from datetime import datetime
 from pathlib import Path
 
 import click
@@ -14,8 +11,6 @@ from click.core import ParameterSource
 from prefault.bench import grid, jsonfile, places, runner
 from prefault.bench.grid import Cell
 from prefault.bench.kinds import HUGE_PAGE_BYTES, KINDS, Places
-from prefault.bench.machine import this_machine
-from prefault.bench.results import BenchRun, CellResult
 from prefault.bench.stopping import StopRequest
 from prefault.cli.bench_device import device
 from prefault.sizes import parse_size
@@ -95,17 +90,22 @@ def bench(
         _check_writable(json_path)
     if file_directory is not None and not Path(file_directory).is_dir():
         raise click.UsageError(f"--file-directory {file_directory} is not a directory")
-    directory = file_directory or places.default_file_directory()
+    places_used = Places(file=file_directory or places.default_file_directory())
     with StopRequest() as stop:
-        run = _measure(
-            cells, quick=quick, repeats=repeats or (_QUICK_REPEATS if quick else _FULL_REPEATS), file=directory, stop=stop
-        )
-        # Before the table: whoever reads stdout may have gone.
+        # Loaded before the measurement: after Ctrl-C only the report is left to do.
+        from prefault.bench.progress import progress
+        from prefault.bench.report import console_for, render
+
+        repeats = repeats or (_QUICK_REPEATS if quick else _FULL_REPEATS)
+        with progress(cells, repeats) as show:
+            run = runner.measure_all(cells, quick=quick, repeats=repeats, places=places_used, stop=stop, show=show)
+        # Before the table: the reader of stdout may have gone.
         if json_path is not None:
             jsonfile.save(run, json_path)
-        _print(run)
-    if stop.signal is not None:
-        context.exit(128 + stop.signal)
+        render(run, console_for())
+        if stop.signal is not None:
+            stop.ignore_more()
+            context.exit(128 + stop.signal)
 
 
 def _grid(quick: bool, sizes: Sequence[int]) -> list[Cell]:
@@ -119,40 +119,6 @@ def _check_writable(path: Path) -> None:
         jsonfile.check_writable(path)
     except OSError as error:
         raise click.ClickException(f"--json {path} cannot be written: {error.strerror or error}") from error
-
-
-def _measure(cells: Sequence[Cell], *, quick: bool, repeats: int, file: str, stop: StopRequest) -> BenchRun:
-    from prefault.bench import report  # noqa: F401  now, so that after Ctrl-C nothing has to be loaded
-    from prefault.bench.progress import progress
-
-    machine = this_machine()
-    started, began = datetime.now().astimezone().isoformat(timespec="seconds"), time.monotonic()
-    warmed_up_bytes = 0
-    results: dict[Cell, CellResult] = {}
-    events = runner.run(cells, repeats=repeats, places=Places(file=file), stop=stop)
-    with progress(cells, repeats) as show, closing(events):
-        for event in events:
-            show(event)
-            if isinstance(event, runner.Finished):
-                results[event.result.cell] = event.result
-            elif isinstance(event, runner.WarmedUp):
-                warmed_up_bytes += event.size_bytes
-    return BenchRun(
-        machine=machine,
-        started=started,
-        seconds=time.monotonic() - began,
-        quick=quick,
-        repeats=repeats,
-        warmed_up_bytes=warmed_up_bytes,
-        interrupted=stop.requested,
-        results=tuple(results[cell] for cell in cells),
-    )
-
-
-def _print(run: BenchRun) -> None:
-    from prefault.bench.report import console_for, render
-
-    render(run, console_for())
 
 
 bench.add_command(device)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from contextlib import closing
-from datetime import datetime
 from pathlib import Path
 from typing import get_args
 
 import click
 
 from prefault.bench import jsonfile
-from prefault.bench.device_results import FRAMES, PAGE_SIZES, DeviceRun, Frames, RouteCell, RouteResult, cells
+from prefault.bench.device_results import FRAMES, PAGE_SIZES, Frames, RouteCell, RouteResult, cells
 from prefault.bench.kinds import HUGE_PAGE_BYTES
-from prefault.bench.machine import this_machine
 from prefault.bench.stopping import StopRequest
 from prefault.sizes import GIB, MIB, parse_size
 
@@ -68,43 +64,26 @@ def device(
             jsonfile.check_writable(json_path)
         except OSError as error:
             raise click.ClickException(f"--json {json_path} cannot be written: {error.strerror or error}") from error
-    with StopRequest() as stop:
-        run = _measure(wanted, repeats, colocate, stop)
-        # Before the table: whoever reads stdout may have gone.
-        if json_path is not None:
-            from prefault.bench import device_json
+    finished = 0
 
-            device_json.save(run, json_path)
+    def show(event: RouteCell | RouteResult) -> None:
+        nonlocal finished
+        if isinstance(event, RouteResult):
+            finished += 1
+        else:
+            click.echo(f"{finished + 1} of {len(wanted)}: {event}", err=True)
+
+    with StopRequest() as stop:
+        # Loaded before the measurement: after Ctrl-C only the report is left to do.
+        from prefault.bench import device_json, device_runner
         from prefault.bench.device_report import render
         from prefault.bench.report import console_for
 
+        run = device_runner.measure_all(wanted, repeats=repeats, colocate=colocate, stop=stop, show=show)
+        # Before the table: the reader of stdout may have gone.
+        if json_path is not None:
+            device_json.save(run, json_path)
         render(run, console_for())
-    if stop.signal is not None:
-        context.exit(128 + stop.signal)
-
-
-def _measure(wanted: list[RouteCell], repeats: int, colocate: bool, stop: StopRequest) -> DeviceRun:
-    from prefault.bench import device_report, device_runner  # noqa: F401  now: after Ctrl-C nothing has to be loaded
-    from prefault.device.uffd import USER_MODE_ONLY_NOTE
-
-    machine = this_machine()
-    started, began = datetime.now().astimezone().isoformat(timespec="seconds"), time.monotonic()
-    results: dict[RouteCell, RouteResult] = {}
-    events = device_runner.run(wanted, repeats=repeats, colocate=colocate, stopping=lambda: stop.requested)
-    with closing(events):
-        for event in events:
-            if isinstance(event, RouteResult):
-                results[event.cell] = event
-            else:
-                click.echo(f"{len(results) + 1} of {len(wanted)}: {event}", err=True)
-    notes = [result.note or "" for result in results.values() if result.counts is not None]
-    return DeviceRun(
-        machine=machine,
-        started=started,
-        seconds=time.monotonic() - began,
-        repeats=repeats,
-        colocate=colocate,
-        user_mode_only=any(USER_MODE_ONLY_NOTE in note for note in notes) if notes else None,
-        interrupted=stop.requested,
-        results=tuple(results[cell] for cell in wanted),
-    )
+        if stop.signal is not None:
+            stop.ignore_more()
+            context.exit(128 + stop.signal)

@@ -14,7 +14,7 @@ from prefault.sizes import format_size
 
 @click.group()
 def device() -> None:
-    """Memory whose pages a driver supplies."""
+    """Serve memory whose pages a driver supplies."""
 
 
 @device.command()

@@ -184,12 +184,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
         "Linux 6.7 or newer",
     ),
     "an ordinary user": (
-        {"missing": {"page_frames": "no", "map_files": "no"}}, "privileges", "tip", "user 1000",
-        "sudo setpriv --reuid=$(id -u) --regid=$(id -g) --init-groups --inh-caps=+sys_admin,+checkpoint_restore",
+        {"missing": {"map_files": "no"}}, "privileges", "tip", "user 1000",
+        "sudo setpriv --reuid=$(id -u) --regid=$(id -g) --init-groups --inh-caps=+checkpoint_restore",
     ),
     "root of a container": (
-        {"missing": {"page_frames": "no"}, "on": machine(user_id=0)}, "privileges", "tip", "root of this container",
-        "docker run --cap-add SYS_ADMIN",
+        {"missing": {"map_files": "no"}, "on": machine(user_id=0)}, "privileges", "tip", "root of this container",
+        "docker run --cap-add CHECKPOINT_RESTORE",
     ),
     "userfaultfd behind a seccomp filter": (
         {"missing": {"userfaultfd": "userfaultfd: Operation not permitted", "uffd_poison": "the same"},
@@ -339,7 +339,7 @@ def test_an_old_kernel_in_full() -> None:
 def test_a_container_in_full() -> None:
     found = advise(
         record(
-            missing={"page_frames": "hidden", "map_files": "Operation not permitted"},
+            missing={"map_files": "Operation not permitted"},
             on=machine(user_id=0, seccomp=2),
             cgroups=(
                 *memory_cgroup("/sys/fs/cgroup", GIB, 100 * MIB),
@@ -635,8 +635,8 @@ def test_an_unprivileged_user() -> None:
     found = child(before=before)
     assert found["machine"]["user_id"] == 65534
     answers = {item["name"]: item for item in found["capabilities"]}
-    assert not answers["page_frames"]["available"]
-    assert "CAP_SYS_ADMIN" in answers["page_frames"]["refusal"]
+    assert not answers["map_files"]["available"]
+    assert "lacks the privilege" in answers["map_files"]["refusal"]
     assert answers["madv_populate"]["available"] == capabilities.MADV_POPULATE.available
     assert limit(found, "memlock_enforced")["value"] == 1
     assert "user 65534" in advised(found)["privileges"]["sentence"]

@@ -434,7 +434,7 @@ def test_mlock_beyond_the_limit_names_the_limit(mapping: prefault.Mapping) -> No
 # --- bad input
 
 
-@pytest.mark.parametrize("method", ["read", "write", "read/write", "map_populate", "fallocate+write"])
+@pytest.mark.parametrize("method", ["read", "write", "read/write", "fallocate+write"])
 def test_methods_that_lose_bytes_or_die_of_sigbus_are_refused(mapping: prefault.Mapping, method: str) -> None:
     mapping.memoryview()[:5] = b"hello"
     with pytest.raises(ValueError, match="measurements"):

@@ -183,14 +183,6 @@ def _soft_dirty() -> None:
             raise OSError(errno.EOPNOTSUPP, "a freshly written page is not soft-dirty: CONFIG_MEM_SOFT_DIRTY is off")
 
 
-def _page_frames() -> None:
-    with _page() as address, _opened("/proc/self/pagemap") as fd:
-        futex.futex_add_zero(address)
-        entry = int.from_bytes(pagemap.read_pagemap(fd, address // PAGE_SIZE, 1), "little")
-        if not entry & pagemap.PM_PFRAME_MASK:
-            raise OSError(errno.EPERM, "pagemap hides frame numbers without CAP_SYS_ADMIN")
-
-
 def _procmap_query() -> None:
     with _page() as address, _opened("/proc/self/maps") as fd:
         proc.procmap_query(fd, proc.ProcmapQuery(sizeof(proc.ProcmapQuery), 0, address))
@@ -335,13 +327,6 @@ def _uffd_wp_async() -> None:
         futex.futex_add_zero(address)  # would be refused with EFAULT if it had to wait for an answer
 
 
-def _uffd_move() -> None:
-    with _userfaultfd(userfaultfd.Feature.MOVE) as fd, _page() as target, _page() as source:
-        futex.futex_add_zero(source)
-        userfaultfd.register(fd, target, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_MISSING)
-        userfaultfd.move(fd, target, source, PAGE_SIZE)
-
-
 MADV_POPULATE = Capability("madv_populate", "5.14", "MADV_POPULATE_WRITE and _READ on a page of our own", _populate)
 PROCESS_MADVISE = Capability(
     "process_madvise", "6.13", "process_madvise on ourselves with MADV_POPULATE_WRITE", _process_madvise
@@ -350,7 +335,6 @@ PAGEMAP = Capability("pagemap", "2.6.25", "reading /proc/self/pagemap", _pagemap
 PAGEMAP_SCAN = Capability("pagemap_scan", "6.7", "ioctl(PAGEMAP_SCAN) on a page of our own", _pagemap_scan)
 PAGE_IS_GUARD = Capability("page_is_guard", "6.15", "PAGEMAP_SCAN for PAGE_IS_GUARD", _page_is_guard)
 SOFT_DIRTY = Capability("soft_dirty", "3.11", "the soft-dirty bit of a page that was just written", _soft_dirty)
-PAGE_FRAMES = Capability("page_frames", "2.6.25", "a frame number in /proc/self/pagemap (CAP_SYS_ADMIN)", _page_frames)
 PROCMAP_QUERY = Capability("procmap_query", "6.11", "ioctl(PROCMAP_QUERY) on /proc/self/maps", _procmap_query)
 MAP_FILES = Capability("map_files", "3.3", "stat of a file in /proc/self/map_files (CAP_CHECKPOINT_RESTORE)", _map_files)
 CACHESTAT = Capability("cachestat", "6.5", "cachestat on a memfd", _cachestat_call)
@@ -376,7 +360,6 @@ UFFD_POISON = Capability("uffd_poison", "6.6", "UFFDIO_POISON of a page of our o
 UFFD_WP_ASYNC = Capability(
     "uffd_wp_async", "6.7", "a write to a protected page that the kernel notes by itself", _uffd_wp_async
 )
-UFFD_MOVE = Capability("uffd_move", "6.8", "UFFDIO_MOVE of a page of our own", _uffd_move)
 
 ALL: tuple[Capability, ...] = (
     MADV_POPULATE,
@@ -385,7 +368,6 @@ ALL: tuple[Capability, ...] = (
     PAGEMAP_SCAN,
     PAGE_IS_GUARD,
     SOFT_DIRTY,
-    PAGE_FRAMES,
     PROCMAP_QUERY,
     MAP_FILES,
     CACHESTAT,
@@ -402,7 +384,6 @@ ALL: tuple[Capability, ...] = (
     UFFD_WP_SHMEM,
     UFFD_POISON,
     UFFD_WP_ASYNC,
-    UFFD_MOVE,
 )
 """Every capability that this package asks about."""
 

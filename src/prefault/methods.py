@@ -179,25 +179,6 @@ class WillNeed(Method):
         mman.madvise(start, length, mman.MADV_WILLNEED)
 
 
-class MapPopulate(Method):
-    """mmap(MAP_POPULATE) over the same place: populates while mapping, and says nothing about a failure (mmap(2))."""
-
-    name = "map_populate"
-    access: Access = "write"
-    overwrites = True
-    hint = True
-
-    def run(self, start: int, length: int, target: Target) -> None:
-        """Map afresh, which loses what private memory held."""
-        flags = mman.MAP_FIXED | mman.MAP_POPULATE | (mman.MAP_SHARED if target.shared else mman.MAP_PRIVATE)
-        prot = mman.PROT_READ | (mman.PROT_WRITE if target.writable else 0)
-        if target.fd is None:
-            flags |= mman.MAP_ANONYMOUS | (mman.MAP_HUGETLB if target.page_size > PAGE_SIZE else 0)
-            mman.mmap(start, length, prot, flags)
-        else:
-            mman.mmap(start, length, prot, flags, target.fd, start + target.file_base)
-
-
 class Fallocate(Method):
     """fallocate(2): memory or disk space for the file behind a shared mapping; nothing is mapped yet."""
 
@@ -315,7 +296,6 @@ METHODS: dict[str, Method] = {
         *_PLAIN,
         FALLOCATE,
         *(FallocateThen(method) for method in _PLAIN),
-        MapPopulate(),
         WillNeed(),
         MLOCK,
         ProcessMadvise("read"),

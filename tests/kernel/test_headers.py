@@ -370,7 +370,7 @@ def test_pagemap_exclusive() -> None:
 
 
 def test_pagemap_frame() -> None:
-    needs.capability(capabilities.PAGE_FRAMES)
+    needs.page_frames()
     fd = os.memfd_create("frame")
     os.ftruncate(fd, PAGE)
     with Region(1, fd=fd, shared=True) as one, Region(1, fd=fd, shared=True) as other, Region(1) as third:

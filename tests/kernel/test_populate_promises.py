@@ -124,7 +124,7 @@ def test_after_fork_readable_shares_and_writable_copies(way: Way) -> None:
 
     So this fallback breaks copy-on-write where pages are present and shared with a child. No byte changes by it.
     """
-    needs.capability(capabilities.PAGE_FRAMES)
+    needs.page_frames()
     with Region(8) as region:
         content = random.Random(2).randbytes(8 * PAGE)
         region.fill(0, content)
@@ -174,7 +174,7 @@ def test_writable_leaves_no_zero_page() -> None:
         assert result.bytes == (8 * PAGE if capabilities.PAGEMAP_SCAN.available else 0)
         assert exclusive(region) == [True] * 8
         assert oracle.smaps(region.address)["Anonymous"] == 8 * PAGE
-        if capabilities.PAGE_FRAMES.available:
+        if oracle.shows_frames():
             assert not zero_frames & set(oracle.frames(region.address, region.length))
 
 

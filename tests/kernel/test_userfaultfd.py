@@ -484,7 +484,6 @@ def test_copy_onto_shared_memory(shared: Shared) -> None:
 
 
 def test_move_takes_the_pages_away() -> None:
-    needs.capability(capabilities.UFFD_MOVE)
     with Region(6) as region, Region(6) as source, opened(Feature.MOVE) as watcher:
         watcher.register(region.address, region.length)
         fd = watcher.fd

@@ -10,6 +10,7 @@ import pytest
 from prefault import capabilities
 from prefault._kernel import hugetlb
 from prefault.capabilities import Capability
+from support import oracle
 
 HUGE = 2 << 20
 
@@ -30,6 +31,12 @@ def capability(what: Capability) -> None:
     # A test that switches capabilities off is not about the machine.
     if not what.available and what.name not in capabilities.disabled:
         missing(f"{what.name} (Linux {what.since}) is not available: {what.refusal}")
+
+
+def page_frames() -> None:
+    """Skip where pagemap hides the frame numbers."""
+    if not oracle.shows_frames():
+        missing("pagemap hides frame numbers without CAP_SYS_ADMIN")
 
 
 def huge_pages(pages: int, page_size: int = HUGE) -> None:

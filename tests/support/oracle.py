@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import re
@@ -40,6 +41,16 @@ def file_pages(address: int, length: int) -> list[bool]:
 def frames(address: int, length: int) -> list[int]:
     """The physical frame numbers (root only: else all are 0)."""
     return [entry & _FRAME if entry & _PRESENT else -1 for entry in entries(address, length)]
+
+
+def shows_frames() -> bool:
+    """Whether pagemap shows frame numbers to this process: it needs CAP_SYS_ADMIN."""
+    with mmap.mmap(-1, PAGE) as page:
+        page[0] = 1
+        byte = ctypes.c_char.from_buffer(page)
+        (frame,) = frames(ctypes.addressof(byte), PAGE)
+        del byte  # else the page could not be unmapped
+    return frame > 0
 
 
 def smaps(address: int) -> dict[str, int]:

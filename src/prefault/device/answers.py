@@ -61,11 +61,6 @@ class Result:
         self.gone |= other.gone
         self.failed = self.failed or other.failed
 
-    @property
-    def mapped_bytes(self) -> int:
-        """Of the new entries."""
-        return sum(stop - start for start, stop in self.mapped)
-
 
 def map_run(fd: int, start: int, length: int, unit: int, write_protect: bool) -> Result:
     """UFFDIO_CONTINUE: make entries for frames that are supplied, and wake who waits for them."""

@@ -39,7 +39,7 @@ class Link:
         waiting: packets that it did not take yet.
     """
 
-    __slots__ = ("client", "connection", "deadline", "last", "pid", "pidfd", "uid", "waiting")
+    __slots__ = ("client", "connection", "deadline", "pid", "pidfd", "uid", "waiting")
 
     def __init__(self, connection: socket.socket, pid: int, uid: int, pidfd: int) -> None:
         self.connection = connection
@@ -49,7 +49,6 @@ class Link:
         self.client: Client | None = None
         self.deadline = time.monotonic() + HELLO_S
         self.waiting: deque[bytes] = deque()
-        self.last = False
 
 
 class Connections:

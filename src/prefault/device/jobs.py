@@ -151,7 +151,6 @@ class Jobs:
             del self._starts[bisect_right(self._starts, fill.pages.start) - 1]
         if fill.failure is not None:
             fill.area.counters.errors += 1
-            fill.area.counters.last_error = fill.failure.message
         with self._books.lock:
             self._calls.settle(fill)
             again = fill.finished(fill)

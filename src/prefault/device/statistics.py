@@ -19,18 +19,16 @@ class Counters:
         errors: that the driver raised.
         latency: faults that took less than ``2**n`` microseconds, and not less than half of it, by ``n``; from reading the
             message to having answered it.
-        last_error: what the driver said.
     """
 
     __slots__ = (
-        "errors", "last_error", "latency", "log", "minor", "missing", "populated_pages", "supplied_pages", "write_protect",
+        "errors", "latency", "log", "minor", "missing", "populated_pages", "supplied_pages", "write_protect",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.missing = self.minor = self.write_protect = 0
         self.populated_pages = self.supplied_pages = self.errors = 0
         self.latency = [0] * BUCKETS
-        self.last_error = ""
         self.log: deque[int | tuple[int, int]] = deque(maxlen=LOG_ENTRIES)
 
     def answered(self, took_ns: int) -> None:

@@ -171,20 +171,17 @@ def _residency(record: Record) -> Iterator[Advice]:
 
 
 def _privileges(record: Record) -> Iterator[Advice]:
-    missing = [answer for name in ("page_frames", "map_files") if (answer := record.lacks(name)) and not _by_hand(answer)]
-    if not missing:
+    missing = record.lacks("map_files")
+    if missing is None or _by_hand(missing):
         return
-    names = " and ".join(answer.name for answer in missing)
-    needed = {"page_frames": "sys_admin", "map_files": "checkpoint_restore"}
-    wanted = ",".join(f"+{needed[answer.name]}" for answer in missing)
     who = "root of this container" if record.machine.user_id == 0 else f"user {record.machine.user_id}"
     yield Advice(
         "privileges", "tip",
-        f"{names} cannot be asked by {who}: populate does not need it, only some explanations say less",
-        "docker run " + " ".join(f"--cap-add {needed[answer.name].upper()}" for answer in missing)
+        f"map_files cannot be asked by {who}: populate does not need it, only some explanations say less",
+        "docker run --cap-add CHECKPOINT_RESTORE"
         if record.machine.user_id == 0
         else "sudo setpriv --reuid=$(id -u) --regid=$(id -g) --init-groups"
-        f" --inh-caps={wanted} --ambient-caps={wanted} $(command -v prefault) doctor",
+        " --inh-caps=+checkpoint_restore --ambient-caps=+checkpoint_restore $(command -v prefault) doctor",
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ WITHOUT = {
     "pagemap_scan": "/proc/self/pagemap is read, 8 bytes a page: slower, and it tells neither the zero page nor huge pages",
     "page_is_guard": "residency cannot tell guard regions",
     "soft_dirty": "residency cannot tell written pages, unless userfaultfd write-protects them",
-    "page_frames": "nothing is lost: only our tests look at frame numbers",
     "procmap_query": "/proc/self/maps is read as a whole, slower with many mappings",
     "map_files": "errors may lack the size of a mapped file that was deleted",
     "cachestat": "residency(...).page_cache is None",
@@ -28,7 +27,6 @@ WITHOUT = {
     "uffd_wp_shmem": "devices cannot evict pages that are writable somewhere, and dirty pages are not tracked",
     "uffd_poison": "device memory is refused with DeviceError: pages that a driver cannot supply could not be reported",
     "uffd_wp_async": "dirty pages of device memory are tracked by the server: a fault for each first write",
-    "uffd_move": "nothing is lost: frames of device memory are shared, not moved",
 }
 """By the name of the capability."""
 

@@ -1,4 +1,4 @@
-"""Calling the C library so that the GIL is released and errors become ``OSError``."""
+"""Call the C library so that the GIL is released and errors become ``OSError``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OFFSET = ctypes.c_int64
 
 
 def declare(name: str, *arguments: Any, result: Any = ctypes.c_int) -> Callable[..., int]:
-    """The C library's function ``name``, typed. It answers -1 on failure; ask :func:`fail` then."""
+    """Return the C library's function ``name``, typed. When it returns -1, :func:`fail` raises the error."""
     function = getattr(libc, name)
     function.argtypes = arguments
     function.restype = result
@@ -27,7 +27,7 @@ def declare(name: str, *arguments: Any, result: Any = ctypes.c_int) -> Callable[
 
 
 def declare_syscall(number: int, *arguments: Any) -> Callable[..., int]:
-    """The system call ``number``, for calls that the C library has no function for."""
+    """Return a function that makes the system call ``number``, for calls without a function in the C library."""
     # A function object of its own: argtypes of the shared `libc.syscall` would be overwritten by the next declaration.
     function = libc["syscall"]
     function.argtypes = (LONG, *arguments)
@@ -36,7 +36,7 @@ def declare_syscall(number: int, *arguments: Any) -> Callable[..., int]:
 
 
 def fail(call: str) -> NoReturn:
-    """Raise what errno says of the system call named ``call``."""
+    """Raise OSError with errno for the system call named ``call``."""
     number = ctypes.get_errno()
     raise OSError(number, f"{call}: {os.strerror(number)}")
 

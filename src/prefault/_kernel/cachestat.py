@@ -29,7 +29,7 @@ class Cachestat(ctypes.Structure):
 
 
 class PageCache(NamedTuple):
-    """Base pages of a file in the page cache, by state."""
+    """Numbers of base pages of a file in the page cache, by state."""
 
     cached: int
     dirty: int
@@ -42,7 +42,7 @@ _cachestat = declare_syscall(NR_CACHESTAT, UINT, POINTER, POINTER, UINT)
 
 
 def cachestat(fd: int, offset: int = 0, length: int = 0) -> PageCache:
-    """The page cache of ``length`` bytes of a file from ``offset`` on (0: to its end). cachestat(2).
+    """Count the cached pages of ``length`` bytes (0: all up to the end) of a file from ``offset`` on. cachestat(2).
 
     Raises:
         OSError: EOPNOTSUPP on hugetlbfs, EPERM for a file that the caller may not write (since Linux 6.14).

@@ -17,7 +17,7 @@ _V1_UNLIMITED = 1 << 62
 
 
 def hierarchies(pid: int | str = "self") -> Iterator[tuple[frozenset[str], str]]:
-    """The lines of ``/proc/pid/cgroup``: the controllers (empty for v2), and the path inside the hierarchy."""
+    """Read ``/proc/pid/cgroup``: yield each line's controllers (empty for v2) and path inside the hierarchy."""
     with open(f"/proc/{pid}/cgroup", "rb") as file:
         text = os.fsdecode(file.read())
     for line in text.removesuffix("\n").split("\n"):  # not splitlines(): other separators may be in a name
@@ -29,9 +29,9 @@ class Governing(NamedTuple):
     """The cgroups that govern a controller for a process.
 
     Attributes:
-        directories: the process' own first, and then each parent's.
-        version: 1 or 2; 0 where no hierarchy with that controller is in sight.
-        options: of the hierarchy's mount, such as ``rw,memory_hugetlb_accounting``.
+        directories: of the process' own cgroup first, and then of each parent.
+        version: 1 or 2; 0 where this process sees no hierarchy with that controller.
+        options: the options of the hierarchy's mount, such as ``rw,memory_hugetlb_accounting``.
     """
 
     directories: tuple[str, ...]
@@ -40,9 +40,9 @@ class Governing(NamedTuple):
 
 
 def governing(controller: str, pid: int | str = "self") -> Governing:
-    """The cgroup directories that govern ``controller`` for a process.
+    """Find the cgroups that govern ``controller`` for a process.
 
-    With v1 and v2 both mounted, the v1 hierarchy that holds the controller is the one; a controller lives in one of the two.
+    With v1 and v2 both mounted, a controller is in one of the two: the v1 hierarchy is taken where it has the controller.
     """
     mounts = read_mounts()
     for controllers, path in hierarchies(pid):
@@ -59,9 +59,9 @@ def governing(controller: str, pid: int | str = "self") -> Governing:
 
 
 def directories(controller: str, pid: int | str = "self") -> list[Path]:
-    """The cgroup directories that govern ``controller`` for a process, its own first and then each parent's.
+    """Return the cgroup directories that govern ``controller`` for a process, its own first and then each parent's.
 
-    Empty where no hierarchy with that controller is mounted.
+    The list is empty where no hierarchy with that controller is mounted.
     """
     from pathlib import Path  # takes longer to import than this whole module
 
@@ -77,10 +77,10 @@ def _has_controller(directory: str, controller: str) -> bool:
 
 
 def _below(root: str, path: str) -> str | None:
-    """``path`` seen from the mount's root; None where the mount does not show it (a container's view)."""
+    """Return ``path`` relative to the mount's root; None where the mount does not show it (a container's view)."""
     top, parts = _parts(root), _parts(path)
     inside = parts[len(top) :]
-    # "/../x": we are outside of our cgroup namespace's root, and what the mount shows is not above us.
+    # "/../x": this process is outside of its cgroup namespace's root, and the mount shows none of its parents.
     if parts[: len(top)] != top or ".." in inside:
         return None
     return "/".join(inside) or "."
@@ -99,7 +99,7 @@ def _upward(top: str, inside: str) -> Iterator[str]:
 
 
 def read_text(path: str | os.PathLike[str]) -> str | None:
-    """A cgroup file, stripped; None where this cgroup has no such file (or it went away)."""
+    """Read a cgroup file and strip it; None where this cgroup has no such file (any more) or it may not be read."""
     try:
         with open(path) as file:
             return file.read().strip()
@@ -108,7 +108,7 @@ def read_text(path: str | os.PathLike[str]) -> str | None:
 
 
 def read_bytes(path: str | os.PathLike[str]) -> int | None:
-    """A size in a cgroup file; None where there is no such file, or no limit (``max``, or v1's huge number)."""
+    """Read a size from a cgroup file; None where there is no such file, or no limit (``max``, or v1's huge number)."""
     text = read_text(path)
     if text is None or text == "max":
         return None
@@ -116,5 +116,5 @@ def read_bytes(path: str | os.PathLike[str]) -> int | None:
 
 
 def limited(value: int) -> int | None:
-    """A limit of v1 in bytes; None for the huge number that stands for no limit."""
+    """Return a limit of v1 in bytes; None for the huge number that stands for no limit."""
     return None if value >= _V1_UNLIMITED else value

@@ -11,6 +11,9 @@ _fallocate = declare("fallocate", INT, INT, OFFSET, OFFSET)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2). Not ``os.posix_fallocate``, which writes into every block where the file system cannot allocate."""
+    """Allocate, or punch a hole into, ``length`` bytes of a file. fallocate(2).
+
+    ``os.posix_fallocate`` is no substitute: it writes into every block where the file system cannot allocate.
+    """
     if _fallocate(fd, mode, offset, length):
         fail("fallocate")

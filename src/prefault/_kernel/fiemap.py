@@ -38,7 +38,7 @@ class FiemapExtent(ctypes.Structure):
 
 
 def fiemap(fd: int, offset: int, length: int, extents: int) -> list[FiemapExtent]:
-    """Up to ``extents`` extents of the file that touch ``length`` bytes from ``offset`` on. The file position stays.
+    """Return up to ``extents`` extents that touch ``length`` bytes of the file from ``offset`` on. The file position stays.
 
     Raises:
         OSError: EOPNOTSUPP where the file system cannot tell (tmpfs, NFS).
@@ -53,10 +53,10 @@ def fiemap(fd: int, offset: int, length: int, extents: int) -> list[FiemapExtent
 
 
 def holes(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The parts of ``[start, stop)`` of a file that have no blocks; none where the file system cannot tell.
+    """Find the parts of ``[start, stop)`` of a file that have no blocks; none where the file system cannot tell.
 
-    By FIEMAP, not lseek(SEEK_HOLE): that moves the position of a descriptor that is not ours alone, and takes blocks that
-    were set aside and never written for a hole.
+    FIEMAP is asked and not lseek(SEEK_HOLE), which moves the position of a descriptor that others share, and which reports
+    blocks that were allocated and never written as a hole.
     """
     at = start
     while at < stop:

@@ -1,4 +1,4 @@
-"""futex(2), as far as it is a way to add to a word atomically."""
+"""futex(2), used only to add to a word atomically."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _ADD_ZERO = FUTEX_OP_ADD << 28 | FUTEX_OP_CMP_EQ << 24 | 0 << 12 | 0x800
 def futex_add_zero(address: int) -> None:
     """Add 0 to the 32-bit word at ``address``, atomically: FUTEX_WAKE_OP with FUTEX_OP_ADD. futex(2).
 
-    A write fault for the kernel that changes no byte and loses no other thread's write. Where the page cannot be had it is
-    ``EFAULT``, never a signal. A futex waiter on that very word may be woken without cause, which futex(2) tells every
-    waiter to expect.
+    The call takes a write fault, changes no byte and loses no other thread's write. It fails with ``EFAULT``, and never
+    raises a signal, where the page cannot be supplied. A futex waiter on that very word may be woken without cause; futex(2)
+    tells every waiter to expect that.
     """
     # _ADD_ZERO sets bit 11 only, so it is positive and fits the int.
     if _futex(_UNWAITED, FUTEX_WAKE_OP | FUTEX_PRIVATE_FLAG, 0, 0, address, _ADD_ZERO) < 0:

@@ -9,7 +9,7 @@ _POOLS = "/sys/kernel/mm/hugepages"
 
 
 class HugetlbPool(NamedTuple):
-    """The pool of huge pages of one size; counts are pages of ``page_size`` bytes."""
+    """The hugetlb pool of one page size. All but ``page_size``, in bytes, are counts of such pages."""
 
     page_size: int
     total: int
@@ -20,7 +20,7 @@ class HugetlbPool(NamedTuple):
 
     @property
     def setting(self) -> str:
-        """The file that its size is written to."""
+        """The sysfs file that sets the size of the pool."""
         return _path(self.page_size, "nr_hugepages")
 
     @property
@@ -30,12 +30,12 @@ class HugetlbPool(NamedTuple):
 
     @property
     def surplus_left(self) -> int:
-        """Pages that the kernel would still take from ordinary memory when the pool is used up (nr_overcommit_hugepages)."""
+        """Surplus pages that the kernel may still allocate from ordinary memory (nr_overcommit_hugepages)."""
         return max(0, self.overcommit - self.surplus)
 
 
 def page_sizes() -> list[int]:
-    """The sizes of huge pages that this kernel has pools for, in bytes, smallest first."""
+    """List the page sizes in bytes of this kernel's hugetlb pools, smallest first."""
     try:
         names = os.listdir(_POOLS)
     except FileNotFoundError:
@@ -44,7 +44,7 @@ def page_sizes() -> list[int]:
 
 
 def read_pool(page_size: int) -> HugetlbPool:
-    """The state of the pool of huge pages of ``page_size`` bytes.
+    """Read the state of the pool of huge pages of ``page_size`` bytes.
 
     Raises:
         FileNotFoundError: the kernel has no huge pages of that size.
@@ -60,7 +60,7 @@ def read_pool(page_size: int) -> HugetlbPool:
 
 
 def resize_pool(page_size: int, pages: int) -> int:
-    """Ask for a pool of ``pages`` huge pages; how many it has now, which may be fewer. Needs root."""
+    """Set the size of a pool to ``pages`` huge pages; return the size it got, which may be smaller. Needs root."""
     with open(_path(page_size, "nr_hugepages"), "w") as file:
         file.write(str(pages))
     return _read(page_size, "nr_hugepages")

@@ -13,9 +13,9 @@ from prefault._kernel.kept import KeptFile
 
 
 class Bound(NamedTuple):
-    """A limit of one cgroup and what is charged against it, children included; in bytes.
+    """A limit of one cgroup and the usage charged against it, children included; in bytes.
 
-    ``file`` is where the limit was read, ``counts`` is ``"memory"``, ``"memory+swap"``, or ``"high"`` for ``memory.high``.
+    ``file`` is the file of the limit, ``counts`` is ``"memory"``, ``"memory+swap"``, or ``"high"`` for ``memory.high``.
     """
 
     file: str
@@ -25,9 +25,10 @@ class Bound(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What of a cgroup's memory is what, children included; in bytes, from ``memory.stat``.
+    """The memory of a cgroup by kind, children included; in bytes, from ``memory.stat``.
 
-    ``file`` is the page cache on the LRU lists: without shmem, which is on the anonymous ones, and without what is locked.
+    ``file`` is the page cache on the LRU lists. Shmem is not in it, as it is on the anonymous lists, and neither are locked
+    pages.
     """
 
     file: int
@@ -38,7 +39,7 @@ class Statistics(NamedTuple):
 
 
 class MemoryCgroup:
-    """The memory controller's files in one directory. What is missing or cannot be read is no limit."""
+    """The memory controller's files in one directory. A file that is missing or cannot be read means no limit."""
 
     def __init__(self, directory: str, version: int) -> None:
         self.directory = directory
@@ -46,7 +47,7 @@ class MemoryCgroup:
         self._files: dict[str, KeptFile] = {}
 
     def bounds(self) -> list[Bound]:
-        """The limits that are set. The usage of a cgroup without limits is not read."""
+        """Return the limits that are set. The usage of a cgroup without limits is not read."""
         files = _FILES_V1 if self.version == 1 else _FILES_V2
         found = []
         for counts, limit_file, usage_file in files:
@@ -59,13 +60,13 @@ class MemoryCgroup:
         return found
 
     def statistics(self) -> Statistics:
-        """``memory.stat``. The kernel gathers it from every CPU, and may be behind by 64 pages for each."""
+        """Read ``memory.stat``. The kernel gathers it from every CPU, and may be behind by 64 pages for each."""
         values = {}
         for line in self._read("memory.stat").splitlines():
             key, _, value = line.partition(b" ")
             if value.isdigit():
                 values[key.decode()] = int(value)
-        # v1 has the counters of the cgroup alone, too, and says nothing of slab.
+        # v1 has the counters of the cgroup without its children, too, and none of slab.
         v1 = self.version == 1
         lists, dirty, writeback = (
             ("total_", "total_dirty", "total_writeback") if v1 else ("", "file_dirty", "file_writeback")
@@ -79,14 +80,14 @@ class MemoryCgroup:
         )  # fmt: skip
 
     def swap_left(self) -> int | None:
-        """Bytes of swap that this cgroup may still use; None without a limit of its own (v1 limits memory+swap instead)."""
+        """Return the bytes of swap that this cgroup may still use; None without a limit (v1 limits memory+swap instead)."""
         if self.version == 1:
             return 0 if self._read("memory.swappiness").strip() == b"0" else None
         limit, usage = self._number("memory.swap.max"), self._number("memory.swap.current")
         return None if limit is None else max(0, limit - (usage or 0))
 
     def hierarchical(self) -> bool:
-        """Whether it counts its children too. Always, but for v1 with ``memory.use_hierarchy`` 0 (before Linux 5.11)."""
+        """Return whether it counts its children: False only for v1 with ``memory.use_hierarchy`` 0 (before Linux 5.11)."""
         return self.version == 2 or read_text(os.path.join(self.directory, "memory.use_hierarchy")) != "0"
 
     def _number(self, name: str) -> int | None:
@@ -114,7 +115,7 @@ _FILES_V2 = (
 
 
 def hugetlb_bounds(directory: str, version: int, page_size: int) -> list[Bound]:
-    """The limits on huge pages of a size that a cgroup has: ``counts`` is ``"pages"`` or ``"reservations"`` (Linux 5.7)."""
+    """Return a cgroup's limits on huge pages of a size: ``counts`` is ``"pages"`` or ``"reservations"`` (Linux 5.7)."""
     stem = os.path.join(directory, f"hugetlb.{_size_name(page_size)}")
     limit_name, usage_name = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
     found = []
@@ -127,7 +128,7 @@ def hugetlb_bounds(directory: str, version: int, page_size: int) -> list[Bound]:
 
 
 def _size_name(page_size: int) -> str:
-    """As the kernel writes it: 2MB, 1GB, 64KB."""
+    """Return the page size as the kernel writes it in file names: 2MB, 1GB, 64KB."""
     for shift, unit in ((30, "GB"), (20, "MB")):
         if page_size >> shift:
             return f"{page_size >> shift}{unit}"

@@ -16,5 +16,5 @@ def memfd_create(name: str, flags: int = MFD_CLOEXEC) -> int:
 
 
 def huge_page_flag(page_size: int, shift: int = MFD_HUGE_SHIFT) -> int:
-    """The size of a huge page (a power of two, in bytes) as MAP_HUGE_* and MFD_HUGE_* encode it."""
+    """Encode the size of a huge page (a power of two, in bytes) as MAP_HUGE_* and MFD_HUGE_* do."""
     return (page_size.bit_length() - 1) << shift

@@ -67,7 +67,7 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def mmap(address: int, length: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
-    """Map ``length`` bytes; the address of the mapping. mmap(2)."""
+    """Map ``length`` bytes and return the address of the mapping. mmap(2)."""
     result = _mmap(address, length, prot, flags, fd, offset)
     if result == _MAP_FAILED:
         fail("mmap")
@@ -75,19 +75,19 @@ def mmap(address: int, length: int, prot: int, flags: int, fd: int = -1, offset:
 
 
 def munmap(address: int, length: int) -> None:
-    """munmap(2)."""
+    """Unmap ``length`` bytes at ``address``. munmap(2)."""
     if _munmap(address, length):
         fail("munmap")
 
 
 def mprotect(address: int, length: int, prot: int) -> None:
-    """mprotect(2)."""
+    """Set the protection of ``length`` bytes at ``address`` to ``prot``. mprotect(2)."""
     if _mprotect(address, length, prot):
         fail("mprotect")
 
 
 def madvise(address: int, length: int, advice: int) -> None:
-    """madvise(2). The GIL is released meanwhile, which ``mmap.mmap.madvise`` does not do."""
+    """Give ``advice`` on ``length`` bytes at ``address`` without the GIL, which ``mmap.mmap.madvise`` keeps. madvise(2)."""
     if _madvise(address, length, advice):
         fail("madvise")
 
@@ -96,14 +96,14 @@ def process_madvise(pidfd: int, ranges: Sequence[tuple[int, int]], advice: int) 
     """Give ``advice`` on up to 1024 ``(address, length)`` ranges of the process ``pidfd``. process_madvise(2), Linux 5.10.
 
     Returns:
-        The bytes advised. A range that fails ends the call: a short count and no errno, unless it was the first.
+        The bytes advised. A range that fails ends the call, with a short count and no errno unless it is the first.
     """
     vector = (IoVec * len(ranges))(*(IoVec(*pair) for pair in ranges))
     return process_madvise_vector(pidfd, ctypes.addressof(vector), len(ranges), advice)
 
 
 def process_madvise_vector(pidfd: int, vector: int, count: int, advice: int) -> int:
-    """:func:`process_madvise` of ``count`` (at most 1024) ``struct iovec`` that lie ready at the address ``vector``."""
+    """Give ``advice`` on the ``count`` (at most 1024) ranges of a ``struct iovec`` array at the address ``vector``."""
     result = _process_madvise(pidfd, vector, count, advice, 0)
     if result < 0:
         fail("process_madvise")
@@ -111,21 +111,21 @@ def process_madvise_vector(pidfd: int, vector: int, count: int, advice: int) -> 
 
 
 def mlock2(address: int, length: int, flags: int = 0) -> None:
-    """mlock2(2), Linux 4.4. ``flags`` is 0 or MLOCK_ONFAULT."""
+    """Lock ``length`` bytes at ``address``; ``flags`` is 0 or MLOCK_ONFAULT. mlock2(2), Linux 4.4."""
     if _mlock2(address, length, flags):
         fail("mlock2")
 
 
 def munlock(address: int, length: int) -> None:
-    """munlock(2)."""
+    """Unlock ``length`` bytes at ``address``. munlock(2)."""
     if _munlock(address, length):
         fail("munlock")
 
 
 def mincore(address: int, length: int) -> bytearray:
-    """One byte a base page, bit 0 set where the page is resident. mincore(2).
+    """Return one byte per base page, with bit 0 set where the page is resident. mincore(2).
 
-    Since Linux 5.2 it claims that every page of a file is resident when the caller may not write the file.
+    Since Linux 5.2 the kernel reports every page of a file as resident when the caller may not write the file.
     """
     vector = bytearray(-(-length // PAGE_SIZE))
     if not vector:

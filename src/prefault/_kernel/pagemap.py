@@ -1,4 +1,4 @@
-"""/proc/pid/pagemap: its entries, and the PAGEMAP_SCAN ioctl (Linux 6.7)."""
+"""The entries of /proc/pid/pagemap, and the PAGEMAP_SCAN ioctl (Linux 6.7)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PM_SCAN_CHECK_WPASYNC = 1 << 1
 
 
 class PageCategory(enum.IntFlag):
-    """``PAGE_IS_*``: what PAGEMAP_SCAN tells of a page."""
+    """``PAGE_IS_*``: the categories of pages that PAGEMAP_SCAN reports."""
 
     WPALLOWED = 1 << 0
     WRITTEN = 1 << 1
@@ -64,18 +64,18 @@ class PmScanArg(ctypes.Structure):
 
 
 def pagemap_scan(fd: int, argument: PmScanArg) -> int:
-    """ioctl(PAGEMAP_SCAN) on an open pagemap; the number of regions filled in. ``argument.walk_end`` says how far it got.
+    """Scan a range by ioctl(PAGEMAP_SCAN) on an open pagemap; return the number of regions filled in.
 
-    Documented in Documentation/admin-guide/mm/pagemap.rst.
+    ``argument.walk_end`` is where the scan ended. See Documentation/admin-guide/mm/pagemap.rst.
     """
     return int(fcntl.ioctl(fd, PAGEMAP_SCAN, argument, True))
 
 
 def read_pagemap(fd: int, first_page: int, pages: int) -> bytes:
-    """The 64-bit entries of ``pages`` pages from page number ``first_page`` on, as native-endian bytes."""
+    """Read the 64-bit entries of ``pages`` pages from page number ``first_page`` on, as native-endian bytes."""
     wanted = pages * ENTRY_BYTES
     entries = bytearray()
-    while len(entries) < wanted:  # a read gives what fits the kernel's buffer
+    while len(entries) < wanted:  # a read returns no more than fits the kernel's buffer
         part = os.pread(fd, wanted - len(entries), first_page * ENTRY_BYTES + len(entries))
         if not part:
             break

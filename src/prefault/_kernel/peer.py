@@ -1,4 +1,4 @@
-"""Who is at the other end of a Unix socket: SO_PEERCRED, SO_PEERPIDFD (unix(7))."""
+"""The process at the other end of a Unix socket: SO_PEERCRED, SO_PEERPIDFD (unix(7))."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UCRED = struct.Struct("=iII")
 
 
 class Ucred(NamedTuple):
-    """``struct ucred``: who called connect(2), or listen(2), as it was then."""
+    """``struct ucred``: the process that called connect(2) or listen(2), as it was then."""
 
     pid: int
     uid: int
@@ -22,15 +22,15 @@ class Ucred(NamedTuple):
 
 
 def peer_credentials(connection: socket.socket) -> Ucred:
-    """The process at the other end. ``pid`` is 0 where it is not visible in this pid namespace."""
+    """Return the peer's credentials. ``pid`` is 0 where the peer is not visible in this pid namespace."""
     return Ucred(*_UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
 
 
 def peer_pidfd(connection: socket.socket) -> int:
-    """A new pidfd of the process at the other end: it becomes readable when that process ends.
+    """Open a pidfd of the process at the other end. The pidfd becomes readable when that process ends.
 
     Raises:
-        ProcessLookupError: it has ended already.
+        ProcessLookupError: the process has ended already.
     """
     try:
         return connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
@@ -39,5 +39,5 @@ def peer_pidfd(connection: socket.socket) -> int:
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from error
         if error.errno != errno.ENOPROTOOPT:
             raise
-    # Before Linux 6.5 by number, which another process may have got meanwhile: its end then ends the connection.
+    # Before Linux 6.5 by pid. Another process may have got that number meanwhile: its end then ends the connection.
     return os.pidfd_open(peer_credentials(connection).pid)

@@ -1,4 +1,4 @@
-"""/proc: a process's maps and smaps, PROCMAP_QUERY (Linux 6.11), mounts, meminfo."""
+"""Files of /proc: maps and smaps of a process, PROCMAP_QUERY (Linux 6.11), mounts, meminfo."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class ProcmapQuery(ctypes.Structure):
 
 
 def procmap_query(fd: int, query: ProcmapQuery) -> None:
-    """ioctl(PROCMAP_QUERY) on an open ``/proc/pid/maps``: one VMA by address, without reading the others.
+    """Look up one VMA by address, by ioctl(PROCMAP_QUERY) on an open ``/proc/pid/maps``.
 
     Raises:
-        OSError: ENOENT where no VMA answers, ENOTTY before Linux 6.11.
+        OSError: ENOENT where no VMA matches, ENOTTY before Linux 6.11.
     """
     fcntl.ioctl(fd, PROCMAP_QUERY, query, True)
 
@@ -69,12 +69,12 @@ _LINE = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+):([
 
 
 def read_maps(pid: int | str = "self") -> Iterator[MapsLine]:
-    """The lines of ``/proc/pid/maps``."""
+    """Read the lines of ``/proc/pid/maps``."""
     return _parse(_read(f"/proc/{pid}/maps"))
 
 
 def read_smaps(pid: int | str = "self") -> Iterator[MapsLine]:
-    """The entries of ``/proc/pid/smaps``. Slow: the kernel walks the page tables of every mapping."""
+    """Read the entries of ``/proc/pid/smaps``. This is slow: the kernel walks the page tables of every mapping."""
     return _parse(_read(f"/proc/{pid}/smaps"))
 
 
@@ -130,7 +130,7 @@ class Mount(NamedTuple):
 
 
 def read_mounts() -> list[Mount]:
-    """The mounts that this process sees, from ``/proc/self/mountinfo``."""
+    """Read the mounts that this process sees from ``/proc/self/mountinfo``."""
     mounts = []
     # Not splitlines(): the kernel escapes no line separator but the newline.
     for line in os.fsdecode(_read("/proc/self/mountinfo")).removesuffix("\n").split("\n"):
@@ -148,7 +148,7 @@ def _unescape(path: str) -> str:
 
 
 def read_meminfo() -> dict[str, int]:
-    """``/proc/meminfo``: sizes in bytes, page counts as they are."""
+    """Read ``/proc/meminfo``: sizes in bytes, page counts as they are."""
     values = {}
     for line in _read("/proc/meminfo").decode().splitlines():
         key, _, value = line.partition(":")

@@ -8,7 +8,7 @@ _SETTINGS = "/sys/kernel/mm/transparent_hugepage"
 
 
 def read_setting(name: str) -> str | None:
-    """The chosen word of a setting such as ``enabled`` or ``shmem_enabled``; None where the kernel has no such file."""
+    """Read the chosen word of a setting such as ``shmem_enabled``; None where the kernel has no such file."""
     try:
         with open(f"{_SETTINGS}/{name}") as file:
             text = file.read().strip()
@@ -19,6 +19,6 @@ def read_setting(name: str) -> str | None:
 
 
 def pmd_size() -> int | None:
-    """Bytes in a huge page that one page-table entry maps (2 MiB on x86-64); None without THP."""
+    """Read the size in bytes of a huge page of the PMD level (2 MiB on x86-64); None without THP."""
     text = read_setting("hpage_pmd_size")
     return None if text is None else int(text)

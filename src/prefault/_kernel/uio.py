@@ -9,7 +9,7 @@ _process_vm_writev = declare("process_vm_writev", INT, POINTER, LONG, POINTER, L
 
 
 def process_vm_readv(pid: int, local: int, local_count: int, remote: int, remote_count: int) -> int:
-    """Copy from the ``remote`` iovec array (address) of process ``pid`` to our ``local`` one. process_vm_readv(2).
+    """Copy from the ``remote`` iovec array (address) of process ``pid`` to the caller's ``local`` one.
 
     Returns:
         The bytes copied; fewer than asked where an address of the remote side fails after the first.
@@ -21,7 +21,7 @@ def process_vm_readv(pid: int, local: int, local_count: int, remote: int, remote
 
 
 def process_vm_writev(pid: int, local: int, local_count: int, remote: int, remote_count: int) -> int:
-    """Copy from our ``local`` iovec array (address) to the ``remote`` one of process ``pid``. process_vm_writev(2).
+    """Copy from the caller's ``local`` iovec array (address) to the ``remote`` one of process ``pid``.
 
     Returns:
         The bytes copied; fewer than asked where an address of the remote side fails after the first.

@@ -1,7 +1,7 @@
 """userfaultfd(2): page faults answered by a process. Documentation/admin-guide/mm/userfaultfd.rst, ioctl_userfaultfd(2).
 
-Arguments lie in fresh ``bytearray`` and not in ctypes structures: making one takes a third of the time, where a fault is
-answered in a few microseconds. The formats below are proven field by field against the header.
+An argument is packed into a fresh ``bytearray`` and not into a ctypes structure: that takes a third of the time, and a fault
+is answered in a few microseconds. ``tests/kernel/test_headers.py`` compares the formats field by field with the header.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ USERFAULTFD_IOC_NEW = 0xAA00  # Linux 6.1
 
 
 class Feature(enum.IntFlag):
-    """``UFFD_FEATURE_*``: what a kernel can do, and what a userfaultfd is asked to do."""
+    """``UFFD_FEATURE_*``: the features that a kernel has, and that a userfaultfd is asked for."""
 
     PAGEFAULT_FLAG_WP = 1 << 0  # Linux 5.7
     EVENT_FORK = 1 << 1  # to ask for it: CAP_SYS_PTRACE
@@ -122,9 +122,9 @@ _userfaultfd = declare_syscall(NR_USERFAULTFD, INT)
 
 
 def userfaultfd(flags: int) -> int:
-    """A new descriptor. ``flags``: os.O_CLOEXEC, os.O_NONBLOCK, UFFD_USER_MODE_ONLY. userfaultfd(2), Linux 4.3.
+    """Create a userfaultfd. ``flags``: os.O_CLOEXEC, os.O_NONBLOCK, UFFD_USER_MODE_ONLY. userfaultfd(2), Linux 4.3.
 
-    poll(2) says whether there is an event only for a descriptor that is O_NONBLOCK.
+    poll(2) reports events only on a descriptor that is O_NONBLOCK.
 
     Raises:
         OSError: EPERM without CAP_SYS_PTRACE, UFFD_USER_MODE_ONLY or vm.unprivileged_userfaultfd = 1, or by seccomp.
@@ -137,7 +137,7 @@ def userfaultfd(flags: int) -> int:
 
 
 def userfaultfd_from_device(flags: int) -> int:
-    """A new descriptor from /dev/userfaultfd: whoever may open that needs no other right. Linux 6.1."""
+    """Create a userfaultfd from /dev/userfaultfd: the right to open that file is enough. Linux 6.1."""
     device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     try:
         return fcntl.ioctl(device, USERFAULTFD_IOC_NEW, flags)
@@ -146,14 +146,14 @@ def userfaultfd_from_device(flags: int) -> int:
 
 
 def api(fd: int, features: int = 0) -> tuple[Feature, Ioctl]:
-    """Ask for ``features``, once and before everything else; what the kernel has altogether. UFFDIO_API.
+    """Ask for ``features``, once and before any other ioctl; return what the kernel has. UFFDIO_API.
 
     Returns:
         All features of this kernel (not those asked for), and the ioctls of the descriptor itself.
 
     Raises:
-        OSError: EINVAL for features that the kernel does not have; since Linux 6.12 the descriptor may then be asked again,
-            before it may not (EINVAL). EPERM for EVENT_FORK without CAP_SYS_PTRACE.
+        OSError: EINVAL for features that the kernel does not have. Since Linux 6.12 the descriptor may then be asked again;
+            before, every further call fails with EINVAL. EPERM for EVENT_FORK without CAP_SYS_PTRACE.
     """
     argument = bytearray(UFFDIO_API_ARGUMENT.pack(UFFD_API, features, 0))
     fcntl.ioctl(fd, UFFDIO_API, argument, True)
@@ -162,7 +162,7 @@ def api(fd: int, features: int = 0) -> tuple[Feature, Ioctl]:
 
 
 def register(fd: int, start: int, length: int, mode: int) -> Ioctl:
-    """Have faults in the range reported; the ioctls that may be used on it. UFFDIO_REGISTER.
+    """Register the range, so that its faults are reported; return the ioctls that it takes. UFFDIO_REGISTER.
 
     Raises:
         OSError: EINVAL for memory or a mode that cannot be registered, EBUSY where another userfaultfd has it,
@@ -174,12 +174,12 @@ def register(fd: int, start: int, length: int, mode: int) -> Ioctl:
 
 
 def unregister(fd: int, start: int, length: int) -> None:
-    """Faults in the range are the kernel's own again: who waits there is woken, to read zeros. UFFDIO_UNREGISTER."""
+    """Unregister the range. Threads that wait for its pages wake up and read zeros. UFFDIO_UNREGISTER."""
     fcntl.ioctl(fd, UFFDIO_UNREGISTER, UFFDIO_RANGE_ARGUMENT.pack(start, length))
 
 
 def wake(fd: int, start: int, length: int) -> None:
-    """Threads that wait for a page of the range fault again: what is not there by then is reported again. UFFDIO_WAKE."""
+    """Wake the threads that wait for pages of the range. A page that is still missing is reported again. UFFDIO_WAKE."""
     fcntl.ioctl(fd, UFFDIO_WAKE, UFFDIO_RANGE_ARGUMENT.pack(start, length))
 
 
@@ -187,52 +187,59 @@ def copy(fd: int, dst: int, src: int, length: int, mode: int = 0) -> int:
     """Supply missing pages at ``dst`` (in the registered process) from ``src`` (in the caller). UFFDIO_COPY.
 
     Returns:
-        The bytes done: fewer than ``length`` where the kernel stopped (at a page that is already there, most often).
+        The bytes done: fewer than ``length`` where the kernel stopped, most often at a page that is present already.
 
     Raises:
-        OSError: nothing was done. EEXIST: the first page is already there. ENOENT: that is not registered. EAGAIN: the
-            process is forking or remapping, ask again after reading the event. ESRCH: the process is gone.
+        OSError: nothing was done. EEXIST: the first page is present already. ENOENT: the range is not registered. EAGAIN:
+            the process is forking or remapping; call again after reading the event. ESRCH: the process is gone.
     """
     argument = bytearray(UFFDIO_TRANSFER_ARGUMENT.pack(dst, src, length, mode, 0))
     return _partial(fd, UFFDIO_COPY, argument, _TRANSFER_ANSWER_AT)
 
 
 def zeropage(fd: int, start: int, length: int, mode: int = 0) -> int:
-    """Supply zeros for missing pages; bytes done and errors as of :func:`copy`. Not on hugetlb. UFFDIO_ZEROPAGE."""
+    """Supply zeros for missing pages, with the result and errors of :func:`copy`. Not on hugetlb. UFFDIO_ZEROPAGE."""
     argument = bytearray(UFFDIO_RUN_ARGUMENT.pack(start, length, mode, 0))
     return _partial(fd, UFFDIO_ZEROPAGE, argument, _RUN_ANSWER_AT)
 
 
 def continue_(fd: int, start: int, length: int, mode: int = 0) -> int:
-    """Map the pages of the file that lie ready behind the range; bytes done. UFFDIO_CONTINUE, Linux 5.13 (shmem: 5.14).
+    """Map the pages that the file has in the range; return the bytes done. UFFDIO_CONTINUE, Linux 5.13 (shmem: 5.14).
 
-    Poison and write-protection of pages that are not there give way: without UFFDIO_CONTINUE_MODE_WP they can be written.
+    The call replaces poison and write-protection of pages that are not present: without UFFDIO_CONTINUE_MODE_WP they become
+    writable.
 
     Raises:
-        OSError: as of :func:`copy`, and EFAULT where the file has no page.
+        OSError: the errors of :func:`copy`, and EFAULT where the file has no page.
     """
     argument = bytearray(UFFDIO_RUN_ARGUMENT.pack(start, length, mode, 0))
     return _partial(fd, UFFDIO_CONTINUE, argument, _RUN_ANSWER_AT)
 
 
 def poison(fd: int, start: int, length: int, mode: int = 0) -> int:
-    """Whoever touches these missing pages gets SIGBUS, and the kernel EHWPOISON; bytes done. UFFDIO_POISON, Linux 6.6."""
+    """Poison missing pages; return the bytes done. UFFDIO_POISON, Linux 6.6.
+
+    A thread that touches a poisoned page gets SIGBUS; a system call that is given one fails with EHWPOISON.
+    """
     argument = bytearray(UFFDIO_RUN_ARGUMENT.pack(start, length, mode, 0))
     return _partial(fd, UFFDIO_POISON, argument, _RUN_ANSWER_AT)
 
 
 def move(fd: int, dst: int, src: int, length: int, mode: int = 0) -> int:
-    """Move anonymous pages, without copying, to missing ones of the same process; bytes done. UFFDIO_MOVE, Linux 6.8.
+    """Move anonymous pages to missing ones of the same process; return the bytes done. UFFDIO_MOVE, Linux 6.8.
 
     Raises:
-        OSError: as of :func:`copy`; EBUSY for a page that is shared or pinned, ENOENT for a hole at ``src``.
+        OSError: the errors of :func:`copy`; EBUSY for a page that is shared or pinned, ENOENT for a hole at ``src``.
     """
     argument = bytearray(UFFDIO_TRANSFER_ARGUMENT.pack(dst, src, length, mode, 0))
     return _partial(fd, UFFDIO_MOVE, argument, _TRANSFER_ANSWER_AT)
 
 
 def writeprotect(fd: int, start: int, length: int, mode: int) -> None:
-    """Protect the range against writing (UFFDIO_WRITEPROTECT_MODE_WP), or not any more (0: wakes who waits). Linux 5.7."""
+    """Write-protect the range (UFFDIO_WRITEPROTECT_MODE_WP), or remove the protection (0). Linux 5.7.
+
+    Removing the protection wakes the threads that wait to write.
+    """
     fcntl.ioctl(fd, UFFDIO_WRITEPROTECT, UFFDIO_WRITEPROTECT_ARGUMENT.pack(start, length, mode))
 
 
@@ -259,7 +266,7 @@ class PageFault(NamedTuple):
 
 
 class Fork(NamedTuple):
-    """The process forked; ``descriptor``, now the reader's, is the userfaultfd of the child."""
+    """The process forked. ``descriptor`` is the userfaultfd of the child; the reader owns it."""
 
     descriptor: int
 
@@ -290,13 +297,13 @@ Event: TypeAlias = PageFault | Fork | Remap | Remove | Unmap
 
 
 def read_events(fd: int, most: int = 64) -> list[Event]:
-    """The events that are there, at most ``most``. BlockingIOError if there is none and ``fd`` is O_NONBLOCK."""
+    """Read the events that are queued, at most ``most``. BlockingIOError if there is none and ``fd`` is O_NONBLOCK."""
     data = os.read(fd, most * MESSAGE_BYTES)
     return [decode(data, at) for at in range(0, len(data), MESSAGE_BYTES)]
 
 
 def decode(data: bytes | bytearray | memoryview, at: int = 0) -> Event:
-    """The event whose message lies at ``at``. OSError (EPROTO) for one that this kernel should not have sent."""
+    """Decode the message at ``at``. OSError (EPROTO) for an event that is unknown."""
     event, first, second, third = _THREE.unpack_from(data, at)
     if event == UFFD_EVENT_PAGEFAULT:
         return PageFault(*MESSAGE.unpack_from(data, at)[1:])

@@ -126,7 +126,8 @@ def main(descriptor: int) -> NoReturn:
         recipe = Recipe(message.factory, internal.read_arguments(arguments))
         os.close(arguments)
         link.settimeout(None)
-        become_warden(lambda: _made(recipe), recipe, link, owner, message.path)
+        where = None if message.path is None else os.fsdecode(message.path)
+        become_warden(lambda: _made(recipe), recipe, link, owner, where)
     assert isinstance(message, internal.Adopt), message
     _adopt(link, message, dict(zip(message.descriptors, descriptors, strict=True)))
 
@@ -146,7 +147,7 @@ def _adopt(link: socket.socket, message: internal.Adopt, given: dict[str, int]) 
         ends = {name: socket.socket(fileno=given[name]) for name in ("listener", "first", "control") if name in given}
         warden = Warden(
             registry, device=None, recipe=recipe, first=ends.get("first"), listener=ends.get("listener"),
-            listens_at=None if message.place is None else place.Place(*message.place), control=ends.get("control"),
+            listens_at=internal.make_place(message.place), control=ends.get("control"),
             owner=given.get("owner", -1), lingers=message.lingers,
         )  # fmt: skip
         warden.end_by(signal.SIGTERM, signal.SIGHUP)

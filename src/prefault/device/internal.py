@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import marshal
 import os
 import select
 import signal
@@ -20,6 +21,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 from prefault.device.driver import Recipe
 from prefault.device.needed import msgspec
 from prefault.device.registry import AreaRecord, ClientRecord
+from prefault.sockets import encoding, place
 from prefault.sockets.messages import ProtocolError, receive
 
 VERSION = 1
@@ -35,9 +37,9 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.
 
 
 class PlaceFacts(NamedTuple):
-    """A socket in a directory: :class:`prefault.sockets.place.Place`."""
+    """A :class:`~prefault.sockets.place.Place`, with its path in bytes: a path need not be UTF-8."""
 
-    path: str
+    path: bytes
     device: int
     inode: int
 
@@ -64,7 +66,7 @@ class Start(_Message, frozen=True):
 
     version: int
     factory: str
-    path: str | None
+    path: bytes | None
 
 
 class Adopt(_Message, frozen=True):
@@ -154,7 +156,6 @@ Message: TypeAlias = Start | Adopt | Admitted | Areas | Removed | Left | Done | 
 
 CLIENT_DESCRIPTORS: Final = ("connection", "pidfd", "userfaultfd", "lifeline_write", "lifeline_read")
 
-_encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
@@ -180,7 +181,7 @@ def above_stdio(fd: int) -> int:
 
 def send(link: socket.socket, message: Message, descriptors: list[int] | None = None) -> None:
     """Send a message; OSError if nobody is there to take it."""
-    packet = _encoder.encode(message)
+    packet = encoding.encode(message)
     if descriptors:
         socket.send_fds(link, [packet], descriptors)
     else:
@@ -222,11 +223,12 @@ def take_all(link: socket.socket) -> Iterator[tuple[Message, list[int]]]:
 
 
 def arguments_file(arguments: dict[str, Any]) -> int:
-    """The arguments of a recipe in a new file in memory."""
+    """Write the arguments of a recipe to a new file in memory; its descriptor."""
     fd = os.memfd_create("prefault-arguments", os.MFD_CLOEXEC)
     try:
         with open(fd, "wb", closefd=False) as file:
-            file.write(_encoder.encode(arguments))
+            # Not MessagePack: a str need not be UTF-8, and the file that it names is to be found by the other process.
+            marshal.dump(arguments, file)
     except BaseException:
         os.close(fd)
         raise
@@ -234,14 +236,24 @@ def arguments_file(arguments: dict[str, Any]) -> int:
 
 
 def read_arguments(fd: int) -> dict[str, Any]:
-    """What :func:`arguments_file` wrote."""
-    content = os.pread(fd, _MAX_ARGUMENTS, 0)
-    return msgspec.msgpack.decode(content, type=dict[str, Any])
+    """Read what :func:`arguments_file` wrote, by the same version of Python."""
+    arguments: dict[str, Any] = marshal.loads(os.pread(fd, _MAX_ARGUMENTS, 0))
+    return arguments
 
 
 def make_recipe(factory: str | None, arguments: int) -> Recipe | None:
     """The recipe in a message, whose arguments are in this file."""
     return None if factory is None else Recipe(factory, read_arguments(arguments))
+
+
+def place_facts(listens_at: place.Place | None) -> PlaceFacts | None:
+    """Return a place, to be sent."""
+    return None if listens_at is None else PlaceFacts(os.fsencode(listens_at.path), listens_at.device, listens_at.inode)
+
+
+def make_place(facts: PlaceFacts | None) -> place.Place | None:
+    """Return the place in a message."""
+    return None if facts is None else place.Place(os.fsdecode(facts.path), facts.device, facts.inode)
 
 
 def area_facts(area: AreaRecord) -> AreaFacts:

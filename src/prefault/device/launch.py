@@ -149,7 +149,8 @@ def _be_warden(device: Device, ours: socket.socket, theirs: socket.socket, owner
 def _send_recipe(link: socket.socket, recipe: Recipe, owner: int, path: str | None) -> None:
     arguments = internal.arguments_file(recipe.arguments)
     try:
-        internal.send(link, internal.Start(internal.VERSION, recipe.factory, path), [arguments, owner])
+        where = None if path is None else os.fsencode(path)
+        internal.send(link, internal.Start(internal.VERSION, recipe.factory, where), [arguments, owner])
     except OSError as error:
         raise DeviceError(error.errno or errno.EPIPE, "the device's process ended at its start; see its output") from error
     finally:

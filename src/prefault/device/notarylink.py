@@ -150,7 +150,7 @@ class NotaryLink(Notary):
                     internal.VERSION, registry.name, registry.length, registry.page_size, registry.writable,
                     registry.restartable, registry.timeout_s, registry.generation, frames.huge, frames.notes,
                     None if self._recipe is None else self._recipe.factory,
-                    None if self._place is None else internal.PlaceFacts(*self._place), lingers, tuple(given),
+                    internal.place_facts(self._place), lingers, tuple(given),
                 ),
                 list(given.values()),
             )  # fmt: skip

@@ -20,6 +20,7 @@ from prefault.errors import (
     NoPopulateError,
     PopulateError,
 )
+from prefault.sockets import encoding
 from prefault.sockets.messages import ProtocolError
 
 VERSION = 1
@@ -241,7 +242,6 @@ REFUSALS: dict[str, type[Exception]] = {
     "protocol": DeviceGoneError,
 }
 
-_encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
@@ -251,7 +251,7 @@ _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 def encode(message: Request | Reply) -> bytes:
     """A message, as one packet."""
-    return _encoder.encode(message)
+    return encoding.encode(message)
 
 
 def decode_request(packet: bytes) -> Request:

@@ -20,6 +20,7 @@ except ImportError:
 
 from prefault.errors import HugePagesError, MappingError, PoolFullError, PoolGoneError
 from prefault.pool.statistics import PoolStatistics
+from prefault.sockets import encoding
 from prefault.sockets.messages import ProtocolError
 
 VERSION = 1
@@ -127,7 +128,6 @@ ERRORS: dict[str, type[Exception]] = {
     "protocol": ConnectionError,
 }
 
-_encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
@@ -137,7 +137,7 @@ _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 def encode(message: Request | Reply) -> bytes:
     """A message with its length before it."""
-    body = _encoder.encode(message)
+    body = encoding.encode(message)
     return _LENGTH.pack(len(body)) + body
 
 

@@ -159,7 +159,10 @@ class Device(abc.ABC):
             self.fault(area, page, access)
 
     def discard(self, area: DeviceArea, pages: range) -> None:  # noqa: B027  optional
-        """Pages are given back; their frames are gone. What is supplied for them next is up to the driver."""
+        """Pages are given back; their frames are gone. What is supplied for them next is up to the driver.
+
+        None of these pages is filled or evicted until this returns.
+        """
 
     def reclaim(self, area: DeviceArea, pages: int) -> None:  # noqa: B027  optional
         """Before ``pages`` more would exceed the capacity: make room, by :meth:`DeviceArea.evict`.

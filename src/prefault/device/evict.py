@@ -164,7 +164,7 @@ class Evictor:
         self._listed += sum(map(len, kept))
 
     def discard(self, pages: range) -> int:
-        """Give pages back that a client has no use for; how many there were."""
+        """Give pages back that are READY; how many there were. Those that are being filled or evicted are left."""
         count = 0
         with self._books.lock:
             for run in self._frames.runs(pages, PageState.READY):

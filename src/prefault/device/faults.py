@@ -23,6 +23,7 @@ from prefault.device.evict import mark_dirty
 from prefault.device.states import PageState
 
 if TYPE_CHECKING:
+    from prefault.device.discards import Discards
     from prefault.device.entries import Entries
     from prefault.device.jobs import Jobs
     from prefault.device.windows import Windows
@@ -46,10 +47,14 @@ class Faults:
         broken: told of a client whose descriptor is no good.
     """
 
-    def __init__(self, books: Books, entries: Entries, calls: Calls, jobs: Jobs, windows: Windows) -> None:
+    def __init__(
+        self, books: Books, entries: Entries, calls: Calls, jobs: Jobs, discards: Discards, windows: Windows
+    ) -> None:  # fmt: skip
         self._books = books
         self._entries = entries
         self._jobs = jobs
+        self._discards = discards
+        self._discarding = discards.active
         self._windows = windows
         self._lock = books.lock
         self._states = books.frames.states
@@ -137,6 +142,8 @@ class Faults:
                         self._wait(area, page, flags & UFFD_PAGEFAULT_FLAG_WRITE != 0, now)
                     return None
         # MISSING, which only this thread changes.
+        if self._discarding and self._discards.has(area, page):
+            return None
         if self._straight and not self._blamed and page != self._tail:
             return self._supply_one(area, page, flags, now)
         return self._supply(area, page, bool(flags & UFFD_PAGEFAULT_FLAG_WRITE), thread, now)
@@ -226,6 +233,7 @@ class Faults:
             window, frames = self._windows.of(area, page, thread), self._books.frames
             with self._lock:
                 pages = range(frames.run_before(page, window.start), frames.run_at(page, window.stop)[1])
+            _, pages = self._discards.piece(page, pages)
         area.counters.log.append((pages.start, pages.stop) if self._around else page)
         alone = len(pages) == 1
         fill = Fill(area, pages, access_of(write), single=alone, keep=[], finished=self._filled, around=not alone)

@@ -16,6 +16,7 @@ from prefault.device.states import PageState
 
 if TYPE_CHECKING:
     from prefault.device.books import Books, Client, ServedArea
+    from prefault.device.discards import Discards
     from prefault.device.entries import Entries
     from prefault.device.evict import Evictor
     from prefault.device.jobs import Jobs, Workers
@@ -32,7 +33,7 @@ class _Populate:
 
     Attributes:
         runs: what is left to be looked at.
-        later: what somebody else fills or evicts just now.
+        later: what is filled, evicted or discarded just now on behalf of others.
         later_at: ``books.changes`` when that was seen.
         mapped, supplied: what was done.
         filling: batches that are with the driver.
@@ -65,13 +66,15 @@ class Populates:
     """
 
     def __init__(
-        self, books: Books, entries: Entries, evictor: Evictor, jobs: Jobs, workers: Workers, *, page_by_page: bool
+        self, books: Books, entries: Entries, evictor: Evictor, jobs: Jobs, discards: Discards, workers: Workers, *,
+        page_by_page: bool,
     ) -> None:  # fmt: skip
         self._books = books
         self._frames = books.frames
         self._entries = entries
         self._evictor = evictor
         self._jobs = jobs
+        self._discards = discards
         self._workers = workers
         self._room = Room(books)
         self._active: deque[_Populate] = deque()
@@ -177,7 +180,9 @@ class Populates:
                 self._take(populate, stop)
                 self._map(populate, range(run.start, stop))
                 return True
-        if state != PageState.MISSING:
+        discarded, piece = self._discards.piece(run.start, range(run.start, stop))
+        stop = piece.stop
+        if state != PageState.MISSING or discarded:
             self._take(populate, stop)
             populate.later.append(range(run.start, stop))
             populate.later_at = changes

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from prefault.device import protocol
 from prefault.device.books import Books, Client, ServedArea
+from prefault.device.calls import Failure
 from prefault.device.evict import clean, dirty_runs
 from prefault.device.registry import AreaRecord
 from prefault.device.states import PageState
@@ -16,8 +17,7 @@ from prefault.sockets.messages import ProtocolError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from prefault.device.calls import Failure
-    from prefault.device.evict import Evictor
+    from prefault.device.discards import Discards
     from prefault.device.jobs import Jobs
     from prefault.device.populates import Populates
 
@@ -37,12 +37,12 @@ class Requests:
         lost: told of a client whose connection ended in the middle of a request.
     """
 
-    def __init__(self, books: Books, jobs: Jobs, populates: Populates, evictor: Evictor) -> None:
+    def __init__(self, books: Books, jobs: Jobs, populates: Populates, discards: Discards) -> None:
         self._books = books
         self._frames = books.frames
         self._jobs = jobs
         self._populates = populates
-        self._evictor = evictor
+        self._discards = discards
         jobs.when_idle = self._close
         self.say: Callable[[Client, protocol.Reply], None]
         self.added: Callable[[ServedArea, int | None], None]
@@ -152,6 +152,7 @@ class Requests:
         ``quietly``: nobody else does: its client is gone, which is said once.
         """
         self._populates.drop(area)
+        self._discards.drop(area, Failure("driver", errno.ENODEV, "the area was unmapped while it was discarded"))
         self._books.close_area(area)
         area.client.record.areas.pop(area.number, None)
         self.removed(area, quietly)
@@ -173,16 +174,14 @@ class Requests:
             )
         if area.access == "read" and self._books.device.writable:
             raise ValueError("the area is mapped for reading: what others wrote is not its to discard")
-        pages = range(request.first, request.stop)
-        count = self._evictor.discard(pages)
 
-        def discarded(failure: Failure | None) -> None:
+        def discarded(failure: Failure | None, count: int) -> None:
             if failure is not None:
-                self.say(client, protocol.Refused(request.id, "device", errno.EIO, failure.message))
+                self.say(client, protocol.Refused(request.id, "device", failure.number, failure.message))
             else:
                 self.say(client, protocol.Discarded(request.id, count))
 
-        self._jobs.call(area, "discard", self._books.device.discard, area, pages, then=discarded)
+        self._discards.start(area, range(request.first, request.stop), discarded)
 
     def _dirty(self, client: Client, request: protocol.DirtyPages) -> None:
         area = self._area(client, request.area)

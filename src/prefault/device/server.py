@@ -17,6 +17,7 @@ from prefault.device import answers, inside, protocol
 from prefault.device.books import Books, Client, ServedArea
 from prefault.device.calls import Calls
 from prefault.device.connections import EPOLLIN, Connections, Link
+from prefault.device.discards import Discards
 from prefault.device.entries import Entries
 from prefault.device.evict import Evictor
 from prefault.device.faults import Faults
@@ -87,12 +88,13 @@ class _Server:
         self._jobs = Jobs(books, self._calls, self._workers)
         self._entries = Entries(books, evictor)
         self._entries.gone = self._leave_soon
-        self._faults = Faults(books, self._entries, self._calls, self._jobs, Windows(books))
+        self._discards = Discards(books, self._entries, evictor, self._jobs)
+        self._faults = Faults(books, self._entries, self._calls, self._jobs, self._discards, Windows(books))
         self._faults.broken = self._leave_soon
         self._populates = Populates(
-            books, self._entries, evictor, self._jobs, self._workers, page_by_page=self._calls.page_by_page
+            books, self._entries, evictor, self._jobs, self._discards, self._workers, page_by_page=self._calls.page_by_page
         )
-        self._requests = Requests(books, self._jobs, self._populates, evictor)
+        self._requests = Requests(books, self._jobs, self._populates, self._discards)
         self._connections = Connections(self._watch, self._forget)
         self._connections.greeted, self._connections.welcome = self._greet, self._welcome
         self._connections.restarted = registry.generation > 0
@@ -122,6 +124,7 @@ class _Server:
 
     def _loop(self) -> None:
         poll, handlers, populates, spin, faults = self._epoll.poll, self._handlers, self._populates, self._spin, self._faults
+        discards = self._discards
         events: list[tuple[int, int]] = []
         more = False
         while True:
@@ -139,6 +142,8 @@ class _Server:
                 self._connections.expire()
             if (self._stopping or not self._books.clients) and self._over():
                 return
+            if discards.active:
+                discards.step()
             more = bool(populates) and populates.step()
             client = faults.take_recent()
             if client is not None and not client.gone and spin.wanted(arrived) and not more and self._calm():

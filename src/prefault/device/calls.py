@@ -286,7 +286,7 @@ def _where(error: BaseException) -> str:
 def _shown(value: object, show: Callable[[object], str] = repr) -> str:
     try:
         text = show(value)
-    except Exception:  # noqa: BLE001  it is a driver's
+    except BaseException:  # noqa: BLE001  it is a driver's, and may call exit as well
         text = f"a {type(value).__name__} that cannot be shown"
     most = _VALUE_MOST if show is repr else _MESSAGE_MOST
     return text if len(text) < most else f"{text[:most]}..."

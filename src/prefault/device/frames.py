@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 HUGE_PAGE = 2 * MIB
 
 SLOTS = PAGE_SIZE // 8
-"""Driver calls that may run at once, of which the warden sees the times: one in the loop, the others in workers."""
+"""Times that the warden sees: of the driver call in the loop, of those in workers, and :data:`RESULTS`."""
+
+RESULTS = SLOTS - 1
+"""The slot of results of workers that the loop has not taken yet: since when it is to take them."""
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _POPULATE = mman.MADV_POPULATE_WRITE
@@ -55,7 +58,8 @@ class Frames:
         pages: how many.
         unit: what a page-table entry of a client maps, in bytes: the page size, but 4 KiB for 2 MiB pages without hugetlb.
         states: a byte a page, :class:`PageState`.
-        heartbeat: when each running call into the driver began (CLOCK_MONOTONIC, ns); 0: none runs.
+        heartbeat: by slot, since when the warden waits (CLOCK_MONOTONIC, ns): for a call into the driver to return, or for
+            the loop to take results; 0: it does not.
         tail: bytes of the last page that lie behind the end of the device.
     """
 

@@ -298,6 +298,17 @@ def kill(pidfd: int, number: int = signal.SIGKILL) -> None:
         signal.pidfd_send_signal(pidfd, number)
 
 
+def is_stopped(pidfd: int) -> bool:
+    """Return whether a process is stopped by a signal, and does nothing until it is continued."""
+    with open(f"/proc/self/fdinfo/{pidfd}") as facts:
+        pid = facts.read().partition("\nPid:")[2].split()[0]
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as status:
+            return status.read().rpartition(b")")[2].split()[0] == b"T"
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return False
+
+
 def reap(pid: int, timeout: float) -> int | None:
     """Wait for a child, ``timeout`` seconds at most; its exit status, or minus the signal. None: it lives.
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import queue
 import threading
+import time
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prefault.device.calls import Calls, Failure, Fill
+from prefault.device.frames import RESULTS
 
 if TYPE_CHECKING:
     from prefault.device.books import Books, ServedArea
+
+_log = logging.getLogger("prefault.device")
+_SOFTWARE = 70  # EX_SOFTWARE
 
 Work = Callable[[int], Callable[[], None]]
 """Given a slot of the heartbeat, does something, and returns what the loop is to do then."""
@@ -28,6 +35,7 @@ class Workers:
     def __init__(self, books: Books, count: int) -> None:
         self.count = count
         self._books = books
+        self._heartbeat = books.frames.heartbeat
         self._given: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._waiting: deque[Work] = deque()
         self._finished: deque[Callable[[], None]] = deque()
@@ -61,6 +69,7 @@ class Workers:
 
     def collect(self) -> None:
         """What is finished goes on in the loop."""
+        self._heartbeat[RESULTS] = 0  # first: a result that comes from now on is taken below, or announced again
         while self._finished:
             then = self._finished.popleft()
             if self._waiting:
@@ -82,9 +91,18 @@ class Workers:
             self._given.put(None)
 
     def _run(self, slot: int) -> None:
-        while (work := self._given.get()) is not None:
-            self._finished.append(work(slot))
-            self._books.notify()
+        try:
+            while (work := self._given.get()) is not None:
+                self._finished.append(work(slot))
+                # Until the loop has it. Should it never hear of it, or be stopped, the warden finds out.
+                self._heartbeat[RESULTS] = time.monotonic_ns()
+                self._books.notify()
+        except BaseException:  # noqa: BLE001  nothing may go on
+            # The loop would wait for this thread, and so would clients. The end of the process is what the warden sees.
+            try:
+                _log.exception("device %s: a worker failed outside of its driver", self._books.name)
+            finally:
+                os._exit(_SOFTWARE)
 
 
 class Jobs:

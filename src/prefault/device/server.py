@@ -21,7 +21,7 @@ from prefault.device.discards import Discards
 from prefault.device.entries import Entries
 from prefault.device.evict import Evictor
 from prefault.device.faults import Faults
-from prefault.device.frames import SLOTS
+from prefault.device.frames import RESULTS
 from prefault.device.jobs import Jobs, Workers
 from prefault.device.populates import Populates
 from prefault.device.requests import Requests
@@ -84,7 +84,7 @@ class _Server:
         books.notify = self._wake
         evictor = Evictor(books)
         self._calls = Calls(books, evictor)
-        self._workers = Workers(books, min(device.workers, SLOTS - 1))
+        self._workers = Workers(books, min(device.workers, RESULTS - 1))
         self._jobs = Jobs(books, self._calls, self._workers)
         self._entries = Entries(books, evictor)
         self._entries.gone = self._leave_soon

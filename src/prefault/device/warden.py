@@ -68,7 +68,11 @@ class Warden:
         self._early: dict[int, dict[int, AreaRecord]] = {}
         """Areas of clients that are not known yet."""
         self._remains: remains.Remains | None = None
-        self._over = self._ending = self._orderly = self._timed_out = False
+        self._over = self._ending = self._orderly = False
+        self._overdue = ""
+        """Why a server was killed that did not go on; else empty."""
+        self._stopped_until: float | None = None
+        """When a server is killed that was found to be stopped, unless it is continued."""
         self.failed = ""
         """Why there was no server any more, if it ended so."""
         self._end_by: float | None = None
@@ -117,7 +121,7 @@ class Warden:
         return max(0.0, until - time.monotonic())
 
     def _look_at_the_clock(self) -> None:
-        """Kill a server whose driver does not come back from a call, or that does not end."""
+        """Kill a server whose driver does not come back from a call, that stays stopped, or that does not end."""
         if self._remains is not None or self._over:
             self._over = self._over or (self._remains is not None and self._remains.over)
             return
@@ -130,19 +134,26 @@ class Warden:
         # We were stopped, and so was the server: Ctrl-Z, or a frozen container.
         if now > self._next_look + _LATE * self._registry.timeout_s:
             self._next_look = now + self._registry.timeout_s
+            self._stopped_until = None
             return
         # A call that begins after this look has its time until the next one at least.
         limit_ns = int(self._registry.timeout_s * 1e9)
         oldest = min((began for began in self._registry.frames.heartbeat if began), default=0)
-        self._next_look = now + self._registry.timeout_s
-        if not oldest:
-            return
-        left_ns = oldest + limit_ns - time.monotonic_ns()
-        if left_ns > 0:
-            self._next_look = now + left_ns / 1e9
-        else:
-            self._timed_out = True
-            self._kill_server()
+        left_ns = oldest + limit_ns - time.monotonic_ns() if oldest else limit_ns
+        self._next_look = now + (left_ns if left_ns > 0 else limit_ns) / 1e9
+        if left_ns <= 0:
+            self._kill_overdue("did not come back from a call within")
+        elif not internal.is_stopped(self._server_pidfd):
+            self._stopped_until = None
+        elif self._stopped_until is None:
+            # By a thread of the driver, say. Where no call is under way nothing else tells of it.
+            self._stopped_until = self._next_look
+        elif now >= self._stopped_until:
+            self._kill_overdue("was stopped by a signal for")
+
+    def _kill_overdue(self, why: str) -> None:
+        self._overdue = why
+        self._kill_server()
 
     def _kill_server(self) -> None:
         internal.kill(self._server_pidfd)
@@ -168,7 +179,8 @@ class Warden:
     def watch_server(self, pidfd: int, link: socket.socket, pid: int | None) -> None:
         """A server runs."""
         self._server_pidfd, self._link, self.server_pid = pidfd, link, pid
-        self._timed_out = False
+        self._overdue = ""
+        self._stopped_until = None
         self._next_look = time.monotonic() + self._registry.timeout_s
         self._watch(pidfd, self._server_ended)
         self._watch(link.fileno(), self._hear)
@@ -298,7 +310,7 @@ class Warden:
             return
         what = self._what_happened(status)
         # Killed from outside it says nothing about the driver.
-        blame = self._timed_out or (status is not None and status not in (-signal.SIGKILL, -signal.SIGTERM))
+        blame = bool(self._overdue) or (status is not None and status not in (-signal.SIGKILL, -signal.SIGTERM))
         filling = self._registry.frames.runs(range(self._registry.frames.pages), PageState.FILLING)
         self._registry.frames.repair()
         if self._can_start_another():
@@ -318,10 +330,8 @@ class Warden:
         self._go_on_alone(what)
 
     def _what_happened(self, status: int | None) -> str:
-        if self._timed_out:
-            return (
-                f"the driver did not come back from a call within {self._registry.timeout_s:g} s, and its process was killed"
-            )
+        if self._overdue:
+            return f"the driver {self._overdue} {self._registry.timeout_s:g} s, and its process was killed"
         if status is None:
             return "the driver's process ended"
         if status < 0:
@@ -331,7 +341,7 @@ class Warden:
     def _can_start_another(self) -> bool:
         if not self._registry.restartable or (self._device is None and self._recipe is None):
             return False
-        too_often = self._timeouts.once_more() if self._timed_out else self._deaths.once_more()
+        too_often = self._timeouts.once_more() if self._overdue else self._deaths.once_more()
         return not too_often
 
     def _go_on_alone(self, what: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import errno
 import gc
 import itertools
@@ -15,6 +16,7 @@ import signal
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +33,8 @@ from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import PAGE_SIZE
 from support import needs, oracle, processes
 from support.children import in_child
-from support.devices import Enclave, Failing, Pattern, Slow, expected
+from support.device_server import ends_by
+from support.devices import Enclave, Failing, Pattern, Remade, Slow, expected
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -620,6 +623,33 @@ def test_copies_are_refused() -> None:
         for way in (copy.copy, copy.deepcopy, pickle.dumps):
             with pytest.raises(TypeError, match="cannot be copied or pickled"):
                 way(area)
+
+
+_MAYMOVE, _FIXED, _DONTUNMAP = 1, 2, 4
+
+
+@pytest.mark.parametrize(
+    ("old_pages", "flags"),
+    [(8, _MAYMOVE), (8, _MAYMOVE | _FIXED), (8, _MAYMOVE | _DONTUNMAP), (0, _MAYMOVE)],
+    ids=["grown", "moved", "left behind", "duplicated"],
+)
+def test_a_missing_page_of_memory_that_mremap_moved_is_sigbus_and_not_zeros(old_pages: int, flags: int) -> None:
+    """Its driver is not asked for the new address, and the kernel would put zeros into the frames that all clients share."""
+    libc = ctypes.CDLL(None)
+    libc.mremap.restype = ctypes.c_void_p
+    libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+
+    def move(say: Callable[[str], None]) -> None:
+        with prefault.device.map(Remade(8)) as area:
+            prefault.populate(area, length=4 * PAGE_SIZE)
+            target = mman.mmap(0, 16 * PAGE_SIZE, mman.PROT_NONE, mman.MAP_PRIVATE | mman.MAP_ANONYMOUS)
+            grown = 16 if flags == _MAYMOVE and old_pages else 8
+            moved = libc.mremap(area.address, old_pages * PAGE_SIZE, grown * PAGE_SIZE, flags, target)
+            if old_pages:  # the page-table entries move along
+                say(f"{ctypes.string_at(moved + 3 * PAGE_SIZE, PAGE_SIZE) == expected(Remade(8), 3)} ")
+            say(f"{ctypes.string_at(moved + 5 * PAGE_SIZE, PAGE_SIZE).strip(bytes(1))!r}")
+
+    assert ends_by(move) == ("True " if old_pages else "", -signal.SIGBUS)
 
 
 def test_threads_at_once() -> None:

@@ -20,7 +20,11 @@ _NEEDED = {
     Feature.MINOR_SHMEM: "minor faults of shared memory (Linux 5.14)",
     Feature.POISON: "UFFDIO_POISON (Linux 6.6)",
 }
-_WANTED = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.MISSING_HUGETLBFS | Feature.MINOR_HUGETLBFS
+_WANTED = (
+    Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.MISSING_HUGETLBFS | Feature.MINOR_HUGETLBFS
+    # Without it mremap(2) ends the registration: at the new address the kernel puts zeros into the frames that all share.
+    | Feature.EVENT_REMAP
+)  # fmt: skip
 _BY_CAPABILITY = {
     "uffd_minor_shmem": Feature.MINOR_SHMEM,
     "uffd_wp_shmem": Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_ASYNC,

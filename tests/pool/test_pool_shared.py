@@ -28,6 +28,7 @@ from prefault.pool.client import PoolClient
 from prefault.pool.register import Register
 from prefault.pool.server import PoolServer
 from prefault.sockets import messages
+from prefault.sparse import SparseMemory
 from support import needs
 from support.children import Child, in_child
 
@@ -422,6 +423,71 @@ def test_the_server_dies_or_hangs(tmp_path: Path, no_leaks: None, stopped: bool)
             os.kill(held.child.pid, signal.SIGCONT)
     with pytest.raises(ConnectionRefusedError, match="no server is alive there"):
         connect(path)
+
+
+@contextmanager
+def _stopped(server: int, client: PoolClient) -> Iterator[None]:
+    """A server that answers no more until the end of the block; the client waits for it a moment only."""
+    _stop(server)
+    patience, client._link._timeout = client._link._timeout, 0.2
+    try:
+        yield
+    finally:
+        client._link._timeout = patience
+        os.kill(server, signal.SIGCONT)
+
+
+def test_a_client_can_be_used_again_when_a_stopped_server_goes_on(tmp_path: Path, no_leaks: None) -> None:
+    """Its late answers are of other requests, and what it carries out late is undone."""
+    path = tmp_path / "s"
+    with _Held(lambda: _serve_forever(path)) as held, connect(path, timeout=30) as client, connect(path) as witness:
+        memory, other = client.sparse(64 * _BLOCK), client.sparse(64 * _BLOCK)
+        memory.populate(0, 2 * _BLOCK)
+        other.populate(0, 2 * _BLOCK)
+        late: list[Callable[[], object]] = [
+            client.statistics,
+            lambda: client.sparse(8 * _BLOCK, reserved=4 * _BLOCK),
+            lambda: memory.populate(0, 3 * _BLOCK),
+        ]
+        for first in late:
+            with _stopped(held.child.pid, client):
+                for request in (first, late[-1]):
+                    with pytest.raises(PoolGoneError, match=r"did not answer within 0\.2 s") as caught:
+                        request()
+                    assert caught.value.errno == errno.ETIMEDOUT
+            if first is late[-1]:  # without a further word of this client
+                _until(lambda: witness.statistics().charged == 4 * _BLOCK, "what was carried out late is undone")
+            statistics = client.statistics()
+            assert (statistics.charged, statistics.reserved_free, len(statistics.members)) == (4 * _BLOCK, 0, 2)
+            with pytest.raises(PoolFullError):
+                memory.populate(0, 20 * _BLOCK)
+        with _stopped(held.child.pid, client):
+            with pytest.raises(PoolGoneError):
+                client.statistics()
+            memory.discard(_BLOCK, _BLOCK)
+            other.close()
+        _until(lambda: [member.charged for member in witness.statistics().members] == [_BLOCK], "it is told of both")
+        memory.populate(0, 16 * _BLOCK)
+        assert client.statistics().charged == 16 * _BLOCK
+        memory.close()
+
+
+def test_what_is_given_back_while_the_server_is_stopped_does_not_fill_the_socket(tmp_path: Path, no_leaks: None) -> None:
+    path = tmp_path / "s"
+    with _Held(lambda: _serve_forever(path)) as held, connect(path, timeout=30) as client:
+        memories = [client.sparse(_BLOCK) for _ in range(16)]
+        with _stopped(held.child.pid, client):
+            with pytest.raises(PoolGoneError):
+                client.statistics()
+            for memory in memories[:8]:
+                memory.close()
+            for account in list(client._members):
+                for charged in range(500):
+                    client._link.tell(protocol.Settle(0, account._number, charged % 2 * _BLOCK))
+        statistics = client.statistics()
+        assert (len(statistics.members), statistics.charged) == (8, 8 * _BLOCK)
+        for memory in memories[8:]:
+            memory.close()
 
 
 def test_a_new_server_takes_the_place_of_a_dead_one(tmp_path: Path) -> None:

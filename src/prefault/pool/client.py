@@ -9,7 +9,6 @@ import select
 import socket
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from prefault._kernel.peer import peer_credentials
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from prefault.mapping import HugeAdvice
 
 _READ = 1 << 16
+_UNANSWERED_MOST = 64
+"""Requests that may wait for an answer at once: more could fill the socket, both ways."""
 
 _R = TypeVar("_R", protocol.Welcome, protocol.Created, protocol.Done, protocol.Statistics)
 
@@ -38,8 +39,9 @@ class PoolClient:
     """A pool in another process; made by :func:`prefault.pool.connect`. A context manager.
 
     When the server ends, the memory stays what it is; it can be used, discarded and closed, and populating it raises
-    :class:`~prefault.PoolGoneError`. No answer is waited for longer than the timeout. A fork of this process shares the
-    memory and not the connection: it connects for itself.
+    :class:`~prefault.PoolGoneError`. No answer is waited for longer than the timeout: a request that is not answered in time
+    raises :class:`~prefault.PoolGoneError` with ETIMEDOUT, and once the server goes on (after SIGCONT, say) the client can be
+    used as before. A fork of this process shares the memory and not the connection: it connects for itself.
 
     Attributes:
         capacity: of the pool, bytes.
@@ -108,8 +110,9 @@ class PoolClient:
 
         Raises:
             BufferError: memory from this pool is still open. Close that first: the server empties what a client leaves.
+                Not raised while the server does not answer.
         """
-        if self._members and self._link.usable:
+        if self._members and self._link.usable and not self._link.late:
             count = len(self._members)
             raise BufferError(f"{count} sparse memor{'y is' if count == 1 else 'ies are'} still open: close them first")
         if self._events is not None:
@@ -143,7 +146,13 @@ class _There(Account):
     def settle(self, charged: int) -> None:
         link, request = self._client._link, protocol.Settle(0, self._number, charged)
         if charged > self._charged:
-            link.ask(request, protocol.Done)
+            try:
+                link.ask(request, protocol.Done)
+            except PoolGoneError:
+                # The server may still carry it out when it goes on: what is charged in the end follows right behind.
+                with contextlib.suppress(PoolGoneError):
+                    link.tell(protocol.Settle(0, self._number, self._charged))
+                raise
         else:
             link.tell(request)
         self._charged = charged
@@ -172,9 +181,13 @@ class _Link:
         self._lock = threading.RLock()
         self._received = bytearray()
         self._descriptors: list[int] = []
-        self._later: deque[protocol.Request] = deque()
-        """What a finalizer had to say while this very thread was waiting for an answer."""
+        self._later: dict[int, protocol.Settle | protocol.Close] = {}
+        """The last word on each member, to be sent: by a finalizer in the middle of a request, or to a server that is late."""
         self._requests = 0
+        self._answered = 0
+        """The id of the last request that was answered: replies come in the order of requests."""
+        self.late = False
+        """Whether a request was not answered in time, and the answer has not come since."""
         self._reading = False
         self._why: str | None = None
         """Why it can be used no more."""
@@ -227,22 +240,14 @@ class _Link:
         with self._lock:
             if self._why is not None:
                 raise PoolGoneError(errno.ENOTCONN, self._why)
-            self._send_later()
             deadline = time.monotonic() + self._timeout
+            self._catch_up(deadline)
             number = self._send(request)
             while True:
-                reply = self.receive(deadline)
-                descriptors, self._descriptors = self._descriptors, []
-                fd = descriptors.pop(0) if descriptors and isinstance(reply, protocol.Created) else None
-                for unexpected in descriptors:
-                    os.close(unexpected)
+                reply, fd = self._take(deadline)
                 if reply.id == number or (not reply.id and isinstance(reply, protocol.Refused)):
                     break
-                # The answer to a request that Ctrl-C interrupted, or that was only told: nobody waits for it.
-                if fd is not None:
-                    os.close(fd)
-                if isinstance(reply, protocol.Created):
-                    self._send(protocol.Close(0, reply.member))
+                self._discard(reply, fd)
             self._send_later()
         if isinstance(reply, kind):
             return reply, fd
@@ -258,14 +263,22 @@ class _Link:
     def tell(self, request: protocol.Settle | protocol.Close) -> None:
         """Ask for what cannot be refused; from a finalizer in the middle of a request, as soon as that is answered.
 
+        A server that is late is told without waiting for its answer.
+
         Raises:
             PoolGoneError: there will be no answer.
         """
         self._check_process()
         if self._is_asking():
-            self._later.append(request)
-        else:
-            self.ask(request, protocol.Done)
+            self._later[request.member] = request
+            return
+        with self._lock:
+            if self.late and self._why is None:
+                self._later[request.member] = request
+                with contextlib.suppress(PoolGoneError):  # it is still late
+                    self._catch_up(time.monotonic())
+                return
+        self.ask(request, protocol.Done)
 
     def _is_asking(self) -> bool:
         """Whether this very thread is in the middle of a request: we are a signal handler or a finalizer."""
@@ -280,14 +293,41 @@ class _Link:
             )  # fmt: skip
 
     def _send_later(self) -> None:
-        while self._later:
-            self._send(self._later.popleft())
+        while self._later and self._requests - self._answered < _UNANSWERED_MOST:
+            self._send(self._later.popitem()[1])
+
+    def _catch_up(self, deadline: float) -> None:
+        """Send what is left to be said, and take the answers to all earlier requests; PoolGoneError if they do not come."""
+        self._send_later()
+        while self._answered < self._requests:
+            self._discard(*self._take(deadline))
+            self._send_later()
+        self.late = False
+
+    def _take(self, deadline: float) -> tuple[protocol.Reply, int | None]:
+        """The next reply, before the deadline, and the descriptor that came with it."""
+        reply = self.receive(deadline)
+        self._answered = max(self._answered, reply.id)
+        descriptors, self._descriptors = self._descriptors, []
+        fd = descriptors.pop(0) if descriptors and isinstance(reply, protocol.Created) else None
+        for unexpected in descriptors:
+            os.close(unexpected)
+        return reply, fd
+
+    def _discard(self, reply: protocol.Reply, fd: int | None) -> None:
+        """Forget the answer to a request that Ctrl-C interrupted, that was only told, or that was given up as late."""
+        if fd is not None:
+            os.close(fd)
+        if isinstance(reply, protocol.Created):
+            self._later[reply.member] = protocol.Close(0, reply.member)
+        if isinstance(reply, protocol.Refused) and (not reply.id or reply.kind == "protocol"):
+            self._fail(str(protocol.error_of(reply)))
 
     def _send(self, request: protocol.Request) -> int:
         self._requests += 1
         data = protocol.encode(protocol.numbered(request, self._requests))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have said why before it hung up
-            # Never partly: it is short, and at most one answer is outstanding.
+            # Never partly: it is short, and few answers are outstanding.
             if self.connection.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) != len(data):
                 self._fail(f"the pool's server at {self.path} takes no requests")
         return self._requests
@@ -303,7 +343,10 @@ class _Link:
                 left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
                 # Waiting apart from receiving: Ctrl-C while waiting loses nothing.
                 if not poll.poll(left):
-                    self._fail(f"the pool's server at {self.path} did not answer within {self._timeout} s", errno.ETIMEDOUT)
+                    self.late = True
+                    raise PoolGoneError(
+                        errno.ETIMEDOUT, f"the pool's server at {self.path} did not answer within {self._timeout} s"
+                    )
                 self._reading = True
                 data, descriptors = messages.receive(self.connection, _READ)
                 self._received += data

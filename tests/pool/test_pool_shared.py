@@ -28,7 +28,6 @@ from prefault.pool.client import PoolClient
 from prefault.pool.register import Register
 from prefault.pool.server import PoolServer
 from prefault.sockets import messages
-from prefault.sparse import SparseMemory
 from support import needs
 from support.children import Child, in_child
 

@@ -39,9 +39,9 @@ class PoolClient:
     """A pool in another process; made by :func:`prefault.pool.connect`. A context manager.
 
     When the server ends, the memory stays what it is; it can be used, discarded and closed, and populating it raises
-    :class:`~prefault.PoolGoneError`. No answer is waited for longer than the timeout: a request that is not answered in time
-    raises :class:`~prefault.PoolGoneError` with ETIMEDOUT, and once the server goes on (after SIGCONT, say) the client can be
-    used as before. A fork of this process shares the memory and not the connection: it connects for itself.
+    :class:`~prefault.PoolGoneError`. No answer is waited for longer than the timeout: a request that is not answered in
+    time raises :class:`~prefault.PoolGoneError` with ETIMEDOUT, and once the server goes on (after SIGCONT, say) the client
+    can be used as before. A fork of this process shares the memory and not the connection: it connects for itself.
 
     Attributes:
         capacity: of the pool, bytes.
@@ -182,7 +182,7 @@ class _Link:
         self._received = bytearray()
         self._descriptors: list[int] = []
         self._later: dict[int, protocol.Settle | protocol.Close] = {}
-        """The last word on each member, to be sent: by a finalizer in the middle of a request, or to a server that is late."""
+        """The last word on each member, to be sent: of a finalizer amid a request, or to a server that is late."""
         self._requests = 0
         self._answered = 0
         """The id of the last request that was answered: replies come in the order of requests."""

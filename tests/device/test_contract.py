@@ -70,15 +70,15 @@ def test_a_good_driver_passes_with_every_seed(name: str) -> None:
 
 
 def test_it_needs_no_test_framework(tmp_path: Path) -> None:
-    """It runs in a script, without a main guard; and what is left behind is nothing."""
+    """It runs in a script, without a main guard. It says what it checked, and logs nothing; and nothing is left behind."""
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"
-        "from support.devices import Pattern\n"
+        "from support.devices import Failing, Pattern\n"
         "from prefault.testing import check_device\n"
-        "check_device(lambda: Pattern(8))\n"
+        "print(check_device(lambda: Pattern(8)))\n"
+        "print(len(check_device(lambda: Failing(8, bad=(3,), restartable=True), failing=[3]).scenes) > 8)\n"
         "assert 'pytest' not in sys.modules\n"
-        "print('passed')\n"
     )
     root = Path(prefault.__file__).parent.parent
     done = subprocess.run(
@@ -88,5 +88,9 @@ def test_it_needs_no_test_framework(tmp_path: Path) -> None:
         text=True,
         timeout=100,
     )
-    assert done.stdout == "passed\n", done.stderr
+    first, *scenes, last = done.stdout.splitlines()
+    assert (done.stderr, last) == ("", "True")
+    assert first == "Pattern passes (seed 0, 8 pages looked at) when"
+    assert "  its pages are touched one after the other" in scenes
+    assert any(scene.endswith("fails for the sake of the check") for scene in scenes)
     assert os.listdir(tmp_path) == ["script.py"]

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from prefault import capabilities
 
 if TYPE_CHECKING:
-    from prefault.testing.device import ContractError, check_device
+    from prefault.testing.device import Checked, ContractError, check_device
 
-__all__ = ["ContractError", "check_device", "without"]
+__all__ = ["Checked", "ContractError", "check_device", "without"]
 
 
 def __getattr__(name: str) -> Any:
     # Device memory needs msgspec, which users of the rest may not have.
-    if name in ("ContractError", "check_device"):
+    if name in ("Checked", "ContractError", "check_device"):
         from prefault.testing import device
 
         return getattr(device, name)

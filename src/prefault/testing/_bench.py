@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,8 @@ _SAMPLE = 64
 _SAMPLE_HUGE = 6
 """Pages that are looked at, of 4 KiB and of 2 MiB. Of a larger device: its ends, and what is between by chance."""
 
+_RESTARTED = "another is started"
+
 HANG_S = 10.0
 """How long the framework may take on top of the driver's own time limit."""
 
@@ -33,6 +36,8 @@ class Bench:
 
     Attributes:
         at_first: what the pages hold when they are touched for the first time.
+        sample: pages that are looked at.
+        passed: what was done with it so far, and it passed.
         size, pages: bytes of a page, and how many there are.
         random: all chance comes from it.
     """
@@ -53,13 +58,14 @@ class Bench:
         self.patience_s = patience_s
         self.random = random.Random(seed)
         self._served = 0
+        self.passed: list[str] = []
         self.at_first: dict[int, bytes] = {}
         self.device = self._make()
         self._facts = {name: getattr(self.device, name, None) for name in FACTS}
         self._check_facts(self.device)
         self.size = self.device.page_size
         self.pages = -(-self.device.length // self.size)
-        self._sample = self._choose_sample()
+        self.sample = self._choose_sample()
 
     # --- what is said
 
@@ -100,7 +106,7 @@ class Bench:
         return sorted(chosen)
 
     def good(self) -> list[int]:
-        return [page for page in self._sample if page not in self.failing]
+        return [page for page in self.sample if page not in self.failing]
 
     def runs(self, pages: list[int]) -> list[range]:
         """The pages in runs, none longer than half of the capacity."""
@@ -116,8 +122,13 @@ class Bench:
     # --- serving
 
     @contextmanager
-    def serving(self, what: str, *, delayed: bool = False, fails: tuple[int, ...] = ()) -> Iterator[Scene]:
-        """A fresh device on a server, watched; what the driver did is judged at the end."""
+    def serving(
+        self, what: str, *, delayed: bool = False, fails: tuple[int, ...] = (), kills: bool = False
+    ) -> Iterator[Scene]:
+        """A fresh device on a server, watched; what the driver did is judged at the end.
+
+        What the check provokes is not logged: a driver that passes leaves no message. ``kills``: it ends the server.
+        """
         from prefault.device import serve
 
         device = self._make()
@@ -125,13 +136,15 @@ class Bench:
         self._served += 1
         journal = Journal(self.directory / f"journal-{self._served}")
         watched = Watched(
-            device, journal, seed=self._seed + self._served, delay_s=self._delay_s if delayed else 0.0, fails=fails
-        )
+            device, journal, seed=self._seed + self._served, delay_s=self._delay_s if delayed else 0.0, fails=fails,
+            failing=self.failing,
+        )  # fmt: skip
         path = str(self.directory / f"server-{self._served}")
         scene = Scene(self.crew, journal, path, what)
         try:
             try:
-                server = serve(watched, path)
+                with _filtered(lambda record: watched.is_news(record) and not (kills and _RESTARTED in record.getMessage())):
+                    server = serve(watched, path)
             except (ValueError, TypeError) as refusal:
                 raise self.wrong(f"the device cannot be served: {refusal}") from refusal
             with server:
@@ -144,6 +157,7 @@ class Bench:
                 for client in scene.clients:
                     client.close()
             self._judge(scene, device)
+            self.passed.append(what)
         finally:
             journal.close()
 
@@ -230,6 +244,17 @@ class Scene:
     def quiet(self) -> None:
         """Time for a driver that writes later to do so."""
         time.sleep(0.1)
+
+
+@contextmanager
+def _filtered(is_news: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    """Filter the log of processes that are forked inside the block."""
+    log = logging.getLogger("prefault.device")
+    log.addFilter(is_news)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_news)
 
 
 def _alive(pid: int) -> bool:

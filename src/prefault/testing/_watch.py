@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import random
 import threading
@@ -146,13 +147,19 @@ class Watched(Device):
         seed: of the delays.
         delay_s: the longest delay, in seconds; 0: none.
         fails: pages that raise :class:`InjectedError` instead of asking the driver.
+        failing: pages of which it is known that the driver cannot supply them.
     """
 
-    def __init__(self, inner: Device, journal: Journal, *, seed: int, delay_s: float, fails: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, inner: Device, journal: Journal, *, seed: int, delay_s: float, fails: tuple[int, ...] = (),
+        failing: frozenset[int] = frozenset(),
+    ) -> None:  # fmt: skip
         self._inner = inner
         self._journal = journal
         self._delay_s = delay_s
         self._fails = fails
+        self._failing = failing
+        self._provoked: set[str] = set()
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._number = 0
@@ -206,7 +213,13 @@ class Watched(Device):
     def _inject(self, pages: range) -> None:
         for page in self._fails:
             if page in pages:
-                raise InjectedError(f"page {page} fails for the sake of the check")
+                self._provoked.add(text := f"page {page} fails for the sake of the check")
+                raise InjectedError(text)
+
+    def is_news(self, record: logging.LogRecord) -> bool:
+        """Return whether a message of the device's processes tells of more than the check has provoked."""
+        message = record.getMessage()
+        return not any(text in message for text in self._provoked)
 
     def _delay(self) -> None:
         if self._delay_s:
@@ -229,6 +242,8 @@ class Watched(Device):
             self._delay()
         except BaseException as error:
             self._journal.end(number, f"{type(error).__name__}: {error}")
+            if supplies and not self._failing.isdisjoint(pages):
+                self._provoked.add(f"{type(error).__name__}: {error}")
             raise
         else:
             # An exception's traceback may still hold on to views: only what returned is looked at.

@@ -9,7 +9,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefault.device.driver import Device, Recipe
 from prefault.sizes import PAGE_SIZE
@@ -17,7 +17,27 @@ from prefault.testing._bench import HANG_S, AfterDiscard, Bench, ContractError, 
 from prefault.testing._crew import Client, ClientDiedError, ClientHangsError, Crew, RefusedError
 from prefault.testing._watch import InjectedError, Journal
 
-__all__ = ["AfterDiscard", "ContractError", "check_device"]
+__all__ = ["AfterDiscard", "Checked", "ContractError", "check_device"]
+
+
+class Checked(NamedTuple):
+    """What was checked of a driver that passes.
+
+    Attributes:
+        device: the name of its class.
+        pages: how many pages of it were looked at.
+        seed: of all chance.
+        scenes: what was done with it, in order; each completes "It passes when ...".
+    """
+
+    device: str
+    pages: int
+    seed: int
+    scenes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        scenes = "".join(f"\n  {scene}" for scene in self.scenes)
+        return f"{self.device} passes (seed {self.seed}, {self.pages} pages looked at) when{scenes}"
 
 
 def check_device(
@@ -29,7 +49,7 @@ def check_device(
     after_discard: AfterDiscard = "same",
     delay_s: float = 0.003,
     patience_s: float | None = None,
-) -> None:
+) -> Checked:
     """Check that a driver keeps the contract of :class:`prefault.device.Device`. Needs no test framework.
 
     The driver is served to client processes, which touch, populate, discard and write its pages in many orders, from several
@@ -45,13 +65,18 @@ def check_device(
         delay_s: how long each call is delayed at most, in seconds.
         patience_s: how long an answer may take, in seconds. None: what ``timeout_s`` of the device allows for a few calls.
 
+    Returns:
+        What was checked: print it to see that. The errors that the check itself provokes are not logged.
+
     Raises:
         ContractError: what is wrong.
         DeviceError: device memory cannot be had on this machine at all.
     """
     directory = Path(tempfile.mkdtemp(prefix="prefault-check-"))
     try:
-        _Check(factory, directory, seed, expected, frozenset(failing), after_discard, delay_s, patience_s).run()
+        check = _Check(factory, directory, seed, expected, frozenset(failing), after_discard, delay_s, patience_s)
+        check.run()
+        return Checked(type(check.device).__name__, len(check.sample), seed, tuple(check.passed))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -329,7 +354,7 @@ class _Check(Bench):
                 self._compare_anew(scene, two, range(whole[0], whole[-1] + 1), populate=False)
 
     def _check_restart(self) -> None:
-        with self.serving("its server was killed in between, and it says that it is restartable") as scene:
+        with self.serving("its server was killed in between, and it says that it is restartable", kills=True) as scene:
             client = scene.client(area={})
             good = self.good()
             client.touch("area", good[::2], self.size)
@@ -356,6 +381,7 @@ class _Check(Bench):
                 found = client.touch("area", self.good(), self.size)
                 self.compare(scene, found, self.at_first, "and another in a device of the factory")
                 client.close()
+            self.passed.append(scene.what)
         except (ClientDiedError, ClientHangsError, RefusedError) as failure:
             raise self.wrong(f"made by its recipe {recipe.factory}, a client {failure}") from failure
         finally:

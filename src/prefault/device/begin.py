@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from prefault.device import internal, process, recipes
+from prefault.device import internal, limits, process, recipes
 from prefault.device.driver import Device, Recipe
 from prefault.device.frames import Frames
 from prefault.device.registry import Registry
@@ -55,14 +55,15 @@ def serve_in_foreground(recipe: Recipe, path: str, started: Callable[[Device], N
     recipes.check_recipe(recipe)
     device = _made(recipe)
     registry = registry_of(device)
+    process.raise_descriptor_limit()
     listener, listens_at = place.listen_at(path, socket.SOCK_SEQPACKET)
     try:
         process.be_called(process.WARDEN)
-        process.raise_descriptor_limit()
         process.log_to_stderr()
-        warden = Warden(registry, device=device, recipe=recipe, listener=listener, listens_at=listens_at)
-        warden.end_by(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        warden.start_server()
+        with limits.explained("the device cannot be served"):
+            warden = Warden(registry, device=device, recipe=recipe, listener=listener, listens_at=listens_at)
+            warden.end_by(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            warden.start_first_server()
         started(device)
         warden.run()
     finally:
@@ -90,15 +91,11 @@ def become_warden(
                 listens_at=listens_at, control=None if private else link, owner=owner,
             )  # fmt: skip
             warden.end_by(signal.SIGTERM, signal.SIGHUP)
-            warden.start_server()
+            warden.start_first_server()
         except (OSError, ValueError) as error:
             if listens_at is not None:
                 place.leave(listens_at)
-            number = (error.errno or errno.EIO) if isinstance(error, OSError) else errno.EINVAL
-            message = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-            with contextlib.suppress(OSError):  # it does not wait any more
-                internal.send(link, internal.NotStarted(number, message))
-            os._exit(1)
+            say_not_started(link, error)
         assert warden.server_pid is not None
         with contextlib.suppress(OSError):  # it does not wait any more, and the server will see that
             internal.send(link, internal.Started(warden.server_pid))
@@ -108,6 +105,18 @@ def become_warden(
         _log.exception("a warden failed")
     finally:
         os._exit(status)
+
+
+def say_not_started(link: socket.socket, error: OSError | ValueError) -> NoReturn:
+    """Tell the process that waits for the start why there is none, and end."""
+    number, message = errno.EINVAL, str(error)
+    if isinstance(error, OSError):
+        number, message = error.errno or errno.EIO, error.strerror or str(error)
+        if message.endswith(os.strerror(number)):  # which does not say what is to be done
+            message = f"a process of the device cannot be started: {limits.reason(number) or message}"
+    with contextlib.suppress(OSError):  # it does not wait any more
+        internal.send(link, internal.NotStarted(number, message))
+    os._exit(1)
 
 
 def main(descriptor: int) -> NoReturn:
@@ -122,6 +131,8 @@ def main(descriptor: int) -> NoReturn:
         os._exit(1)
     message, descriptors = taken
     if isinstance(message, internal.Start):
+        if len(descriptors) != 2:
+            say_not_started(link, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
         arguments, owner = descriptors
         recipe = Recipe(message.factory, internal.read_arguments(arguments))
         os.close(arguments)

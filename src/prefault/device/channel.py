@@ -77,6 +77,8 @@ class Channel:
         """Why nothing can be asked any more. A warden may still take notice of areas that go."""
         self._silent = False
         """The other side says nothing more."""
+        self._descriptors_lost = False
+        """Descriptors were sent that this process had no room for."""
         self._closed = False
         connection.setblocking(False)
         self._poll = select.poll()
@@ -376,7 +378,7 @@ class Channel:
                 return None
             except OSError as error:
                 return self._lost(f"the device's server is gone: {error.strerror}")
-        data, ancillary, _, _ = self._packets[0]
+        data, ancillary, flags, _ = self._packets[0]
         if not data:
             self._packets.popleft()
             return self._lost("the device's server and its warden are gone")
@@ -385,6 +387,7 @@ class Channel:
         except ProtocolError as error:
             self._packets.popleft()
             return self._lost(f"what the device's server says is no answer: {error}")
+        self._descriptors_lost |= bool(flags & socket.MSG_CTRUNC)
         self._keep_descriptors(reply, ancillary)
         self._dispatch(reply)
         self._packets.popleft()  # last: where Ctrl-C comes in between, the next to read dispatches it once more

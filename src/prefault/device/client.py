@@ -15,7 +15,7 @@ import weakref
 from typing import Any, NamedTuple, Protocol
 
 from prefault._kernel.userfaultfd import Feature
-from prefault.device import protocol
+from prefault.device import limits, protocol
 from prefault.device.channel import Channel, Exchange
 from prefault.device.uffd import Opened
 from prefault.errors import DeviceError, DeviceGoneError
@@ -89,6 +89,8 @@ class Link(Channel):
             raise DeviceGoneError(errno.ETIMEDOUT, f"the device's server did not answer within {_GREET_S:g} s") from None
         welcome = self._expect(exchange, protocol.Welcome)
         if self.frames < 0:
+            if self._descriptors_lost:
+                raise DeviceError(errno.EMFILE, f"the frames of {welcome.name} cannot be mapped: {limits.no_descriptor()}")
             raise DeviceError(errno.EPROTO, f"the server of {welcome.name} sent no descriptor of its frames")
         self._tie_lifeline()
         return Facts(

@@ -15,10 +15,10 @@ from collections import deque
 from collections.abc import Callable
 
 from prefault._kernel.peer import peer_credentials, peer_pidfd
-from prefault.device import protocol
+from prefault.device import limits, protocol
 from prefault.device.books import Client
 from prefault.device.registry import ClientRecord
-from prefault.sockets.messages import ProtocolError, may_talk_to, receive
+from prefault.sockets.messages import ProtocolError, may_talk_to, receive_all
 
 HELLO_S = 5.0
 """How long a connection may take to say Hello, in seconds."""
@@ -94,7 +94,7 @@ class Connections:
             os.close(self._spare)
             try:
                 connection, _ = listener.accept()
-                _turn_away(connection, "it has no descriptors left (RLIMIT_NOFILE)")
+                _turn_away(connection, limits.no_descriptor())
             except OSError:
                 time.sleep(0.01)  # others took it; not a loop without end
             finally:
@@ -171,7 +171,7 @@ class Connections:
             self.reject(link, str(error))
 
     def _receive(self, link: Link) -> None:
-        packet, descriptors = receive(link.connection, protocol.MAX_MESSAGE, protocol.MAX_DESCRIPTORS)
+        packet, descriptors, lost = receive_all(link.connection, protocol.MAX_MESSAGE, protocol.MAX_DESCRIPTORS)
         try:
             if not packet:
                 return self.hang_up(link)
@@ -181,6 +181,10 @@ class Connections:
                     raise ProtocolError("Hello comes first")
                 if request.version != protocol.VERSION:
                     raise ProtocolError(f"version {protocol.VERSION} of the protocol is spoken here, not {request.version}")
+                if lost:
+                    refusal = f"the server does not take you: {limits.no_descriptor()}"
+                    self.send(link, protocol.Refused(request.id, "device", errno.EMFILE, refusal))
+                    return self.hang_up(link)
                 record = _record(link, descriptors)
                 descriptors = []
                 self.strangers.discard(link)

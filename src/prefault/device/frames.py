@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from prefault._kernel import hugetlb, mman
 from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from prefault._kernel.memfd import MFD_ALLOW_SEALING, MFD_CLOEXEC, MFD_HUGETLB, huge_page_flag, memfd_create
+from prefault.device import limits
 from prefault.device.states import PageState
 from prefault.errors import DeviceError
 from prefault.memory import borrow
@@ -125,9 +126,8 @@ class Frames:
             for fd in opened:
                 os.close(fd)
             number = error.errno if isinstance(error, OSError) and error.errno else errno.EFBIG
-            raise DeviceError(
-                number, f"no frames of {format_size(length)} can be had for the device: {os.strerror(number)}"
-            ) from error
+            why = limits.reason(number) or os.strerror(number)
+            raise DeviceError(number, f"no frames of {format_size(length)} can be had for the device: {why}") from error
 
     def close(self) -> None:
         """Unmap and close both. Views of frames must be gone; a second call does nothing."""
@@ -172,9 +172,19 @@ class Frames:
         except OSError as error:
             if error.errno not in (errno.EFAULT, errno.ENOMEM, errno.ENOSPC):
                 raise
-            what = f"huge pages of {format_size(self.page_size)}" if self.huge else "memory"
-            where = f"pages {pages.start} to {pages.stop - 1}"
-            raise OSError(errno.ENOSPC, f"no {what} left for the frames of {where}") from error
+            where = f"the frames of pages {pages.start} to {pages.stop - 1}, {format_size(len(pages) * self.page_size)}"
+            if self.huge:
+                pool = hugetlb.read_pool(self.page_size)
+                message = (
+                    f"no huge pages of {format_size(self.page_size)} left for {where}: the pool has {pool.available} of"
+                    f" {pool.total}; write a larger number to {pool.setting}, or raise a hugetlb cgroup limit"
+                )
+            else:
+                message = (
+                    f"no memory left for {where}: free some, or raise the limit (vm.overcommit_ratio with"
+                    " vm.overcommit_memory = 2, or a memory cgroup)"
+                )
+            raise OSError(errno.ENOSPC, message) from error
 
     def secure_one(self, page: int) -> None:
         """The same for one page, by a call that takes 1.5 us less, but lets no other thread run meanwhile.

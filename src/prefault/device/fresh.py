@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 
+from prefault.device import limits
 from prefault.errors import DeviceError
 
 # All of sys.path is given, not only the directory of prefault: the device is imported as it would be here.
@@ -19,6 +20,7 @@ def spawn(link: int) -> int:
 
     Raises:
         DeviceError: there is no Python interpreter to run, or it cannot be.
+        OSError: a limit is reached (of processes, of descriptors).
     """
     python = interpreter()
     with open(os.devnull, "r+b", buffering=0) as nothing:
@@ -31,6 +33,8 @@ def spawn(link: int) -> int:
                 stdin=nothing, stdout=errors, stderr=errors, pass_fds=[link], start_new_session=True,
             )  # fmt: skip
         except OSError as error:
+            if limits.reason(error.errno) is not None:
+                raise  # for the caller to explain
             raise DeviceError(
                 error.errno or errno.EIO, f"no process can be started for the device: {error.strerror}"
             ) from error

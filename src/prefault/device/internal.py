@@ -136,7 +136,7 @@ class End(_Message, frozen=True):
     """End in an orderly way."""
 
 
-# --- from a warden to who started it
+# --- from a server to its warden, and from a warden to the process that started it
 
 
 class Started(_Message, frozen=True):

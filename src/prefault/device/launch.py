@@ -10,7 +10,7 @@ import socket
 import threading
 from typing import NoReturn
 
-from prefault.device import begin, fresh, internal, process, recipes
+from prefault.device import begin, fresh, internal, limits, process, recipes
 from prefault.device.driver import Device, Recipe
 from prefault.errors import DeviceError
 
@@ -79,7 +79,8 @@ def launch(device: Device, path: str | None = None) -> Launched:
 
     Raises:
         TypeError, ValueError: an attribute of the device, or its recipe, is not what it should be.
-        DeviceError: the device cannot be made in its process, there is no memory for its frames, or no process.
+        DeviceError: the device cannot be made in its process, there is no memory for its frames, or a limit is reached (of
+            processes, of descriptors): the message says which.
     """
     recipes.check_device_facts(device)
     return _launch(device, device.recipe(), path)
@@ -97,11 +98,17 @@ def _launch(device: Device | None, recipe: Recipe | None, path: str | None) -> L
         ended = list(_unreaped)
     for warden in ended:
         _reap(warden, 0)
+    with limits.explained("the processes of the device cannot be started"):
+        return _start(device, recipe, path)
+
+
+def _start(device: Device | None, recipe: Recipe | None, path: str | None) -> Launched:
     ours, theirs = internal.pair()
-    owner = internal.above_stdio(os.pidfd_open(os.getpid()))
     pid: int | None = None
+    owner = -1
     try:
         with theirs:
+            owner = internal.above_stdio(os.pidfd_open(os.getpid()))
             if recipe is not None:
                 pid = fresh.spawn(theirs.fileno())
             else:
@@ -116,19 +123,15 @@ def _launch(device: Device | None, recipe: Recipe | None, path: str | None) -> L
             _abandon(pid)
         raise
     finally:
-        os.close(owner)
+        if owner >= 0:
+            os.close(owner)
 
 
 def _fork(device: Device, ours: socket.socket, theirs: socket.socket, owner: int, path: str | None) -> int:
     # No signal handler of this program may run in the child.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        try:
-            pid = process.fork()
-        except OSError as error:
-            raise DeviceError(
-                error.errno or errno.EAGAIN, f"no process can be forked for the device: {error.strerror}"
-            ) from error
+        pid = process.fork()
         if not pid:
             _be_warden(device, ours, theirs, owner, path)
         return pid
@@ -138,9 +141,12 @@ def _fork(device: Device, ours: socket.socket, theirs: socket.socket, owner: int
 
 def _be_warden(device: Device, ours: socket.socket, theirs: socket.socket, owner: int, path: str | None) -> NoReturn:
     try:
-        process.leave_the_caller()
-        ours.close()
-        process.settle()
+        try:
+            process.leave_the_caller()
+            ours.close()
+            process.settle()
+        except OSError as error:
+            begin.say_not_started(theirs, error)
         begin.become_warden(lambda: device, None, theirs, owner, path)
     finally:
         os._exit(70)

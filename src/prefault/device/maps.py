@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from prefault._kernel.peer import peer_credentials
-from prefault.device import inside, mapped
+from prefault.device import inside, limits, mapped
 from prefault.device.area import Area
 from prefault.device.client import Link
 from prefault.device.driver import Access, Device
@@ -125,14 +125,15 @@ class DeviceClient:
         self.writable, self.notes = facts.writable, facts.notes
 
     def _connected(self, *, tracking: bool) -> Link:
-        connection = _connection(self.path, self._timeout)
         try:
-            opened = open_userfaultfd(tracking=tracking)
-        except BaseException:
-            connection.close()
-            raise
-        try:
-            link = Link(connection, opened)
+            with limits.explained(f"the device at {self.path} cannot be connected to"):
+                connection = _connection(self.path, self._timeout)
+                try:
+                    opened = open_userfaultfd(tracking=tracking)
+                except BaseException:
+                    connection.close()
+                    raise
+                link = Link(connection, opened)
         except DeviceGoneError as gone:  # it does not take us, and says why, or ends just now
             raise DeviceGoneError(gone.errno or 0, f"no device at {self.path}: {gone.strerror}") from gone
         link.hold()
@@ -217,15 +218,16 @@ def _private_link(device: Device) -> Link:
         link = _running.get(id(device))
         if link is not None and link.device is device and link.hold():
             return link
-        # First, as it is refused more often than all that follows. Where the driver never takes pages back, the kernel
-        # needs no help in tracking writes.
-        opened = open_userfaultfd(tracking=device.writable and not device.evicts)
-        try:
-            launched = launch(device)
-        except BaseException:
-            os.close(opened.fd)
-            raise
-        link = Link(launched.connection, opened, launched, device)
+        with limits.explained(f"{type(device).__name__} cannot be mapped"):
+            # First, as it is refused more often than all that follows. Where the driver never takes pages back, the kernel
+            # needs no help in tracking writes.
+            opened = open_userfaultfd(tracking=device.writable and not device.evicts)
+            try:
+                launched = launch(device)
+            except BaseException:
+                os.close(opened.fd)
+                raise
+            link = Link(launched.connection, opened, launched, device)
         link.hold()
         _running[id(device)] = link
         return link

@@ -10,6 +10,9 @@ from prefault.device.registry import AreaRecord, ClientRecord, Registry
 class Notary(abc.ABC):
     """Each call returns when the warden has it; OSError: the warden is gone, and :meth:`orphaned` is the next call."""
 
+    def started(self) -> None:  # noqa: B027  only a warden wants to know
+        """The server is about to answer."""
+
     @abc.abstractmethod
     def admitted(self, client: ClientRecord) -> None:
         """A client said Hello; its descriptors go along."""

@@ -50,6 +50,10 @@ class NotaryLink(Notary):
         self._often = internal.Often(_WARDENS_MOST, _WARDENS_WINDOW_S)
         self._cpus = os.sched_getaffinity(0)
 
+    def started(self) -> None:
+        """The server runs."""
+        self._tell(internal.Started(os.getpid()))
+
     def admitted(self, client: ClientRecord) -> None:
         """A client, with duplicates of its descriptors."""
         self._first = None  # its connection is the client's now

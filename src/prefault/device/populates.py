@@ -229,8 +229,10 @@ class Populates:
             if not cancelled and populate.area.alive:
                 self._map(populate, ready)
         self._to_fault(fill, mapped=not cancelled)
-        if fill.failure is not None and populate.failed is None:
-            populate.failed = fill.failure
+        failure, before = fill.failure, populate.failed
+        # Of several that fail at once, in workers, the first page is the one that is told.
+        if failure is not None and (before is None or (isinstance(before, Failure) and failure.page < before.page)):
+            populate.failed = failure
         if cancelled and populate.request.rollback:
             self._undo(populate, [ready])
         return None

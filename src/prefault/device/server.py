@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from prefault.device import answers, inside, protocol
+from prefault.device import answers, inside, limits, protocol
 from prefault.device.books import Books, Client, ServedArea
 from prefault.device.calls import Calls
 from prefault.device.connections import EPOLLIN, Connections, Link
@@ -27,6 +28,7 @@ from prefault.device.populates import Populates
 from prefault.device.requests import Requests
 from prefault.device.spin import Spin
 from prefault.device.windows import Windows
+from prefault.errors import DeviceError
 
 if TYPE_CHECKING:
     from prefault.device.driver import Device
@@ -54,10 +56,15 @@ def run_server(
         listener: where clients connect, for a server of many.
         first: the connection of a private server's client.
         parent_pidfd: of the warden, or -1.
+
+    Raises:
+        DeviceError: a limit is reached (of threads, of descriptors) before anything was answered.
     """
     inside.device = device
     sys.setswitchinterval(_SWITCH_S)
-    server = _Server(device, registry, notary, listener, first, parent_pidfd)
+    with limits.explained(f"the server of {type(device).__name__} cannot be started"):
+        server = _Server(device, registry, notary, listener, first, parent_pidfd)
+    server.tell_started()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: server.stop())
@@ -84,7 +91,7 @@ class _Server:
         books.notify = self._wake
         evictor = Evictor(books)
         self._calls = Calls(books, evictor)
-        self._workers = Workers(books, min(device.workers, RESULTS - 1))
+        self._workers = _workers(books, min(device.workers, RESULTS - 1))
         self._jobs = Jobs(books, self._calls, self._workers)
         self._entries = Entries(books, evictor)
         self._entries.gone = self._leave_soon
@@ -114,6 +121,10 @@ class _Server:
             self._watch(listener.fileno(), EPOLLIN, lambda _: self._connections.accept(listener))
         if first is not None:
             self._connections.admit(first)
+
+    def tell_started(self) -> None:
+        """Tell the warden that all is there that can be missing."""
+        self._tell(self._notary.started)
 
     # --- the loop
 
@@ -358,6 +369,15 @@ class _Server:
         # The eventfd ends with the process: a thread of the driver may be about to tell of an eviction.
         if self._parent >= 0:
             os.close(self._parent)
+
+
+def _workers(books: Books, count: int) -> Workers:
+    try:
+        return Workers(books, count)
+    except RuntimeError as error:  # as the interpreter calls EAGAIN
+        raise DeviceError(
+            errno.EAGAIN, f"the {count} workers of {books.name} cannot be started: {limits.no_process()}"
+        ) from error
 
 
 def _nothing(client: Client) -> None:

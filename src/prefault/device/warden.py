@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import selectors
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from prefault.device import answers, internal, process, protocol, recipes, remains
+from prefault.device import answers, internal, limits, process, protocol, recipes, remains
 from prefault.device.driver import Device, Recipe
 from prefault.device.notarylink import NotaryLink
 from prefault.device.registry import AreaRecord, Registry
@@ -73,6 +74,8 @@ class Warden:
         """Why a server was killed that did not go on; else empty."""
         self._stopped_until: float | None = None
         """When a server is killed that was found to be stopped, unless it is continued."""
+        self._why_not = ""
+        """What a server said that could not be started."""
         self.failed = ""
         """Why there was no server any more, if it ended so."""
         self._end_by: float | None = None
@@ -161,6 +164,27 @@ class Warden:
 
     # --- its server
 
+    def start_first_server(self) -> None:
+        """Fork it, and wait until it serves.
+
+        Raises:
+            DeviceError: it cannot be started, or it has ended; the message says why.
+        """
+        self.start_server()
+        self._link.settimeout(_START_S)
+        try:
+            taken = internal.take(self._link)
+        except TimeoutError:
+            self._kill_server()
+            taken = None
+        if taken is not None and isinstance(taken[0], internal.Started):
+            return
+        assert self.server_pid is not None
+        status = internal.reap(self.server_pid, _END_S)
+        if taken is not None and isinstance(taken[0], internal.NotStarted):
+            raise DeviceError(taken[0].number, taken[0].message)
+        raise DeviceError(errno.ECONNRESET, self._what_happened(status))
+
     def start_server(self) -> None:
         """Fork it."""
         self._link, theirs = internal.pair()
@@ -205,7 +229,8 @@ class Warden:
                 signal.signal(number, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             process.be_called(process.SERVER)
-            process.settle()
+            with limits.explained(f"the server of {self._registry.name} cannot be started"):
+                process.settle()
             self._selector.close()
             for end in (self._signals, self._signal_writer, self._link):
                 end.close()
@@ -222,7 +247,11 @@ class Warden:
             notary.done()
             status = 0
         except DeviceError as error:
-            _log.error("%s", error)
+            why = internal.NotStarted(error.errno or errno.EIO, error.strerror or str(error))
+            try:
+                internal.send(link, why)
+            except OSError:  # the warden is gone
+                _log.error("%s", error)
         except BaseException:  # noqa: BLE001  nothing of the warden may run in here
             _log.exception("device %s: its server failed", self._registry.name)
         finally:
@@ -274,6 +303,10 @@ class Warden:
                     self.end()
             case internal.Done():
                 self._orderly = True
+            case internal.Started():
+                self._why_not = ""
+            case internal.NotStarted():
+                self._why_not = message.message
             case _:
                 raise ProtocolError(f"a server does not say {type(message).__name__}")
 
@@ -281,9 +314,10 @@ class Warden:
         for descriptor in descriptors:
             os.close(descriptor)
         _log.error(
-            "device %s: its warden has no descriptors left (RLIMIT_NOFILE): process %d ends by SIGBUS if the server dies",
+            "device %s: process %d ends by SIGBUS if the server dies, as its warden takes no more descriptors: %s",
             self._registry.name,
             message.pid,
+            limits.no_descriptor(),
         )
 
     def _forget_first(self) -> None:
@@ -323,7 +357,7 @@ class Warden:
             try:
                 self.start_server()
             except OSError as error:
-                what = f"{what}; no other can be started: {error.strerror}"
+                what = f"{what}; no other can be started: {limits.reason(error.errno) or error.strerror}"
             else:
                 self._registry.blamed = {}
                 return
@@ -332,6 +366,8 @@ class Warden:
     def _what_happened(self, status: int | None) -> str:
         if self._overdue:
             return f"the driver {self._overdue} {self._registry.timeout_s:g} s, and its process was killed"
+        if self._why_not:
+            return f"the driver's process could not be started again: {self._why_not}"
         if status is None:
             return "the driver's process ended"
         if status < 0:

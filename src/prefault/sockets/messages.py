@@ -12,14 +12,25 @@ class ProtocolError(Exception):
 
 
 def receive(connection: socket.socket, most: int, descriptors_most: int = 1) -> tuple[bytes, list[int]]:
-    """What has come, at most ``most`` bytes, and the descriptors with it: they are the caller's to close."""
+    """Return what has come, at most ``most`` bytes, and the descriptors with it: they are the caller's to close.
+
+    They are fewer than were sent where this process may not have more (RLIMIT_NOFILE): see :func:`receive_all`.
+    """
+    data, descriptors, _ = receive_all(connection, most, descriptors_most)
+    return data, descriptors
+
+
+def receive_all(connection: socket.socket, most: int, descriptors_most: int) -> tuple[bytes, list[int], bool]:
+    """Return the result of :func:`receive`, and whether there were descriptors for which this process had no room."""
     room = socket.CMSG_SPACE(descriptors_most * array.array("i").itemsize)
-    data, ancillary, _, _ = connection.recvmsg(most, room, socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, flags, _ = connection.recvmsg(most, room, socket.MSG_CMSG_CLOEXEC)
     descriptors = array.array("i")
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
-    return data, descriptors.tolist()
+    # With as many as there is room for in the message, the sender sent too many.
+    lost = bool(flags & socket.MSG_CTRUNC) and len(descriptors) < descriptors_most
+    return data, descriptors.tolist(), lost
 
 
 def receive_without_descriptors(connection: socket.socket, most: int) -> bytes:

@@ -426,6 +426,21 @@ def test_a_socks_proxy_is_told_apart(
     assert _remote(server).length == len(file[1])
 
 
+@pytest.mark.parametrize("variable", ["http_proxy", "all_proxy", "https_proxy"])
+def test_a_proxy_that_is_named_https_is_refused_and_hears_nothing_unencrypted(
+    proxies: pytest.MonkeyPatch, variable: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        proxies.setenv(variable, f"https://me:secret@127.0.0.1:{listener.getsockname()[1]}")
+        scheme = "https" if variable == "https_proxy" else "http"
+        with pytest.raises(SourceError, match=rf"HTTPS proxies are not supported \({variable} is https://127") as caught:
+            RemoteFile(f"{scheme}://host.example/f", patience=Patience(retries=0, timeout_s=0.5))
+        assert "secret" not in str(caught.value)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
 @pytest.mark.parametrize("without", ["*", "127.0.0.1", "127.0.0.1:{port}", "other, 127.0.0.1"])
 def test_no_proxy_is_respected(server: HttpServer, file: Served, proxies: pytest.MonkeyPatch, without: str) -> None:
     proxies.setenv("http_proxy", "http://127.0.0.1:1")
@@ -567,6 +582,33 @@ def test_a_head_that_never_ends_is_given_up_in_time(drop: bytes, end: bytes) -> 
         with pytest.raises(SourceError, match=r"given up|took longer"):
             RemoteFile(f"http://127.0.0.1:{listener.getsockname()[1]}/x", patience=patience)
         thread.join()
+
+
+@pytest.mark.parametrize(
+    "interim",
+    [
+        "HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\nContent-Length: 7\r\n\r\n",
+        "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nETag: \"x\"\r\n\r\n",
+        "HTTP/1.1 199 Unheard Of\r\nConnection: close\r\n\r\n" * 30,
+    ],
+    ids=["103", "100-102-103", "199"],
+)
+def test_interim_answers_are_skipped(server: HttpServer, file: Served, interim: str) -> None:
+    device = _remote(server)
+    expected = file[1][:PAGE_SIZE]
+    head = (
+        f"HTTP/1.1 206 Partial Content\r\nContent-Length: 4096\r\nContent-Range: bytes 0-4095/{len(file[1])}\r\n"
+        f"ETag: {device.version.tag}\r\nLast-Modified: {device.version.modified}\r\n\r\n"
+    )
+    with FakeArea(device) as area:
+        server.requests(clear=True)
+        server.fail("garbage", text=interim + head + expected.decode("latin-1"))
+        area.fill(range(1))
+        assert area.content(0, PAGE_SIZE) == expected
+        assert len(server.requests()) == 1
+        server.fail("garbage", text="HTTP/1.1 101 Switching Protocols\r\nUpgrade: other\r\n\r\n")
+        with pytest.raises(SourceError, match="HTTP 101"):
+            area.fill(range(1))
 
 
 def test_a_time_to_wait_that_is_no_time(server: HttpServer, file: Served) -> None:

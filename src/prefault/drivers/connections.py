@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import http
 import http.client
 import io
 import socket
@@ -69,16 +70,18 @@ class Connections:
                 connection.close()
 
     def proxy(self, origin: Origin) -> str | None:
-        """The proxy to go through, if any; SourceError if that is a SOCKS proxy."""
+        """Return the URL of the proxy to go through, if any; SourceError if it is not a plain HTTP proxy."""
         proxy = self._proxies.get(origin.scheme) or self._proxies.get("all")
         if proxy is None or any(map(urllib.request.proxy_bypass, (origin.host, f"{origin.host}:{origin.port}"))):
             return None
         scheme, separator, rest = proxy.partition("://")
-        if separator and scheme.lower().startswith("socks"):
+        if separator and scheme.lower() != "http":
+            # A proxy that is named https:// must not get the password of its URL unencrypted.
+            kind = "SOCKS" if scheme.lower().startswith("socks") else scheme.upper()
             variable = f"{origin.scheme}_proxy" if self._proxies.get(origin.scheme) else "all_proxy"
             raise SourceError(
                 errno.EOPNOTSUPP,
-                f"{origin.scheme}://{origin.host}: SOCKS proxies are not supported ({variable} is"
+                f"{origin.scheme}://{origin.host}: {kind} proxies are not supported ({variable} is"
                 f" {scheme}://{rest.rpartition('@')[2]}): set {origin.scheme}_proxy to an HTTP proxy, or no_proxy to"
                 f" {origin.host} to connect without one",
             )
@@ -137,6 +140,14 @@ class Response(http.client.HTTPResponse):
     def __init__(self, timeout_s: Callable[[], float], sock: socket.socket, *arguments: Any, **named: Any) -> None:
         super().__init__(sock, *arguments, **named)
         self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock, timeout_s))
+
+    def begin(self) -> None:
+        """Read the head of the final answer, after any interim answers (RFC 9110, 15.2), such as 103 Early Hints."""
+        super().begin()
+        # http.client of Python 3.11 skips 100 Continue alone. 101 is final: it ends HTTP on this connection.
+        while 100 <= self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
+            self.headers = self.msg = None  # type: ignore[assignment]  # else begin() has nothing to do
+            super().begin()
 
 
 class Answer:

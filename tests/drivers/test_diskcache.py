@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import itertools
 import os
 import random
+import shutil
+import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem  # type: ignore[impor
 
 from drivers.conftest import QUICK
 from prefault.drivers import RemoteFile, SourceChangedError, SourceError
-from prefault.drivers.diskcache import BLOCK, DiskCache, named, place
+from prefault.drivers.diskcache import BLOCK, DiskCache, WriteWarning, cache_key, make_directory
 from prefault.drivers.http import HttpSource
 from prefault.sizes import KIB, PAGE_SIZE
 from support import needs
@@ -204,6 +210,231 @@ def test_a_disk_that_is_full(
     assert "nothing more is kept there: No space left on device" in caplog.text
 
 
+# --- a cache that cannot be written
+
+
+@contextlib.contextmanager
+def _read_only(directory: Path) -> Iterator[None]:
+    """Remount a tmpfs read-only, and writable again afterwards, so that it can be unmounted."""
+    subprocess.run(["mount", "-o", "remount,ro", directory], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", directory], check=True)
+
+
+def _use_up(directory: Path) -> None:
+    """Leave no inode, and no byte, of a file system."""
+    with contextlib.suppress(OSError), open(directory / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(PAGE_SIZE))
+    with contextlib.suppress(OSError):
+        for number in itertools.count():
+            (directory / f"empty{number}").touch()
+
+
+def test_a_read_only_cache_is_read_and_the_rest_is_downloaded(
+    server: HttpServer, file: Served, small_tmpfs: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, expected = file
+    cache = small_tmpfs("8m")
+    with FakeArea(_remote(server, cache)) as area:
+        area.fill(range(20 * PAGES))
+    with _read_only(cache):
+        server.requests(clear=True)
+        with FakeArea(_remote(server, cache)) as area:
+            area.fill(range(20 * PAGES))
+            assert area.content(0, 20 * BLOCK) == expected[: 20 * BLOCK]
+            assert server.sent() == 1  # whether it is still that version
+            assert not caplog.messages  # nothing was to be written
+            for _ in range(2):
+                area.fill()
+                assert area.content(0, len(expected)) == expected
+            assert server.sent() == 1 + 2 * (len(expected) - 20 * BLOCK)
+    (said,) = caplog.messages
+    assert said.startswith(str(cache))
+    assert "nothing more is kept there: Read-only file system; what is not there is downloaded each time" in said
+
+
+def test_a_read_only_cache_that_lacks_a_file_or_is_damaged(
+    server: HttpServer, file: Served, small_tmpfs: Callable[[str], Path]
+) -> None:
+    _, expected = file
+    cache = small_tmpfs("8m")
+    damages: list[Callable[[dict[str, Path]], object]] = [
+        lambda files: _spoil(files["data"], BLOCK),
+        lambda files: os.truncate(files["data"], 5),
+        lambda files: files["source.json"].unlink(),
+        lambda files: files["data"].unlink(),
+        lambda files: files["blocks"].unlink(),
+    ]
+    for damage in damages:
+        _filled(server, cache)
+        damage(_files(cache))
+        with _read_only(cache), FakeArea(_remote(server, cache)) as area:
+            area.fill()
+            assert area.content(0, len(expected)) == expected
+
+
+def test_a_full_cache_that_has_the_data_is_read_without_a_word(
+    server: HttpServer, file: Served, small_tmpfs: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, expected = file
+    cache = small_tmpfs("8m,nr_inodes=12")
+    _filled(server, cache)
+    _use_up(cache)
+    server.requests(clear=True)
+    with FakeArea(_remote(server, cache)) as area:
+        area.fill()
+        assert area.content(0, len(expected)) == expected
+    assert server.sent() == 1
+    assert not caplog.messages
+
+
+def test_a_full_cache_has_room_again_when_the_old_version_is_removed(
+    server: HttpServer, file: Served, small_tmpfs: Callable[[str], Path]
+) -> None:
+    path, expected = file
+    cache = small_tmpfs("8m,nr_inodes=12")
+    _filled(server, cache)
+    _use_up(cache)
+    path.write_bytes(expected[::-1])
+    for _ in range(2):
+        server.requests(clear=True)
+        with FakeArea(_remote(server, cache)) as area:
+            area.fill()
+            assert area.content(0, len(expected)) == expected[::-1]
+    assert server.sent() == 1
+
+
+@pytest.mark.parametrize("options", ["8m,nr_inodes=1", "8m,nr_inodes=2", "8m,nr_inodes=3", "8m,nr_inodes=5"])
+def test_a_cache_without_inodes(
+    server: HttpServer, file: Served, small_tmpfs: Callable[[str], Path], caplog: pytest.LogCaptureFixture, options: str
+) -> None:
+    _, expected = file
+    cache = small_tmpfs(options)
+    with FakeArea(_remote(server, cache)) as area:
+        for _ in range(2):
+            area.fill()
+            assert area.content(0, len(expected)) == expected
+    (said,) = caplog.messages
+    assert "nothing more is kept there: No space left on device" in said
+
+
+_OPEN = """
+import sys, prefault
+array = prefault.open_remote(sys.argv[1], cache_dir=sys.argv[2])
+for at in range(0, len(array), 300_000):
+    array[at]
+prefault.populate(array)
+with open(sys.argv[3], "rb") as file:
+    assert array.tobytes() == file.read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["empty", "half", "packed"])
+def test_a_cache_that_cannot_be_written_is_said_once_by_all_processes(
+    server: HttpServer, file: Served, small_tmpfs: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    path, expected = file
+    cache = small_tmpfs("8m")
+    name = "file.bin"
+    if kind == "half":
+        with FakeArea(_remote(server, cache)) as area:
+            area.fill(range(len(area.pages) // 2))
+    elif kind == "packed":
+        name = "file.gz"
+        (server.directory / name).write_bytes(gzip.compress(expected, 1))
+    with _read_only(cache):
+        command = [sys.executable, "-c", _OPEN, server.url(name), str(cache / "deeper" if kind == "empty" else cache), path]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    (said,) = done.stderr.splitlines()
+    assert said.startswith(str(cache))
+    assert "nothing more is kept there: Read-only file system; what is not there is downloaded each time" in said
+
+
+# --- something else in the place of the cache
+
+
+def _put_directory(path: Path, victim: Path) -> None:
+    path.mkdir()
+
+
+def _put_link(path: Path, victim: Path) -> None:
+    path.symlink_to(victim)
+
+
+def _put_fifo(path: Path, victim: Path) -> None:
+    os.mkfifo(path)
+
+
+def _put_socket(path: Path, victim: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(path))
+
+
+_IN_THE_WAY = [
+    (_put_directory, "a directory"), (_put_link, "a symbolic link"), (_put_fifo, "a special file"),
+    (_put_socket, "a special file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("put", "kind"), _IN_THE_WAY)
+@pytest.mark.parametrize("name", ["data", "blocks", "source.json", "gzip.index"])
+def test_what_is_no_file_in_the_place_of_one(
+    server: HttpServer, file: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, put: Any, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = "file.bin"
+    if name == "gzip.index":
+        source = "file.gz"
+        (server.directory / source).write_bytes(gzip.compress(file[1], 1))
+    cache = tmp_path / "cache"
+    _remote(server, cache, source)
+    path = next(cache.rglob(name))
+    path.unlink()
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"dear")
+    put(path, victim)
+    with pytest.raises(SourceError) as caught:
+        _remote(server, cache, source)
+    assert caught.value.strerror == (
+        f"{path}: {kind} is in the place of a file of prefault's cache: remove it, or name another place"
+    )
+    assert victim.read_bytes() == b"dear"
+
+
+@pytest.mark.parametrize(("put", "kind"), [*_IN_THE_WAY[1:], (lambda path, _: path.touch(), "a regular file")])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_what_is_no_directory_in_the_place_of_one(
+    server: HttpServer, file: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: int, put: Any, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path / "cache"
+    _remote(server, cache)
+    path = (cache, *(found.parent for found in _two_up(cache)))[level]
+    shutil.rmtree(path)
+    put(path, tmp_path / "missing")
+    with pytest.raises(SourceError) as caught:
+        _remote(server, cache)
+    assert caught.value.strerror == (
+        f"{path}: {kind} is in the place of a directory of prefault's cache: remove it, or name another place"
+    )
+    assert not (tmp_path / "missing").exists()
+
+
+def _two_up(cache: Path) -> tuple[Path, Path]:
+    data = next(cache.rglob("data"))
+    return data.parent, data
+
+
+def test_a_cache_below_a_file(server: HttpServer, file: Served, tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    with pytest.raises(SourceError, match="a file is in the place of a directory of this path: give another cache_dir"):
+        _remote(server, tmp_path / "f" / "cache")
+
+
 def test_versions_that_cannot_be_told_apart_are_not_kept(server: HttpServer, file: Served, tmp_path: Path) -> None:
     server.fail("plain", count=100)
     with pytest.raises(SourceError, match="neither an ETag nor a time of change"):
@@ -237,8 +468,8 @@ def test_what_others_could_have_planted_is_refused(server: HttpServer, file: Ser
     victim.write_bytes(b"dear")
     data.unlink()
     data.symlink_to(victim)
-    with pytest.raises(OSError, match="symbolic links"), FakeArea(_remote(server, cache)) as area:
-        area.fill()
+    with pytest.raises(SourceError, match="a symbolic link is in the place of a file"):
+        _remote(server, cache)
     assert victim.read_bytes() == b"dear"
 
 
@@ -263,8 +494,6 @@ def test_nothing_secret_is_written(server: HttpServer, file: Served, tmp_path: P
 
 
 def test_one_cache_for_each_way_to_unpack(tmp_path: Path, content: Content) -> None:
-    import gzip
-
     expected = content(200_000)
     path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress(expected))
@@ -308,19 +537,19 @@ def _fresh(value: Any) -> Any:
 
 
 def test_storage_options_that_lead_elsewhere_name_another_source() -> None:
-    keys = [named("s3://bucket/f", None, options) for options in _PLACES]
+    keys = [cache_key("s3://bucket/f", None, options) for options in _PLACES]
     assert len(set(keys)) == len(keys)
     assert keys[0] == "s3://bucket/f|None"  # what was kept before options counted is found again
-    again = [named("s3://bucket/f", None, dict(reversed(options.items()))) for options in _PLACES]
+    again = [cache_key("s3://bucket/f", None, dict(reversed(options.items()))) for options in _PLACES]
     assert again == keys
-    assert named("s3://bucket/f", "gzip", _PLACES[1]) not in keys
+    assert cache_key("s3://bucket/f", "gzip", _PLACES[1]) not in keys
 
 
 @pytest.mark.parametrize("credentials", _CREDENTIALS)
 def test_credentials_name_nothing_and_are_nowhere(credentials: dict[str, Any]) -> None:
     for options in _PLACES:
-        key = named("s3://bucket/f", None, options | credentials)
-        assert key == named("s3://bucket/f", None, options | _fresh(credentials))
+        key = cache_key("s3://bucket/f", None, options | credentials)
+        assert key == cache_key("s3://bucket/f", None, options | _fresh(credentials))
         assert not any(secret in key for secret in ("AKIA1", "s3cret", "fresh", "secret=="))
 
 
@@ -329,13 +558,16 @@ class _Token:
 
 
 def test_objects_among_the_options_name_the_same_in_each_process() -> None:
-    assert named("x://y", None, {"session": _Token()}) == named("x://y", None, {"session": _Token()})
-    assert named("x://y", None, {"session": _Token()}) != named("x://y", None, {"session": object()})
+    assert cache_key("x://y", None, {"session": _Token()}) == cache_key("x://y", None, {"session": _Token()})
+    assert cache_key("x://y", None, {"session": _Token()}) != cache_key("x://y", None, {"session": object()})
 
 
 def test_places_of_different_keys_share_nothing(server: HttpServer, file: Served, tmp_path: Path) -> None:
     with contextlib.closing(HttpSource(server.url("file.bin"), {}, QUICK)) as source:
-        one, two = (place(str(tmp_path), source, named("s3://bucket/f", None, options)) for options in _PLACES[1:3])
+        one, two = (
+            make_directory(str(tmp_path), source, cache_key("s3://bucket/f", None, options), WriteWarning())
+            for options in _PLACES[1:3]
+        )
     assert one != two
     assert os.path.dirname(one) != os.path.dirname(two)  # a new version of one takes nothing of the other away
 
@@ -384,7 +616,7 @@ def test_two_versions_that_are_opened_at_once(server: HttpServer, file: Served, 
     def open_often(which: HttpSource) -> None:
         try:
             for _ in range(200):
-                DiskCache(str(tmp_path / "cache"), which, "key").close()
+                DiskCache(str(tmp_path / "cache"), which, "key", WriteWarning()).close()
         except OSError as error:
             failed.append(error)
 
@@ -399,5 +631,5 @@ def test_two_versions_that_are_opened_at_once(server: HttpServer, file: Served, 
 
 
 def test_a_password_in_a_url_names_nothing() -> None:
-    names = {named(f"zip://a::https://user{secret}@host/f", None, {}) for secret in ("", ":one", ":two")}
+    names = {cache_key(f"zip://a::https://user{secret}@host/f", None, {}) for secret in ("", ":one", ":two")}
     assert names == {"zip://a::https://user@host/f|None"}

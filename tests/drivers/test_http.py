@@ -588,7 +588,7 @@ def test_a_head_that_never_ends_is_given_up_in_time(drop: bytes, end: bytes) -> 
     "interim",
     [
         "HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\nContent-Length: 7\r\n\r\n",
-        "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nETag: \"x\"\r\n\r\n",
+        'HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nETag: "x"\r\n\r\n',
         "HTTP/1.1 199 Unheard Of\r\nConnection: close\r\n\r\n" * 30,
     ],
     ids=["103", "100-102-103", "199"],

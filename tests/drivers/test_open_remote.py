@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import io
 import json
+import os
 import struct
 import sys
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -342,3 +345,49 @@ def test_items_of_no_bytes(server: HttpServer) -> None:
     (server.directory / "f").write_bytes(b"content")
     with pytest.raises(ValueError, match="have no bytes"):
         _open(server, "f", dtype="S")
+
+
+# --- names that are no UTF-8
+
+
+@pytest.fixture
+def latin_directory(tmp_path: Path) -> Path:
+    """A directory whose name is not UTF-8."""
+    directory = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xe9"))
+    directory.mkdir()
+    return directory
+
+
+def test_a_name_that_is_not_utf8(latin_directory: Path, content: Content) -> None:
+    expected = content(MIB)
+    raw = os.fsencode(latin_directory) + b"/caf\xe9.dat"
+    name = os.fsdecode(raw)
+    Path(name).write_bytes(expected)
+    url = f"file://{urllib.parse.quote(raw)}"
+    assert "%E9" in url
+    for source in (name, Path(name), url, f"file://{name}", f"local://{name}"):
+        array = open_remote(source)
+        prefault.populate(array)
+        assert array.tobytes() == expected
+
+
+def test_places_that_are_not_utf8(latin_directory: Path, content: Content) -> None:
+    expected = content(MIB)
+    path = latin_directory / os.fsdecode(b"\xff.gz")
+    path.write_bytes(gzip.compress(expected))
+    for options in ({"index": latin_directory / "index"}, {"cache_dir": latin_directory / "cache"}):
+        array = open_remote(path, populate=True, **options)
+        assert array.tobytes() == expected
+    assert {entry.name for entry in latin_directory.iterdir()} == {path.name, "index", "cache"}
+
+
+def test_errors_name_a_file_whose_name_is_not_utf8(latin_directory: Path, content: Content) -> None:
+    path = latin_directory / os.fsdecode(b"caf\xe9.dat")
+    path.write_bytes(content(MIB))
+    array = open_remote(path, cache_dir=latin_directory / "cache")
+    path.write_bytes(content(PAGE_SIZE))
+    with pytest.raises(prefault.PopulateError, match=r"/d\\udce9/caf\\udce9\.dat changed while it was mapped"):
+        prefault.populate(array)
+    path.unlink()
+    with pytest.raises(SourceMissingError, match=r"/d\\udce9/caf\\udce9\.dat: there is no such file"):
+        open_remote(path)

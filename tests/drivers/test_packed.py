@@ -225,6 +225,36 @@ def test_an_index_of_another_version_is_built_anew(tmp_path: Path) -> None:
     assert not [name for name in tmp_path.iterdir() if name.name.startswith(".prefault")]
 
 
+def test_a_cache_keeps_the_index_of_one_version(tmp_path: Path) -> None:
+    path, cache = tmp_path / "a.gz", tmp_path / "cache"
+    kept = set()
+    for seed in (1, 2, 3):
+        path.write_bytes(gzip.compress(random.Random(seed).randbytes(50_000)))
+        RemoteFile(path, cache_dir=cache)
+        (index,) = cache.rglob("gzip.index")
+        kept.add(index.read_bytes())
+    assert len(kept) == 3
+
+
+def test_an_index_lies_where_it_was_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.gz"
+    expected = _text(50_000)
+    path.write_bytes(gzip.compress(expected))
+    with pytest.raises(SourceMissingError, match="no directory to keep the index in"):
+        RemoteFile(path, index=tmp_path / "missing" / "index")
+    with pytest.raises(SourceError, match="a directory is in the place of a file"):
+        RemoteFile(path, index=tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "index")
+    RemoteFile(path, index=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "index").stat().st_size
+    with FakeArea(RemoteFile(path, index="/proc/index")) as area:  # where no file can be made
+        area.fill()
+        assert area.content(0, len(expected)) == expected
+    (said,) = caplog.messages
+    assert said.startswith("/proc/index: nothing more is kept there")
+
+
 def test_gzip_says_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress(b"x" * 10_000))

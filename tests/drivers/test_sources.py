@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import sys
+import tarfile
 import threading
 import time
 import tracemalloc
@@ -59,6 +60,26 @@ def test_a_path_and_a_file_url(tmp_path: Path, content: Content, monkeypatch: py
     made = _remote("f").recipe()
     assert made is not None
     assert made.arguments["source"] == str(tmp_path / "f")  # a server has another working directory
+
+
+@pytest.mark.parametrize("name", ["a b%20.bin", "100%.bin", "café.bin", "a::b?c#d.bin"])
+def test_a_file_url_is_percent_decoded_and_a_path_is_not(tmp_path: Path, content: Content, name: str) -> None:
+    expected = content(100_001)
+    path = tmp_path / name
+    path.write_bytes(expected)
+    for source in (str(path), f"local://{path}", path.as_uri(), f"file://localhost{path.as_uri()[7:]}"):
+        _assert_holds(_remote(source), expected)
+    if "::" not in name:
+        _zip(path, expected, zipfile.ZIP_STORED)
+        _assert_holds(_remote(f"zip://dir/a.bin::{path.as_uri()}"), expected)
+        _tar(path, expected)
+        _assert_holds(_remote(f"tar://a.bin::{path.as_uri()}"), expected)
+
+
+def test_a_file_url_of_another_machine_is_refused() -> None:
+    for url in ("file://tmp/f", "file://f", "file://"):
+        with pytest.raises(ValueError, match="three slashes"):
+            _remote(url)
 
 
 @pytest.mark.parametrize("how", ["written", "replaced", "cut", "removed"])
@@ -269,6 +290,13 @@ def _zip(path: Path, expected: bytes, compression: int) -> None:
         archive.writestr("dir/a.bin", expected)
 
 
+def _tar(path: Path, expected: bytes) -> None:
+    with tarfile.open(path, "w") as archive:
+        info = tarfile.TarInfo("a.bin")
+        info.size = len(expected)
+        archive.addfile(info, io.BytesIO(expected))
+
+
 def test_a_stored_member_is_read_in_ranges(server: HttpServer, content: Content) -> None:
     expected = content(400_001)
     path = server.directory / "a.zip"
@@ -300,17 +328,12 @@ def test_a_packed_member(server: HttpServer, compression: int) -> None:
 
 
 def test_an_archive_in_memory_and_one_of_tar(memory: Any, content: Content, tmp_path: Path) -> None:
-    import tarfile
-
     expected = content(100_001)
     _zip(tmp_path / "a.zip", expected, zipfile.ZIP_STORED)
     memory.pipe("/a.zip", (tmp_path / "a.zip").read_bytes())
     _assert_holds(_remote("zip://dir/a.bin::memory://a.zip"), expected)
     _assert_holds(_remote(f"zip://dir/a.bin::file://{tmp_path}/a.zip"), expected)
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        info = tarfile.TarInfo("a.bin")
-        info.size = len(expected)
-        archive.addfile(info, io.BytesIO(expected))
+    _tar(tmp_path / "a.tar", expected)
     device = _remote(f"tar://a.bin::file://{tmp_path}/a.tar")
     _assert_holds(device, expected)
 

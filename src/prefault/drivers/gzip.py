@@ -5,16 +5,15 @@ The index is indexed_gzip's (zran): 32 KiB for each 4 MiB of content. Its file n
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import json
 import os
-import tempfile
 import zlib
 from typing import Any
 
 from prefault.drivers.archives import StreamSource
+from prefault.drivers.diskcache import NOT_KEPT, WriteWarning, open_regular, write_whole
 from prefault.drivers.source import CHUNK, Source, SourceError, SourceFile, Version
 
 _MAGIC = b"prefault gzip index 1\n"
@@ -34,23 +33,23 @@ def _library(name: str) -> Any:
     return indexed_gzip
 
 
-def open_gzip(inner: Source, index: str | None, version: Version | None, *, afresh: bool = False) -> Source:
-    """What a gzip file unpacks to. It owns the packed source.
+def open_gzip(inner: Source, index: str | None, warning: WriteWarning, *, afresh: bool = False) -> Source:
+    """Open what a gzip file unpacks to; the returned source owns the packed one.
 
     Args:
         inner: the packed bytes.
-        index: the file of the index, which is built if it is not there or of another version.
-        version: the one to give, or None.
-        afresh: what is there is not known: of a source that does not tell its versions apart, no index is either.
+        index: the file of the index, which is built if it is missing or belongs to another version.
+        warning: called if the index cannot be written; it is in memory only then.
+        afresh: the version is not pinned yet: an index is of no use if the source does not tell its versions apart.
     """
     try:
-        return _open(inner, index, version, afresh)
+        return _open(inner, index, warning, afresh)
     except BaseException:
         inner.close()
         raise
 
 
-def _open(inner: Source, index: str | None, version: Version | None, afresh: bool) -> Source:
+def _open(inner: Source, index: str | None, warning: WriteWarning, afresh: bool) -> Source:
     library = _library(inner.name)
     if index is None:
         raise SourceError(
@@ -58,24 +57,22 @@ def _open(inner: Source, index: str | None, version: Version | None, afresh: boo
             f"{inner.name}: gzip has no random access without an index: give index=, the name of a file (it is built once,"
             " which reads everything once), or cache_dir=; compression=None maps the packed bytes",
         )
-    # Of another content of the same length an index gives wrong bytes, and no error.
+    # The index of another content of the same length would give wrong bytes, and no error.
     made = None if afresh and not inner.version.told_apart else _load(index, inner)
     if made is None:
-        made = _build(library, inner, index)
+        made = _build(library, inner, index, warning)
     length, content = made
-    now = Version(length, f"gzip of {inner.version.length} {inner.version.tag}", inner.version.modified)
-    if version is not None and version.length != length:
-        raise inner.changed(version.change(now))
+    version = Version(length, f"gzip of {inner.version.length} {inner.version.tag}", inner.version.modified)
 
     def opener(file: SourceFile) -> Any:
-        # No CRC: it is of all content, and was looked at when the index was built.
+        # The CRC covers the whole content, and was checked when the index was built.
         stream = library.IndexedGzipFile(
             fileobj=file, spacing=_SPACING, readbuf_size=CHUNK, buffer_size=CHUNK, skip_crc_check=True
         )
         stream.import_index(fileobj=io.BytesIO(content))
         return stream
 
-    return StreamSource(inner, inner.name, version or now, opener)
+    return StreamSource(inner, inner.name, version, opener)
 
 
 class _CheckedFile(SourceFile):
@@ -127,9 +124,9 @@ class _CheckedFile(SourceFile):
 
 
 def _load(index: str, inner: Source) -> tuple[int, bytes] | None:
-    """The length of the content and the index proper; None if there is none of this version."""
+    """Return the length of the content and the index proper; None if the file has none of this version."""
     try:
-        with open(index, "rb") as file:
+        with open(open_regular(index, os.O_RDONLY), "rb") as file:
             magic = file.read(len(_MAGIC))
             if magic != _MAGIC:
                 if magic.startswith(_FOREIGN):
@@ -141,14 +138,12 @@ def _load(index: str, inner: Source) -> tuple[int, bytes] | None:
                 return None
             head = json.loads(file.readline())
             content = file.read()
-    except FileNotFoundError:
-        return None
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return None
     if not isinstance(head, dict) or head.get("version") != list(inner.version):
         return None
     length = head.get("length")
-    # There is content in it, of which a bit that a disk lost would be wrong bytes: nothing else would notice.
+    # The index holds content: a bit that a disk lost would give wrong bytes, and nothing else would notice.
     if not isinstance(length, int) or length < 0 or head.get("checksum") != _checksum(length, content):
         return None
     return length, content
@@ -158,7 +153,7 @@ def _checksum(length: int, content: bytes) -> int:
     return zlib.crc32(content, zlib.crc32(str(length).encode()))
 
 
-def _build(library: Any, inner: Source, index: str) -> tuple[int, bytes]:
+def _build(library: Any, inner: Source, index: str, warning: WriteWarning) -> tuple[int, bytes]:
     kept = io.BytesIO()
     with _CheckedFile(inner) as file:
         try:
@@ -175,17 +170,10 @@ def _build(library: Any, inner: Source, index: str) -> tuple[int, bytes]:
             raise SourceError(errno.EIO, f"{inner.name}: it cannot be unpacked: {error}") from error
     content = kept.getvalue()
     head = {"version": list(inner.version), "length": length, "checksum": _checksum(length, content)}
-    directory = os.path.dirname(os.path.abspath(index))
-    # Under another name first: whoever finds the index finds all of it.
-    fd, unfinished = tempfile.mkstemp(prefix=".prefault-", dir=directory)
     try:
-        with os.fdopen(fd, "wb") as out:
-            out.write(_MAGIC + json.dumps(head).encode() + b"\n" + content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.rename(unfinished, index)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(unfinished)
-        raise
+        write_whole(index, _MAGIC + json.dumps(head).encode() + b"\n" + content)
+    except OSError as error:
+        if error.errno not in NOT_KEPT:
+            raise
+        warning(index, str(error.strerror))
     return length, content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -13,11 +14,11 @@ from typing import Any, BinaryIO, Literal, TypeAlias
 
 from prefault.device.driver import Access, Device, DeviceArea, FaultAround, Recipe
 from prefault.drivers.archives import open_member
-from prefault.drivers.diskcache import CachedSource, DiskCache, named, place
+from prefault.drivers.diskcache import CachedSource, DiskCache, WriteWarning, cache_key, make_directory
 from prefault.drivers.files import CallableSource, FsspecSource, LocalSource
 from prefault.drivers.gzip import open_gzip
 from prefault.drivers.http import HttpSource, shown
-from prefault.drivers.source import GivenUpError, Patience, Source, Version, time_limit
+from prefault.drivers.source import GivenUpError, Patience, Source, SourceMissingError, Version, printable, time_limit
 from prefault.drivers.zstd import ZstdSource
 from prefault.sizes import MIB, PAGE_SIZE, Size, parse_size
 
@@ -76,8 +77,8 @@ class RemoteFile(Device):
         batch: Size = 16 * MIB, fault_around: tuple[Size, Size] = (MIB, 8 * MIB), page_size: int = PAGE_SIZE,
         patience: Patience = Patience(), version: tuple[int, str, str] | None = None,  # noqa: B008  it is frozen
     ) -> None:  # fmt: skip
-        if not isinstance(source, str) and not callable(source):
-            source = os.fspath(source)
+        if not callable(source):
+            source = os.fsdecode(source)
         if isinstance(source, str) and "://" not in source:
             source = os.path.abspath(source)  # the server has a working directory of its own
         if callable(source) and cache_dir is not None:
@@ -98,8 +99,9 @@ class RemoteFile(Device):
         self._compression = compression
         self._headers = dict(headers or {})
         self._options = dict(storage_options or {})
-        self._cache_dir = None if cache_dir is None else os.path.abspath(cache_dir)
-        self._index = None if index is None else os.path.abspath(index)
+        self._cache_dir = None if cache_dir is None else os.path.abspath(os.fsdecode(cache_dir))
+        self._cache_warning = WriteWarning()
+        self._index = None if index is None else os.path.realpath(os.fsdecode(index))
         self._patience = patience
         self._version = None if version is None else Version(*version)
         self._opened: Source | CachedSource | None = None
@@ -107,10 +109,12 @@ class RemoteFile(Device):
         self._given_up: deque[tuple[range, float, GivenUpError]] = deque(maxlen=self.workers)
         self._lock = threading.Lock()
         if self._version is None:
+            if self._index is not None and not os.path.isdir(os.path.dirname(self._index)):
+                raise SourceMissingError(errno.ENOENT, f"{self._index}: there is no directory to keep the index in")
             with contextlib.closing(self._open_source()) as opened:
                 self._version = opened.version
-                if self._cache_dir is not None:
-                    place(self._cache_dir, opened, self._key())  # so that what is wrong with it is heard of here
+                if self._cache_dir is not None and opened.length:
+                    self._open_cache(self._cache_dir, opened).close()  # so that its errors are raised here
         self.length = self._version.length
         if not self.length:
             raise ValueError(f"{self}: it is empty: there is nothing to map")
@@ -133,9 +137,10 @@ class RemoteFile(Device):
         return Recipe(
             "prefault.drivers.remote:_from_recipe",
             {
-                "source": self.source, "compression": self._compression, "headers": self._headers,
-                "storage_options": self._options, "capacity": self.capacity, "cache_dir": self._cache_dir,
-                "index": self._index, "workers": self.workers, "batch": self.batch, "fault_around": list(around),
+                "source": _sendable(self.source), "compression": self._compression, "headers": self._headers,
+                "storage_options": self._options, "capacity": self.capacity,
+                "cache_dir": _sendable(self._cache_dir), "cache_warned": self._cache_warning.given,
+                "index": _sendable(self._index), "workers": self.workers, "batch": self.batch, "fault_around": list(around),
                 "page_size": self.page_size, "version": list(self.version),
                 "patience": [patience.retries, patience.timeout_s, patience.total_s, patience.first_pause_s,
                              patience.longest_pause_s],
@@ -191,13 +196,16 @@ class RemoteFile(Device):
         if self._cache_dir is None:
             return source
         try:
-            return CachedSource(source, DiskCache(self._cache_dir, source, self._key()))
+            return CachedSource(source, self._open_cache(self._cache_dir, source))
         except BaseException:
             source.close()
             raise
 
-    def _key(self, what: str | None = None) -> str:
-        return named(str(self.source), what or self._kind(), self._options)
+    def _open_cache(self, directory: str, source: Source) -> DiskCache:
+        return DiskCache(directory, source, self._cache_key(self._kind()), self._cache_warning)
+
+    def _cache_key(self, packed: str | None) -> str:
+        return cache_key(str(self.source), packed, self._options)
 
     def _kind(self) -> str | None:
         """How it is packed; ValueError for what has no random access."""
@@ -227,11 +235,12 @@ class RemoteFile(Device):
             index = self._index
             if index is None and self._cache_dir is not None:
                 try:
-                    index = os.path.join(place(self._cache_dir, plain, self._key("index")), "gzip.index")
+                    key = self._cache_key("index")
+                    index = os.path.join(make_directory(self._cache_dir, plain, key, self._cache_warning), "gzip.index")
                 except BaseException:
                     plain.close()
                     raise
-            opened = open_gzip(plain, index, None, afresh=self._version is None)
+            opened = open_gzip(plain, index, self._cache_warning, afresh=self._version is None)
         else:
             return plain
         if self._version is not None and opened.version != self._version:
@@ -262,11 +271,14 @@ def open_plain(
                     " headers= does"
                 )
             return HttpSource(url, headers, patience, version)
-        return LocalSource(rest if "://" in url else url, patience, version)
-    for part in url.split("::"):
+        return LocalSource(_local_path(url), patience, version)
+    chain = url.split("::")
+    for part in chain:
         if part.partition("://")[0] in _COPIES:
             raise ValueError(f"{part.partition('://')[0]}:: gives copies of any version: leave it out, and give cache_dir=")
-    return FsspecSource(url, options, shown_chain(url), patience, version)
+    if chain[-1].startswith("file://"):
+        chain[-1] = f"file://{_local_path(chain[-1])}"  # fsspec does not decode it
+    return FsspecSource("::".join(chain), options, shown_chain(url), patience, version)
 
 
 def shown_chain(url: str) -> str:
@@ -292,7 +304,23 @@ def name_of(url: str) -> str:
 
 
 def _shown(source: str | Callable[[], BinaryIO]) -> str:
-    return getattr(source, "__qualname__", str(source)) if callable(source) else shown_chain(source)
+    return printable(getattr(source, "__qualname__", str(source)) if callable(source) else shown_chain(source))
+
+
+def _local_path(url: str) -> str:
+    """Return the path of a ``file://`` URL, percent-decoded (RFC 8089); a path, also behind ``local://``, is left alone."""
+    protocol, separator, path = url.partition("://")
+    if protocol != "file" or not separator:
+        return path if separator else url
+    path = path.removeprefix("localhost")
+    if not path.startswith("/"):
+        raise ValueError(f"{printable(url)}: a file:// URL of this machine has three slashes: file:///path")
+    return os.fsdecode(urllib.parse.unquote_to_bytes(os.fsencode(path)))
+
+
+def _sendable(text: str | None) -> str | bytes | None:
+    """Return a name as a recipe can carry it: as the bytes of the file system where UTF-8 has no text for them."""
+    return text if text is None or text == printable(text) else os.fsencode(text)
 
 
 def _elsewhere(url: str) -> bool:
@@ -308,7 +336,13 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str | bytes)
 
 
-def _from_recipe(patience: list[Any], fault_around: list[int], version: list[Any], **arguments: Any) -> RemoteFile:
+def _from_recipe(
+    patience: list[Any], fault_around: list[int], version: list[Any], cache_warned: bool, **arguments: Any
+) -> RemoteFile:
     first, most = fault_around
     length, tag, modified = version
-    return RemoteFile(patience=Patience(*patience), fault_around=(first, most), version=(length, tag, modified), **arguments)
+    device = RemoteFile(
+        patience=Patience(*patience), fault_around=(first, most), version=(length, tag, modified), **arguments
+    )
+    device._cache_warning.given = cache_warned
+    return device

@@ -27,8 +27,16 @@ PASSING = (408, 425, 429, 500, 502, 503, 504)
 """Statuses of HTTP that may be better in a moment."""
 
 
+def printable(text: str) -> str:
+    """Return a text with its lone surrogates escaped, so that UTF-8 can encode it: file names may have any bytes (PEP 383)."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 class SourceError(DeviceError):
-    """A source cannot be read, and asking again would not help or did not; the message says what to do."""
+    """A source cannot be read, and a retry would not help or did not; the message says what to do."""
+
+    def __init__(self, number: int | None, message: str | None) -> None:
+        super().__init__(number, message and printable(message))  # it is sent from the server to the clients
 
 
 class SourceMissingError(SourceError, FileNotFoundError):

@@ -6,6 +6,7 @@ import array
 import mmap
 import multiprocessing.shared_memory
 import os
+import random
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,11 @@ import pytest
 
 import prefault
 from prefault import pace
+from prefault._kernel import mman
 from prefault.errors import HeadroomError
 from prefault.methods import METHODS
 from prefault.sizes import MIB, PAGE_SIZE
+from prefault.testing import without
 from support import needs, oracle
 
 # The module, not the function of the same name that the package exports.
@@ -31,8 +35,18 @@ PLANNING = sys.modules["prefault.plan"]
 
 
 def _helpers() -> list[str]:
-    """Threads that populate for us. Others in this process may be a library's, of an earlier test."""
-    return [thread.name for thread in threading.enumerate() if thread.name == "prefault-populate"]
+    """Threads that take chunks for us, by the code that they are in."""
+    frames = sys._current_frames().items()
+    mine = threading.get_ident()
+    return [str(frame) for ident, frame in frames if ident != mine and _is_at_work(frame)]
+
+
+def _is_at_work(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "prefault.populate" and frame.f_code.co_name == "_work":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @pytest.fixture
@@ -152,8 +166,6 @@ def test_threads_are_chosen_by_size_and_cpus(mapping: prefault.Mapping, monkeypa
 
 def test_a_failure_among_threads_is_exact(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two holes, two threads: the lower one is reported, and every page that came in is named."""
-    from prefault._kernel import mman
-
     monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
     start = address(mapping)
     for hole in (21 * MIB + PAGE_SIZE, 22 * MIB):
@@ -189,8 +201,6 @@ def test_a_defect_in_a_helper_thread_is_raised_in_the_caller(
 
 def test_other_python_threads_go_on_meanwhile() -> None:
     """ctypes releases the GIL in the system call: another thread runs while one call is under way."""
-    from prefault._kernel import mman
-
     with prefault.Mapping("1 GiB", huge="never") as large:
         steps: list[int] = []
         stop = threading.Event()
@@ -494,8 +504,6 @@ def test_what_is_not_a_buffer_is_refused(thing: Any) -> None:
 
 
 def test_a_failure_leaks_nothing(mapping: prefault.Mapping, no_leaks: None) -> None:
-    from prefault._kernel import mman
-
     mman.mprotect(address(mapping) + MIB, PAGE_SIZE, mman.PROT_NONE)
     for _ in range(50):
         with pytest.raises(prefault.ProtectionError):
@@ -550,8 +558,6 @@ def test_chunks_of_a_disk_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rollback_is_refused_where_nobody_knows_what_was_there(mapping: prefault.Mapping) -> None:
     """Without pagemap the pages of this call cannot be told from those with the user's data."""
-    from prefault._kernel import mman
-    from prefault.testing import without
 
     mapping.memoryview()[:5] = b"hello"
     mman.mprotect(address(mapping) + MIB, PAGE_SIZE, mman.PROT_NONE)
@@ -564,8 +570,6 @@ def test_rollback_is_refused_where_nobody_knows_what_was_there(mapping: prefault
 
 
 def test_rollback_of_shared_memory_without_process_vm_readv_takes_no_byte() -> None:
-    from prefault._kernel import mman
-    from prefault.testing import without
 
     with prefault.Mapping("1 MiB", backing="memfd") as memory, prefault.Mapping("1 MiB", backing="memfd"):
         assert memory.fd is not None
@@ -611,11 +615,11 @@ def test_a_file_system_without_fallocate_is_populated_all_the_same(tmp_path: Pat
 
 
 def test_without_more_threads_one_does_it_all(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(thread: threading.Thread) -> None:
+    def refuse(function: Callable[[], None], arguments: tuple[object, ...]) -> int:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(sys.modules["prefault.populate"], "start_new_thread", refuse)
     result = prefault.populate(mapping, threads=2)
     assert (result.bytes, result.threads) == (64 * MIB, 1)
 
@@ -629,31 +633,74 @@ def test_progress_of_several_threads_ends_at_all(mapping: prefault.Mapping, monk
         assert calls[-1] == (64 * MIB, 64 * MIB)
 
 
-def test_a_second_ctrl_c_waits_for_the_other_threads_too(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("every_us", [100, 1000])
+def test_a_storm_of_ctrl_c_leaves_no_helper_at_work(
+    mapping: prefault.Mapping, every_us: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signals at any step, many of them while the call waits for its helpers: nothing is brought in after it returned."""
+    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 4)
+    storming = False
+    interrupted = 0
+    rng = random.Random(every_us)
+
+    def press(*_: object) -> None:
+        if storming:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, press)
+    try:
+        for _ in range(40):
+            mman.madvise(address(mapping), 64 * MIB, mman.MADV_DONTNEED)
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.001, 0.02), every_us / 1e6)
+            try:
+                try:
+                    storming = True
+                    prefault.populate(mapping, threads=4)
+                finally:
+                    storming = False
+            except KeyboardInterrupt:
+                interrupted += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert _helpers() == []
+            there = oracle.present_bytes(address(mapping), 64 * MIB)
+            time.sleep(0.01)  # what a helper needs for a chunk
+            assert oracle.present_bytes(address(mapping), 64 * MIB) == there
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 10
+
+
+def test_ctrl_c_while_it_waits_for_a_helper_waits_on(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython 3.11 takes a thread for ended when its join() is interrupted."""
     caller = threading.get_ident()
     run = METHODS["populate_write"].run
+    begun, finished = threading.Event(), threading.Event()
 
     def slow(start: int, length: int, target: Any) -> None:
-        run(start, length, target)
         if threading.get_ident() == caller:
-            raise KeyboardInterrupt
-        time.sleep(0.3)
-
-    join = threading.Thread.join
-    joins: list[int] = []
-
-    def interrupted_join(thread: threading.Thread, timeout: float | None = None) -> None:
-        joins.append(1)
-        if len(joins) == 1:
-            raise KeyboardInterrupt
-        join(thread, timeout)
+            begun.wait()
+        else:
+            begun.set()
+            time.sleep(0.1)
+        run(start, length, target)
+        if threading.get_ident() != caller:
+            finished.set()
 
     monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
     monkeypatch.setattr(METHODS["populate_write"], "run", slow)
-    monkeypatch.setattr(threading.Thread, "join", interrupted_join)
-    with pytest.raises(prefault.PopulateInterrupted):
-        prefault.populate(mapping, threads=2)
-    assert _helpers() == []
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)  # the caller has done its part by then
+        with pytest.raises(prefault.PopulateInterrupted) as caught:
+            prefault.populate(mapping, threads=2, length="8 MiB", rollback=True)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert finished.is_set()
+    assert caught.value.populated_bytes == oracle.present_bytes(address(mapping), 64 * MIB) == 0
+    time.sleep(0.1)
+    assert oracle.present_bytes(address(mapping), 64 * MIB) == 0
 
 
 def test_a_full_tmpfs_is_told_also_of_a_file_that_was_unlinked(small_tmpfs: Callable[[str], Path]) -> None:

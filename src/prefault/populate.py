@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from _thread import start_new_thread
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from time import perf_counter_ns
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from prefault._kernel.rwlock import Attendance
 from prefault.diagnose import diagnose
 from prefault.errors import PopulateError, PopulateInterrupted
 from prefault.memory import Borrowed, Supplier, borrow
@@ -257,44 +259,64 @@ class _Run:
         self._defect: BaseException | None = None
         self._stop = False
         self._before = before
+        self._attendance = Attendance()
 
     def run(self, began: int) -> PopulateResult:
-        helpers = [
-            threading.Thread(target=self._help, name="prefault-populate", daemon=True) for _ in range(self._plan.threads - 1)
-        ]
+        ended: PopulateResult | BaseException | None = None
+        interruption: BaseException | None = None
         try:
-            for helper in helpers:
+            while ended is None:
+                # Again after a further Ctrl-C: it must not stop the undoing of what the first one interrupted.
                 try:
-                    helper.start()
+                    ended = self._end(began, self._together()) if interruption is None else self._stopped(interruption)
+                except KeyboardInterrupt as ctrl_c:
+                    if interruption is None:
+                        interruption = ctrl_c
+                except BaseException as error:
+                    if interruption is not None:
+                        raise
+                    interruption = error
+            if isinstance(ended, PopulateResult):
+                return ended
+            raise ended
+        finally:
+            del ended, interruption  # an exception must not refer to the frame that it refers to: see _attempt
+
+    def _together(self) -> int:
+        """Take chunks in this thread and in helpers; how many there were. However it ends, none is at work any more."""
+        started = 0
+        try:
+            for _ in range(self._plan.threads - 1):
+                try:
+                    # Not threading.Thread: Ctrl-C in its start() or join() leaves it in disorder.
+                    start_new_thread(self._help, ())
                 except RuntimeError:  # a limit of threads (RLIMIT_NPROC, a pids cgroup), or the interpreter is going down
                     break
+                started += 1
             self._work(self._progress)
-            for helper in helpers:
-                if helper.ident is not None:
-                    helper.join()
-            if self._defect is not None:
-                raise self._defect
-            if self._progress is not None and not self._failures:
-                self._progress(self._done_bytes, self._plan.length)  # others may have finished after us
-        except BaseException as interruption:
+        except BaseException:
             self._stop = True
             if self._watch is not None:
-                self._watch.release()  # Ctrl-C may have come just after admitting us, and helpers wait for our chunk
-            _wait_for(helpers)
-            self.interrupted(interruption)
+                self._watch.abandoned = True  # our chunk may be admitted, and helpers wait for its end
             raise
-        if self._failures:
-            raise self._failed(min(self._failures, key=lambda failure: failure.address))
-        return self._result(began, 1 + sum(helper.ident is not None for helper in helpers))
+        finally:
+            # CPython runs signal handlers only between calls. There is none from the exception to this one, which waits for
+            # all helpers at once: nothing can come between. A chunk takes some milliseconds.
+            self._attendance.wait()
+        return started
 
     # --- work
 
     def _help(self) -> None:
+        if self._attendance.enter():
+            return  # the call is over
         try:
             self._work(None)
         except BaseException as defect:  # noqa: BLE001  raised again in the thread that waits for us
             self._defect = defect
             self._stop = True
+        finally:
+            self._attendance.leave()
 
     def _work(self, progress: Progress | None) -> None:
         pace = Pace(
@@ -355,6 +377,15 @@ class _Run:
 
     # --- the end
 
+    def _end(self, began: int, helpers: int) -> PopulateResult | PopulateError:
+        if self._defect is not None:
+            raise self._defect
+        if self._failures:
+            return self._failed(min(self._failures, key=lambda failure: failure.address))
+        if self._progress is not None:
+            self._progress(self._done_bytes, self._plan.length)  # others may have finished after us
+        return self._result(began, 1 + helpers)
+
     def _result(self, began: int, threads: int) -> PopulateResult:
         plan = self._plan
         present = 0
@@ -385,15 +416,24 @@ class _Run:
         result.__cause__ = failure.error if isinstance(failure.error, OSError) else None
         return result
 
-    def interrupted(self, interruption: BaseException, caught: PageRange | None = None) -> None:
+    def interrupted(self, interruption: BaseException, caught: PageRange) -> None:
         """Raise PopulateInterrupted for Ctrl-C, else add a note; ``caught`` is a chunk that was under way elsewhere."""
-        if caught is not None:
-            self._open[0] = caught, self._plan.segments[0]
+        self._open[0] = caught, self._plan.segments[0]
+        stopped = self._stopped(interruption)
+        try:
+            if stopped is not interruption:
+                raise stopped from None
+        finally:
+            del stopped
+
+    def _stopped(self, interruption: BaseException) -> BaseException:
+        """PopulateInterrupted for Ctrl-C; another exception gets a note."""
         brought_in, kept = self._settle()
         text = f"{format_size(brought_in.length)} of {format_size(self._plan.length)} populated{self._and_undone(kept)}"
         if isinstance(interruption, KeyboardInterrupt):
-            raise PopulateInterrupted(f"interrupted: {text}", kept) from None
+            return PopulateInterrupted(f"interrupted: {text}", kept)
         interruption.add_note(f"populate was stopped: {text}")
+        return interruption
 
     def _and_undone(self, kept: RangeSet) -> str:
         if self._rollback is None:
@@ -410,16 +450,6 @@ class _Run:
         if self._rollback is None:
             return brought_in, brought_in
         return brought_in, self._rollback.undo(brought_in, RangeSet(self._taken))
-
-
-def _wait_for(helpers: list[threading.Thread]) -> None:
-    """Wait until they have finished their chunks, also through further Ctrl-C: the memory is still borrowed for them."""
-    for helper in helpers:
-        while helper.ident is not None and helper.is_alive():
-            try:
-                helper.join()
-            except KeyboardInterrupt:
-                continue  # one is under way already
 
 
 def _populated(segment: Segment, start: int, stop: int) -> array[int]:

@@ -27,7 +27,7 @@ import pytest
 
 import prefault._kernel
 from prefault import capabilities
-from prefault._kernel import _call, futex, mman, pagemap, userfaultfd
+from prefault._kernel import _call, futex, mman, pagemap, rwlock, userfaultfd
 from prefault._kernel.pagemap import PageCategory
 from support import needs, oracle
 from support.children import Child
@@ -74,6 +74,7 @@ NOT_IN_HEADERS = {
     "fiemap._EXTENTS": "how many are asked for at once",
     "futex._UNWAITED": "an address",
     "kept._BYTES": "how much is read at once",
+    "rwlock._RWLOCK_BYTES": "the C library's; test_a_read_write_lock_of_the_c_library_fits_and_begins_as_zeros",
     "userfaultfd._RUN_ANSWER_AT": "where the last field of a proven layout begins",
     "userfaultfd._TRANSFER_ANSWER_AT": "where the last field of a proven layout begins",
 }
@@ -446,3 +447,16 @@ def test_page_categories_mean_what_pagemap_means() -> None:
             (region.page(1), region.page(2), PageCategory.PRESENT),
         ]
         assert oracle.present(region.address, region.length) == [True, True, False]
+
+
+def test_a_read_write_lock_of_the_c_library_fits_and_begins_as_zeros(tmp_path: Path) -> None:
+    (tmp_path / "lock.c").write_text(
+        "#include <pthread.h>\n#include <stdio.h>\n"
+        "static const pthread_rwlock_t fresh = PTHREAD_RWLOCK_INITIALIZER;\n"
+        "int main(void) { const unsigned char *bytes = (const unsigned char *) &fresh; int set = 0;\n"
+        '  for (unsigned i = 0; i < sizeof fresh; i++) set |= bytes[i]; printf("%zu %d", sizeof fresh, set); return 0; }\n'
+    )
+    _run_gcc(tmp_path, "x86", "-o", "lock", "lock.c")
+    size, is_set = map(int, subprocess.run([tmp_path / "lock"], capture_output=True, check=True).stdout.split())
+    assert size <= rwlock._RWLOCK_BYTES
+    assert not is_set

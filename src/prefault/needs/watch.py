@@ -74,6 +74,8 @@ class Watch:
         self._ahead: dict[int, int] = {}
         self.largest_chunk = _LARGEST_CHUNK
         """Bytes that one system call should populate at most: little where little is left."""
+        self.abandoned = False
+        """The call has ended: admit waits for no other thread any more."""
 
     def start(self) -> None:
         """Look at every limit, for all of it.
@@ -125,7 +127,7 @@ class Watch:
                 if shortage is None:
                     self._ahead[threading.get_ident()] = bound
                     return None
-            if not others:
+            if not others or self.abandoned:
                 return shortage
             # Not a Condition: Ctrl-C between two of its steps leaves its lock taken, and the others wait for ever.
             sleep(_PAUSE_S)

@@ -8,6 +8,7 @@ import multiprocessing.shared_memory
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from prefault.methods import METHODS
 from prefault.sizes import MIB, PAGE_SIZE
 from prefault.testing import without
 from support import needs, oracle
+from support.regions import file_of
 
 # The module, not the function of the same name that the package exports.
 PLANNING = sys.modules["prefault.plan"]
@@ -612,6 +614,55 @@ def test_a_file_system_without_fallocate_is_populated_all_the_same(tmp_path: Pat
                 prefault.populate(memory, method="fallocate+populate_write")
     finally:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+@pytest.fixture
+def ext2(tmp_path: Path) -> Iterator[Path]:
+    """A file system on a disk that has no fallocate."""
+    needs.root("mount a file system")
+    mkfs = shutil.which("mkfs.ext2", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if mkfs is None:
+        needs.missing("mkfs.ext2 is not installed")
+    image, directory = tmp_path / "image", tmp_path / "ext2"
+    directory.mkdir()
+    with image.open("wb") as file:
+        file.truncate(32 * MIB)
+    made = subprocess.run([mkfs, "-q", image], capture_output=True)
+    if made.returncode or subprocess.run(["mount", "-o", "loop", image, directory], capture_output=True).returncode:
+        needs.missing("no file system can be made and mounted on a loop device")
+    yield directory
+    subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+@pytest.mark.parametrize("rollback", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_disk_without_fallocate_is_populated_all_the_same(ext2: Path, threads: int, rollback: bool) -> None:
+    path = ext2 / "data"
+    path.touch()
+    os.truncate(path, 16 * MIB)
+    with prefault.Mapping(backing=prefault.File(path)) as memory:
+        planned = prefault.plan(memory)
+        assert planned.method == "fallocate+populate_read"
+        assert "populate_read alone, if the file system has no fallocate" in str(planned)
+        result = prefault.populate(memory, threads=threads, rollback=rollback)
+        assert result.bytes == 16 * MIB == oracle.present_bytes(address(memory), 16 * MIB)
+        assert result.method == "populate_read"
+        assert [note for note in result.notes if "no fallocate" in note]
+        assert path.stat().st_blocks == 0
+        with pytest.raises(prefault.PopulateError):
+            prefault.populate(memory, method="fallocate+populate_read")
+    with prefault.SparseMemory(None, backing=prefault.File(path)) as sparse:
+        many = sparse.populate_many([(0, PAGE_SIZE), (8 * PAGE_SIZE, PAGE_SIZE)])
+        assert (many.method, many.bytes) == ("populate_read", 2 * PAGE_SIZE)
+        assert len([note for note in many.notes if "no fallocate" in note]) == 1
+
+
+@pytest.mark.parametrize("directory", ["/dev/shm", "/var/tmp"])
+def test_a_plan_touches_nothing(directory: str) -> None:
+    with file_of(directory, 16 * PAGE_SIZE) as (fd, path), prefault.Mapping(backing=prefault.File(path)) as memory:
+        assert "fallocate+populate" in str(prefault.plan(memory))
+        assert os.fstat(fd).st_blocks == 0
+        assert oracle.present_bytes(address(memory), 16 * PAGE_SIZE) == 0
 
 
 def test_without_more_threads_one_does_it_all(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:

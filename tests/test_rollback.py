@@ -18,6 +18,7 @@ from prefault.methods import METHODS
 from prefault.sizes import MIB, PAGE_SIZE
 from prefault.testing import without
 from support import oracle
+from support.regions import file_of
 
 ROLLBACK = sys.modules["prefault.rollback"]
 
@@ -178,3 +179,14 @@ def test_a_forked_worker_that_gave_up_root_still_populates() -> None:
     needs.root("give up root")
     done = subprocess.run([sys.executable, "-c", _WITHOUT_ROOT], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("directory", ["/dev/shm", "/var/tmp"])
+def test_nothing_is_allocated_in_a_file_that_comes_after_the_failure(directory: str) -> None:
+    """The page of another mapping, before the file's, cannot be populated; so the file is never reached."""
+    with file_of(directory, 16 * PAGE_SIZE) as (fd, path), prefault.Mapping(backing=prefault.File(path)) as mapping:
+        other = mman.MAP_PRIVATE | mman.MAP_ANONYMOUS | mman.MAP_FIXED
+        mman.mmap(mapping.range.start, 4 * PAGE_SIZE, mman.PROT_NONE, other)
+        with pytest.raises(prefault.ProtectionError):
+            prefault.populate(mapping, rollback=True)
+        assert os.fstat(fd).st_blocks == 0

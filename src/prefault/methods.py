@@ -203,10 +203,16 @@ class Fallocate(Method):
 
 
 class FallocateThen(Method):
-    """fallocate first, then another method."""
+    """fallocate first, then another method.
 
-    def __init__(self, then: Method) -> None:
+    Attributes:
+        then: the other method.
+        optional: the other method alone will do where the file system has no fallocate (EOPNOTSUPP).
+    """
+
+    def __init__(self, then: Method, *, optional: bool = False) -> None:
         self.then = then
+        self.optional = optional
         self.name = f"fallocate+{then.name}"
         self.access = then.access
         self.by_hand = then.by_hand
@@ -325,9 +331,13 @@ def by_name(name: str, access: Access | None = None) -> Method:
 
 
 def best(access: Access, *, allocate: bool) -> Method:
-    """The method for ``access`` that this kernel has; with ``allocate``, after fallocate."""
+    """The method for ``access`` that this kernel has; with ``allocate``, after fallocate where the file system has it."""
     if capabilities.MADV_POPULATE.available:
         name = "populate_read" if access == "read" else "populate_write"
     else:
         name = "process_vm_readv" if access == "read" else "futex_add"
-    return METHODS[f"fallocate+{name}" if allocate else name]
+    return _ALLOCATING[name] if allocate else METHODS[name]
+
+
+_POPULATING = (POPULATE_READ, POPULATE_WRITE, PROCESS_VM_READV, FUTEX_ADD)
+_ALLOCATING = {method.name: FallocateThen(method, optional=True) for method in _POPULATING}

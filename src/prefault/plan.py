@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from prefault import capabilities
 from prefault.cpus import usable_cpus
 from prefault.memory import Borrowed, Span, borrow
-from prefault.methods import FALLOCATE, POPULATE_READ, POPULATE_WRITE, Access, FallocateThen, Method, Target, best, by_name
+from prefault.methods import POPULATE_READ, POPULATE_WRITE, Access, FallocateThen, Method, Target, best, by_name
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
 from prefault.vma import Backing, Vma, file_descriptor, vma_at
 
@@ -195,9 +195,11 @@ def _segment(memory: Borrowed, vma: Vma, start: int, stop: int, access: Access |
         may_allocate = False
     # A descriptor is looked for only where it matters: shared memory without one is allocated by populating it.
     fd = _descriptor(memory, vma) if may_allocate and (memory.fd is not None or on_disk) else None
-    return Segment(
-        start, stop, best(wish, allocate=fd is not None), _target(vma, fd), vma.backing, _reason(vma, wish, fd, on_disk)
-    )
+    method = best(wish, allocate=fd is not None)
+    reason = _reason(vma, wish, fd, on_disk)
+    if isinstance(method, FallocateThen) and vma.backing in (Backing.FILE, Backing.TMPFS):
+        reason += f" ({method.then.name} alone, if the file system has no fallocate)"
+    return Segment(start, stop, method, _target(vma, fd), vma.backing, reason)
 
 
 _PRIVATE = Target()
@@ -259,28 +261,15 @@ def _threads(asked: int | None, segments: tuple[Segment, ...]) -> int:
     return min(asked, usable_cpus())
 
 
-def only_possible_fallocates(plan: Plan) -> Plan:
-    """The plan without fallocate for a file whose file system has none (NFS before 4.2, FAT, ramfs), and a note.
+NO_FALLOCATE = "the file system has no fallocate: holes stay holes, and a later store may find it full"
 
-    Found out by allocating the first page, which is to be done anyway.
+
+def without_fallocate(segment: Segment, error: OSError) -> Segment | None:
+    """The segment for a file system that has no fallocate, if that is what ``error`` says (NFS before 4.2, FAT, ramfs).
+
+    Found out by populating: a plan touches nothing.
     """
-    first = next((s for s in plan.segments if isinstance(s.method, FallocateThen) and s.backing in _WITH_FILE), None)
-    if first is None or _has_fallocate(first):
-        return plan
-    segments = tuple(
-        segment._replace(method=segment.method.then) if isinstance(segment.method, FallocateThen) else segment
-        for segment in plan.segments
-    )
-    note = "the file system has no fallocate: holes stay holes, and a later store may find it full"
-    return plan._replace(segments=segments, notes=(*plan.notes, note))
-
-
-_WITH_FILE = (Backing.FILE, Backing.TMPFS)
-
-
-def _has_fallocate(segment: Segment) -> bool:
-    try:
-        FALLOCATE.run(segment.start, segment.target.page_size, segment.target)
-    except OSError as error:
-        return error.errno != errno.EOPNOTSUPP  # any other error the run will meet again, and explain
-    return True
+    method = segment.method
+    if isinstance(method, FallocateThen) and method.optional and error.errno == errno.EOPNOTSUPP:
+        return segment._replace(method=method.then)
+    return None

@@ -17,7 +17,7 @@ from prefault.memory import Borrowed, Supplier, borrow
 from prefault.methods import Access
 from prefault.needs import Part, Shortage, Watch, missing_from, spare
 from prefault.pace import FIRST_CHUNK, Pace
-from prefault.plan import Plan, Segment, make_plan, only_possible_fallocates
+from prefault.plan import NO_FALLOCATE, Plan, Segment, make_plan, without_fallocate
 from prefault.ranges import PageRange, RangeSet
 from prefault.residency import populated_before
 from prefault.rollback import Rollback
@@ -125,18 +125,17 @@ def populate(
             return _have_supplied(memory.supplier, memory, access, offset, length, rollback, progress, headroom, began)
         if memory.gate is None:
             what = make_plan(memory, access, offset, length, method, threads)
-            return _carry_out(what, memory, began, method is None, rollback, progress, headroom)
+            return _carry_out(what, memory, began, rollback, progress, headroom)
         # The gate first: behind it the memory may be mapped otherwise, which the plan must see.
         with memory.gate.populating([memory.select(offset, length)]) as (span,):
             what = make_plan(memory, access, span.start - memory.address, span.stop - span.start, method, threads)
-            return _carry_out(what, memory, began, method is None, True, progress, headroom)
+            return _carry_out(what, memory, began, True, progress, headroom)
     finally:
         memory.release()
 
 
 def _carry_out(
-    what: Plan, memory: Borrowed, began: int, may_choose: bool, rollback: bool, progress: Progress | bool,
-    headroom: HeadroomChoice,
+    what: Plan, memory: Borrowed, began: int, rollback: bool, progress: Progress | bool, headroom: HeadroomChoice,
 ) -> PopulateResult:  # fmt: skip
     if not what.segments:
         return PopulateResult(0, 0, 0.0, what.access, "none", 1)
@@ -154,8 +153,6 @@ def _carry_out(
         watch.start()
         if is_small:
             watch = None  # its only chunk has just been looked at
-    if may_choose and (len(what.segments) > 1 or what.segments[0].target.fd is not None):
-        what = only_possible_fallocates(what)
     if progress is False:
         if is_small and undo is None:
             return _run_small(what, memory.address, began, before)
@@ -341,14 +338,29 @@ class _Run:
 
     def _populate(self, chunk: PageRange, segment: Segment) -> _Failure | None:
         if self._watch is None:
-            return _populate_chunk(chunk, segment)
+            return self._populate_chunk(chunk, segment)
         shortage = self._watch.admit(chunk.start, chunk.stop)
         if shortage is not None:
             return _Failure(chunk.start, segment, shortage)
         try:
-            return _populate_chunk(chunk, segment)
+            return self._populate_chunk(chunk, segment)
         finally:
             self._watch.release()
+
+    def _populate_chunk(self, chunk: PageRange, segment: Segment) -> _Failure | None:
+        if _attempt(segment, chunk.start, chunk.length) is None:
+            return None
+        failure = locate(chunk, segment)
+        if failure is None or isinstance(failure.error, Shortage):
+            return failure
+        without = without_fallocate(segment, failure.error)
+        if without is None:
+            return failure
+        with self._lock:
+            segments = tuple(without if other is segment else other for other in self._plan.segments)
+            notes = tuple(dict.fromkeys((*self._plan.notes, NO_FALLOCATE)))
+            self._plan = self._plan._replace(segments=segments, notes=notes)
+        return self._populate_chunk(chunk, without)
 
     def _next(self, size: int) -> tuple[PageRange, Segment] | None:
         """The next chunk, cut at a multiple of ``size`` so that no huge page is split."""
@@ -464,10 +476,6 @@ def _ranges(pairs: array[int]) -> Iterator[PageRange]:
 
 def _length(pairs: array[int]) -> int:
     return sum(pairs[1::2]) - sum(pairs[::2])
-
-
-def _populate_chunk(chunk: PageRange, segment: Segment) -> _Failure | None:
-    return None if _attempt(segment, chunk.start, chunk.length) is None else locate(chunk, segment)
 
 
 def locate(chunk: PageRange, segment: Segment) -> _Failure | None:

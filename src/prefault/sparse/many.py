@@ -19,7 +19,7 @@ from prefault.memory import Borrowed
 from prefault.methods import POPULATE_READ, POPULATE_WRITE, Access, FallocateThen
 from prefault.needs import Part, Shortage, Watch
 from prefault.pace import Pace
-from prefault.plan import Segment, make_plan, only_possible_fallocates
+from prefault.plan import NO_FALLOCATE, Segment, make_plan, without_fallocate
 from prefault.populate import HeadroomChoice, PopulateResult, locate
 from prefault.ranges import PageRange, RangeSet
 from prefault.residency import occupied
@@ -89,10 +89,6 @@ class _Run:
             missing = sets.without(sets.without(self._pages, self._before), self._resident)
             self._watch = Watch([_Scattered(self._segment, self._pages, missing, memory.fd)], memory.address)
             self._watch.start()
-        if isinstance(method, FallocateThen):
-            plan = only_possible_fallocates(plan)  # allocates, so not before
-            self._segment = self._segment._replace(method=plan.segments[0].method)
-            self._notes = plan.notes
 
     # --- before
 
@@ -155,6 +151,7 @@ class _Run:
             raise
         whole, present = sets.total(self._pages), sets.total(self._before)
         seconds = (perf_counter_ns() - began) / 1e9
+        method = self._segment.method  # without fallocate, perhaps, by now
         return PopulateResult(whole - present, present, seconds, method.access, method.name, 1, self._notes)
 
     def _by_vectors(self, advice: int) -> None:
@@ -182,8 +179,13 @@ class _Run:
     def _one(self, number: int) -> None:
         """Populate one piece, or find the page that cannot be populated."""
         failure = locate(PageRange(*self._vector.span(number, number + 1)), self._segment)
-        if failure is not None:
+        if failure is None:
+            return
+        without = None if isinstance(failure.error, Shortage) else without_fallocate(self._segment, failure.error)
+        if without is None:
             raise self._failed(failure.address, failure.error)
+        self._segment, self._notes = without, (*self._notes, NO_FALLOCATE)
+        self._one(number)
 
     @contextmanager
     def _admitted(self, first: int, stop: int) -> Iterator[None]:

@@ -27,7 +27,7 @@ import pytest
 
 import prefault._kernel
 from prefault import capabilities
-from prefault._kernel import _call, futex, mman, pagemap, rwlock, userfaultfd
+from prefault._kernel import _call, futex, mman, pagemap, quick, rwlock, userfaultfd
 from prefault._kernel.pagemap import PageCategory
 from support import needs, oracle
 from support.children import Child
@@ -40,11 +40,13 @@ HEADERS = (
     "asm/socket.h",
     "linux/errno.h",
     "linux/falloc.h",
+    "linux/fcntl.h",
     "linux/fiemap.h",
     "linux/fs.h",
     "linux/futex.h",
     "linux/memfd.h",
     "linux/mman.h",
+    "linux/stat.h",
     "linux/uio.h",
     "linux/unistd.h",
     "linux/userfaultfd.h",
@@ -97,6 +99,7 @@ C_PREFIXES = {"pagemap.PageCategory": "PAGE_IS_", "userfaultfd.Feature": "UFFD_F
 _RUN = ("range.start", "range.len", "mode")
 _TRANSFER = ("dst", "src", "len", "mode")
 C_FORMATS = {
+    "statx": (quick.STATX, ("stx_ino", "stx_dev_major", "stx_dev_minor")),
     "uffdio_api": (userfaultfd.UFFDIO_API_ARGUMENT, ("api", "features", "ioctls")),
     "uffdio_range": (userfaultfd.UFFDIO_RANGE_ARGUMENT, ("start", "len")),
     "uffdio_register": (userfaultfd.UFFDIO_RUN_ARGUMENT, (*_RUN, "ioctls")),

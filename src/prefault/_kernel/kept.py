@@ -1,4 +1,7 @@
-"""Small files of /proc and of cgroups that are read often, kept open: pread takes 1 us, opening the file first 8 us."""
+"""Small files of /proc and of cgroups that are read often, kept open: pread takes 1 us, opening the file first 8 us.
+
+They are read without giving up the GIL: a look at the limits reads some 30 of them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import os
 import threading
 import weakref
 from typing import ClassVar
+
+from prefault._kernel.quick import identity, pread
 
 _BYTES = 16384
 """More than any of these files holds; a read of one is not cut into parts."""
@@ -22,7 +27,7 @@ class KeptFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self._fd = -1
-        self._identity: tuple[int, int] | None = None
+        self._identity: tuple[int, int, int] | None = None
         self._lock = threading.RLock()  # reentrant: a signal handler may read too
         KeptFile._all.add(self)
 
@@ -35,11 +40,11 @@ class KeptFile:
         with self._lock:
             if self._is_ours():
                 with contextlib.suppress(OSError):  # ENODEV: its cgroup was removed, and perhaps made again
-                    return os.pread(self._fd, _BYTES, 0)
+                    return pread(self._fd, _BYTES)
                 self.close()
             opened = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            self._identity, self._fd = _identity(opened), opened
-            return os.pread(opened, _BYTES, 0)
+            self._identity, self._fd = identity(opened), opened
+            return pread(opened, _BYTES)
 
     def close(self) -> None:
         """Forget the descriptor; the next read opens the file again."""
@@ -53,7 +58,7 @@ class KeptFile:
         if self._fd < 0:
             return False
         try:
-            return _identity(self._fd) == self._identity
+            return identity(self._fd) == self._identity
         except OSError:
             return False
 
@@ -71,8 +76,3 @@ class KeptFile:
 
 
 os.register_at_fork(after_in_child=KeptFile.forget_all)
-
-
-def _identity(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino

@@ -22,7 +22,7 @@ def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpSer
 
 @pytest.fixture
 def server(running_server: HttpServer) -> Iterator[HttpServer]:
-    """Without failures and latency, and with an empty log."""
+    """Return the server, without failures and latency, and with an empty log."""
     running_server.heal()
     running_server.set_latency(0)
     running_server.requests(clear=True)
@@ -33,13 +33,13 @@ def server(running_server: HttpServer) -> Iterator[HttpServer]:
 
 @pytest.fixture
 def content() -> Callable[[int], bytes]:
-    """So many bytes that repeat nowhere."""
+    """Return a function from a length to that many random bytes."""
     return lambda length: random.Random(length).randbytes(length)
 
 
 @pytest.fixture
 def file(server: HttpServer, content: Callable[[int], bytes]) -> tuple[Path, bytes]:
-    """A file of a little more than 3 MiB on the server: no whole number of pages."""
+    """Return path and content of a file on the server: a little more than 3 MiB, which is not a whole number of pages."""
     expected = content((3 << 20) + 1234)
     path = server.directory / "file.bin"
     path.write_bytes(expected)

@@ -1,18 +1,13 @@
-"""The cache on a disk: it survives, it is checked, and it never gives what is not the source's."""
+"""The cache on a disk: it survives, it is checked, and it never returns other bytes than the source."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
-import itertools
 import os
 import random
-import shutil
-import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,7 +41,7 @@ def _files(cache: Path) -> dict[str, Path]:
     return {path.name: path for path in found}
 
 
-def test_what_was_read_is_not_asked_for_again(server: HttpServer, file: Served, tmp_path: Path) -> None:
+def test_cached_blocks_are_not_requested_again(server: HttpServer, file: Served, tmp_path: Path) -> None:
     _, expected = file
     with FakeArea(_remote(server, tmp_path)) as area:
         area.fill(range(PAGES, 5 * PAGES))
@@ -69,7 +64,7 @@ def test_what_was_read_is_not_asked_for_again(server: HttpServer, file: Served, 
     assert data.st_size == len(expected)
 
 
-def test_it_is_sparse(server: HttpServer, file: Served, tmp_path: Path) -> None:
+def test_the_data_file_is_sparse(server: HttpServer, file: Served, tmp_path: Path) -> None:
     with FakeArea(_remote(server, tmp_path)) as area:
         area.fill(range(PAGES))
     data = _files(tmp_path)["data"].stat()
@@ -155,7 +150,7 @@ def test_cut_short_while_it_is_used(server: HttpServer, file: Served, tmp_path: 
 
 
 def test_a_crash_at_any_moment(server: HttpServer, file: Served, tmp_path: Path) -> None:
-    """kill -9 in the middle of writing, at random moments, many times; what is left is right or not there."""
+    """Kill writers at random moments, many times; every block that is left is right."""
     _, expected = file
     generator = random.Random(7)
     order = list(range(0, len(expected) // PAGE_SIZE, PAGES))
@@ -176,7 +171,7 @@ def test_a_crash_at_any_moment(server: HttpServer, file: Served, tmp_path: Path)
         assert area.content(0, len(expected)) == expected
 
 
-def test_two_processes_at_once(server: HttpServer, file: Served, tmp_path: Path) -> None:
+def test_two_processes_share_a_cache(server: HttpServer, file: Served, tmp_path: Path) -> None:
     _, expected = file
 
     def fill() -> bool:
@@ -210,231 +205,6 @@ def test_a_disk_that_is_full(
     assert "nothing more is kept there: No space left on device" in caplog.text
 
 
-# --- a cache that cannot be written
-
-
-@contextlib.contextmanager
-def _read_only(directory: Path) -> Iterator[None]:
-    """Remount a tmpfs read-only, and writable again afterwards, so that it can be unmounted."""
-    subprocess.run(["mount", "-o", "remount,ro", directory], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["mount", "-o", "remount,rw", directory], check=True)
-
-
-def _use_up(directory: Path) -> None:
-    """Leave no inode, and no byte, of a file system."""
-    with contextlib.suppress(OSError), open(directory / "filler", "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(PAGE_SIZE))
-    with contextlib.suppress(OSError):
-        for number in itertools.count():
-            (directory / f"empty{number}").touch()
-
-
-def test_a_read_only_cache_is_read_and_the_rest_is_downloaded(
-    server: HttpServer, file: Served, small_tmpfs: Callable[[str], Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    _, expected = file
-    cache = small_tmpfs("8m")
-    with FakeArea(_remote(server, cache)) as area:
-        area.fill(range(20 * PAGES))
-    with _read_only(cache):
-        server.requests(clear=True)
-        with FakeArea(_remote(server, cache)) as area:
-            area.fill(range(20 * PAGES))
-            assert area.content(0, 20 * BLOCK) == expected[: 20 * BLOCK]
-            assert server.sent() == 1  # whether it is still that version
-            assert not caplog.messages  # nothing was to be written
-            for _ in range(2):
-                area.fill()
-                assert area.content(0, len(expected)) == expected
-            assert server.sent() == 1 + 2 * (len(expected) - 20 * BLOCK)
-    (said,) = caplog.messages
-    assert said.startswith(str(cache))
-    assert "nothing more is kept there: Read-only file system; what is not there is downloaded each time" in said
-
-
-def test_a_read_only_cache_that_lacks_a_file_or_is_damaged(
-    server: HttpServer, file: Served, small_tmpfs: Callable[[str], Path]
-) -> None:
-    _, expected = file
-    cache = small_tmpfs("8m")
-    damages: list[Callable[[dict[str, Path]], object]] = [
-        lambda files: _spoil(files["data"], BLOCK),
-        lambda files: os.truncate(files["data"], 5),
-        lambda files: files["source.json"].unlink(),
-        lambda files: files["data"].unlink(),
-        lambda files: files["blocks"].unlink(),
-    ]
-    for damage in damages:
-        _filled(server, cache)
-        damage(_files(cache))
-        with _read_only(cache), FakeArea(_remote(server, cache)) as area:
-            area.fill()
-            assert area.content(0, len(expected)) == expected
-
-
-def test_a_full_cache_that_has_the_data_is_read_without_a_word(
-    server: HttpServer, file: Served, small_tmpfs: Callable[[str], Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    _, expected = file
-    cache = small_tmpfs("8m,nr_inodes=12")
-    _filled(server, cache)
-    _use_up(cache)
-    server.requests(clear=True)
-    with FakeArea(_remote(server, cache)) as area:
-        area.fill()
-        assert area.content(0, len(expected)) == expected
-    assert server.sent() == 1
-    assert not caplog.messages
-
-
-def test_a_full_cache_has_room_again_when_the_old_version_is_removed(
-    server: HttpServer, file: Served, small_tmpfs: Callable[[str], Path]
-) -> None:
-    path, expected = file
-    cache = small_tmpfs("8m,nr_inodes=12")
-    _filled(server, cache)
-    _use_up(cache)
-    path.write_bytes(expected[::-1])
-    for _ in range(2):
-        server.requests(clear=True)
-        with FakeArea(_remote(server, cache)) as area:
-            area.fill()
-            assert area.content(0, len(expected)) == expected[::-1]
-    assert server.sent() == 1
-
-
-@pytest.mark.parametrize("options", ["8m,nr_inodes=1", "8m,nr_inodes=2", "8m,nr_inodes=3", "8m,nr_inodes=5"])
-def test_a_cache_without_inodes(
-    server: HttpServer, file: Served, small_tmpfs: Callable[[str], Path], caplog: pytest.LogCaptureFixture, options: str
-) -> None:
-    _, expected = file
-    cache = small_tmpfs(options)
-    with FakeArea(_remote(server, cache)) as area:
-        for _ in range(2):
-            area.fill()
-            assert area.content(0, len(expected)) == expected
-    (said,) = caplog.messages
-    assert "nothing more is kept there: No space left on device" in said
-
-
-_OPEN = """
-import sys, prefault
-array = prefault.open_remote(sys.argv[1], cache_dir=sys.argv[2])
-for at in range(0, len(array), 300_000):
-    array[at]
-prefault.populate(array)
-with open(sys.argv[3], "rb") as file:
-    assert array.tobytes() == file.read()
-"""
-
-
-@pytest.mark.parametrize("kind", ["empty", "half", "packed"])
-def test_a_cache_that_cannot_be_written_is_said_once_by_all_processes(
-    server: HttpServer, file: Served, small_tmpfs: Callable[[str], Path], tmp_path: Path, kind: str
-) -> None:
-    path, expected = file
-    cache = small_tmpfs("8m")
-    name = "file.bin"
-    if kind == "half":
-        with FakeArea(_remote(server, cache)) as area:
-            area.fill(range(len(area.pages) // 2))
-    elif kind == "packed":
-        name = "file.gz"
-        (server.directory / name).write_bytes(gzip.compress(expected, 1))
-    with _read_only(cache):
-        command = [sys.executable, "-c", _OPEN, server.url(name), str(cache / "deeper" if kind == "empty" else cache), path]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    (said,) = done.stderr.splitlines()
-    assert said.startswith(str(cache))
-    assert "nothing more is kept there: Read-only file system; what is not there is downloaded each time" in said
-
-
-# --- something else in the place of the cache
-
-
-def _put_directory(path: Path, victim: Path) -> None:
-    path.mkdir()
-
-
-def _put_link(path: Path, victim: Path) -> None:
-    path.symlink_to(victim)
-
-
-def _put_fifo(path: Path, victim: Path) -> None:
-    os.mkfifo(path)
-
-
-def _put_socket(path: Path, victim: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.path.relpath(path))
-
-
-_IN_THE_WAY = [
-    (_put_directory, "a directory"), (_put_link, "a symbolic link"), (_put_fifo, "a special file"),
-    (_put_socket, "a special file"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("put", "kind"), _IN_THE_WAY)
-@pytest.mark.parametrize("name", ["data", "blocks", "source.json", "gzip.index"])
-def test_what_is_no_file_in_the_place_of_one(
-    server: HttpServer, file: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, put: Any, kind: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    source = "file.bin"
-    if name == "gzip.index":
-        source = "file.gz"
-        (server.directory / source).write_bytes(gzip.compress(file[1], 1))
-    cache = tmp_path / "cache"
-    _remote(server, cache, source)
-    path = next(cache.rglob(name))
-    path.unlink()
-    victim = tmp_path / "victim"
-    victim.write_bytes(b"dear")
-    put(path, victim)
-    with pytest.raises(SourceError) as caught:
-        _remote(server, cache, source)
-    assert caught.value.strerror == (
-        f"{path}: {kind} is in the place of a file of prefault's cache: remove it, or name another place"
-    )
-    assert victim.read_bytes() == b"dear"
-
-
-@pytest.mark.parametrize(("put", "kind"), [*_IN_THE_WAY[1:], (lambda path, _: path.touch(), "a regular file")])
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_what_is_no_directory_in_the_place_of_one(
-    server: HttpServer, file: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, level: int, put: Any, kind: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    cache = tmp_path / "cache"
-    _remote(server, cache)
-    path = (cache, *(found.parent for found in _two_up(cache)))[level]
-    shutil.rmtree(path)
-    put(path, tmp_path / "missing")
-    with pytest.raises(SourceError) as caught:
-        _remote(server, cache)
-    assert caught.value.strerror == (
-        f"{path}: {kind} is in the place of a directory of prefault's cache: remove it, or name another place"
-    )
-    assert not (tmp_path / "missing").exists()
-
-
-def _two_up(cache: Path) -> tuple[Path, Path]:
-    data = next(cache.rglob("data"))
-    return data.parent, data
-
-
-def test_a_cache_below_a_file(server: HttpServer, file: Served, tmp_path: Path) -> None:
-    (tmp_path / "f").touch()
-    with pytest.raises(SourceError, match="a file is in the place of a directory of this path: give another cache_dir"):
-        _remote(server, tmp_path / "f" / "cache")
-
-
 def test_versions_that_cannot_be_told_apart_are_not_kept(server: HttpServer, file: Served, tmp_path: Path) -> None:
     server.fail("plain", count=100)
     with pytest.raises(SourceError, match="neither an ETag nor a time of change"):
@@ -447,13 +217,13 @@ def _remote_without(server: HttpServer) -> RemoteFile:
 
 
 def _filled(server: HttpServer, cache: Path) -> Path:
-    """A cache of the whole file; its data."""
+    """Cache the whole file; return the path of the data."""
     with FakeArea(_remote(server, cache)) as area:
         area.fill()
     return _files(cache)["data"]
 
 
-def test_what_others_could_have_planted_is_refused(server: HttpServer, file: Served, tmp_path: Path) -> None:
+def test_a_cache_that_others_can_write_to_is_refused(server: HttpServer, file: Served, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     data = _filled(server, cache)
     for path in (cache, data.parent.parent, data.parent):
@@ -473,7 +243,7 @@ def test_what_others_could_have_planted_is_refused(server: HttpServer, file: Ser
     assert victim.read_bytes() == b"dear"
 
 
-def test_a_cache_of_somebody_else_is_refused(server: HttpServer, file: Served, tmp_path: Path) -> None:
+def test_a_cache_of_another_user_is_refused(server: HttpServer, file: Served, tmp_path: Path) -> None:
     needs.root("give a directory away")
     cache = tmp_path / "cache"
     data = _filled(server, cache)
@@ -493,7 +263,7 @@ def test_nothing_secret_is_written(server: HttpServer, file: Served, tmp_path: P
     assert all(path.stat().st_mode & 0o077 == 0 for path in (files["data"], files["data"].parent))
 
 
-def test_one_cache_for_each_way_to_unpack(tmp_path: Path, content: Content) -> None:
+def test_each_compression_has_its_own_cache(tmp_path: Path, content: Content) -> None:
     expected = content(200_000)
     path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress(expected))
@@ -530,7 +300,7 @@ _CREDENTIALS: list[dict[str, Any]] = [
 
 
 def _fresh(value: Any) -> Any:
-    """With the secrets of another day."""
+    """Return an option's value with other secrets."""
     if isinstance(value, dict):
         return {name: _fresh(item) for name, item in value.items()}
     return f"{value} anew" if isinstance(value, str) else value
@@ -562,7 +332,7 @@ def test_objects_among_the_options_name_the_same_in_each_process() -> None:
     assert cache_key("x://y", None, {"session": _Token()}) != cache_key("x://y", None, {"session": object()})
 
 
-def test_places_of_different_keys_share_nothing(server: HttpServer, file: Served, tmp_path: Path) -> None:
+def test_different_keys_have_different_directories(server: HttpServer, file: Served, tmp_path: Path) -> None:
     with contextlib.closing(HttpSource(server.url("file.bin"), {}, QUICK)) as source:
         one, two = (
             make_directory(str(tmp_path), source, cache_key("s3://bucket/f", None, options), WriteWarning())
@@ -573,7 +343,7 @@ def test_places_of_different_keys_share_nothing(server: HttpServer, file: Served
 
 
 class _Endpoint(MemoryFileSystem):  # type: ignore[misc]
-    """The endpoint is an option, as with S3."""
+    """File system whose endpoint is an option, as with S3."""
 
     protocol = "endpoint"
     store: ClassVar[dict[str, Any]] = {}
@@ -608,7 +378,7 @@ def test_a_packed_file_of_no_bytes_is_empty(tmp_path: Path, name: str) -> None:
         RemoteFile(tmp_path / name, cache_dir=tmp_path / "cache")
 
 
-def test_two_versions_that_are_opened_at_once(server: HttpServer, file: Served, tmp_path: Path) -> None:
+def test_two_versions_can_be_opened_at_once(server: HttpServer, file: Served, tmp_path: Path) -> None:
     source = HttpSource(server.url("file.bin"), {}, QUICK)
     other = HttpSource(server.url("file.bin"), {}, QUICK, source.version._replace(tag='"other"'))
     failed: list[OSError] = []

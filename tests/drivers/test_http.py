@@ -48,7 +48,7 @@ def test_bytes_from_anywhere(server: HttpServer, file: Served) -> None:
         assert page == expected[last * PAGE_SIZE :].ljust(PAGE_SIZE, b"\0")
 
 
-def test_one_request_a_call_over_one_connection(server: HttpServer, file: Served) -> None:
+def test_each_call_sends_one_request_over_one_connection(server: HttpServer, file: Served) -> None:
     device = _remote(server)
     with FakeArea(device) as area:
         server.requests(clear=True)
@@ -73,7 +73,7 @@ def test_making_the_device_moves_one_byte(server: HttpServer, file: Served) -> N
     assert server.sent() == 1  # what is in the recipe is not asked for again
 
 
-def test_what_the_framework_is_told() -> None:
+def test_device_attributes() -> None:
     device = RemoteFile("/proc/self/exe", capacity="8 MiB")
     assert device.fault_around == FaultAround(MIB, 8 * MIB)
     assert not device.writable
@@ -83,7 +83,7 @@ def test_what_the_framework_is_told() -> None:
     assert RemoteFile("/proc/self/exe", fault_around=(0, 0)).fault_around is None
 
 
-def test_threads_at_once(server: HttpServer, file: Served) -> None:
+def test_threads_fill_different_pages(server: HttpServer, file: Served) -> None:
     _, expected = file
     device = _remote(server)
     with FakeArea(device) as area:
@@ -105,7 +105,7 @@ def test_threads_at_once(server: HttpServer, file: Served) -> None:
         (304, SourceError, errno.EIO), (204, SourceError, errno.EIO),
     ],
 )  # fmt: skip
-def test_what_will_not_pass_is_not_tried_again(
+def test_permanent_failures_are_not_retried(
     server: HttpServer, file: Served, status: int, kind: type[SourceError], number: int
 ) -> None:
     device = _remote(server)
@@ -122,7 +122,7 @@ def test_what_will_not_pass_is_not_tried_again(
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
-def test_what_may_pass_is_tried_again(server: HttpServer, file: Served, status: int) -> None:
+def test_transient_failures_are_retried(server: HttpServer, file: Served, status: int) -> None:
     device = _remote(server)
     with FakeArea(device) as area:
         server.requests(clear=True)
@@ -135,7 +135,7 @@ def test_what_may_pass_is_tried_again(server: HttpServer, file: Served, status: 
         assert len(server.requests()) == 1 + QUICK.retries
 
 
-def test_the_server_says_how_long_to_wait(server: HttpServer, file: Served) -> None:
+def test_retry_after_is_respected(server: HttpServer, file: Served) -> None:
     device = _remote(server)
     with FakeArea(device) as area:
         server.fail("status", status=429, headers={"Retry-After": "1"})
@@ -214,7 +214,7 @@ def test_a_source_that_changes(server: HttpServer, file: Served, how: object, le
         area.fill(range(1))
 
 
-def test_each_answer_is_looked_at_though_the_server_ignores_conditions(server: HttpServer, file: Served) -> None:
+def test_each_answer_is_checked_even_if_the_server_ignores_conditions(server: HttpServer, file: Served) -> None:
     device = _remote(server)
     with FakeArea(device) as area:
         server.fail("headers", headers={"ETag": '"other"'}, deaf=True)
@@ -227,7 +227,7 @@ def test_each_answer_is_looked_at_though_the_server_ignores_conditions(server: H
         with pytest.raises(SourceChangedError, match="has 5 now"):
             area.fill(range(4))
         server.fail("plain", deaf=True)
-        with pytest.raises(SourceChangedError, match="does not say which version"):
+        with pytest.raises(SourceChangedError, match="does not tell its version"):
             area.fill(range(4))
         assert area.content(0, 4 * PAGE_SIZE) == bytes(4 * PAGE_SIZE)
 
@@ -252,7 +252,7 @@ def test_weak_tags_are_compared_though_they_cannot_be_a_condition(server: HttpSe
         ({"action": "lie", "by": 7}, "asked for 16384 bytes, answered with 16377"),
         ({"action": "longer"}, "was longer"),
         ({"action": "headers", "headers": {"Content-Encoding": "gzip"}}, "Content-Encoding 'gzip'"),
-        ({"action": "headers", "headers": {"Content-Range": "bytes nonsense"}}, "not say of which bytes"),
+        ({"action": "headers", "headers": {"Content-Range": "bytes nonsense"}}, "not tell its bytes"),
     ],
 )
 def test_answers_that_are_wrong(server: HttpServer, file: Served, rule: dict[str, object], message: str) -> None:
@@ -297,7 +297,7 @@ def test_garbage_is_an_error(server: HttpServer, file: Served, text: str) -> Non
 
 
 def test_random_garbage(server: HttpServer, file: Served) -> None:
-    """Answers that were right, with a part of the head replaced by chance: the right bytes or an error."""
+    """Damage the head of right answers at random: the driver supplies the right bytes or raises."""
     device = RemoteFile(server.url("file.bin"), patience=Patience(retries=0, timeout_s=0.2, total_s=2))
     expected = file[1][:PAGE_SIZE]
     head = (
@@ -333,7 +333,7 @@ def test_a_server_without_ranges_is_refused_before_it_is_mapped(server: HttpServ
         _remote(server)
 
 
-def test_what_cannot_be_mapped(server: HttpServer) -> None:
+def test_sources_and_arguments_that_are_refused(server: HttpServer) -> None:
     (server.directory / "empty").write_bytes(b"")
     with pytest.raises(ValueError, match="empty"):
         _remote(server, "empty")
@@ -375,18 +375,20 @@ def test_an_empty_file_whatever_the_server_says_of_its_first_byte(server: HttpSe
         prefault.open_remote(server.url("empty"), patience=QUICK)
 
 
-def test_what_is_not_empty_is_not_taken_for_that(server: HttpServer, file: Served) -> None:
+def test_a_file_that_is_not_empty_is_not_taken_for_empty(server: HttpServer, file: Served) -> None:
     for answer in ("416 without a length", "416 of any length", "206 with an odd range", "206 without a range"):
         server.fail("garbage", text=_EMPTY[answer])
         with pytest.raises(
-            SourceError, match="does not give byte 0 of what is not empty: it answers range requests wrongly"
+            SourceError, match="does not return byte 0 of a file that is not empty: it answers range requests wrongly"
         ):
             _remote(server)
     server.fail("status", status=416, headers={"Content-Range": "bytes */5"})
-    with pytest.raises(SourceError, match=r"HTTP 416 .*: the server does not give byte 0 of 5 bytes"):
+    with pytest.raises(SourceError, match=r"HTTP 416 .*: the server does not return byte 0 of 5 bytes"):
         _remote(server)
     server.fail("status", status=416, count=2)
-    with pytest.raises(SourceError, match=r"HTTP 416 .* also to a request for all of it: it may be empty \(0 bytes cannot"):
+    with pytest.raises(
+        SourceError, match=r"HTTP 416 .* also to a request for the whole file: it may be empty \(0 bytes cannot"
+    ):
         _remote(server)
     server.fail("garbage", text="HTTP/1.1 200 OK\r\n\r\nhello")
     with pytest.raises(SourceError, match=r"ignores range requests .*200 with the whole file"):
@@ -400,7 +402,7 @@ def test_what_is_not_empty_is_not_taken_for_that(server: HttpServer, file: Serve
 
 @pytest.fixture
 def proxies(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """An environment without any."""
+    """Remove all proxies from the environment."""
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -409,7 +411,7 @@ def proxies(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.parametrize("scheme", ["socks5", "socks5h", "SOCKS4", "socks"])
 @pytest.mark.parametrize("variable", ["all_proxy", "ALL_PROXY", "http_proxy"])
-def test_a_socks_proxy_is_told_apart(
+def test_a_socks_proxy_is_refused(
     server: HttpServer, file: Served, proxies: pytest.MonkeyPatch, variable: str, scheme: str
 ) -> None:
     proxies.setenv(variable, f"{scheme}://me:secret@proxy.example:1080")
@@ -420,16 +422,14 @@ def test_a_socks_proxy_is_told_apart(
         " http_proxy to an HTTP proxy, or no_proxy to 127.0.0.1 to connect without one"
     )
     if variable == "http_proxy":
-        with pytest.raises(SourceError, match="given up"):  # it is not for https: nobody speaks TLS there
+        with pytest.raises(SourceError, match="given up"):  # http_proxy is not for https, and this server does not speak TLS
             RemoteFile(server.url("file.bin").replace("http:", "https:"), patience=Patience(retries=0))
     proxies.setenv("no_proxy", "example.org,127.0.0.1")
     assert _remote(server).length == len(file[1])
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "all_proxy", "https_proxy"])
-def test_a_proxy_that_is_named_https_is_refused_and_hears_nothing_unencrypted(
-    proxies: pytest.MonkeyPatch, variable: str
-) -> None:
+def test_a_proxy_named_https_is_refused_and_gets_no_connection(proxies: pytest.MonkeyPatch, variable: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         proxies.setenv(variable, f"https://me:secret@127.0.0.1:{listener.getsockname()[1]}")
@@ -482,7 +482,7 @@ def test_redirects(server: HttpServer, file: Served) -> None:
         with pytest.raises(SourceError, match="redirects"):
             area.fill(range(4))
         server.fail("redirect", location="ftp://host/x")
-        with pytest.raises(SourceError, match="no HTTP URL"):
+        with pytest.raises(SourceError, match="not an HTTP URL"):
             area.fill(range(4))
 
 
@@ -537,7 +537,7 @@ def test_headers_never_go_unencrypted_to_the_host_that_they_were_given_for_with_
     assert [(b"Authorization" in head, b"X-Key" in head) for head in heads] == [(True, True), (False, False)]
 
 
-def test_a_header_that_is_none_is_an_error_that_does_not_tell_it() -> None:
+def test_a_header_with_a_line_break_is_refused_without_its_value() -> None:
     with pytest.raises(ValueError, match="a line break in the header 'Authorization'") as caught:
         RemoteFile("http://127.0.0.1:1/a", headers={"Authorization": "Bearer secret\n"}, patience=QUICK)
     assert "secret" not in str(caught.value)
@@ -551,7 +551,7 @@ def test_an_idle_connection_that_the_server_closed_is_no_failure(server: HttpSer
         assert area.get(0, PAGE_SIZE) == file[1][:PAGE_SIZE]
 
 
-def test_it_leaves_no_descriptor(server: HttpServer, file: Served) -> None:
+def test_no_descriptor_is_left_open(server: HttpServer, file: Served) -> None:
     before = len(os.listdir("/proc/self/fd"))
     device = _remote(server)
     with FakeArea(device) as area:
@@ -611,7 +611,7 @@ def test_interim_answers_are_skipped(server: HttpServer, file: Served, interim: 
             area.fill(range(1))
 
 
-def test_a_time_to_wait_that_is_no_time(server: HttpServer, file: Served) -> None:
+def test_an_invalid_retry_after_is_ignored(server: HttpServer, file: Served) -> None:
     when = "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"
     server.fail("status", status=503, count=1, headers={"Retry-After": when})
     _remote(server)

@@ -1,4 +1,4 @@
-"""open_remote on real device memory and a real HTTP server: what is not touched is not downloaded."""
+"""open_remote on real device memory and a real HTTP server: only touched parts are downloaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 import prefault
 from drivers.conftest import QUICK
 from prefault.drivers import RemoteFile, SafeTensors, SourceError, SourceMissingError, area_of, open_remote
-from prefault.drivers.formats import ArrayPlace, npy_place
+from prefault.drivers.formats import ArrayLayout, read_npy_layout
 from prefault.sizes import MIB, PAGE_SIZE
 from support.http_server import HttpServer
 
@@ -29,7 +29,7 @@ Content = Callable[[int], bytes]
 
 @pytest.fixture(autouse=True)
 def _collected() -> Iterator[None]:
-    """Servers end with the last array of a test, not with that of a later one."""
+    """Collect garbage, so that servers end with the last array of their test, and not during a later test."""
     yield
     gc.collect()
 
@@ -105,8 +105,8 @@ def test_npy_moves_what_is_touched(server: HttpServer) -> None:
     assert server.sent() <= 5 * MIB  # the header's window, and the two that the row lies in, and growth
 
 
-def _place(content: bytes) -> ArrayPlace:
-    return npy_place(lambda offset, length: content[offset : offset + length], len(content), "a.npy")
+def _place(content: bytes) -> ArrayLayout:
+    return read_npy_layout(lambda offset, length: content[offset : offset + length], len(content), "a.npy")
 
 
 def _npy(array: numpy.ndarray[Any, Any], version: tuple[int, int] | None = None) -> bytes:
@@ -128,7 +128,7 @@ def test_npy_of_all_versions_and_extents(version: tuple[int, int]) -> None:
         numpy.testing.assert_array_equal(found, expected)
 
 
-def test_npy_that_is_none(server: HttpServer) -> None:
+def test_invalid_npy_is_refused(server: HttpServer) -> None:
     with pytest.raises(ValueError, match="Python objects"):
         _place(_npy(numpy.array([{}, None], object)))
     with pytest.raises(SourceError, match="8120 bytes and its header says 8128"):
@@ -156,7 +156,7 @@ def test_npy_of_no_elements(server: HttpServer) -> None:
     assert not array.flags.writeable
 
 
-def test_other_shapes(server: HttpServer, content: Content) -> None:
+def test_dtype_shape_order_and_offset(server: HttpServer, content: Content) -> None:
     expected = content(10_000)
     (server.directory / "f").write_bytes(expected)
     device = RemoteFile(server.url("f"), patience=QUICK)
@@ -216,12 +216,12 @@ def test_safetensors_of_kinds_that_numpy_lacks(server: HttpServer, monkeypatch: 
         found["a"]
     with pytest.raises(ValueError, match="'NEW'"):
         found["b"]
-    with pytest.raises(ValueError, match="has not the 8 bytes"):
+    with pytest.raises(ValueError, match="does not have 8 bytes"):
         found["c"]
     assert found.raw("a").tobytes() == b"1234"
 
 
-def test_what_is_no_safetensors() -> None:
+def test_invalid_safetensors_are_refused() -> None:
     entry = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
     for header in (b"nonsense", b"[]", b"[1]", b'{"a": 1}', json.dumps({"a": entry | {"shape": [-2]}}).encode(),
                    json.dumps({"a": entry | {"data_offsets": [2, 0]}}).encode(), b"\xff\xfe"):  # fmt: skip
@@ -331,17 +331,17 @@ def test_capacity_bounds_what_stays(server: HttpServer, content: Content) -> Non
         prefault.populate(array)
 
 
-def test_headers_that_are_nested_without_end() -> None:
+def test_deeply_nested_headers_are_refused() -> None:
     header = b"-" * 60_000 + b"1"
     npy = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header
     with pytest.raises(ValueError, match="cannot be read"):
-        npy_place(lambda offset, length: npy[offset : offset + length], len(npy), "it")
+        read_npy_layout(lambda offset, length: npy[offset : offset + length], len(npy), "it")
     header = b"[" * 200_000
     with pytest.raises(ValueError, match="cannot be read"):
         SafeTensors(numpy.frombuffer(struct.pack("<Q", len(header)) + header, numpy.uint8))
 
 
-def test_items_of_no_bytes(server: HttpServer) -> None:
+def test_a_dtype_without_bytes_is_refused(server: HttpServer) -> None:
     (server.directory / "f").write_bytes(b"content")
     with pytest.raises(ValueError, match="have no bytes"):
         _open(server, "f", dtype="S")
@@ -352,7 +352,7 @@ def test_items_of_no_bytes(server: HttpServer) -> None:
 
 @pytest.fixture
 def latin_directory(tmp_path: Path) -> Path:
-    """A directory whose name is not UTF-8."""
+    """Return a directory whose name is not UTF-8."""
     directory = Path(os.fsdecode(os.fsencode(tmp_path) + b"/d\xe9"))
     directory.mkdir()
     return directory
@@ -371,14 +371,15 @@ def test_a_name_that_is_not_utf8(latin_directory: Path, content: Content) -> Non
         assert array.tobytes() == expected
 
 
-def test_places_that_are_not_utf8(latin_directory: Path, content: Content) -> None:
+def test_index_and_cache_dir_that_are_not_utf8(latin_directory: Path, content: Content) -> None:
     expected = content(MIB)
     path = latin_directory / os.fsdecode(b"\xff.gz")
     path.write_bytes(gzip.compress(expected))
-    for options in ({"index": latin_directory / "index"}, {"cache_dir": latin_directory / "cache"}):
+    for option in ("index", "cache_dir"):
+        options: dict[str, Any] = {option: latin_directory / option}
         array = open_remote(path, populate=True, **options)
         assert array.tobytes() == expected
-    assert {entry.name for entry in latin_directory.iterdir()} == {path.name, "index", "cache"}
+    assert {entry.name for entry in latin_directory.iterdir()} == {path.name, "index", "cache_dir"}
 
 
 def test_errors_name_a_file_whose_name_is_not_utf8(latin_directory: Path, content: Content) -> None:

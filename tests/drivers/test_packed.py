@@ -1,4 +1,4 @@
-"""Compressed sources with random access: the bytes are those of other people's writers and readers."""
+"""Compressed sources with random access: the files are written by other libraries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support.http_server import HttpServer
 
 
 def _text(length: int) -> bytes:
-    """Something that can be compressed, to about a half."""
+    """Return content that can be compressed to about a half."""
     generator = random.Random(length)
     return bytes(generator.choices(range(20), k=length // 4)) * 4 + b"e" * (length % 4)
 
@@ -255,7 +255,7 @@ def test_an_index_lies_where_it_was_named(tmp_path: Path, caplog: pytest.LogCapt
     assert said.startswith("/proc/index: nothing more is kept there")
 
 
-def test_gzip_says_what_to_do(tmp_path: Path) -> None:
+def test_gzip_errors_tell_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "a.gz"
     path.write_bytes(gzip.compress(b"x" * 10_000))
     with pytest.raises(SourceError, match="no random access without an index: give index="):
@@ -271,7 +271,7 @@ def test_gzip_says_what_to_do(tmp_path: Path) -> None:
     assert not (tmp_path / "index").exists()
 
 
-def test_what_has_no_random_access(tmp_path: Path) -> None:
+def test_compressions_without_random_access_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.bz2"
     path.write_bytes(bz2.compress(b"x" * 10_000))
     with pytest.raises(ValueError, match=r"\.bz2 files have no random access"):
@@ -329,7 +329,7 @@ def test_an_index_is_not_that_of_another_content_which_cannot_be_told_apart(tmp_
             assert area.get(start, start + PAGE_SIZE) == second[start : start + PAGE_SIZE]
 
 
-def test_a_frame_that_would_take_all_memory_is_refused(tmp_path: Path) -> None:
+def test_a_frame_that_needs_too_much_memory_is_refused(tmp_path: Path) -> None:
     table = struct.pack("<II", 4, (1 << 30) + 1) + struct.pack("<IBI", 1, 0, 0x8F92EAB1)
     (tmp_path / "a.zst").write_bytes(bytes(4) + struct.pack("<II", 0x184D2A5E, len(table)) + table)
     with pytest.raises(SourceError, match="smaller frames"):

@@ -1,4 +1,4 @@
-"""RemoteFile in its own process: what its death, a source's failure and other ways to start it look like from here."""
+"""RemoteFile in its server process: death of the server, failures of the source, and ways to start it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _opener(path: Path) -> Callable[[], BinaryIO]:
 
 
 def _named(name: str) -> list[int]:
-    """Our descendants that are called so."""
+    """Return the descendants of this process that have a name."""
     found = []
     for pid in processes.descendants(os.getpid()):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -87,7 +87,7 @@ print(array[-5000], flush=True)  # inside of a window of many pages
 
 
 @pytest.mark.parametrize("trouble", ["gone", "changed", "unavailable", "silent"])
-def test_touching_what_cannot_be_read_is_sigbus(server: HttpServer, file: Served, trouble: str) -> None:
+def test_touching_an_unreadable_page_raises_sigbus(server: HttpServer, file: Served, trouble: str) -> None:
     path, expected = file
     with subprocess.Popen(
         [sys.executable, "-c", _TOUCH, server.url("file.bin")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -128,7 +128,7 @@ def test_a_callable_and_a_file_system_of_this_process(content: Content, tmp_path
     memory.store.clear()
 
 
-def test_readers_and_populate_at_once(server: HttpServer, content: Content) -> None:
+def test_concurrent_readers_and_populate(server: HttpServer, content: Content) -> None:
     expected = content(9 * MIB + 5)
     (server.directory / "f").write_bytes(expected)
     device = RemoteFile(server.url("f"), patience=QUICK, fault_around=(64 * KIB, 256 * KIB), batch=MIB)
@@ -164,7 +164,7 @@ def test_a_silent_server_ends_populate_in_its_time(server: HttpServer, file: Ser
         assert area.read() == file[1]
 
 
-def test_one_server_for_two_areas(server: HttpServer, file: Served) -> None:
+def test_two_areas_share_one_server(server: HttpServer, file: Served) -> None:
     device = RemoteFile(server.url("file.bin"), patience=QUICK)
     with prefault.device.map(device) as whole, prefault.device.map(device, 8 * PAGE_SIZE, offset=MIB) as part:
         whole.populate()
@@ -174,7 +174,7 @@ def test_one_server_for_two_areas(server: HttpServer, file: Served) -> None:
 
 
 @pytest.mark.parametrize("kind", ["http", "cached", "callable", "zip", "bounded"])
-def test_the_contract(server: HttpServer, content: Content, tmp_path: Path, kind: str) -> None:
+def test_check_device_passes(server: HttpServer, content: Content, tmp_path: Path, kind: str) -> None:
     expected = content(40 * PAGE_SIZE + 100)
     (server.directory / "f").write_bytes(expected)
     (tmp_path / "f").write_bytes(expected)

@@ -36,7 +36,7 @@ def test_many_threads_read_by_one_connection(sftp: SftpServer, content: Content)
     assert array.tobytes() == expected
 
 
-def test_what_lies_underneath_changes(sftp: SftpServer, content: Content) -> None:
+def test_a_file_that_changes_or_goes(sftp: SftpServer, content: Content) -> None:
     path = sftp.directory / "f"
     expected = content(MIB)
     path.write_bytes(expected)
@@ -74,7 +74,7 @@ def test_a_wrong_password_fails_at_once(sftp: SftpServer) -> None:
     assert "tries" not in str(caught.value)
 
 
-def test_nobody_listens(sftp: SftpServer) -> None:
+def test_a_server_that_does_not_listen(sftp: SftpServer) -> None:
     sftp.stop()
     with pytest.raises(SourceError, match="given up after 4 tries: NoValidConnectionsError"):
         RemoteFile("sftp://127.0.0.1/f", storage_options=sftp.options(), patience=QUICK)

@@ -104,7 +104,7 @@ def test_a_local_file_that_changes(tmp_path: Path, content: Content, how: str) -
             area.fill(range(3, 5))
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceMissingError) as caught:
         _remote(tmp_path / "none")
     assert caught.value.errno == errno.ENOENT
@@ -145,7 +145,7 @@ def test_the_memory_file_system(memory: Any, content: Content) -> None:
 
 
 class _Flaky:
-    """What a file system's ``cat_file`` does next, then what it really does."""
+    """Replaces ``cat_file`` of a file system: it follows a script first, and works afterwards."""
 
     def __init__(self, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self._real = memory.cat_file
@@ -162,7 +162,7 @@ class _Flaky:
         return content if what is None else what(content)
 
 
-def test_what_a_file_system_raises(memory: Any, content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_file_system_are_translated(memory: Any, content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
     class HttpError(Exception):
         def __init__(self, status: int) -> None:
             self.status = status
@@ -192,10 +192,8 @@ def test_what_a_file_system_raises(memory: Any, content: Content, monkeypatch: p
 @pytest.mark.parametrize(
     "name", ["NoCredentialsError", "ProfileNotFound", "AuthenticationException", "DefaultCredentialsError"]
 )
-def test_who_has_no_keys_is_told_so_at_once(
-    memory: Any, content: Content, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """By the names that the libraries of s3, gs and ssh give to it: they are not ours to import."""
+def test_missing_credentials_fail_at_once(memory: Any, content: Content, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Recognize the errors of the libraries of s3, gs and ssh by name: these libraries need not be installed."""
     memory.pipe("/f", content(5000))
     flaky = _Flaky(memory, monkeypatch)
     flaky.script = [type(name, (Exception,), {})("no keys found")] * 9
@@ -207,7 +205,7 @@ def test_who_has_no_keys_is_told_so_at_once(
 
 
 def test_a_directory_of_a_file_system_that_is_not_asynchronous(memory: Any, content: Content) -> None:
-    """``dir`` says of itself that it is."""
+    """Read through ``dir``, which claims to be asynchronous."""
     expected = content(70_001)
     memory.pipe("/dir/f", expected)
     _assert_holds(_remote("dir://f::memory://dir"), expected)
@@ -222,9 +220,7 @@ def test_a_request_that_shows_no_progress_has_half_of_the_time_that_is_left() ->
         _ = Attempts(patience, "f").long_timeout_s
 
 
-def test_what_a_file_system_says_is_told_without_what_is_secret_in_it(
-    memory: Any, content: Content, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_of_a_file_system_are_redacted(memory: Any, content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.pipe("/f", content(5000))
     flaky = _Flaky(memory, monkeypatch)
     said = "403, url='https://me:secret@host/f?X-Amz-Signature=secret'"
@@ -237,7 +233,7 @@ def test_what_a_file_system_says_is_told_without_what_is_secret_in_it(
 
 
 def test_a_file_system_that_is_asynchronous(server: HttpServer, content: Content) -> None:
-    """fsspec's own http, which is not what http URLs use: in place of s3 and gs, which are made alike."""
+    """Read by the http of fsspec, which http URLs do not use: it is built like s3 and gs."""
     expected = content(300_001)
     path = server.directory / "f"
     path.write_bytes(expected)
@@ -353,7 +349,7 @@ def test_broken_archives(server: HttpServer, content: Content) -> None:
 
 
 class _Shy(io.BytesIO):
-    """A file that gives a little at a time, and no more than it is asked for."""
+    """File object whose reads are short."""
 
     def readinto(self, buffer: Any) -> int:
         with memoryview(buffer) as view:
@@ -377,7 +373,7 @@ def test_a_callable(tmp_path: Path, content: Content) -> None:
         _remote(partial(open, path, "rb"), cache_dir=tmp_path)
 
 
-def test_each_thread_has_a_file_of_its_own(content: Content) -> None:
+def test_each_thread_has_its_own_file_object(content: Content) -> None:
     expected = content(1_000_001)
     opened: list[BinaryIO] = []
 
@@ -477,7 +473,7 @@ def test_two_colons_in_a_path_are_part_of_it(tmp_path: Path, prefix: str) -> Non
     _assert_holds(_remote(f"{prefix}{tmp_path}/a::b.bin"), bytes(60_001))
 
 
-def test_two_colons_in_a_query_tell_nothing_of_it(server: HttpServer) -> None:
+def test_two_colons_in_a_query_do_not_reveal_it(server: HttpServer) -> None:
     (server.directory / "f").write_bytes(bytes(60_001))
     device = _remote(server.url("f") + "?signature=a::secret")
     _assert_holds(device, bytes(60_001))
@@ -492,7 +488,7 @@ def test_file_systems_that_keep_copies_of_any_version_are_refused(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["modify", "modificationTime", "sha", "hex"])
-def test_what_file_systems_call_the_version(memory: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_names_of_the_version_in_file_systems(memory: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     memory.pipe("/f", b"old" * 1000)
     said = {"type": "file", "size": 3000, name: "1"}
     monkeypatch.setattr(type(memory), "info", lambda *_: dict(said))

@@ -1,7 +1,6 @@
-"""A small HTTP server in a process of its own: ranges, ETags, latency, failures on demand, and a log of all requests.
+"""A small HTTP server in its own process: ranges, ETags, latency, failures on demand, and a log of all requests.
 
-In a process of its own because a client that waits for a page of a device holds the GIL: a server in a thread of the same
-process would never answer it.
+A client that waits for a page of a device holds the GIL: a server in a thread of the same process would never answer it.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _CONTROL = "/_control"
 
 
 class Request(NamedTuple):
-    """What the server saw and did. ``first`` and ``last``: the bytes that were asked for; ``sent``: bytes of body."""
+    """A request in the log. ``first`` and ``last``: the range that it asked for; ``sent``: bytes of body in the answer."""
 
     path: str
     first: int
@@ -39,13 +38,13 @@ class Request(NamedTuple):
 
 
 class HttpServer:
-    """The server's process, serving the files of a directory. A context manager."""
+    """Server process that serves the files of a directory. A context manager."""
 
     def __init__(self, directory: Path, *, latency_s: float = 0.0) -> None:
         self.directory = directory
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__, str(directory), str(latency_s)],
-            stdin=subprocess.PIPE,  # its end is that of the server, should this process be killed
+            stdin=subprocess.PIPE,  # the server ends when this pipe is closed, also if this process is killed
             stdout=subprocess.PIPE,
         )
         assert self._process.stdout is not None
@@ -69,7 +68,7 @@ class HttpServer:
             connection.close()
 
     def fail(self, action: str, *, count: int = 1, skip: int = 0, **details: Any) -> None:
-        """What happens to the next ``count`` requests after ``skip`` more: see ``_Handler``. Replaces what was set."""
+        """Set the only rule: after ``skip`` requests, the next ``count`` get this action, see :class:`_Handler`."""
         self._control(op="fail", rule={"action": action, "count": count, "skip": skip, **details})
 
     def heal(self) -> None:
@@ -79,11 +78,11 @@ class HttpServer:
         self._control(op="latency", seconds=seconds)
 
     def requests(self, *, clear: bool = False) -> list[Request]:
-        """All requests so far, or since the last time with ``clear``."""
+        """Return all requests since the last call with ``clear``."""
         return [Request(*entry) for entry in self._control(op="log", clear=clear)]
 
     def sent(self) -> int:
-        """Bytes of all bodies so far, or since ``requests(clear=True)``."""
+        """Return the bytes of all bodies since ``requests(clear=True)``."""
         return sum(request.sent for request in self.requests())
 
     def close(self) -> None:
@@ -127,7 +126,7 @@ _state = _State()
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Serves ranges of files. Actions of rules:
+    """Handler that serves ranges of files. Actions of rules:
 
     status: answer with ``status`` (and ``headers``); reset: RST instead of an answer; garbage: ``text``, then hang up;
     short: announce all, send ``bytes``, hang up; stall: send ``bytes``, then nothing for ``seconds``; ignore: 200 with
@@ -146,7 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         what = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         answer: Any = None
         if what["op"] == "log":
-            # Who has all bytes of an answer may be here before it is written down.
+            # A client with all bytes of an answer may ask for the log before the answer is in it.
             until = time.monotonic() + 0.5
             while _state.busy and time.monotonic() < until:
                 time.sleep(0.001)

@@ -1,4 +1,4 @@
-"""Sources inside of others: members of zip archives, and what a library unpacks."""
+"""Sources inside other sources: members of zip archives, and streams that a library unpacks."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ from prefault.sizes import MIB
 _LOCAL_HEADER_BYTES = 30
 _ENCRYPTED = 0x1
 _UTF8 = 0x800
-_SIP = 64
-"""Packed bytes that zipfile unpacks at once, in full, where it knows no limit: some 70 MB of bzip2 at most."""
+_SMALL_READ = 64
+"""Packed bytes for one call of an unpacker that has no limit on its output: at most some 70 MB of bzip2."""
 
 
 def open_member(inner: Source, member: str, name: str, version: Version | None) -> Source:
-    """A member of a zip archive, which it owns. Stored ones are read in ranges; others from their start on."""
+    """Open a member of a zip archive: a stored one is read in ranges, a compressed one from its start on.
+
+    The returned source owns the archive; if there is none, the archive is closed.
+    """
     try:
         with SourceFile(inner) as file:
             try:
@@ -71,48 +74,48 @@ def open_member(inner: Source, member: str, name: str, version: Version | None) 
 
 def _unpacked(file: SourceFile, info: zipfile.ZipInfo) -> Any:
     stream: Any = zipfile.ZipFile(io.BufferedReader(file, MIB)).open(info)  # noqa: SIM115  the caller closes it
-    return stream if info.compress_type == zipfile.ZIP_DEFLATED else _Sips(stream)
+    return stream if info.compress_type == zipfile.ZIP_DEFLATED else _SmallReads(stream)
 
 
-class _Sips:
-    """A member packed with bzip2 or lzma, in small steps: of any amount that is asked for, zipfile reads as much, packed."""
+class _SmallReads:
+    """A member packed with bzip2 or lzma, read in small steps: zipfile unpacks as many packed bytes as it is asked for."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        stream.MAX_SEEK_READ = stream.MIN_READ_SIZE = _SIP
+        stream.MAX_SEEK_READ = stream.MIN_READ_SIZE = _SMALL_READ
         self.seek, self.close = stream.seek, stream.close
 
     def readinto(self, target: memoryview) -> int:
-        """Some bytes."""
-        with target[:_SIP] as piece:
+        """Read some bytes into ``target``; return how many, 0 at the end."""
+        with target[:_SMALL_READ] as piece:
             count: int = self._stream.readinto(piece)
         return count
 
 
 class StreamSource(Source):
-    """What a library reads out of another source, which it owns: one stream for each thread that reads.
+    """Unpacked content of another source, which it owns: a library reads it, with one stream for each thread.
 
     Args:
         inner: the source of the packed bytes.
-        name: for messages.
-        version: of the content.
-        opener: makes a stream, which can seek, from a file object.
+        name: the name in messages.
+        version: the version of the content.
+        opener: makes a seekable stream from a file object.
     """
 
     def __init__(self, inner: Source, name: str, version: Version, opener: Callable[[Any], Any]) -> None:
         super().__init__(name, inner.patience)
         self.version = version
         self._inner = inner
-        self._streams = StreamPool(lambda: _Stream(SourceFile(inner), opener))
+        self._streams = StreamPool(lambda: _UnpackedStream(SourceFile(inner), opener))
 
     def _attempt(self, offset: int, target: memoryview, attempts: Attempts) -> None:  # noqa: ARG002
-        # Going back may mean to start again from the front: of the idle streams, that which has the shortest way to go.
+        # Seeking backwards may restart at the front: take the idle stream with the shortest way forward.
         stream = self._streams.take(lambda stream: offset - stream.position if stream.position <= offset else math.inf)
         try:
             done = stream.fill(offset, target)
         except Exception as error:
             stream.close()
-            # Libraries replace what a source says by an error of theirs.
+            # Libraries replace the error of a source by one of their own.
             if stream.file.failure is not None:
                 raise stream.file.failure from error
             raise SourceError(errno.EIO, f"{self.name}: it cannot be unpacked: {error}") from error
@@ -124,13 +127,13 @@ class StreamSource(Source):
             raise SourceError(errno.EIO, f"{self.name}: it ends at byte {offset + done} of {self.length}")
 
     def close(self) -> None:
-        """Give up what is open."""
+        """Close the idle streams and the packed source."""
         self._streams.close()
         self._inner.close()
 
 
-class _Stream:
-    """One stream, opened by the first read, and what its reads of the packed bytes raised."""
+class _UnpackedStream:
+    """A stream, opened by the first read, and the file object of its packed bytes."""
 
     def __init__(self, file: SourceFile, opener: Callable[[Any], Any]) -> None:
         self.file = file
@@ -139,7 +142,7 @@ class _Stream:
         self._content: Any = None
 
     def fill(self, offset: int, target: memoryview) -> int:
-        """See :func:`fill_from`."""
+        """Seek and read until ``target`` is full or the stream ends; return the number of bytes."""
         self.file.failure = None
         if self._content is None:
             self._content = self._opener(self.file)
@@ -148,8 +151,8 @@ class _Stream:
         return done
 
     def close(self) -> None:
-        """Give up what is open."""
+        """Close the stream and its file object."""
         if self._content is not None:
-            with contextlib.suppress(Exception):  # it is given up because it failed
+            with contextlib.suppress(Exception):  # it is closed because it failed
                 self._content.close()
         self.file.close()

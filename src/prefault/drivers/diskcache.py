@@ -49,7 +49,7 @@ _log = logging.getLogger("prefault.drivers")
 
 
 class WriteWarning:
-    """Logs that a cache cannot be written: once for a device, whose recipe tells its server whether this was done.
+    """Warning that a cache cannot be written, logged once for a device: its recipe tells the server whether this was done.
 
     Attributes:
         given: whether the warning was logged.
@@ -123,7 +123,7 @@ class DiskCache:
         return fd
 
     def _describe(self, content: bytes) -> None:
-        """Write down, for people, which source this is. A file that says so already is left alone: the disk may be full."""
+        """Describe the source in a file for people to read, unless it is there already: the disk may be full."""
         path = os.path.join(self.directory, "source.json")
         with contextlib.suppress(FileNotFoundError), open(open_regular(path, os.O_RDONLY), "rb") as file:
             if file.read(len(content) + 1) == content:
@@ -283,7 +283,7 @@ def _make_own(path: str) -> None:
 
 
 def _check_owner(path: str, *, shared: bool) -> None:
-    """Refuse a directory that another user can write to: wrong bytes could be put there, or links to files of ours.
+    """Refuse a directory that another user can write to: that user could put wrong bytes there, or links.
 
     Args:
         path: a directory.

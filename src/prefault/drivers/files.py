@@ -1,4 +1,4 @@
-"""Sources on this machine, behind fsspec, and behind an ``open()``-like callable."""
+"""Sources that are local files, files of fsspec's file systems, and file objects that a callable opens."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NoReturn
 
-from prefault.drivers.http import shown
+from prefault.drivers.http import redacted_url
 from prefault.drivers.source import (
     CHUNK,
-    PASSING,
+    TRANSIENT_STATUSES,
     Attempts,
-    PassingError,
     Patience,
     Source,
     SourceError,
     SourceMissingError,
     StreamPool,
+    TransientError,
     Version,
     fill_from,
 )
 
 _URL = re.compile(r"[a-zA-Z][\w+.-]*://[^\s'\"<>)]+")
 _QUERY = re.compile(r"\?[\w%.+-]+=[^\s'\"<>)]*")
-"""Of a URL that is told by its path: urllib3 does."""
+"""Matches the query of a URL without scheme and host: urllib3 reports URLs so."""
 
 
-def _said(error: object) -> str:
-    """What a library says, without what is secret in URLs: signatures in their queries, passwords."""
+def _redacted(error: object) -> str:
+    """Return the text of a library's error without the secrets in its URLs: passwords, and signatures in queries."""
 
     def harmless(match: re.Match[str]) -> str:
         try:
-            return shown(match[0])
+            return redacted_url(match[0])
         except ValueError:
             return match[0].partition("://")[0] + "://..."
 
@@ -47,11 +47,11 @@ def _refuse(name: str, error: OSError) -> NoReturn:
     number = error.errno or errno.EIO
     if isinstance(error, FileNotFoundError):
         raise SourceMissingError(errno.ENOENT, f"{name}: there is no such file, or no longer") from error
-    raise SourceError(number, f"{name}: {_said(error.strerror or error)}") from error
+    raise SourceError(number, f"{name}: {_redacted(error.strerror or error)}") from error
 
 
 class LocalSource(Source):
-    """A file of this machine. It is noticed when it is written, replaced, cut short or removed."""
+    """A local file. A read raises if the file was written, replaced, truncated or removed."""
 
     def __init__(self, path: str, patience: Patience, version: Version | None = None) -> None:
         super().__init__(path, patience)
@@ -91,17 +91,17 @@ class LocalSource(Source):
             raise SourceError(errno.EIO, f"{self.name}: it ends at byte {offset + done} of {self.length}")
 
     def close(self) -> None:
-        """Give up what is open."""
+        """Close the file. Idempotent."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
 
 class CallableSource(Source):
-    """What a callable opens: a binary file object with ``read`` and ``seek``, one for each thread that reads.
+    """Binary file objects with ``read`` and ``seek`` that a callable opens: one for each thread that reads.
 
-    Its size is looked at after each read, and for a file of this machine also whether it was written; for anything else a
-    change of content is for its owner to prevent.
+    Each read checks the length afterwards, and for a local file also inode and time of change. The caller must not change
+    the content of anything else.
     """
 
     def __init__(self, opener: Callable[[], BinaryIO], patience: Patience, version: Version | None = None) -> None:
@@ -122,13 +122,13 @@ class CallableSource(Source):
         except FileNotFoundError as error:
             _refuse(self.name, error)
         except (ConnectionError, TimeoutError) as error:
-            raise PassingError(f"{type(error).__name__}: {_said(error)}") from error
+            raise TransientError(f"{type(error).__name__}: {_redacted(error)}") from error
         except OSError as error:
             if isinstance(error, SourceError):
                 raise
             _refuse(self.name, error)
         finally:
-            if stream is not None and failed:  # its connection may be broken for good: a retry is to have another one
+            if stream is not None and failed:  # its connection may be broken for good: a retry opens another
                 with contextlib.suppress(Exception):
                     stream.close()
             elif stream is not None:
@@ -153,23 +153,23 @@ class CallableSource(Source):
             raise SourceError(errno.EIO, f"{self.name}: it ends at byte {offset + done} of {self.length}")
 
     def close(self) -> None:
-        """Give up what is open."""
+        """Close the idle file objects."""
         self._streams.close()
 
 
 _TAGS = ("ETag", "etag", "md5", "md5Hash", "sha256", "oid", "generation", "VersionId", "version_id", "ino", "sha", "hex")
 _TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "modify", "modificationTime", "created")
 
-# By name, since their libraries are not ours to import: botocore's, google.auth's, azure's and paramiko's. Time does not
-# mend them. What fails to fetch credentials (CredentialRetrievalError) is another thing.
+# Errors of botocore, google.auth, azure and paramiko, by name, because these libraries need not be installed. A retry does
+# not help. It may help after CredentialRetrievalError, which is not matched.
 _WITHOUT_KEYS = re.compile(r"Credentials(Error|$)|ProfileNotFound|Authentication|BadHostKey")
-_KEYS = "keys and the like are given by storage_options, or as its package finds them"
+_KEYS = "credentials are given by storage_options, or in the way that its package finds them"
 
 
 class FsspecSource(Source):
-    """Whatever fsspec opens, by ``cat_file`` of its file system.
+    """A file of any file system that fsspec knows, read by ``cat_file``.
 
-    fsspec does not say of which version an answer is: the file's entry is asked for again after each read.
+    fsspec does not tell which version the bytes belong to, so each read asks for the file's entry again afterwards.
     """
 
     def __init__(self, url: str, options: dict[str, Any], name: str, patience: Patience, version: Version | None) -> None:
@@ -184,17 +184,17 @@ class FsspecSource(Source):
             try:
                 now = self._ask_version(attempts)
                 break
-            except PassingError as failure:
+            except TransientError as failure:
                 attempts.wait(failure)
         self.version = version if version is not None else now
 
     def _connect(self) -> None:
-        """The file system, anew if it failed: some have one connection, and never another."""
+        """Open the file system, again if it failed: some have one connection, which they never renew."""
         with self._opening:
             if self._fs is not None and not self._broken:
                 return
             if self._fs is not None:
-                self._fs.clear_instance_cache()  # fsspec would give us the same one
+                self._fs.clear_instance_cache()  # else fsspec returns the broken instance
             try:
                 self._fs, self._path = _file_system(self._url, self._options)
             except (ImportError, ValueError):
@@ -205,15 +205,15 @@ class FsspecSource(Source):
             self._broken = False
 
     @contextlib.contextmanager
-    def _turn(self, attempts: Attempts) -> Iterator[None]:
-        """One thread at a time where there is but one of something: archives' file object, connections of ftp and sftp.
+    def _serialized(self, attempts: Attempts) -> Iterator[None]:
+        """Serialize the threads on a file system that has one file object (archives) or one connection (ftp, sftp).
 
-        Threads that share a paramiko client take each other's answers, and wait for ever.
+        Threads that share a paramiko client take each other's answers, and wait forever.
         """
         if not any(getattr(self._fs, name, None) is not None for name in ("fo", "ftp")):
             yield
             return
-        # fsspec gives several sources the same file system.
+        # fsspec shares one file system between several sources.
         lock = vars(self._fs).setdefault("_prefault_turn", threading.Lock())
         while not lock.acquire(timeout=attempts.timeout_s):
             pass
@@ -224,14 +224,16 @@ class FsspecSource(Source):
 
     def _ask_version(self, attempts: Attempts) -> Version:
         self._connect()
-        with self._translated(), self._turn(attempts):
+        with self._translated(), self._serialized(attempts):
             self._fs.invalidate_cache()
             info = self._call("info", attempts.timeout_s)
             if info.get("type", "file") != "file" or info.get("size") is None:
-                raise SourceError(errno.EINVAL, f"{self.name}: it is not a file, or does not say how long it is")
+                raise SourceError(
+                    errno.EINVAL, f"{self.name}: it is not a file, or its file system does not tell its length"
+                )
             tag = [f"{key}={info[key]}" for key in _TAGS if info.get(key)]
             modified = [f"{key}={info[key]}" for key in _TIMES if info.get(key)]
-            # An archive's entry is in memory; whether the archive changed is said by the file system that it lies in.
+            # An archive's entry is in memory: the file system that holds the archive knows whether it changed.
             outer = getattr(self._fs, "fo", None)
             if outer is not None and hasattr(outer, "fs") and hasattr(outer, "path"):
                 outer.fs.invalidate_cache()
@@ -242,62 +244,62 @@ class FsspecSource(Source):
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        """File systems raise what their libraries raise: sort it into what may pass and what will not."""
+        """Translate the errors of a file system's library: TransientError for a retry, SourceError for the others."""
         try:
             yield
-        except (SourceError, PassingError):
+        except (SourceError, TransientError):
             raise
         except FileNotFoundError as error:
-            # Some say so of anything that went wrong on the way.
+            # Some file systems raise this for any failure on the way.
             cause = error.__cause__
-            if getattr(cause, "status", None) in PASSING or isinstance(cause, ConnectionError | TimeoutError):
-                raise PassingError(f"{type(cause).__name__}: {_said(cause)}") from error
+            if getattr(cause, "status", None) in TRANSIENT_STATUSES or isinstance(cause, ConnectionError | TimeoutError):
+                raise TransientError(f"{type(cause).__name__}: {_redacted(cause)}") from error
             _refuse(self.name, error)
         except PermissionError as error:
-            raise SourceError(errno.EACCES, f"{self.name}: access is denied: {_said(error)}; {_KEYS}") from error
+            raise SourceError(errno.EACCES, f"{self.name}: access is denied: {_redacted(error)}; {_KEYS}") from error
         except (IsADirectoryError, NotADirectoryError) as error:
             _refuse(self.name, error)
         except Exception as error:
             status = getattr(error, "status", None)
             status = getattr(error, "code", None) if status is None else status
-            text = ": ".join(filter(None, (type(error).__name__, _said(error))))
+            text = ": ".join(filter(None, (type(error).__name__, _redacted(error))))
             if _WITHOUT_KEYS.search(type(error).__name__):
                 raise SourceError(errno.EACCES, f"{self.name}: {text}; {_KEYS}") from error
-            if isinstance(status, int) and 400 <= status < 500 and status not in PASSING:
+            if isinstance(status, int) and 400 <= status < 500 and status not in TRANSIENT_STATUSES:
                 raise SourceError(errno.EIO, f"{self.name}: {text}") from error
             if isinstance(error, NotImplementedError | ValueError | TypeError | KeyError | AttributeError | ImportError):
                 raise SourceError(errno.EIO, f"{self.name}: {text}") from error
             self._broken = getattr(self._fs, "ftp", None) is not None
-            raise PassingError(text) from error
+            raise TransientError(text) from error
 
     def _attempt(self, offset: int, target: memoryview, attempts: Attempts) -> None:
         self._connect()
         done = 0
         try:
-            with self._translated(), self._turn(attempts):
+            with self._translated(), self._serialized(attempts):
                 for piece in self._pieces(offset, len(target), attempts):
                     if len(piece) > len(target) - done:
                         got = f"asked for {len(target)} bytes at {offset}, got {done + len(piece)}"
                         raise SourceError(errno.EIO, f"{self.name}: {got}: it ignores ranges")
                     target[done : done + len(piece)] = piece
                     done += len(piece)
-        except PassingError as failure:
-            raise PassingError(str(failure), done=done) from failure
-        # At the end only: what came before a failure is of this version if the source is still of it now.
+        except TransientError as failure:
+            raise TransientError(str(failure), done=done) from failure
+        # Checked after the read: if the source still has this version now, so had all bytes that arrived.
         difference = self.version.change(self._ask_version(attempts))
         if difference:
             raise self.changed(difference)
         if done < len(target):
-            raise PassingError(f"asked for {len(target)} bytes at {offset}, got {done}", done=done)
+            raise TransientError(f"asked for {len(target)} bytes at {offset}, got {done}", done=done)
 
     def _pieces(self, offset: int, length: int, attempts: Attempts) -> Iterator[bytes]:
-        """The bytes one after the other, so that a slow line is not taken for one that is dead."""
+        """Yield the bytes in pieces, so that a slow connection is not taken for a dead one."""
         from fsspec.spec import AbstractFileSystem  # type: ignore[import-untyped]
 
-        if getattr(self._fs.cat_file, "__func__", None) is AbstractFileSystem.cat_file:  # it would open it for each piece
+        if getattr(self._fs.cat_file, "__func__", None) is AbstractFileSystem.cat_file:  # it opens the file for each call
             with self._fs.open(self._path, "rb") as file:
                 file.seek(offset)
-                if hasattr(file, "prefetch"):  # paramiko asks for 32 KiB at a time, and waits for them, without
+                if hasattr(file, "prefetch"):  # without, paramiko requests 32 KiB at a time and waits for each
                     file.prefetch(offset + length)
                 while length and attempts.left_s and (piece := file.read(min(length, CHUNK))):
                     yield piece
@@ -306,7 +308,7 @@ class FsspecSource(Source):
         yield self._call("cat_file", attempts.long_timeout_s, start=offset, end=offset + length)
 
     def _call(self, name: str, timeout_s: float, **arguments: Any) -> Any:
-        """A method of the file system for the path; with a time limit where it can have one."""
+        """Call a method of the file system with the path; an asynchronous one with a timeout."""
         if _is_async(self._fs):
             from fsspec.asyn import sync  # type: ignore[import-untyped]
 
@@ -314,19 +316,23 @@ class FsspecSource(Source):
         return getattr(self._fs, name)(self._path, **arguments)
 
     def close(self) -> None:
-        """Give up what is open."""
-        # File systems are kept and shared by fsspec; an archive's file is ours alone only by chance.
+        """Do nothing: fsspec keeps its file systems, and shares them between sources."""
         return
 
 
 def _is_async(file_system: Any) -> bool:
-    """``dir://`` says so, whatever it is a directory of."""
+    """Return whether a file system is asynchronous; ``dir://`` claims to be, also in front of one that is not."""
     inner = getattr(file_system, "fs", None)
     return getattr(file_system, "async_impl", False) and (inner is None or _is_async(inner))
 
 
 def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
-    """The file system and path. ImportError with the name of the package that is missing; ValueError."""
+    """Return the file system of a URL, and the path in it.
+
+    Raises:
+        ImportError: a package is missing; its name is in the message.
+        ValueError: the protocol is unknown.
+    """
     try:
         import fsspec.core  # type: ignore[import-untyped]
     except ImportError as error:

@@ -1,6 +1,6 @@
-"""What lies in a mapped file, found without touching the rest: ``.npy`` and safetensors.
+"""Layout of arrays in a mapped file, read from its header alone: ``.npy`` and safetensors.
 
-Headers are read by :meth:`prefault.device.Area.read`, so that a source that fails is an exception here and not a SIGBUS.
+Headers are read by :meth:`prefault.device.Area.read`, so that a source that fails raises an exception, and not SIGBUS.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 _NPY_PREFIX_BYTES = 12
 _MOST_NPY_HEADER = 1 << 20
 _MOST_SAFETENSORS_HEADER = 100_000_000
-"""safetensors' own bound."""
+"""Bytes: the limit of the safetensors library."""
 
 
-class ArrayPlace(NamedTuple):
-    """Where an array lies in a file, and of what kind it is."""
+class ArrayLayout(NamedTuple):
+    """Offset of an array in a file, in bytes, its dtype, shape and order."""
 
     offset: int
     dtype: numpy.dtype[Any]
@@ -37,15 +37,15 @@ class ArrayPlace(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """The byte behind it."""
+        """Offset of the first byte after the array."""
         return self.offset + math.prod(self.shape) * self.dtype.itemsize
 
 
-def npy_place(read: Read, length: int, name: str) -> ArrayPlace:
-    """What the header of a ``.npy`` file says (numpy.lib.format, versions 1 to 3).
+def read_npy_layout(read: Read, length: int, name: str) -> ArrayLayout:
+    """Read the header of a ``.npy`` file (numpy.lib.format, versions 1 to 3).
 
     Raises:
-        ValueError: it is none, or has Python objects in it.
+        ValueError: the file is not a ``.npy`` file, or holds Python objects.
         SourceError: the file is shorter than its header says.
     """
     import numpy
@@ -56,7 +56,7 @@ def npy_place(read: Read, length: int, name: str) -> ArrayPlace:
         raise ValueError(f"{name} is not a .npy file: it begins with {prefix[:6]!r}; format='raw' maps it as it is")
     version = (prefix[6], prefix[7])
     if version not in ((1, 0), (2, 0), (3, 0)):
-        raise ValueError(f"{name}: version {version[0]}.{version[1]} of the .npy format is not known")
+        raise ValueError(f"{name}: version {version[0]}.{version[1]} of the .npy format is unknown")
     size = int.from_bytes(prefix[8:10], "little") + 10 if version == (1, 0) else int.from_bytes(prefix[8:12], "little") + 12
     if size > min(length, _MOST_NPY_HEADER):
         raise ValueError(f"{name}: its .npy header would have {size} bytes")
@@ -69,7 +69,7 @@ def npy_place(read: Read, length: int, name: str) -> ArrayPlace:
         raise ValueError(f"{name} holds Python objects, which cannot be mapped")
     if any(extent < 0 for extent in shape):
         raise ValueError(f"{name}: a negative extent in its shape {shape}")
-    place = ArrayPlace(size, numpy.dtype(dtype), shape, "F" if fortran else "C")
+    place = ArrayLayout(size, numpy.dtype(dtype), shape, "F" if fortran else "C")
     if place.stop > length:
         raise SourceError(errno.EIO, f"{name} has {length} bytes and its header says {place.stop}: it was cut short")
     return place
@@ -88,7 +88,7 @@ def _npy_header(header: bytes, version: tuple[int, int]) -> tuple[tuple[int, ...
     return shape, fortran, dtype
 
 
-# safetensors' names for kinds of numbers, and numpy's; for those that numpy lacks, ml_dtypes'.
+# Names of dtypes in safetensors and numpy; ml_dtypes has those that numpy lacks.
 _DTYPES = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8",
     "F16": "<f2", "F32": "<f4", "F64": "<f8", "C64": "<c8",
@@ -102,13 +102,13 @@ def _dtype(kind: str, name: str) -> numpy.dtype[Any]:
     if kind in _DTYPES:
         return numpy.dtype(_DTYPES[kind])
     if kind not in _ML_DTYPES:
-        raise ValueError(f"{name} has the kind {kind!r}, which is not known here; raw() gives its bytes")
+        raise ValueError(f"{name} has the dtype {kind!r}, which is not known here; raw() returns its bytes")
     try:
         import ml_dtypes  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise ImportError(
-            f"{name} has the kind {kind}, which needs ml_dtypes, which is not installed: pip install ml_dtypes; raw() gives"
-            " its bytes",
+            f"{name} has the dtype {kind}, which needs ml_dtypes, which is not installed: pip install ml_dtypes; raw()"
+            " returns its bytes",
             name="ml_dtypes",
         ) from error
     found: numpy.dtype[Any] = numpy.dtype(getattr(ml_dtypes, _ML_DTYPES[kind]))
@@ -125,17 +125,18 @@ class _Tensor(NamedTuple):
 class SafeTensors(Mapping[str, "numpy.ndarray[Any, Any]"]):
     """The tensors of a mapped safetensors file, by name: arrays without a copy, read when they are touched.
 
-    safetensors' own readers want a path or all of the file as ``bytes``; the format is a header in JSON and the numbers.
+    The readers of the safetensors library need a path, or the whole file as ``bytes``. The format is a header in JSON, and
+    the numbers.
 
     Args:
-        content: the whole file: what ``open_remote`` gives.
+        content: the whole file, as ``open_remote`` returns it.
 
     Attributes:
-        metadata: what the file says about itself.
+        metadata: the texts of ``__metadata__`` in the header.
 
     Raises:
-        ValueError: it is not a safetensors file.
-        SourceError: it is shorter than its header says, or cannot be read.
+        ValueError: the content is not a safetensors file.
+        SourceError: the file is shorter than its header says, or cannot be read.
     """
 
     def __init__(self, content: numpy.ndarray[Any, Any]) -> None:
@@ -172,12 +173,12 @@ class SafeTensors(Mapping[str, "numpy.ndarray[Any, Any]"]):
         dtype = _dtype(tensor.kind, name)
         if math.prod(tensor.shape) * dtype.itemsize != tensor.stop - tensor.start:
             raise ValueError(
-                f"{name}: {tensor.kind} of shape {tensor.shape} has not the {tensor.stop - tensor.start} bytes that it says"
+                f"{name}: {tensor.kind} of shape {tensor.shape} does not have {tensor.stop - tensor.start} bytes"
             )
         return numpy.ndarray(tensor.shape, dtype, buffer=self._content, offset=tensor.start)
 
     def raw(self, name: str) -> numpy.ndarray[Any, Any]:
-        """The bytes of a tensor."""
+        """Return the bytes of a tensor, as an array of uint8."""
         tensor = self._find(name)
         return self._content[tensor.start : tensor.stop]
 

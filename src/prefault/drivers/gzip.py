@@ -1,6 +1,6 @@
-"""Gzip with random access, through an index of places to start from: built once, by unpacking all of it, then kept.
+"""Random access to gzip files through an index of points to start from: built once, by unpacking the whole file, then kept.
 
-The index is indexed_gzip's (zran): 32 KiB for each 4 MiB of content. Its file names the version that it is of.
+The index is that of indexed_gzip (zran): 32 KiB for each 4 MiB of content. Its file names the version that it belongs to.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def _open(inner: Source, index: str | None, warning: WriteWarning, afresh: bool)
     if index is None:
         raise SourceError(
             errno.EOPNOTSUPP,
-            f"{inner.name}: gzip has no random access without an index: give index=, the name of a file (it is built once,"
-            " which reads everything once), or cache_dir=; compression=None maps the packed bytes",
+            f"{inner.name}: gzip has no random access without an index: give index=, the name of a file for it (it is built"
+            " once, by reading the whole file), or cache_dir=; compression=None maps the packed bytes",
         )
     # The index of another content of the same length would give wrong bytes, and no error.
     made = None if afresh and not inner.version.told_apart else _load(index, inner)
@@ -76,7 +76,7 @@ def _open(inner: Source, index: str | None, warning: WriteWarning, afresh: bool)
 
 
 class _CheckedFile(SourceFile):
-    """Unpacks what is read, once more, with zlib: of a file that was cut short there is an index too, and no error."""
+    """File object that checks with zlib what indexed_gzip reads: indexed_gzip raises no error for a truncated file."""
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
@@ -86,10 +86,10 @@ class _CheckedFile(SourceFile):
         self._begun = False
 
     def readinto(self, buffer: Any) -> int:
-        """See :meth:`SourceFile.readinto`; what is read for the first time is checked."""
+        """Read as :meth:`SourceFile.readinto` does, and check the bytes that are read for the first time."""
         start = self.tell()
         count = super().readinto(buffer)
-        # The library goes back to places that it was at already.
+        # The library reads some places again.
         if start <= self._checked < start + count:
             with memoryview(buffer) as whole, whole.cast("B") as view:
                 self._check(bytes(view[self._checked - start : count]))
@@ -105,7 +105,7 @@ class _CheckedFile(SourceFile):
             content = self._member.decompress(packed, CHUNK)
             self._length += len(content)
             packed = self._member.unconsumed_tail
-            while not packed and len(content) == CHUNK:  # there may be more of what it has taken already
+            while not packed and len(content) == CHUNK:  # zlib may hold more output
                 content = self._member.decompress(b"", CHUNK)
                 self._length += len(content)
             if self._member.eof:
@@ -113,12 +113,12 @@ class _CheckedFile(SourceFile):
                 self._member, self._begun = zlib.decompressobj(wbits=31), False
 
     def finish(self, length: int) -> None:
-        """Raise if not all was read, or it does not end with a member, or has not that length."""
+        """Check the rest of the file; raise if it ends inside a member, or does not unpack to ``length`` bytes."""
         self.seek(self._checked)
         while self.readinto(bytearray(CHUNK)):
             self.seek(self._checked)
         if self._begun:
-            raise EOFError(f"it ends in the middle, after {self._length} unpacked bytes: it was cut short")
+            raise EOFError(f"it ends inside a member, after {self._length} unpacked bytes: it was cut short")
         if length != self._length:
             raise ValueError(f"indexed_gzip finds {length} bytes in it, zlib {self._length}")
 
@@ -132,8 +132,8 @@ def _load(index: str, inner: Source) -> tuple[int, bytes] | None:
                 if magic.startswith(_FOREIGN):
                     raise SourceError(
                         errno.EINVAL,
-                        f"{index} is an index of indexed_gzip, which does not say of which version of {inner.name} it is:"
-                        " name another file, and it is built there",
+                        f"{index} is an index of indexed_gzip, which does not tell the version of {inner.name} that it"
+                        " belongs to: name another file, and the index is built there",
                     )
                 return None
             head = json.loads(file.readline())

@@ -1,4 +1,4 @@
-"""Arrays of device memory that keep their area, and the way back from such an array to the area."""
+"""Arrays of device memory that keep their area alive, and the way from such an array back to its area."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     import numpy
 
 Read = Callable[[int, int], bytes]
-"""``read(offset, length)``."""
+"""A function ``read(offset, length)``, both in bytes."""
 
 
-class _Held:
-    """What an array of device memory hangs on: the area, for as long as any view of the array lives.
+class _AreaBase:
+    """Base object of an array of device memory: it keeps the area alive as long as any view of the array.
 
     numpy takes the address from here. An array on the area's own view would keep the memory, but not the Area, which the
     access log and populate need.
@@ -30,17 +30,17 @@ class _Held:
 
 
 def array_of(area: prefault.device.Area, length: int) -> numpy.ndarray[Any, Any]:
-    """The first bytes of an area, as an array that keeps it."""
+    """Return the first ``length`` bytes of an area, as an array that keeps the area alive."""
     import numpy
 
-    return numpy.asarray(_Held(area, length))
+    return numpy.asarray(_AreaBase(area, length))
 
 
 def area_of(array: Any) -> prefault.device.Area:
-    """The area that an array of :func:`prefault.open_remote`, or a view of it, lies in.
+    """Return the area of an array of :func:`prefault.open_remote`, or of a view of one.
 
     Raises:
-        TypeError: it does not lie in one.
+        TypeError: the array does not lie in such an area.
     """
     area = _area_of(array)
     if area is None:
@@ -50,14 +50,14 @@ def area_of(array: Any) -> prefault.device.Area:
 
 def _area_of(array: Any) -> prefault.device.Area | None:
     while array is not None:
-        if isinstance(array, _Held):
+        if isinstance(array, _AreaBase):
             return array.area
         array = array.obj if isinstance(array, memoryview) else getattr(array, "base", None)
     return None
 
 
 def reader_of(content: numpy.ndarray[Any, Any]) -> Read:
-    """``read(offset, length)`` for an array of bytes: through its area if it has one, so that failures are exceptions."""
+    """Return ``read(offset, length)`` for an array of bytes: it reads through the area, if any, so that failures raise."""
     area = _area_of(content)
     if area is None:
         return lambda offset, length: content[offset : offset + length].tobytes()
@@ -66,6 +66,6 @@ def reader_of(content: numpy.ndarray[Any, Any]) -> Read:
 
 
 def address_of(array: numpy.ndarray[Any, Any]) -> int:
-    """Of its first byte."""
+    """Return the address of the first byte of an array."""
     address: int = array.__array_interface__["data"][0]
     return address

@@ -1,8 +1,7 @@
-"""A source behind HTTP: ranges into the frames themselves, each answer checked against the version that was mapped.
+"""A source behind HTTP: range requests straight into the frames, each answer checked against the mapped version.
 
-Of its own, because what fsspec offers (``cat_file``) hides the answer's status and headers: an answer of another version, or
-a server that ignores ranges, would not be noticed. RFC 9110, sections 13 (preconditions) and 14
-(ranges).
+fsspec's ``cat_file`` would hide the status and the headers of an answer: an answer of another version, or a server that
+ignores ranges, would not be noticed. See RFC 9110, sections 13 (preconditions) and 14 (ranges).
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ import urllib.parse
 from typing import NamedTuple, NoReturn
 
 from prefault._version import __version__
-from prefault.drivers.connections import Answer, Connections, Origin, Response, authorization
+from prefault.drivers.connections import Answer, ConnectionPool, DeadlineResponse, Origin, authorization
 from prefault.drivers.source import (
     CHUNK,
-    PASSING,
+    TRANSIENT_STATUSES,
     Attempts,
-    PassingError,
     Patience,
     Source,
     SourceError,
     SourceMissingError,
+    TransientError,
     Version,
 )
 
@@ -55,22 +54,22 @@ def _content_range(text: str | None) -> _ContentRange | None:
     )
 
 
-def shown(url: str) -> str:
-    """A URL for messages: without user, password and the values of its query, which may be a signature."""
+def redacted_url(url: str) -> str:
+    """Return a URL for messages: without user, password and query, which may be a signature."""
     parts = urllib.parse.urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     return urllib.parse.urlunsplit((parts.scheme, host, parts.path, "..." if parts.query else "", ""))
 
 
-def _shown_target(url: str) -> str:
+def _redacted_target(url: str) -> str:
     try:
-        return shown(url)[:200]
-    except ValueError:  # not even a URL; what is behind a question mark may be secret all the same
+        return redacted_url(url)[:200]
+    except ValueError:  # not a URL; a query in it may be secret all the same
         return url.partition("?")[0][:200]
 
 
 def _retry_after(text: str | None) -> float:
-    """Seconds of a Retry-After: a number or a date (RFC 9110, 10.2.3); 0 if it says neither."""
+    """Return the seconds that a Retry-After asks for, as a number or a date (RFC 9110, 10.2.3); 0 if it has neither."""
     if not text:
         return 0.0
     if text.strip().isdecimal():
@@ -86,7 +85,7 @@ def _origin(parts: urllib.parse.SplitResult) -> Origin:
 
 
 def _is_trusted(origin: Origin, named: Origin) -> bool:
-    """Whether it is where the URL leads to, or the same host with encryption, to which many servers redirect."""
+    """Return whether credentials may go to ``origin``: the named origin, or its host with encryption, a common redirect."""
     upgraded = Origin("https", named.host, 443) if (named.scheme, named.port) == ("http", 80) else named
     return origin in (named, upgraded)
 
@@ -95,26 +94,26 @@ class HttpSource(Source):
     """An http or https URL whose server answers range requests.
 
     Args:
-        url: redirects are followed; a target that has expired (403, 404 ...) is asked for anew at ``url``.
-        headers: sent with each request, but not to another host than that of ``url``.
-        patience: see there.
-        version: the version to give; None: the one that is there.
+        url: redirects are followed; after a target has expired (403, 404 ...), ``url`` is asked again.
+        headers: sent with each request, but never to another host than that of ``url``.
+        patience: limits of retries and time.
+        version: the version to read; None: the current one.
     """
 
     def __init__(self, url: str, headers: dict[str, str], patience: Patience, version: Version | None = None) -> None:
-        super().__init__(shown(url), patience)
+        super().__init__(redacted_url(url), patience)
         parts = urllib.parse.urlsplit(url)
         if not parts.hostname:
             raise ValueError(f"{self.name!r} names no host")
         self._url = url
         self._headers = authorization(parts, "Authorization") | headers
         for header, value in self._headers.items():
-            # http.client would say so with the value, which may be secret: a token from a file ends in a newline.
+            # http.client would raise with the value, which may be secret: a token from a file ends in a newline.
             if set("\r\n") & set(f"{header}{value}"):
                 raise ValueError(f"{self.name}: a line break in the header {header.strip()!r}")
         self._origin = _origin(parts)
-        self._target = url  # where the last redirect led to
-        self._connections = Connections()
+        self._target = url  # of the last redirect
+        self._connections = ConnectionPool()
         try:
             self.version = version if version is not None else self._ask_version()
         except BaseException:
@@ -122,19 +121,19 @@ class HttpSource(Source):
             raise
 
     def close(self) -> None:
-        """Close the connections that nobody uses at the moment; the others end with their answers."""
+        """Close the idle connections; those in use end with their answers."""
         self._connections.close()
 
     # --- one request
 
     def _send(self, attempts: Attempts, extra: dict[str, str]) -> Answer:
-        """The answer after redirects, its body not yet read."""
+        """Send a request, follow redirects, and return the answer, whose body is not read yet."""
         url = self._target
         remembered = url != self._url
         for _ in range(_MOST_REDIRECTS + 1):
             try:
                 answer = self._send_to(url, attempts, extra)
-            except PassingError:
+            except TransientError:
                 self._target = self._url
                 raise
             status = answer.response.status
@@ -142,11 +141,11 @@ class HttpSource(Source):
                 location = answer.response.headers.get("Location")
                 answer.drop()
                 if not location:
-                    raise SourceError(errno.EIO, f"{self.name}: a redirect ({status}) that says not where to")
+                    raise SourceError(errno.EIO, f"{self.name}: a redirect ({status}) without a target")
                 url = self._redirected(url, location)
                 continue
             if remembered and status in (*_FORBIDDEN, *_MISSING):
-                # Targets are often signed, and expire: the way there may have changed. Once: it starts at the URL now.
+                # Targets are often signed, and expire: ask the URL for a fresh one, once.
                 answer.drop()
                 url, remembered = self._url, False
                 continue
@@ -162,7 +161,9 @@ class HttpSource(Source):
         except ValueError:
             usable, target = False, location
         if not usable:
-            raise SourceError(errno.EIO, f"{self.name}: redirected to {_shown_target(target)!r}, which is no HTTP URL")
+            raise SourceError(
+                errno.EIO, f"{self.name}: redirected to {_redacted_target(target)!r}, which is not an HTTP URL"
+            )
         return target
 
     def _send_to(self, url: str, attempts: Attempts, extra: dict[str, str]) -> Answer:
@@ -173,7 +174,7 @@ class HttpSource(Source):
         if parts.query:
             path += "?" + urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~-._?")
         headers = {"User-Agent": f"prefault/{__version__}", "Accept-Encoding": "identity", "Accept": "*/*"}
-        if _is_trusted(origin, self._origin):  # what proves who we are is for this host alone, and never less encrypted
+        if _is_trusted(origin, self._origin):  # credentials are for this host alone, and never sent with less encryption
             headers |= self._headers
         headers |= extra
         proxy = self._connections.proxy(origin)
@@ -181,7 +182,7 @@ class HttpSource(Source):
             path = f"http://{host}{path}"
             headers |= authorization(urllib.parse.urlsplit(proxy), "Proxy-Authorization")
         connection, used = self._connections.take(origin, attempts.timeout_s)
-        connection.response_class = functools.partial(Response, lambda: attempts.timeout_s)  # type: ignore[assignment]
+        connection.response_class = functools.partial(DeadlineResponse, lambda: attempts.timeout_s)  # type: ignore[assignment]
         try:
             connection.request("GET", path, headers=headers)
             return Answer(connection.getresponse(), connection, origin)
@@ -191,15 +192,15 @@ class HttpSource(Source):
                 raise
             if isinstance(error, ssl.SSLCertVerificationError):
                 raise SourceError(errno.EACCES, f"{self.name}: {error}") from error
-            # A server closes connections that are idle for long, and we hear of it when we use them again.
+            # A server closes idle connections; the client notices at the next request.
             stale = used and isinstance(error, ConnectionError | http.client.RemoteDisconnected)
-            raise PassingError(f"{type(error).__name__}: {error}", at_once=stale) from error
+            raise TransientError(f"{type(error).__name__}: {error}", at_once=stale) from error
         except BaseException:
             connection.close()
             raise
 
     def _refuse(self, answer: Answer, what: str) -> NoReturn:
-        """Raise what a status says that is neither 200 nor 206."""
+        """Raise the error of an answer whose status is neither 200 nor 206."""
         response = answer.response
         status, reason = response.status, f"HTTP {response.status} {response.reason}".strip()
         headers = response.headers
@@ -214,9 +215,9 @@ class HttpSource(Source):
             says = _content_range(headers.get("Content-Range"))
             if says is not None and says.total is not None and says.total != self.length:
                 raise self.changed(f"it had {self.length} bytes and has {says.total} now")
-            raise SourceError(errno.EIO, f"{self.name}: {reason}: the server does not give {what}")
-        if status in PASSING:
-            raise PassingError(reason, after_s=_retry_after(headers.get("Retry-After")))
+            raise SourceError(errno.EIO, f"{self.name}: {reason}: the server does not return {what}")
+        if status in TRANSIENT_STATUSES:
+            raise TransientError(reason, after_s=_retry_after(headers.get("Retry-After")))
         raise SourceError(errno.EIO, f"{self.name}: {reason} to a request for {what}")
 
     def _version_of(self, response: http.client.HTTPResponse, length: int) -> Version:
@@ -229,7 +230,7 @@ class HttpSource(Source):
         while True:
             try:
                 return self._probe(attempts)
-            except PassingError as failure:
+            except TransientError as failure:
                 attempts.wait(failure)
 
     def _probe(self, attempts: Attempts) -> Version:
@@ -251,8 +252,8 @@ class HttpSource(Source):
             if total is None and self._is_empty(attempts):
                 return self._version_of(response, 0)
             raise SourceError(
-                errno.EIO, f"{self.name}: HTTP {response.status} {response.reason}: the server does not give byte 0 of"
-                f" {'what is not empty' if total is None else f'{total} bytes'}: it answers range requests wrongly",
+                errno.EIO, f"{self.name}: HTTP {response.status} {response.reason}: the server does not return byte 0 of"
+                f" {'a file that is not empty' if total is None else f'{total} bytes'}: it answers range requests wrongly",
             )  # fmt: skip
         if response.status != 206:
             self._refuse(answer, "byte 0")
@@ -260,7 +261,7 @@ class HttpSource(Source):
         if says is None or says.total is None or (says.first, says.last) != (0, 0):
             answer.drop()
             raise SourceError(
-                errno.EIO, f"{self.name}: the server does not say how long it is (Content-Range:"
+                errno.EIO, f"{self.name}: the server does not tell the length (Content-Range:"
                 f" {response.headers.get('Content-Range')!r})",
             )  # fmt: skip
         version = self._version_of(response, says.total)
@@ -268,7 +269,7 @@ class HttpSource(Source):
         return version
 
     def _is_empty(self, attempts: Attempts) -> bool:
-        """Whether all of it is nothing: what servers say of byte 0 of an empty file does not tell."""
+        """Request the whole file, and return whether it is empty: servers answer in many ways a request for its byte 0."""
         answer = self._send(attempts, {})
         if answer.response.status in (200, 204):
             return not self._has_body(answer, attempts)
@@ -276,19 +277,19 @@ class HttpSource(Source):
             answer.drop()
             raise SourceError(
                 errno.EIO,
-                f"{self.name}: HTTP {answer.response.status} {answer.response.reason} also to a request for all of it: it"
-                " may be empty (0 bytes cannot be mapped), or the server is broken",
+                f"{self.name}: HTTP {answer.response.status} {answer.response.reason} also to a request for the whole file:"
+                " it may be empty (0 bytes cannot be mapped), or the server is broken",
             )
-        return self._refuse(answer, "all of it")
+        return self._refuse(answer, "the whole file")
 
     def _has_body(self, answer: Answer, attempts: Attempts) -> bool:
-        """Whether the answer has at least one byte; it is done with then."""
+        """Return whether the body has at least one byte, and close the connection."""
         try:
             if answer.response.length is not None:
                 return answer.response.length > 0
             return answer.read_into(memoryview(bytearray(1)), attempts.timeout_s) > 0
         except (http.client.HTTPException, OSError) as error:
-            raise PassingError(f"{type(error).__name__}: {error} before the first byte") from error
+            raise TransientError(f"{type(error).__name__}: {error} before the first byte") from error
         finally:
             answer.drop()
 
@@ -305,12 +306,12 @@ class HttpSource(Source):
             answer.drop()
             raise SourceError(
                 errno.EIO,
-                f"{self.name}: the server answers with Content-Encoding {encoding!r} though identity was asked for",
+                f"{self.name}: the server answers with Content-Encoding {encoding!r} though identity was requested",
             )
 
     def _finish(self, answer: Answer) -> bool:
-        """The body is read: keep the connection. False if there was more of it than announced."""
-        # One byte too many is seen by asking for it; after Content-Length bytes http.client gives none.
+        """Keep the connection after the body was read; return False if the body was longer than announced."""
+        # Only a further read shows a byte too many; after Content-Length bytes http.client returns none.
         more = (
             bool(answer.response.read(CHUNK if answer.response.length else 1)) if not answer.response.isclosed() else False
         )
@@ -337,7 +338,7 @@ class HttpSource(Source):
                 with target[done:] as rest:
                     count = answer.read_into(rest, attempts.timeout_s)
                 if not count:
-                    raise PassingError(f"the answer ended after {done} of {len(target)} bytes", done=done)
+                    raise TransientError(f"the answer ended after {done} of {len(target)} bytes", done=done)
                 done += count
             if not self._finish(answer):
                 raise SourceError(errno.EIO, f"{self.name}: the answer to a request for {len(target)} bytes was longer")
@@ -345,13 +346,15 @@ class HttpSource(Source):
             answer.drop()
             if isinstance(error, SourceError):
                 raise
-            raise PassingError(f"{type(error).__name__}: {error} after {done} of {len(target)} bytes", done=done) from error
+            raise TransientError(
+                f"{type(error).__name__}: {error} after {done} of {len(target)} bytes", done=done
+            ) from error
         except BaseException:
             answer.drop()
             raise
 
     def _check(self, answer: Answer, first: int, last: int) -> None:
-        """Whether the answer is these bytes of our version; raises if not, before a byte is taken."""
+        """Check that the answer is these bytes of the mapped version; raise before a byte is read if it is not."""
         response = answer.response
         if response.status not in (200, 206):
             self._refuse(answer, f"bytes {first} to {last}")
@@ -368,7 +371,7 @@ class HttpSource(Source):
         else:
             says = _content_range(response.headers.get("Content-Range"))
             if says is None:
-                problem = SourceError(errno.EIO, f"{self.name}: a partial answer that does not say of which bytes")
+                problem = SourceError(errno.EIO, f"{self.name}: a partial answer that does not tell its bytes")
             else:
                 total = says.total if says.total is not None else total
                 if total == self.length and (says.first, says.last) != (first, last):
@@ -388,8 +391,8 @@ class HttpSource(Source):
     def _difference(self, now: Version) -> str:
         pinned = self.version
         if now.length == pinned.length and pinned.told_apart and not now.told_apart:
-            return "the answer does not say which version it is of"
-        # Some proxies leave one of the two out of partial answers; what is there must agree.
+            return "the answer does not tell its version"
+        # Some proxies leave one of the two out of partial answers; the other one must agree.
         return pinned.change(
             now._replace(tag=now.tag or (pinned.tag if now.modified else ""),
                          modified=now.modified or (pinned.modified if now.tag else ""))

@@ -1,4 +1,4 @@
-"""The driver that maps a remote file as memory: what is touched is downloaded, in few large requests, and checked."""
+"""Driver that maps a remote file as memory: touched pages are downloaded, in few large requests, and checked."""
 
 from __future__ import annotations
 
@@ -17,53 +17,54 @@ from prefault.drivers.archives import open_member
 from prefault.drivers.diskcache import CachedSource, DiskCache, WriteWarning, cache_key, make_directory
 from prefault.drivers.files import CallableSource, FsspecSource, LocalSource
 from prefault.drivers.gzip import open_gzip
-from prefault.drivers.http import HttpSource, shown
+from prefault.drivers.http import HttpSource, redacted_url
 from prefault.drivers.source import GivenUpError, Patience, Source, SourceMissingError, Version, printable, time_limit
 from prefault.drivers.zstd import ZstdSource
 from prefault.sizes import MIB, PAGE_SIZE, Size, parse_size
 
 Compression: TypeAlias = Literal["infer", "gzip", "zstd"] | None
-Where: TypeAlias = str | os.PathLike[str] | Callable[[], BinaryIO]
+Location: TypeAlias = str | os.PathLike[str] | Callable[[], BinaryIO]
 
 _SUFFIXES = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _NO_RANDOM_ACCESS = (".bz2", ".xz", ".lzma", ".lz4", ".br", ".z")
-_STILL_S = 1.0
-"""How long what was given up is not tried again, in seconds."""
-_COPIES = ("simplecache", "filecache")
-"""File systems of fsspec that keep whole files, and do not look whether those are what the source is now."""
+_GIVEN_UP_S = 1.0
+"""Seconds for which a read that was given up is not tried again."""
+_COPYING = ("simplecache", "filecache")
+"""File systems of fsspec that keep copies of whole files, and do not check that they are current."""
 _MARGIN_S = 15.0
-"""From when a read gives up by itself to when its process is ended for not coming back."""
+"""Seconds between the limit at which a read gives up and the limit at which the framework ends its process."""
 
 
 class RemoteFile(Device):
-    """A file-like source, mapped read-only: ``prefault.device.map(RemoteFile(url))``.
+    """Device that maps a remote file read-only: ``prefault.device.map(RemoteFile(url))``.
 
-    Its bytes are those of the version that was there when the object was made. If the source changes, or fails for good,
-    touching what is not there yet is SIGBUS and populating it an exception that says why; never stale bytes or zeros.
+    The bytes are those of the version that the source had when the object was made. If the source changes, or fails for
+    good, touching a missing page raises SIGBUS, and populating it an exception that tells why; never stale bytes or zeros.
 
     Args:
         source: a URL of any kind that fsspec knows (http, s3, gs, ssh, zip, memory, ...; chained by ``::``), a path, or a
             callable that opens a binary file object with ``read`` and ``seek``. http, https, local files and zip archives
-            of these are read without fsspec.
+            of these are read without fsspec. ``file://`` URLs are percent-decoded; paths and ``local://`` are not.
         compression: ``"infer"`` goes by the name: ``.zst`` must be seekable zstd; ``.gz`` needs ``index`` or
-            ``cache_dir`` for its index. None: the bytes as they are.
+            ``cache_dir`` for its index. None: map the packed bytes.
         headers: for http and https, sent with each request.
         storage_options: for fsspec.
-        capacity: bytes that are kept in memory at most; what came first goes first. None: all that is touched stays.
-        cache_dir: a directory on a disk where what was read is kept for the next run, named by URL, version, and those
-            storage_options that are no credentials. Needs a source that tells versions apart (ETag, time of change). A
-            directory that others can write to is refused, unless it is one like /tmp.
-        index: the file with the index of a gzip file; built, by reading everything once, if it is not there.
-        workers: how many requests may be under way at once.
-        batch: bytes that one request of a populate asks for at most.
-        fault_around: what a fault brings in: the aligned window of the first size around it, growing to the second while
-            faults go forward. Random access to small pieces wants less, down to a page.
+        capacity: maximum of bytes kept in memory; the pages that came first are evicted first. None: no page is evicted.
+        cache_dir: a directory on a disk where downloaded blocks are kept for the next run, named by URL, version, and those
+            storage_options that are not credentials. The source must tell versions apart (ETag, time of change). A
+            directory that others can write to is refused, unless it is one like /tmp. One that cannot be written is read,
+            and a warning is logged when a block cannot be kept.
+        index: the file with the index of a gzip file; built, by reading the whole file once, if it is missing.
+        workers: maximum of concurrent requests.
+        batch: maximum of bytes that one request of a populate asks for.
+        fault_around: read-ahead of a fault: the aligned window of the first size around it, growing to the second while
+            faults go forward. For random access to small pieces give less, down to a page.
         page_size: see :class:`prefault.device.Device`.
-        patience: how long to go on with what may pass.
-        version: the version to give; None: the one that is there now.
+        patience: limits of retries and time.
+        version: the version to map; None: the current one.
 
     Raises:
-        SourceError: it cannot be read (SourceMissingError, a FileNotFoundError, if it is not there).
+        SourceError: the source cannot be read (SourceMissingError, a FileNotFoundError, if it does not exist).
         ImportError: a package is missing, with its name.
         ValueError: an unknown kind of URL, an empty file, arguments that do not go together.
     """
@@ -71,7 +72,7 @@ class RemoteFile(Device):
     writable = False
 
     def __init__(
-        self, source: Where, *, compression: Compression = "infer", headers: dict[str, str] | None = None,
+        self, source: Location, *, compression: Compression = "infer", headers: dict[str, str] | None = None,
         storage_options: dict[str, Any] | None = None, capacity: Size | None = None,
         cache_dir: str | os.PathLike[str] | None = None, index: str | os.PathLike[str] | None = None, workers: int = 16,
         batch: Size = 16 * MIB, fault_around: tuple[Size, Size] = (MIB, 8 * MIB), page_size: int = PAGE_SIZE,
@@ -80,11 +81,11 @@ class RemoteFile(Device):
         if not callable(source):
             source = os.fsdecode(source)
         if isinstance(source, str) and "://" not in source:
-            source = os.path.abspath(source)  # the server has a working directory of its own
+            source = os.path.abspath(source)  # the server has its own working directory
         if callable(source) and cache_dir is not None:
-            raise ValueError("cache_dir needs a source with a name, a URL or a path: a callable has none")
+            raise ValueError("cache_dir needs a source with a name: a URL or a path, not a callable")
         if workers < 1:
-            raise ValueError(f"workers is how many requests may be under way at once, at least 1, not {workers}")
+            raise ValueError(f"workers is the number of concurrent requests, at least 1, not {workers}")
         self.source = source
         self.workers = workers
         self.batch = parse_size(batch)
@@ -93,8 +94,8 @@ class RemoteFile(Device):
         first, most = (max(page_size, parse_size(size)) for size in fault_around)
         self.fault_around = FaultAround(first, max(first, most)) if most > page_size else None
         self.timeout_s = patience.total_s + _MARGIN_S
-        # After a crash a fresh process goes on with the version of before, or says that it is gone. What a callable is made
-        # of is a matter of this process.
+        # After a crash a new process goes on with the same version, or raises that it is gone. A callable exists in this
+        # process only.
         self.restartable = not callable(source)
         self._compression = compression
         self._headers = dict(headers or {})
@@ -124,13 +125,16 @@ class RemoteFile(Device):
 
     @property
     def version(self) -> Version:
-        """What tells this version of the source from others."""
+        """Length, tag and time of change of the mapped version of the source."""
         assert self._version is not None
         return self._version
 
     def recipe(self) -> Recipe | None:
-        """With the version that was found, so that making it anew asks nobody. None for what only this process has."""
-        if callable(self.source) or not _elsewhere(self.source) or not _is_plain(self._options):
+        """Return a recipe with the version, so that making the device again sends no request.
+
+        None for a source that exists in this process only.
+        """
+        if callable(self.source) or not _exists_outside(self.source) or not _is_plain(self._options):
             return None
         around = self.fault_around or FaultAround(self.page_size, self.page_size)
         patience = self._patience
@@ -150,19 +154,19 @@ class RemoteFile(Device):
     # --- in the server
 
     def open(self, area: DeviceArea) -> None:
-        """The first area opens the source, which must be of the version that was mapped."""
+        """Open the source, for the first area; it must still have the mapped version."""
         self._source(area)
 
     def _source(self, area: DeviceArea) -> Source | CachedSource:
-        # Not in open() alone: a new server calls that once for each area that it finds, and goes on where it raises.
-        with time_limit(self._patience.total_s), self._lock:  # the time that another thread takes to open it counts
+        # Not in open() alone: a new server calls open() once for each area, and goes on if it raises.
+        with time_limit(self._patience.total_s), self._lock:  # includes the wait for another thread that opens it
             if self._opened is None:
                 self._opened = self._open_all()
             self._areas.add(id(area))
             return self._opened
 
     def close(self, area: DeviceArea) -> None:
-        """The last area closes it."""
+        """Close the source, with the last area."""
         with self._lock:
             self._areas.discard(id(area))
             opened, self._opened = (None, self._opened) if self._areas else (self._opened, None)
@@ -170,14 +174,15 @@ class RemoteFile(Device):
             opened.close()
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> None:
-        """One page; what lies around comes by :meth:`populate`, and if that fails, the page is asked for alone."""
+        """Supply one page, after :meth:`populate` of the window around it has failed."""
         for pages, when, error in list(self._given_up):
-            if page in pages and time.monotonic() - when < _STILL_S:
-                raise GivenUpError(error.errno, error.strerror)  # who touched it has waited for all of our patience already
+            if page in pages and time.monotonic() - when < _GIVEN_UP_S:
+                # The thread that touches it has waited for all of the patience already.
+                raise GivenUpError(error.errno, error.strerror)
         self.populate(area, range(page, page + 1), access)
 
     def populate(self, area: DeviceArea, pages: range, access: Access) -> None:  # noqa: ARG002  it is read-only
-        """All of the pages with one request, straight into their frames."""
+        """Supply all of the pages with one request, straight into their frames."""
         start = pages.start * self.page_size
         stop = min(pages.stop * self.page_size, self.length)
         if start < stop:
@@ -185,7 +190,7 @@ class RemoteFile(Device):
                 with time_limit(self._patience.total_s), area.frames(pages)[: stop - start] as target:
                     self._source(area).read_into(start, target)
             except GivenUpError as error:
-                # Another one: the traceback of this has views of the frames.
+                # A copy: the traceback of the original holds views of the frames.
                 self._given_up.append((pages, time.monotonic(), GivenUpError(error.errno, error.strerror)))
                 raise
 
@@ -202,13 +207,13 @@ class RemoteFile(Device):
             raise
 
     def _open_cache(self, directory: str, source: Source) -> DiskCache:
-        return DiskCache(directory, source, self._cache_key(self._kind()), self._cache_warning)
+        return DiskCache(directory, source, self._cache_key(self._packing()), self._cache_warning)
 
     def _cache_key(self, packed: str | None) -> str:
         return cache_key(str(self.source), packed, self._options)
 
-    def _kind(self) -> str | None:
-        """How it is packed; ValueError for what has no random access."""
+    def _packing(self) -> str | None:
+        """Return how the source is compressed; ValueError for a format without random access."""
         if self._compression != "infer":
             if self._compression not in (None, "gzip", "zstd"):
                 raise ValueError(f"compression is 'infer', 'gzip', 'zstd' or None, not {self._compression!r}")
@@ -218,20 +223,20 @@ class RemoteFile(Device):
         suffix = os.path.splitext(name_of(self.source))[1].lower()
         if suffix in _NO_RANDOM_ACCESS:
             raise ValueError(
-                f"{_shown(self.source)}: {suffix} files have no random access: unpack it, or pack it as seekable zstd;"
+                f"{_shown(self.source)}: {suffix} files have no random access: unpack the file, or pack it as seekable zstd;"
                 " compression=None maps the packed bytes"
             )
         return _SUFFIXES.get(suffix)
 
     def _open_source(self) -> Source:
-        kind = self._kind()
-        # The version of what is inside contains that of what it is packed in.
-        plain = self._open_plain(None if kind else self._version)
+        packing = self._packing()
+        # The version of the content contains that of the packed file.
+        plain = self._open_plain(None if packing else self._version)
         if self._version is None and not plain.length:
-            return plain  # nothing is packed in it: __init__ says so
-        if kind == "zstd":
+            return plain  # it is empty: __init__ raises
+        if packing == "zstd":
             opened: Source = ZstdSource(plain, None)
-        elif kind == "gzip":
+        elif packing == "gzip":
             index = self._index
             if index is None and self._cache_dir is not None:
                 try:
@@ -257,12 +262,12 @@ class RemoteFile(Device):
 def open_plain(
     url: str, headers: dict[str, str], options: dict[str, Any], patience: Patience, version: Version | None = None
 ) -> Source:
-    """The source of a URL or path, not unpacked."""
+    """Open the source of a URL or path, without unpacking it."""
     protocol, _, rest = url.partition("://")
     if "::" in url and protocol == "zip":
         member, _, inner = rest.partition("::")
         within = options.get(inner.partition("://")[0], {}) if "::" not in inner else options
-        return open_member(open_plain(inner, headers, within, patience), member, shown_chain(url), version)
+        return open_member(open_plain(inner, headers, within, patience), member, redacted_chain(url), version)
     if _is_whole(url):
         if protocol in ("http", "https"):
             if options:
@@ -274,37 +279,39 @@ def open_plain(
         return LocalSource(_local_path(url), patience, version)
     chain = url.split("::")
     for part in chain:
-        if part.partition("://")[0] in _COPIES:
-            raise ValueError(f"{part.partition('://')[0]}:: gives copies of any version: leave it out, and give cache_dir=")
+        if part.partition("://")[0] in _COPYING:
+            raise ValueError(
+                f"{part.partition('://')[0]}:: returns copies of any version: leave it out, and give cache_dir="
+            )
     if chain[-1].startswith("file://"):
         chain[-1] = f"file://{_local_path(chain[-1])}"  # fsspec does not decode it
-    return FsspecSource("::".join(chain), options, shown_chain(url), patience, version)
+    return FsspecSource("::".join(chain), options, redacted_chain(url), patience, version)
 
 
-def shown_chain(url: str) -> str:
-    """A URL for messages, without what is secret in it."""
+def redacted_chain(url: str) -> str:
+    """Return a URL, or a chain of URLs, for messages: without its secrets."""
     if "://" not in url:
         return url
     if _is_whole(url):
-        return shown(url)
+        return redacted_url(url)
     first, separator, inner = url.partition("::")
-    return (shown(first) if "://" in first else first) + separator + shown_chain(inner)
+    return (redacted_url(first) if "://" in first else first) + separator + redacted_chain(inner)
 
 
 def _is_whole(url: str) -> bool:
-    """Whether ``::`` is part of a name: in a path, and in a URL of what fsspec chains nothing in front of."""
+    """Return whether ``::`` belongs to a name and does not chain URLs: in a path, and in file and http URLs."""
     protocol, separator, _ = url.partition("://")
     return not separator or protocol in ("file", "local", "http", "https")
 
 
 def name_of(url: str) -> str:
-    """What ends in the suffix of the file."""
+    """Return the part of a URL or path that ends in the suffix of the file name."""
     first = url if _is_whole(url) else url.partition("::")[0]
     return urllib.parse.urlsplit(first).path if first.startswith(("http://", "https://")) else first
 
 
 def _shown(source: str | Callable[[], BinaryIO]) -> str:
-    return printable(getattr(source, "__qualname__", str(source)) if callable(source) else shown_chain(source))
+    return printable(getattr(source, "__qualname__", str(source)) if callable(source) else redacted_chain(source))
 
 
 def _local_path(url: str) -> str:
@@ -323,8 +330,8 @@ def _sendable(text: str | None) -> str | bytes | None:
     return text if text is None or text == printable(text) else os.fsencode(text)
 
 
-def _elsewhere(url: str) -> bool:
-    """Whether another process finds it there: the file system ``memory`` of fsspec is a dict of this one."""
+def _exists_outside(url: str) -> bool:
+    """Return whether another process can open a URL: fsspec's file system ``memory`` is a dict of this process."""
     return not any(part.startswith("memory:") for part in url.split("::"))
 
 

@@ -1,6 +1,6 @@
-"""Where the bytes of a remote file come from: a source of a pinned version, read at any offset, patiently.
+"""Sources of bytes of a pinned version, read at any offset, with retries.
 
-A source gives the bytes of the one version that it was opened with, or raises: never other bytes, fewer, or zeros.
+A source returns the bytes of the one version that it was opened with, or raises: never other bytes, fewer, or zeros.
 """
 
 from __future__ import annotations
@@ -20,44 +20,43 @@ from typing import Any, NamedTuple
 from prefault.errors import DeviceError
 
 CHUNK = 256 << 10
-"""How much is read between two looks at the clock, in bytes."""
+"""Bytes that are read between two checks of the time limit."""
 
-
-PASSING = (408, 425, 429, 500, 502, 503, 504)
-"""Statuses of HTTP that may be better in a moment."""
+TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+"""HTTP statuses after which a retry may succeed."""
 
 
 def printable(text: str) -> str:
-    """Return a text with its lone surrogates escaped, so that UTF-8 can encode it: file names may have any bytes (PEP 383)."""
+    """Return a text that UTF-8 can encode: lone surrogates, which stand for any bytes of a file name, are escaped."""
     return text.encode(errors="backslashreplace").decode()
 
 
 class SourceError(DeviceError):
-    """A source cannot be read, and a retry would not help or did not; the message says what to do."""
+    """A source cannot be read, and a retry would not help or did not; the message tells what to do."""
 
     def __init__(self, number: int | None, message: str | None) -> None:
         super().__init__(number, message and printable(message))  # it is sent from the server to the clients
 
 
 class SourceMissingError(SourceError, FileNotFoundError):
-    """There is nothing at that place, or no longer (ENOENT)."""
+    """A source does not exist, or no longer (ENOENT)."""
 
 
 class SourceChangedError(SourceError):
-    """The source is not what it was when it was mapped (ESTALE): open it again."""
+    """A source has changed since it was mapped (ESTALE): open it again."""
 
 
 class GivenUpError(SourceError):
-    """It was tried for as long, or as often, as the patience allows."""
+    """A read was retried for as long, or as often, as the patience allows."""
 
 
-class PassingError(Exception):
-    """What may be better in a moment: it is tried again.
+class TransientError(Exception):
+    """A failure after which the read is retried.
 
     Attributes:
-        done: bytes that had arrived, and that are right.
-        after_s: how long the source asks us to wait, in seconds.
-        at_once: nothing is wrong but an old connection; it does not count as a failure.
+        done: bytes that had arrived before, and are right.
+        after_s: seconds that the source asks to wait.
+        at_once: only an idle connection was closed: retry without pause; it does not count as a failure.
     """
 
     def __init__(self, reason: str, *, done: int = 0, after_s: float = 0.0, at_once: bool = False) -> None:
@@ -68,12 +67,12 @@ class PassingError(Exception):
 
 
 class Version(NamedTuple):
-    """What tells a source apart from what it may become; plain values, so that it travels in a recipe.
+    """Version of a source: plain values, so that a recipe can carry them.
 
     Attributes:
         length: bytes.
-        tag: what changes with the content: an ETag, or device, inode and so on of a local file. Empty: there is none.
-        modified: the time of the last change, as the source writes it. Empty: it does not say.
+        tag: changes with the content: an ETag, or device and inode of a local file. Empty: unknown.
+        modified: the time of the last change, as the source writes it. Empty: unknown.
     """
 
     length: int
@@ -82,11 +81,11 @@ class Version(NamedTuple):
 
     @property
     def told_apart(self) -> bool:
-        """Whether another version would be noticed though it had the same length."""
+        """Whether another version of the same length would be noticed."""
         return bool(self.tag or self.modified)
 
     def change(self, now: Version) -> str:
-        """What is different now, in words; empty if nothing is."""
+        """Return the difference between this version and ``now``, in words; empty if there is none."""
         if now.length != self.length:
             return f"it had {self.length} bytes and has {now.length} now"
         if now.tag != self.tag:
@@ -98,14 +97,14 @@ class Version(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long to go on with what may pass: connection errors, time-outs, 429 and 5xx.
+    """Limits of retries after transient failures: connection errors, timeouts, 429 and 5xx.
 
     Attributes:
-        retries: how often one read is tried again without a byte of progress in between.
-        timeout_s: how long to wait for the next bytes, in seconds.
-        total_s: how long one read may take in all, retries and pauses included, in seconds.
-        first_pause_s: before the first retry, in seconds; it doubles each time.
-        longest_pause_s: up to which, in seconds.
+        retries: maximum of retries of one read without a byte of progress in between.
+        timeout_s: seconds to wait for the next bytes.
+        total_s: seconds that one read may take in all, retries and pauses included.
+        first_pause_s: seconds before the first retry; each pause is twice as long as the one before.
+        longest_pause_s: maximum of seconds between retries.
     """
 
     retries: int = 6
@@ -115,36 +114,36 @@ class Patience:
     longest_pause_s: float = 8.0
 
 
-class _Limit(threading.local):
+class _ThreadDeadline(threading.local):
     until: float = math.inf
 
 
-_limit = _Limit()
+_deadline = _ThreadDeadline()
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """All reads of this thread inside the ``with`` end before then, also those that a library asks for."""
-    before = _limit.until
-    _limit.until = min(before, time.monotonic() + seconds)
+    """Limit the time of all reads of this thread inside the ``with``, also of those that a library starts."""
+    before = _deadline.until
+    _deadline.until = min(before, time.monotonic() + seconds)
     try:
         yield
     finally:
-        _limit.until = before
+        _deadline.until = before
 
 
 class Attempts:
-    """The retries of one read: counts, pauses, and gives up."""
+    """Retries of one read: their number, pauses and time limit."""
 
     def __init__(self, patience: Patience, name: str) -> None:
         self._patience = patience
         self._name = name
         self._failures = 0
-        self._until = min(time.monotonic() + patience.total_s, _limit.until)
+        self._until = min(time.monotonic() + patience.total_s, _deadline.until)
 
     @property
     def left_s(self) -> float:
-        """Of the time that a read may take; SourceError when there is none."""
+        """Seconds left for this read; raises GivenUpError when there are none."""
         left = self._until - time.monotonic()
         if left <= 0:
             raise GivenUpError(
@@ -156,16 +155,16 @@ class Attempts:
 
     @property
     def timeout_s(self) -> float:
-        """How long to wait for the next bytes; SourceError as above."""
+        """Seconds to wait for the next bytes; raises GivenUpError when no time is left."""
         return min(self._patience.timeout_s, self.left_s)
 
     @property
     def long_timeout_s(self) -> float:
-        """How long to wait for a request of which nothing is seen before all is there: it can be repeated once."""
+        """Seconds to wait for a request that shows no progress: half of the time left, so that it can be retried once."""
         return max(self.timeout_s, self.left_s / 2)
 
-    def wait(self, failure: PassingError) -> None:
-        """Pause before the next attempt; SourceError if there is to be none."""
+    def wait(self, failure: TransientError) -> None:
+        """Pause before the next attempt; raise GivenUpError if no retry or no time is left."""
         if failure.at_once:
             return
         self._failures = 1 if failure.done else self._failures + 1
@@ -185,11 +184,11 @@ class Attempts:
 
 
 class Source(abc.ABC):
-    """Bytes at any offset, of one version. Safe to be read by several threads.
+    """Bytes of one version, read at any offset. Thread-safe.
 
     Attributes:
-        name: for messages; without passwords and signatures.
-        version: what it was when it was opened.
+        name: the name in messages; without passwords and signatures.
+        version: the pinned version.
     """
 
     name: str
@@ -201,41 +200,41 @@ class Source(abc.ABC):
 
     @property
     def length(self) -> int:
-        """Bytes."""
+        """Length in bytes."""
         return self.version.length
 
     def read_into(self, offset: int, target: memoryview) -> None:
-        """Fill ``target`` with the bytes from ``offset`` on. SourceError if that cannot be done."""
+        """Fill ``target`` with the bytes from ``offset`` on; raise SourceError if they cannot be read."""
         if offset < 0 or offset + len(target) > self.length:
             raise ValueError(f"{self.name}: bytes {offset} to {offset + len(target)} lie outside its {self.length} bytes")
         attempts = Attempts(self.patience, self.name)
         done = 0
         while done < len(target):
             try:
-                # Released also where an exception keeps this frame: nobody holds on to memory that may go.
+                # Released even if an exception keeps this stack frame: the memory may be unmapped.
                 with target[done:] as rest:
                     self._attempt(offset + done, rest, attempts)
                 return
-            except PassingError as failure:
+            except TransientError as failure:
                 done += failure.done
                 attempts.wait(failure)
 
     def read(self, offset: int, length: int) -> bytes:
-        """``length`` bytes from ``offset`` on."""
+        """Return ``length`` bytes from ``offset`` on."""
         content = bytearray(length)
         self.read_into(offset, memoryview(content))
         return bytes(content)
 
     @abc.abstractmethod
     def _attempt(self, offset: int, target: memoryview, attempts: Attempts) -> None:
-        """Fill ``target``, which is not empty, or raise PassingError (with what had arrived) or SourceError."""
+        """Fill ``target``, which is not empty, or raise TransientError (with the bytes that arrived) or SourceError."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Give up connections and files. A second call does nothing."""
+        """Close connections and files. Idempotent."""
 
     def changed(self, what: str) -> SourceChangedError:
-        """The error that says so."""
+        """Return the error for a changed source; ``what`` tells the change."""
         return SourceChangedError(errno.ESTALE, f"{self.name} changed while it was mapped: {what}; open it again")
 
 
@@ -247,7 +246,7 @@ class Slice(Source):
         if start + version.length > inner.length:
             raise SourceError(
                 errno.EIO,
-                f"{name}: it is to end at byte {start + version.length} of {inner.length} bytes: the source is broken",
+                f"{name}: it would end at byte {start + version.length} of {inner.length} bytes: the source is broken",
             )
         self._inner = inner
         self._start = start
@@ -257,15 +256,15 @@ class Slice(Source):
         self._inner.read_into(self._start + offset, target)
 
     def close(self) -> None:
-        """Close the whole of it."""
+        """Close the whole source."""
         self._inner.close()
 
 
 class SourceFile(io.RawIOBase):
-    """A source as a file object, for libraries that want one.
+    """A source as a file object, for libraries that need one.
 
     Attributes:
-        failure: what a read raised last: some libraries replace it by an error of their own that says less.
+        failure: the last error of a read: some libraries replace it by an error of their own that tells less.
     """
 
     def __init__(self, source: Source) -> None:
@@ -275,25 +274,25 @@ class SourceFile(io.RawIOBase):
         self.failure: Exception | None = None
 
     def readable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def tell(self) -> int:
-        """Where the next read begins."""
+        """Return the offset of the next read."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """See :meth:`io.IOBase.seek`."""
+        """Set the offset of the next read, see :meth:`io.IOBase.seek`."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._source.length}[whence]
         self._position = max(0, base + offset)
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """All of the buffer, but at the end of the source; what it raises is also in :attr:`failure`."""
+        """Fill the buffer, except at the end of the source; an error is also kept in :attr:`failure`."""
         with memoryview(buffer) as whole, whole.cast("B") as view:
             count = max(0, min(len(view), self._source.length - self._position))
             try:
@@ -307,11 +306,11 @@ class SourceFile(io.RawIOBase):
 
 
 _MOST_IDLE = 8
-"""Streams that are kept, before one is moved back rather than another opened."""
+"""Idle streams from which on one is moved backwards, and no further one is opened."""
 
 
 class StreamPool:
-    """File objects on one content, one a thread at a time; opened when needed, and kept."""
+    """Pool of file objects of one content: each is used by one thread at a time."""
 
     def __init__(self, opener: Any) -> None:
         self._opener = opener
@@ -319,7 +318,7 @@ class StreamPool:
         self._lock = threading.Lock()
 
     def take(self, cost: Callable[[Any], float] | None = None) -> Any:
-        """A file object that nobody else uses; the cheapest of the idle ones. Infinite cost: rather a new one."""
+        """Take the cheapest idle file object, or open one if there is none, or if all have infinite cost."""
         with self._lock:
             if self._idle:
                 index = len(self._idle) - 1
@@ -330,12 +329,12 @@ class StreamPool:
         return self._opener()
 
     def give(self, stream: Any) -> None:
-        """It may be used by others again."""
+        """Give a file object back to the pool."""
         with self._lock:
             self._idle.append(stream)
 
     def close(self) -> None:
-        """Close all that are not in use."""
+        """Close the idle file objects."""
         with self._lock:
             idle, self._idle = self._idle, []
         for stream in idle:
@@ -343,7 +342,7 @@ class StreamPool:
 
 
 def fill_from(stream: Any, offset: int, target: memoryview) -> int:
-    """Seek and read until ``target`` is full or the stream ends; how many bytes that were."""
+    """Seek and read until ``target`` is full or the stream ends; return the number of bytes."""
     stream.seek(offset)
     done = 0
     while done < len(target):
@@ -354,7 +353,7 @@ def fill_from(stream: Any, offset: int, target: memoryview) -> int:
             content = stream.read(min(CHUNK, len(target) - done))
             count = len(content)
             if count > len(target) - done:
-                raise ValueError(f"read({len(target) - done}) gave {count} bytes")
+                raise ValueError(f"read({len(target) - done}) returned {count} bytes")
             target[done : done + count] = content
         if not count:
             break

@@ -1,8 +1,8 @@
-"""Seekable zstd: frames that are compressed each for itself, and a table of them at the end.
+"""Seekable zstd: frames that are compressed independently, and a table of them at the end of the file.
 
-The format is zstd's own, ``contrib/seekable_format/zstd_seekable_compression_format.md``, read here directly, so that
-frames that lie side by side come with one request and are unpacked by several threads; the libraries that read it offer a
-file object with one position.
+The format is ``contrib/seekable_format/zstd_seekable_compression_format.md`` of zstd. It is read here directly, so that one
+request reads adjacent frames, and several threads unpack them; the libraries for the format offer a file object with one
+position.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _SKIPPABLE_MAGIC = 0x184D2A5E
 _HAS_CHECKSUMS = 0x80
 _RESERVED = 0x7C
 _MOST_FRAMES = 0x8000000
-"""The format's own bound."""
+"""The limit of the format."""
 
 _MOST_FRAME = 1 << 30
-"""Bytes that a frame unpacks to: the bound of the format's own library. All of it is in memory for any byte of it."""
+"""Bytes that a frame unpacks to: the limit of zstd's own library. The whole frame is in memory for any byte of it."""
 
 _KEPT_BYTES = 64 << 20
-"""Unpacked frames that are kept, because the next read is likely to need the rest of them."""
+"""Bytes of unpacked frames that are kept, because the next read is likely to need the rest of them."""
 
 
 class _Frame(NamedTuple):
@@ -56,7 +56,7 @@ def _library(name: str) -> Any:
 
 
 class ZstdSource(Source):
-    """What a seekable zstd file unpacks to. It owns the packed source."""
+    """Unpacked content of a seekable zstd file; it owns the packed source."""
 
     def __init__(self, inner: Source, version: Version | None) -> None:
         super().__init__(inner.name, inner.patience)
@@ -69,12 +69,12 @@ class ZstdSource(Source):
             raise
         self._starts = [frame.content for frame in self._frames]
         length = self._frames[-1].content_stop if self._frames else 0
-        # Its content is pinned by the packed source, whose version is checked with each answer.
+        # The packed source pins the content: it checks its version with each read.
         self.version = version or Version(
             length, f"zstd of {inner.version.length} {inner.version.tag}", inner.version.modified
         )
         if self.version.length != length:
-            raise self.changed(f"it unpacked to {self.version.length} bytes and would to {length} now")
+            raise self.changed(f"it unpacked to {self.version.length} bytes and unpacks to {length} now")
         self._kept: OrderedDict[int, bytes] = OrderedDict()
         self._kept_bytes = 0
         self._lock = threading.Lock()
@@ -106,7 +106,9 @@ class ZstdSource(Source):
         packed = list(itertools.accumulate((size for size, _ in sizes), initial=0))
         content = list(itertools.accumulate((size for _, size in sizes), initial=0))
         if packed[-1] != inner.length - table_bytes:
-            raise self._broken(f"its frames have {packed[-1]} bytes and there are {inner.length - table_bytes}")
+            raise self._broken(
+                f"its frames have {packed[-1]} bytes, and the file has {inner.length - table_bytes} before the table"
+            )
         return [
             _Frame(packed[index], packed[index + 1], content[index], content[index + 1])
             for index in range(count)
@@ -133,14 +135,14 @@ class ZstdSource(Source):
             frame = self._frames[index]
             low, high = max(frame.content, offset), min(frame.content_stop, stop)
             target[low - offset : high - offset] = memoryview(content[index])[low - frame.content : high - frame.content]
-        # Frames inside the read are not needed again; of those at its ends the rest is likely to be asked for next.
+        # The next read is likely to need the rest of the frames at the ends of this one.
         self._keep({index: content[index] for index in {first, after - 1}})
 
     def _unpack(self, frame: _Frame, packed: memoryview) -> bytes:
         length = frame.content_stop - frame.content
         unpacker = self._zstd.ZstdDecompressor()
         try:
-            # One byte more than announced is asked for: a frame that is larger is noticed without unpacking all of it.
+            # One byte more than announced: a larger frame is noticed without unpacking all of it.
             content: bytes = unpacker.decompress(packed, max_length=length + 1)
             if len(content) == length and not unpacker.eof:
                 content += unpacker.decompress(b"", max_length=1)
@@ -149,7 +151,7 @@ class ZstdSource(Source):
                 errno.EIO, f"{self.name}: the frame at byte {frame.packed} cannot be unpacked: {error}"
             ) from error
         if len(content) != length or not unpacker.eof or unpacker.unused_data:
-            raise self._broken(f"the frame at byte {frame.packed} does not unpack to the {length} bytes that it says")
+            raise self._broken(f"the frame at byte {frame.packed} does not unpack to the {length} bytes of its entry")
         return content
 
     def _keep(self, frames: dict[int, bytes]) -> None:
@@ -168,7 +170,7 @@ class ZstdSource(Source):
 
 
 def _runs(indices: list[int]) -> list[list[int]]:
-    """Numbers that follow each other, together."""
+    """Group consecutive numbers."""
     found: list[list[int]] = []
     for index in indices:
         if found and found[-1][-1] == index - 1:

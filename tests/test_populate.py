@@ -316,6 +316,29 @@ def test_a_real_ctrl_c_in_a_process_of_its_own() -> None:
     assert said.startswith(("populated ", "between"))
 
 
+_NOT_INTERRUPTED = """
+import os, prefault, signal, threading
+assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+done = threading.Event()
+def send():
+    while not done.wait(0.0005):
+        os.kill(os.getpid(), signal.SIGINT)
+sender = threading.Thread(target=send)
+sender.start()
+with prefault.Mapping(256 << 20, huge="never") as mapping:
+    print(prefault.populate(mapping, threads=2).bytes, prefault.residency(mapping).present_bytes)
+done.set()
+sender.join()
+"""
+
+
+def test_an_ignored_ctrl_c_interrupts_nothing() -> None:
+    command = ["bash", "-c", 'trap "" INT; exec "$@"', "bash", sys.executable, "-c", _NOT_INTERRUPTED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == [str(256 * MIB)] * 2
+
+
 def test_a_small_call_is_interrupted_with_what_is_there(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
     run = METHODS["populate_write"].run
 

@@ -232,6 +232,25 @@ def test_many_signals_are_one(start: Callable[..., _Running]) -> None:
     assert "Traceback" not in stderr
 
 
+def test_a_signal_that_the_caller_ignores_does_not_stop_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    command = [sys.executable, "-m", "prefault", "bench", "--repeats", "20", "--json", str(path), *_ANONYMOUS]
+    with subprocess.Popen(
+        ["bash", "-c", 'trap "" INT HUP; exec "$@"', "bash", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            assert process.stderr is not None
+            process.stderr.readline()  # the first line of progress
+            while process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGHUP)
+                time.sleep(0.01)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert not jsonfile.load(path).interrupted
+
+
 def test_the_hugetlb_pool_is_as_before_after_ctrl_c(
     start: Callable[..., _Running], hugetlb_pool: Callable[[int], None]
 ) -> None:

@@ -347,6 +347,21 @@ def test_ctrl_c_ends_it(socket_path: Path) -> None:
         client.close()
 
 
+def test_it_serves_on_after_a_ctrl_c_that_its_caller_ignores(socket_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        command = Command(socket_path, "support.devices:Pattern")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with command:
+        client, area = _map(socket_path)
+        os.killpg(command.process.pid, signal.SIGINT)
+        assert peek(area, 5) == right(5)
+        assert command.end(signal.SIGTERM) == (0, "")
+        area.close()
+        client.close()
+
+
 def test_its_clients_are_served_on_when_it_is_killed(socket_path: Path) -> None:
     with Command(socket_path, "support.devices:Remade") as command:
         client, area = _map(socket_path)

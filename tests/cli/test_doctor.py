@@ -143,7 +143,7 @@ def test_wrapping(width: int) -> None:
 
 def test_nothing_to_advise() -> None:
     text = lines(Report(REPORT.record, ()))
-    assert text[-2:] == ["Advice", "  nothing to say: this machine is fine as it is"]
+    assert text[-2:] == ["Advice", "  none: this machine is fine as it is"]
 
 
 def test_json(piped: str) -> None:

@@ -19,7 +19,7 @@ from prefault.bench.kinds import Places
 from prefault.bench.stopping import StopRequest
 
 _END_SECONDS = 10.0
-# A killed worker may need this long to give 4 GiB back; nobody at a prompt should wait for that.
+# A killed worker takes longer than this to free 4 GiB; a user at a prompt should not wait for that.
 _KILLED_SECONDS = 0.02
 _BUFFER_BYTES = 1 << 16
 
@@ -30,22 +30,22 @@ _HINTS = {
 
 
 class WorkerError(Exception):
-    """The worker did not do what it was asked; the message says why. It is of no use any more."""
+    """The worker failed or died; the message says why. It takes no more requests."""
 
 
 class CellFailedError(Exception):
-    """The worker says that it could not be done, and is ready for more."""
+    """The worker could not measure the cell, and is ready for more requests."""
 
 
 class StoppedError(Exception):
-    """The user wants an end; the worker is killed."""
+    """The user asked for a stop, and the worker was killed."""
 
 
 class Worker:
     """A process that runs ``prefault.bench.worker``.
 
     Args:
-        stop: when it is requested, waiting ends and the worker is killed.
+        stop: ends waiting, and kills the worker, as soon as a stop is requested.
         fds: descriptors that the worker inherits.
     """
 
@@ -58,7 +58,7 @@ class Worker:
             stdout=subprocess.PIPE,
             pass_fds=tuple(fds),
             bufsize=0,
-            process_group=0,  # out of the terminal's foreground group: Ctrl-C is ours alone
+            process_group=0,  # out of the terminal's foreground group: Ctrl-C reaches only the parent
         )
         assert process.stdin is not None
         assert process.stdout is not None
@@ -66,40 +66,40 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """The worker's process id."""
         return self._process.pid
 
     @property
     def alive(self) -> bool:
-        """Whether it runs still."""
+        """Whether the worker still runs."""
         return self._process.poll() is None
 
     def measure(self, cell: Cell, repeats: int, places: Places) -> None:
-        """Ask for a cell; :meth:`repetition` gives what comes of it."""
+        """Ask the worker to measure a cell; :meth:`repetition` returns the times."""
         self._ask(
             {"do": "measure", "cell": dataclasses.asdict(cell), "repeats": repeats, "places": dataclasses.asdict(places)}
         )
 
     def repetition(self, limit_seconds: float) -> tuple[int, str | None] | None:
-        """The next time in nanoseconds, with a note; None after the last.
+        """Return the next time in nanoseconds, with a note; None after the last.
 
         Raises:
-            WorkerError, CellFailedError, StoppedError: there is none.
+            WorkerError, CellFailedError, StoppedError: no time could be taken.
         """
         answer = self._answer(limit_seconds)
         return (int(answer["ns"]), answer["note"]) if "ns" in answer else None
 
     def warm_up(self, size_bytes: int, limit_seconds: float, *, hugetlb: bool = False) -> None:
-        """Have memory populated and freed.
+        """Ask the worker to populate memory and free it, and wait until it has.
 
         Raises:
-            WorkerError, CellFailedError, StoppedError: it was not.
+            WorkerError, CellFailedError, StoppedError: it could not.
         """
         self._ask({"do": "warm_up", "bytes": size_bytes, "hugetlb": hugetlb})
         self._answer(limit_seconds)
 
     def close(self) -> None:
-        """End it, kindly where that works."""
+        """Ask the worker to end; kill it if it does not."""
         self._stdin.close()
         try:
             self._process.wait(_END_SECONDS)
@@ -109,9 +109,9 @@ class Worker:
         self._stdout.close()
 
     def kill(self, wait_seconds: float = _KILLED_SECONDS) -> None:
-        """Kill it. It runs no more code from now on; its memory may take longer to go than we wait."""
+        """Kill the worker. It runs no more code from now on; the kernel may take longer to free its memory."""
         with contextlib.suppress(ProcessLookupError):
-            # The kernel frees its memory in its own time: let that not be the time of whoever waits for the report.
+            # The kernel frees the memory on the worker's CPU time: that must not delay the report.
             os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)
         self._process.kill()
         self._stdin.close()
@@ -136,7 +136,7 @@ class Worker:
         return answer
 
     def _line(self, deadline: float) -> bytes | None:
-        """The next line; None when the deadline has passed."""
+        """Wait for the next line and return it; None when the deadline has passed."""
         output = self._stdout.fileno()
         poll = select.poll()
         poll.register(output, select.POLLIN)

@@ -1,11 +1,11 @@
-"""The device that ``prefault bench device`` maps: its pages cost little to supply, so that the routes are what is seen."""
+"""The device that ``prefault bench device`` maps. Its pages cost little to supply, so that the times are the routes'."""
 
 from __future__ import annotations
 
 from prefault.device.driver import Access, Device, DeviceArea, Recipe, Supplied
 
 CONTENT = 0xA5
-"""Every byte of the device. Not 0: pages that nobody supplied would look right."""
+"""The value of every byte of the device. Not 0: pages that were never supplied would look right."""
 
 
 class BenchDevice(Device):
@@ -19,16 +19,16 @@ class BenchDevice(Device):
         self._block = bytes([CONTENT]) * max(self.batch, page_size)
 
     def recipe(self) -> Recipe:
-        """A fresh process: the server is then no copy of the one that measures."""
+        """Ask for a fresh process, so that the server is no fork of the measuring process."""
         return Recipe(f"{__name__}:BenchDevice", {"length": self.length, "page_size": self.page_size})
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:  # noqa: ARG002
-        """One page."""
+        """Fill one page."""
         frame = area.frame(page)
         frame[:] = self._block[: len(frame)]
         return None
 
     def populate(self, area: DeviceArea, pages: range, access: Access) -> None:  # noqa: ARG002
-        """Many pages, by one copy."""
+        """Fill many pages by one copy."""
         frames = area.frames(pages)
         frames[:] = self._block[: len(frames)]

@@ -1,4 +1,4 @@
-"""The file that a run of ``prefault bench device`` is kept in: docs/bench-json.md describes it."""
+"""The file format of a run of ``prefault bench device``, described in docs/bench-json.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prefault.bench.results import Status
 
 KIND = "prefault-bench-device"
 SCHEMA = 1
-"""Raised when a reader of the old form would misread the new one; members may be added without."""
+"""The version of the format. It changes when an older reader would misread a file; members may be added without."""
 
 COUNTING = (
     "client_faults: getrusage(RUSAGE_THREAD); server_faults, populated_pages, supplied_pages: statistics of the server;"
@@ -23,12 +23,12 @@ COUNTING = (
 
 
 def save(run: DeviceRun, path: Path) -> None:
-    """Write the file whole or not at all. OSError: it cannot be written."""
+    """Write the run to a file, whole or not at all. OSError: the file cannot be written."""
     jsonfile.write(to_json(run), path)
 
 
 def to_json(run: DeviceRun) -> dict[str, Any]:
-    """The document. Derived figures are in it for other readers; :func:`from_json` works from the raw values."""
+    """Convert a run to a document. It has derived figures for other readers; :func:`from_json` reads the raw values."""
     compared = ratios(run.results)
     head = {
         field.name: getattr(run, field.name) for field in dataclasses.fields(run) if field.name not in ("machine", "results")
@@ -44,7 +44,7 @@ def to_json(run: DeviceRun) -> dict[str, Any]:
 
 
 def from_json(document: Any) -> DeviceRun:
-    """The run in a document. SchemaError: it is something else, or of another version."""
+    """Read the run in a document. SchemaError: the document is something else, or of another version."""
     return read_run(document, KIND, SCHEMA, "prefault bench device", DeviceRun, _from_json)
 
 

@@ -77,7 +77,7 @@ def _number(value: float) -> str:
 
 
 def _remarks(results: list[RouteResult]) -> Iterator[str]:
-    """Why cells have no figures, and what else was noted; what holds for all of them once."""
+    """Yield the reasons of cells without figures and the notes of others; one that holds for all cells only once."""
     said: dict[str, list[str]] = {}
     for result in results:
         if result.reason is not None:

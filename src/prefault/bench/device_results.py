@@ -1,4 +1,4 @@
-"""``prefault bench device``: what is measured, and the records of it."""
+"""The cells of ``prefault bench device``, and their records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefault.bench.results import Statistics, Status
 from prefault.sizes import MIB, PAGE_SIZE, format_size
 
 Frames: TypeAlias = Literal["ready", "cold"]
-"""Whether the driver has supplied the pages before (a client maps what others use already), or does it now."""
+"""``ready``: the driver supplied the pages before, for other clients. Else it supplies them during the measurement."""
 
 FRAMES: tuple[Frames, ...] = ("ready", "cold")
 PAGE_SIZES = (PAGE_SIZE, 2 * MIB)
@@ -38,7 +38,7 @@ MEANINGS: dict[Route, str] = {
 
 
 class RouteCell(NamedTuple):
-    """One thing to measure.
+    """One route over one area, to be measured.
 
     Attributes:
         size_bytes: of the area.
@@ -54,12 +54,12 @@ class RouteCell(NamedTuple):
 
     @property
     def pages(self) -> int:
-        """Pages of the device."""
+        """Number of pages of the device in the area."""
         return self.size_bytes // self.page_size
 
     @property
     def group(self) -> tuple[int, int, Frames]:
-        """What is measured on the same memory."""
+        """The key of the cells that are measured on the same memory."""
         return self.size_bytes, self.page_size, self.frames
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class RouteCell(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What one repetition took besides time; the last repetition's are kept.
+    """The faults, reads and calls of one repetition; those of the last repetition are kept.
 
     Attributes:
         client_faults: minor and major faults that getrusage(2) counts for the measuring thread.
@@ -92,11 +92,11 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class RouteResult:
-    """What was measured in a cell.
+    """The times and counts of one cell.
 
     Attributes:
         cell: which.
-        status: what became of it.
+        status: measured, or why not.
         values_ns: the time of each repetition, from the first call to the last page.
         map_ns: the part of each that :func:`prefault.device.map` took; 0 where it is not timed.
         counts: None without a repetition.
@@ -114,14 +114,14 @@ class RouteResult:
 
     @property
     def statistics(self) -> Statistics | None:
-        """None without a value, and for a failed cell."""
+        """The statistics of the times; None without a time, and for a failed cell."""
         if not self.values_ns or self.status is Status.FAILED:
             return None
         return Statistics.of(self.values_ns)
 
     @property
     def us_per_page(self) -> float | None:
-        """Of the best repetition, per page of the device."""
+        """Microseconds per page of the device, in the best repetition."""
         return min(self.values_ns) / 1000 / self.cell.pages if self.statistics else None
 
 
@@ -133,7 +133,7 @@ class DeviceRun:
         machine, started, seconds, repeats, interrupted: as of :class:`~prefault.bench.results.BenchRun`.
         colocate: whether areas were mapped with ``colocate=True``.
         user_mode_only: whether the userfaultfd answers no faults of the kernel; None if nothing was mapped.
-        results: one a cell.
+        results: one per cell.
     """
 
     machine: Machine
@@ -147,7 +147,7 @@ class DeviceRun:
 
 
 def cells(sizes: Iterable[int], page_sizes: Iterable[int], frames: Iterable[Frames]) -> list[RouteCell]:
-    """All routes for each combination."""
+    """Return the cells of all routes for each combination."""
     return [
         RouteCell(size, page_size, state, route)
         for page_size in page_sizes
@@ -158,13 +158,13 @@ def cells(sizes: Iterable[int], page_sizes: Iterable[int], frames: Iterable[Fram
 
 
 def system_calls(route: Route, server_faults: int, server_reads: int | None, pieces: int, chunks: int) -> int:
-    """System calls of client and server for one repetition, without those of mapping (about a dozen).
+    """Return the system calls of client and server in one repetition, without those of mapping (about a dozen).
 
-    Counted by design and not by a tracer, which would change the times: a fault is answered by one UFFDIO_CONTINUE after a
-    read (those are taken from ``/proc/PID/io`` where the kernel accounts them, as several messages may come by one read, and
-    a spinning server reads in vain; what it waits with is not counted). A populate request is a PAGEMAP_SCAN, sendmsg, poll,
-    recvmsg and three getpid in the client; a recvmsg, a UFFDIO_CONTINUE and an epoll_wait a piece, and a send in the server:
-    17 for 64 MiB in 4 KiB pages, as strace(1) counts them.
+    They are counted by design and not by a tracer, which would change the times. A fault takes a read and one
+    UFFDIO_CONTINUE. Reads come from ``/proc/PID/io`` where the kernel accounts them, as one read may return several messages
+    and a spinning server reads in vain; the calls that it waits with are not counted. A populate request takes a
+    PAGEMAP_SCAN, sendmsg, poll, recvmsg and three getpid in the client; in the server it takes a recvmsg, a UFFDIO_CONTINUE
+    and an epoll_wait per piece, and a send. These are 17 for 64 MiB in 4 KiB pages, as strace(1) counts them.
 
     Args:
         route: which.
@@ -182,14 +182,14 @@ def system_calls(route: Route, server_faults: int, server_reads: int | None, pie
 
 
 class Ratio(NamedTuple):
-    """How a cell compares with others of its group, by best times; None where one of them is not measured."""
+    """The best time of a cell relative to others of its group; None where one of them is not measured."""
 
     to_touch: float | None
     to_map_time: float | None
 
 
 def ratios(results: Iterable[RouteResult]) -> dict[RouteCell, Ratio]:
-    """For each cell: how many times faster than touching, and how many times slower than populating at map time."""
+    """Compute how many times faster than touching, and slower than map-time populate, each cell was."""
     best = {result.cell: min(result.values_ns) for result in results if result.statistics}
     found = {}
     for cell, value in best.items():

@@ -1,4 +1,4 @@
-"""One repetition of one route, on a device that is mapped already by somebody else."""
+"""One repetition of one route, on a device that another area keeps mapped."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from prefault.residency import residency
 from prefault.sizes import MIB, format_size
 
 CHUNK_BYTES = 32 * MIB
-"""After so much, a long route looks whether it is to stop."""
+"""Bytes after which a long route checks whether it is to stop."""
 
 
 class StoppedError(Exception):
-    """The user wants an end."""
+    """The user asked for a stop."""
 
 
 class RefusedError(Exception):
-    """A route is not open on this machine."""
+    """A route is not available on this machine."""
 
 
 class WrongError(Exception):
-    """A route did not do what it is measured for."""
+    """A route did not populate the memory, or not with the right bytes."""
 
 
 class Repetition(NamedTuple):
-    """What a repetition took."""
+    """Times and counts of one repetition."""
 
     total_ns: int
     map_ns: int
@@ -58,23 +58,23 @@ class Bed:
 
     @property
     def user_mode_only(self) -> bool:
-        """Whether faults that the kernel raises fail."""
+        """Whether faults that the kernel raises are not answered."""
         return self.keeper.user_mode_only
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is weaker here than one might expect."""
+        """Sentences on what is weaker on this machine than asked for."""
         return self.keeper.notes
 
     def prepare(self, cell: RouteCell) -> None:
-        """Frames as the cell wants them."""
+        """Supply or discard all frames, as the cell asks for."""
         if cell.frames == "ready":
             self.keeper.populate()
         else:
             self.keeper.discard()
 
     def map(self, *, populate: bool = False) -> Area:
-        """Another area of the whole device."""
+        """Map another area of the whole device."""
         return devices.map(self.device, populate=populate, colocate=self._colocate)
 
     def close(self) -> None:
@@ -92,10 +92,10 @@ def repetition(bed: Bed, cell: RouteCell, stopping: Callable[[], bool]) -> Repet
     """Measure a route once.
 
     Raises:
-        StoppedError: ``stopping`` said so in the middle.
-        RefusedError: the machine does not have it.
-        WrongError: the memory was not populated, or does not hold what the device does.
-        OSError: it failed.
+        StoppedError: ``stopping`` returned True in the middle.
+        RefusedError: the machine does not have the route.
+        WrongError: the memory was not populated, or does not hold the bytes of the device.
+        OSError: the route failed.
     """
     bed.prepare(cell)
     earlier = bed.map() if cell.route is Route.LATER else None
@@ -180,7 +180,7 @@ def _counts(
 
 
 def _wrong(area: Area) -> Exception | None:
-    """Whether the route populated what it was timed for, with the right bytes."""
+    """Check that the whole area is populated, with the right bytes; return the error if not."""
     present = residency(area).present_bytes
     if present < len(area):
         return WrongError(f"only {format_size(present)} of {format_size(len(area))} were populated")
@@ -190,7 +190,7 @@ def _wrong(area: Area) -> Exception | None:
 
 
 def _server_pid() -> int | None:
-    """The server that this process started: a child of the warden, which is our child."""
+    """Find the server that this process started: a child of the warden, which is a child of this process."""
     parents: dict[int, int] = {}
     servers = []
     for entry in Path("/proc").iterdir():
@@ -206,7 +206,7 @@ def _server_pid() -> int | None:
 
 
 def _server_reads(pid: int | None) -> int | None:
-    """read(2) and the like of the server so far; None where the kernel does not account them (CONFIG_TASK_IO_ACCOUNTING)."""
+    """Count the server's read calls so far; None where the kernel does not (CONFIG_TASK_IO_ACCOUNTING)."""
     if pid is None:
         return None
     try:

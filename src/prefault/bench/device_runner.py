@@ -20,15 +20,15 @@ from prefault.device.uffd import USER_MODE_ONLY_NOTE
 from prefault.sizes import format_size
 
 Event: TypeAlias = RouteCell | RouteResult
-"""A cell that is begun; a cell that is finished."""
+"""A cell that begins, or the result of one that ended."""
 
 
 def run(
     cells: Sequence[RouteCell], *, repeats: int, colocate: bool, stopping: Callable[[], bool]
 ) -> Generator[Event, None, None]:
-    """Measure the cells, and say what happens.
+    """Measure the cells and yield an event at the beginning and the end of each.
 
-    Cells in 2 MiB pages come last: the hugetlb pool is grown for them, where that may be done, and has its old size
+    Cells in 2 MiB pages come last: the hugetlb pool is grown for them where that is allowed, and gets its old size back
     afterwards. Close the generator, or exhaust it.
     """
     session = _Session(repeats, colocate, stopping)
@@ -78,7 +78,7 @@ class _Session:
         self._stopping = stopping
 
     def run(self, cells: Sequence[RouteCell], no_pool: str | None) -> Iterator[Event]:
-        """``no_pool``: why 2 MiB pages have no hugetlb pool that is large enough; None if they have."""
+        """Measure the cells. ``no_pool`` says why the hugetlb pool is too small for 2 MiB pages; None if it is not."""
         for (size, page_size), group in itertools.groupby(cells, key=lambda cell: (cell.size_bytes, cell.page_size)):
             yield from self._group(size, page_size, list(group), no_pool)
 

@@ -1,4 +1,4 @@
-"""What was learned, in plain words: computed from the figures of a run."""
+"""Findings in plain words, computed from the figures of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST = 4
 
 
 def findings(run: BenchRun) -> list[str]:
-    """Up to four sentences, the most useful first; of the largest mappings that were measured."""
+    """Return up to four sentences on the largest mappings that were measured, the most useful first."""
     found = _Findings(run.results)
     sentences = list(found.sentences())[:_MOST]
     if len(sentences) < 2:
@@ -35,7 +35,7 @@ class _Findings:
         yield from self._huge_pages()
 
     def extremes(self) -> Iterator[str]:
-        """The fastest and the slowest method, group by group: always true, seldom the most useful."""
+        """Name the fastest and the slowest method of each group: always true, seldom the most useful."""
         groups = dict.fromkeys(cell.group for cell in self._results)
         for group in groups:
             timed = sorted((self._best(cell), cell.method) for cell in self._results if cell.group == group)
@@ -94,7 +94,7 @@ class _Findings:
         return min(self._results[cell].values_ns)
 
     def _ratio(self, cell: Cell, reference: Cell) -> float | None:
-        """The time of one cell over that of another; None unless both were measured."""
+        """Return the time of one cell over that of another; None unless both were measured."""
         if cell not in self._results or reference not in self._results:
             return None
         return self._best(cell) / self._best(reference)

@@ -17,7 +17,7 @@ QUICK_SIZE = 256 * MIB
 """Bytes in a mapping of the quick grid."""
 
 PREFAULT = "prefault"
-"""The row of ours that times :func:`prefault.populate` with all that it decides, threads included."""
+"""The method name of rows that time :func:`prefault.populate`, with its own choice of method and threads."""
 
 TOUCHING = ("read", "write", "read/write", "populate_read", "populate_write")
 ALLOCATING = ("fallocate", *(f"fallocate+{method}" for method in TOUCHING))
@@ -44,7 +44,7 @@ _PUBLISHED: dict[Sharing, dict[str, tuple[str, ...]]] = {
     },
 }
 
-# Rows of ours: what the package itself does, huge pages without a pool, and private memory over a file that is already in
+# Rows that were not published: what the package itself does, huge pages without a pool, and private memory over a file in
 # the page cache (docs/bench-json.md says why).
 _OURS: dict[Sharing, dict[str, tuple[str, ...]]] = {
     "private": {
@@ -71,7 +71,7 @@ _QUICK: dict[Sharing, dict[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The cells that differ in nothing but the method."""
+    """The key of cells that differ only in their method."""
 
     size_bytes: int
     sharing: Sharing
@@ -83,7 +83,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One thing to measure: a mapping of ``size_bytes``, and the method that populates it."""
+    """One measurement: a mapping of ``size_bytes``, and the method that populates it."""
 
     size_bytes: int
     sharing: Sharing
@@ -92,7 +92,7 @@ class Cell:
 
     @property
     def group(self) -> Group:
-        """What it shares with the cells that it is set beside."""
+        """The group of cells that this cell is compared with."""
         return Group(self.size_bytes, self.sharing, self.backing)
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ class Cell:
 
 
 def full_grid(sizes: Sequence[int] = PUBLISHED_SIZES) -> list[Cell]:
-    """The published cells and, beside them, the rows of ours."""
+    """Return the published cells and, beside them, the rows that were not published."""
     return [
         Cell(size, sharing, backing, method)
         for size in sizes
@@ -111,7 +111,7 @@ def full_grid(sizes: Sequence[int] = PUBLISHED_SIZES) -> list[Cell]:
 
 
 def quick_grid(size: int = QUICK_SIZE) -> list[Cell]:
-    """The rows that matter."""
+    """Return the main rows."""
     return [
         Cell(size, sharing, backing, method)
         for sharing, backings in _QUICK.items()
@@ -127,7 +127,7 @@ def select(
     backings: Collection[str] = (),
     sharings: Collection[str] = (),
 ) -> list[Cell]:
-    """The cells with one of the ``methods``, one of the ``backings`` and one of the ``sharings``; empty means all."""
+    """Return the cells with one of the ``methods``, ``backings`` and ``sharings``; an empty filter takes all."""
     return [
         cell
         for cell in cells

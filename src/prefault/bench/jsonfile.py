@@ -1,4 +1,4 @@
-"""The file that a run is kept in: docs/bench-json.md describes it."""
+"""The file format of a run of ``prefault bench``, described in docs/bench-json.md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Run = TypeVar("Run", bound="DataclassInstance")
 
 KIND = "prefault-bench"
 SCHEMA = 1
-"""Raised when a reader of the old form would misread the new one; members may be added without."""
+"""The version of the format. It changes when an older reader would misread a file; members may be added without."""
 
 
 class SchemaError(ValueError):
@@ -32,14 +32,14 @@ class SchemaError(ValueError):
 
 
 def check_writable(path: Path) -> None:
-    """Make sure that :func:`save` can work, before an hour is spent on measuring.
+    """Check that :func:`save` can write the file, before an hour is spent on measuring.
 
     Raises:
-        OSError: no file can be made there, or what is there is not a regular file.
+        OSError: no file can be made there, or there is one that is not a regular file.
     """
     target = path.resolve()  # what a symbolic link points to is replaced, not the link
     if target.exists() and not stat.S_ISREG(target.stat().st_mode):
-        # The file is replaced, and replacing /dev/stdout or a directory is nobody's wish.
+        # The file is replaced, which must not happen to /dev/stdout or a directory.
         raise FileExistsError(f"{path} is not a regular file")
     trial = _beside(target)
     trial.touch(exist_ok=False)
@@ -47,16 +47,16 @@ def check_writable(path: Path) -> None:
 
 
 def save(run: BenchRun, path: Path) -> None:
-    """Write the file whole or not at all.
+    """Write the run to a file, whole or not at all.
 
     Raises:
-        OSError: it cannot be written; what was there before is still there.
+        OSError: the file cannot be written; an earlier file is unchanged.
     """
     write(to_json(run), path)
 
 
 def write(document: Mapping[str, Any], path: Path) -> None:
-    """Write a document as :func:`save` does."""
+    """Write a document to a file, whole or not at all."""
     target = path.resolve()
     draft = _beside(target)
     try:
@@ -74,8 +74,8 @@ def load(path: Path) -> BenchRun:
     """Read a file that :func:`save` wrote.
 
     Raises:
-        SchemaError: it is something else, or of another version.
-        OSError: it cannot be read.
+        SchemaError: the file is something else, or of another version.
+        OSError: the file cannot be read.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -88,7 +88,7 @@ def load(path: Path) -> BenchRun:
 
 
 def to_json(run: BenchRun) -> dict[str, Any]:
-    """The document. Derived figures are in it for other readers; :func:`from_json` works from the raw values."""
+    """Convert a run to a document. It has derived figures for other readers; :func:`from_json` reads the raw values."""
     beside = ratios(run.results)
     head = {
         field.name: getattr(run, field.name) for field in dataclasses.fields(run) if field.name not in ("machine", "results")
@@ -104,10 +104,10 @@ def to_json(run: BenchRun) -> dict[str, Any]:
 
 
 def from_json(document: Any) -> BenchRun:
-    """The run in a document.
+    """Read the run in a document.
 
     Raises:
-        SchemaError: it is something else, or of another version.
+        SchemaError: the document is something else, or of another version.
     """
     return read_run(document, KIND, SCHEMA, "prefault bench", BenchRun, _cell_from_json)
 
@@ -115,7 +115,7 @@ def from_json(document: Any) -> BenchRun:
 def read_run(
     document: Any, kind: str, schema: int, command: str, run: type[Run], read_result: Callable[[Any], Any]
 ) -> Run:  # fmt: skip
-    """The run in a document of ``kind``: a dataclass of fields as they stand there, a ``machine`` and ``results``."""
+    """Read a run from a document of ``kind``: a dataclass of its plain fields, a ``machine`` and ``results``."""
     if not isinstance(document, Mapping) or document.get("kind") != kind:
         raise SchemaError(f'not a result of {command} (its "kind" would be {kind!r})')
     if document.get("schema") != schema:
@@ -171,5 +171,5 @@ def _cell_from_json(entry: Mapping[str, Any]) -> CellResult:
 
 
 def _beside(target: Path) -> Path:
-    """A name in the same directory, so that the file can be moved into place."""
+    """Return a name in the same directory, so that the draft can be moved into place."""
     return target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -1,4 +1,4 @@
-"""The backings of the grid, by their published names: what each maps, and what it takes."""
+"""The backings of the grid by their published names: what each maps, and what memory it needs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from prefault.sizes import MIB
 HUGE_PAGE_BYTES = 2 * MIB
 
 Room: TypeAlias = Literal["memory", "tmpfs", "disk", "pool"]
-"""What must have room: memory, the tmpfs, the file system of the file directory (and memory), or the hugetlb pool."""
+"""The resource that must have room: memory, the tmpfs, the disk of the file directory (and memory), or the hugetlb pool."""
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the backings that are files live; None where this machine has no such place."""
+    """The directories of backings that are files; None where this machine has no such directory."""
 
     tmpfs: str | None = "/dev/shm"
     file: str | None = None

@@ -1,4 +1,4 @@
-"""The machine: what a figure must not travel without."""
+"""The machine that a figure was measured on."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _THP_SETTINGS = ("enabled", "defrag", "shmem_enabled")
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where figures come from. No name of a host, user or path.
+    """The machine that figures come from. It has no name of a host, user or path.
 
     Attributes:
         kernel: the release and build that uname(2) gives.
         architecture: such as ``x86_64``.
         cpu: the model, as /proc/cpuinfo names it.
-        cpus: that are online.
-        usable_cpus: that this process may keep busy.
+        cpus: CPUs that are online.
+        usable_cpus: CPUs that this process may keep busy.
         memory_bytes: MemTotal.
         page_bytes: a base page.
         virtual: whether the CPU says that a hypervisor runs it.
@@ -49,7 +49,7 @@ class Machine:
     prefault: str
 
     def differences(self, other: Machine) -> list[str]:
-        """What makes times of the two no longer comparable, each a few words."""
+        """List the differences that make times of the two machines incomparable, each in a few words."""
         pairs = (
             ("kernel", self.kernel, other.kernel),
             ("architecture", self.architecture, other.architecture),
@@ -63,7 +63,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine that we run on, as it is now."""
+    """Describe this machine as it is now."""
     uname = os.uname()
     cpuinfo = _cpuinfo()
     return Machine(
@@ -84,7 +84,7 @@ def this_machine() -> Machine:
 
 
 def available_memory_bytes() -> int:
-    """Memory that may still be taken: MemAvailable, or less where a memory cgroup of ours is closer to its limit."""
+    """Return the bytes that may still be taken: MemAvailable, or less where a memory cgroup is closer to its limit."""
     available = proc.read_meminfo()["MemAvailable"]
     rooms = map(_cgroup_room, cgroup.directories("memory"))
     return min([available, *(room for room in rooms if room is not None)])
@@ -97,14 +97,14 @@ def _cgroup_room(directory: Path) -> int | None:
     ):
         limit, usage = cgroup.read_bytes(directory / limit_name), cgroup.read_bytes(directory / usage_name)
         if limit is not None and usage is not None:
-            # Old page cache is charged to the group, and given up before anybody is killed.
+            # Old page cache is charged to the group, and reclaimed before the OOM killer comes.
             counters = dict(line.split(" ", 1) for line in (cgroup.read_text(directory / "memory.stat") or "").splitlines())
             return max(0, limit - usage + int(counters.get(cache_name, 0)))
     return None
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The entry of the first CPU."""
+    """Read the entry of the first CPU from /proc/cpuinfo."""
     entry = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if not line.strip():

@@ -19,11 +19,11 @@ from prefault.sizes import PAGE_SIZE, format_size
 
 @dataclass(frozen=True, slots=True)
 class Repetition:
-    """One time that was taken.
+    """The time of one repetition.
 
     Attributes:
-        value_ns: what the method took over the whole mapping.
-        note: what was seen afterwards that a reader should know.
+        value_ns: the time of the method over the whole mapping.
+        note: a remark for the reader, such as the method that was chosen.
     """
 
     value_ns: int
@@ -36,10 +36,10 @@ def measure(cell: Cell, repeats: int, places: Places) -> Iterator[Repetition]:
     Only the method is timed: neither making the mapping nor giving it back.
 
     Raises:
-        MappingError, PopulateError, OSError: it cannot be done.
+        MappingError, PopulateError, OSError: the memory cannot be mapped or populated.
     """
-    # Once for nothing: imports, probes of the kernel and first calls are not what is measured, nor is memory that the host
-    # of a virtual machine took back: pages of another order than those before come from elsewhere.
+    # One untimed run: it takes imports, probes of the kernel and first calls out of the times, and has the host of a virtual
+    # machine supply memory that it took back. Pages of another order than those before come from other memory.
     with fresh_mapping(cell, places, cell.size_bytes) as mapping:
         _runner(cell, mapping)()
     for index in range(repeats):
@@ -54,7 +54,7 @@ def measure(cell: Cell, repeats: int, places: Places) -> Iterator[Repetition]:
 
 @contextmanager
 def fresh_mapping(cell: Cell, places: Places, size_bytes: int) -> Iterator[Mapping]:
-    """A mapping as the cell wants it, of which no page is present; unmapped afterwards, its file gone."""
+    """Map memory as the cell asks for, with no page present. Unmap it, and remove its file, afterwards."""
     kind = KINDS[cell.backing]
     shared = cell.sharing == "shared"
     with ExitStack() as stack:
@@ -68,7 +68,7 @@ def fresh_mapping(cell: Cell, places: Places, size_bytes: int) -> Iterator[Mappi
 
 
 def target_of(mapping: Mapping) -> Target:
-    """The mapping, as far as methods need to know it. Its file, if it has one, is as long as the mapping."""
+    """Describe the mapping for methods. Its file, if it has one, is as long as the mapping."""
     return Target(
         page_size=mapping.page_size,
         fd=mapping.fd,
@@ -87,7 +87,7 @@ def warm_up(size_bytes: int, *, hugetlb: bool = False) -> None:
 
 
 def _runner(cell: Cell, mapping: Mapping) -> Callable[[], str | None]:
-    """What is timed: the method over the whole mapping, and nothing else."""
+    """Return the function that is timed: the method over the whole mapping, and nothing else."""
     if cell.method == PREFAULT:
 
         def call_populate() -> str:
@@ -105,7 +105,7 @@ def _runner(cell: Cell, mapping: Mapping) -> Callable[[], str | None]:
 
 
 def _page_size_note(cell: Cell, mapping: Mapping) -> str | None:
-    """Whether pages came in another size than the row says."""
+    """Return a note where pages came in another size than the row says."""
     if mapping.page_size > PAGE_SIZE:
         return None
     huge_bytes = residency(mapping).huge_bytes

@@ -1,4 +1,4 @@
-"""Why a cell cannot run on this machine: looked at before it is tried, so that no try is fatal."""
+"""Reasons why a cell cannot run on this machine, checked before it is tried: a try could be fatal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prefault.sizes import format_size
 
 
 def memory_bytes(cell: Cell) -> int:
-    """Memory that a cell takes, the hugetlb pool aside, page tables included."""
+    """Return the bytes of memory that a cell needs, with page tables and without the hugetlb pool."""
     kind = KINDS[cell.backing]
     if kind.room == "pool":
         return 0
@@ -23,12 +23,12 @@ def memory_bytes(cell: Cell) -> int:
 
 
 def pool_pages(cell: Cell) -> int:
-    """Huge pages that a cell takes from the hugetlb pool."""
+    """Return the number of huge pages that a cell needs from the hugetlb pool."""
     return -(-cell.size_bytes // HUGE_PAGE_BYTES) if KINDS[cell.backing].room == "pool" else 0
 
 
 def obstacle(cell: Cell, places: Places, pool: Pool, mounted: Hugetlbfs) -> str | None:
-    """Why the cell cannot run here and now; None where nothing stands against it."""
+    """Return why the cell cannot run now; None where it can."""
     if "populate" in cell.method and cell.method != PREFAULT and not capabilities.MADV_POPULATE.available:
         return f"this kernel has no MADV_POPULATE_READ and _WRITE (Linux 5.14): {capabilities.MADV_POPULATE.refusal}"
     kind = KINDS[cell.backing]

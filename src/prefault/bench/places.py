@@ -1,4 +1,4 @@
-"""Places that must be made: the hugetlb pool and a hugetlbfs, both put back as they were; and where files go."""
+"""The hugetlb pool and a hugetlbfs, set up and restored; and the directory for files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prefault.bench.machine import available_memory_bytes
 from prefault.sizes import MIB, format_size
 
 MARGIN_BYTES = 256 * MIB
-"""Memory that stays free for everybody else."""
+"""Bytes of memory that stay free for other processes."""
 
 _SPARE_PAGES = 4
 _MOUNT_SECONDS = 30
@@ -27,8 +27,8 @@ class Pool:
     """The hugetlb pool of 2 MiB pages while the cells that need it run.
 
     Attributes:
-        available_pages: free and not reserved.
-        refusal: why there are no more; None where there are as many as asked for.
+        available_pages: pages that are free and not reserved.
+        refusal: why there are not more; None where there are as many as asked for.
     """
 
     available_pages: int
@@ -37,7 +37,7 @@ class Pool:
 
 @contextmanager
 def hugetlb_pool(pages: int) -> Iterator[Pool]:
-    """A pool with ``pages`` free pages and a few more if that can be had. It has its old size afterwards."""
+    """Grow the pool to ``pages`` free pages and a few more, as far as possible. Restore its size afterwards."""
     if HUGE_PAGE_BYTES not in hugetlb.page_sizes():
         yield Pool(0, "this kernel has no huge pages of 2 MiB")
         return
@@ -56,13 +56,13 @@ def hugetlb_pool(pages: int) -> Iterator[Pool]:
         now = hugetlb.read_pool(HUGE_PAGE_BYTES).available
         yield Pool(now, None if now >= pages else refusal)
     finally:
-        # Surplus pages are not the pool's: they go away by themselves. What others did to the pool is theirs.
+        # Surplus pages go away by themselves. A pool that this function did not grow is left as it is.
         if grown:
             hugetlb.resize_pool(HUGE_PAGE_BYTES, before.total - before.surplus)
 
 
 def _grow(total: int, missing: int) -> str | None:
-    """Ask for more pages; why there are fewer than that, if so."""
+    """Ask the kernel for more pages; return the reason where there are fewer than that."""
     try:
         got = hugetlb.resize_pool(HUGE_PAGE_BYTES, total + missing)
     except OSError as error:
@@ -75,9 +75,9 @@ class Hugetlbfs:
     """A hugetlbfs of 2 MiB pages.
 
     Attributes:
-        directory: in which files can be made; None without one.
-        fds: descriptors that a process must inherit for the directory to mean something there.
-        refusal: why there is none; None where there is.
+        directory: the directory for files; None without a hugetlbfs.
+        fds: descriptors that a process must inherit to use the directory.
+        refusal: why there is no hugetlbfs; None where there is one.
     """
 
     directory: str | None
@@ -87,7 +87,7 @@ class Hugetlbfs:
 
 @contextmanager
 def hugetlbfs() -> Iterator[Hugetlbfs]:
-    """A hugetlbfs that is mounted and that we may write to, or else one of our own, if we may mount."""
+    """Find a mounted hugetlbfs that this process may write to; else mount one, if this process may."""
     for mount in proc.read_mounts():
         if mount.filesystem == "hugetlbfs" and _usable(mount.directory):
             yield Hugetlbfs(mount.directory)
@@ -114,7 +114,7 @@ def _usable(directory: str) -> bool:
 
 
 def _mount_detached() -> int:
-    """A descriptor of the root of a new hugetlbfs that is in no directory: however we end, it goes with its descriptor."""
+    """Mount a hugetlbfs in no directory and return a descriptor of its root: it goes when the last descriptor does."""
     directory = tempfile.mkdtemp(prefix="prefault-hugetlbfs-")
     try:
         _command("mount", "-t", "hugetlbfs", "-o", "pagesize=2M,mode=0700", "prefault-bench", directory)
@@ -127,7 +127,7 @@ def _mount_detached() -> int:
 
 
 def _command(*words: str) -> None:
-    # A session of its own: Ctrl-C at the terminal must not stop a umount half-way.
+    # The command gets a session of its own: Ctrl-C at the terminal must not stop umount half-way.
     subprocess.run(
         words,
         check=True,
@@ -140,22 +140,22 @@ def _command(*words: str) -> None:
 
 
 def filesystem_of(directory: str) -> str | None:
-    """The name of the file system that a directory lies on, such as ``ext4``; None where it is not to be seen."""
+    """Return the type of the file system of a directory, such as ``ext4``; None where no mount shows it."""
     path = Path(directory).resolve()
     best: tuple[int, str] | None = None
     for mount in proc.read_mounts():
-        # The last of equal length is on top.
+        # The last mount of equal length is on top.
         if path.is_relative_to(mount.directory) and (best is None or len(mount.directory) >= best[0]):
             best = len(mount.directory), mount.filesystem
     return None if best is None else best[1]
 
 
 def in_memory(directory: str) -> bool:
-    """Whether what is in the directory lies in memory only."""
+    """Return whether files in the directory lie in memory only."""
     return filesystem_of(directory) in ("tmpfs", "ramfs", "hugetlbfs", "devtmpfs")
 
 
 def default_file_directory() -> str:
-    """A directory for temporary files that lies on a disk, if the usual ones have one."""
+    """Return a directory for temporary files that lies on a disk, if one of the usual ones does."""
     candidates = (tempfile.gettempdir(), "/var/tmp")
     return next((found for found in candidates if os.path.isdir(found) and not in_memory(found)), candidates[0])

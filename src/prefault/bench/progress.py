@@ -1,4 +1,4 @@
-"""What is shown while the grid runs."""
+"""The display while the grid runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LINE_SECONDS = 10.0
 
 @contextmanager
 def progress(cells: Sequence[Cell], repeats: int, stream: TextIO | None = None) -> Iterator[Callable[[Event], None]]:
-    """While the block runs: a bar with the time left on a terminal, else a plain line now and then. On stderr.
+    """Show progress on stderr while the block runs: a bar with the time left on a terminal, else a line now and then.
 
     The value is a function that takes the events of a run.
     """
@@ -51,7 +51,7 @@ def progress(cells: Sequence[Cell], repeats: int, stream: TextIO | None = None) 
 
 
 class _Work:
-    """How much is done, weighed by how long each cell should take."""
+    """The part of the grid that is done, weighed by the expected time of each cell."""
 
     def __init__(self, cells: Sequence[Cell], repeats: int) -> None:
         self._weights = {cell: expected_ms(cell) for cell in cells}
@@ -59,7 +59,7 @@ class _Work:
         self._finished_weight = 0.0
         self._current_weight = 0.0
         self._finished = 0
-        self.total = sum(self._weights.values()) * repeats  # one more for nothing, in every cell alike
+        self.total = sum(self._weights.values()) * repeats  # the untimed repetition is the same in every cell
 
     @property
     def done(self) -> float:

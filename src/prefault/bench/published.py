@@ -17,7 +17,7 @@ SOURCE = (
 )
 
 REFERENCE_METHOD = "write"
-"""Every ratio is to the time of this method in the same group: storing a byte in each page by hand."""
+"""The method that every ratio refers to: storing a byte in each page by hand, in the same group."""
 
 # Where the cost of a call no longer shows: on the published machine 2 MiB took some 100 microseconds, 4096 MiB a second.
 _SMALL_BYTES = 64 * MIB
@@ -25,7 +25,7 @@ _SMALL_BYTES = 64 * MIB
 
 @functools.cache
 def figures() -> Mapping[Cell, float]:
-    """The 190 published figures, in milliseconds: the shortest of ten runs on an empty mapping, one thread.
+    """Return the 190 published figures in milliseconds: the shortest of ten runs on an empty mapping, one thread.
 
     Source: David Hildenbrand, "mm/madvise: introduce MADV_POPULATE_(READ|WRITE) to prefault page tables", patch series of
     2021 on linux-mm; the figures stand in the message of commit 4ca9b3859dac (Linux 5.14), section V, "Single-threaded
@@ -44,29 +44,29 @@ def figures() -> Mapping[Cell, float]:
 
 
 def reference_size(size_bytes: int) -> int:
-    """The published size that a mapping of ``size_bytes`` is set beside."""
+    """Return the published size that a mapping of ``size_bytes`` is compared with."""
     small, large = PUBLISHED_SIZES
     return small if size_bytes < _SMALL_BYTES else large
 
 
 def figure_ms(cell: Cell) -> float | None:
-    """What was published for exactly this cell."""
+    """Return the figure that was published for exactly this cell."""
     return figures().get(cell)
 
 
 def reference_ms(cell: Cell) -> float | None:
-    """What was published for this cell at the reference size. None for a row of ours."""
+    """Return the published figure of this cell at the reference size; None for a row that was not published."""
     return figures().get(replace(cell, size_bytes=reference_size(cell.size_bytes)))
 
 
 def ratio_to_write(cell: Cell) -> float | None:
-    """The published time of this method over that of :data:`REFERENCE_METHOD` in the same group, at the reference size."""
+    """Return the published time over that of :data:`REFERENCE_METHOD` in the same group, at the reference size."""
     mine = reference_ms(cell)
     write = reference_ms(replace(cell, method=REFERENCE_METHOD))
     return None if mine is None or write is None else mine / write
 
 
 def expected_ms(cell: Cell) -> float:
-    """A rough guess of the time of one repetition, teardown included, for the time left. Only proportions matter."""
+    """Estimate the time of one repetition with its teardown. Only proportions matter: they give the time left."""
     known = reference_ms(cell) or reference_ms(Cell(cell.size_bytes, "private", "Anon 4 KiB", "write")) or 1.0
     return 0.5 + 1.3 * known * cell.size_bytes / reference_size(cell.size_bytes)

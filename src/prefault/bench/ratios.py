@@ -1,4 +1,4 @@
-"""Ratios: how machines can be compared without comparing milliseconds."""
+"""Ratios, by which machines can be compared without comparing milliseconds."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from prefault.bench.results import BenchRun, CellResult
 
 @dataclass(frozen=True, slots=True)
 class Ratios:
-    """The time of a method over the time of writing each page by hand, in the same group; by the best of each.
+    """The best time of a method over that of writing each page by hand, in the same group.
 
     Attributes:
         ours: on the machine of the run; None where either was not measured.
-        published: in 2021, at the published size that is nearest; None for rows of ours.
+        published: in 2021, at the published size that is nearest; None for rows that were not published.
     """
 
     ours: float | None
@@ -24,12 +24,12 @@ class Ratios:
 
     @property
     def against_published(self) -> float | None:
-        """Below 1: the method gains more here than it gained there."""
+        """The ratio here over the published one. Below 1, the method gains more here than it gained there."""
         return None if self.ours is None or self.published is None else self.ours / self.published
 
 
 def ratios(results: Iterable[CellResult]) -> Mapping[Cell, Ratios]:
-    """The ratios of every cell."""
+    """Compute the ratios of every cell."""
     best = {result.cell: result.statistics.best_ns for result in results if result.statistics is not None}
     found = {}
     for result in results:
@@ -41,11 +41,11 @@ def ratios(results: Iterable[CellResult]) -> Mapping[Cell, Ratios]:
 
 
 class DifferentMachinesError(ValueError):
-    """Times of different machines were about to be compared; ratios can be, times cannot."""
+    """Times of different machines cannot be compared; ratios can."""
 
 
 def compare(before: BenchRun, after: BenchRun, *, across_machines: bool = False) -> Mapping[Cell, float]:
-    """The best time of ``after`` over that of ``before``, for the cells that both measured.
+    """Return the best time of ``after`` over that of ``before``, for each cell that both measured.
 
     Args:
         before: the earlier run.
@@ -53,7 +53,7 @@ def compare(before: BenchRun, after: BenchRun, *, across_machines: bool = False)
         across_machines: compare although the machines differ.
 
     Raises:
-        DifferentMachinesError: they come from machines, kernels or settings that differ.
+        DifferentMachinesError: the runs come from machines, kernels or settings that differ.
     """
     differences = before.machine.differences(after.machine)
     if differences and not across_machines:

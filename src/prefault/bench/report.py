@@ -19,7 +19,7 @@ from prefault.bench.results import BenchRun, CellResult, Statistics, Status
 from prefault.sizes import MIB, format_size
 
 PIPED_WIDTH = 100
-"""Columns where there is no terminal to ask."""
+"""Columns of output that goes to no terminal."""
 
 # The seven columns of figures and names, with their gaps; the bar gets what is left.
 _COLUMNS_WITHOUT_BAR = 24 + 8 + 8 + 6 + 6 + 6 + 6 + 7
@@ -27,7 +27,7 @@ _BAR_COLUMNS = range(6, 31)
 
 
 def console_for(stream: TextIO | None = None) -> Console:
-    """A console on ``stream`` (stdout): colours on a terminal only, and full width where there is none."""
+    """Make a console on ``stream`` (stdout), with colours on a terminal only and a fixed width without one."""
     console = Console(file=stream or sys.stdout, highlight=False)
     if not console.is_terminal:
         console.width = PIPED_WIDTH
@@ -35,7 +35,7 @@ def console_for(stream: TextIO | None = None) -> Console:
 
 
 def render(run: BenchRun, console: Console) -> None:
-    """Print the machine, a table a group, what the columns mean, and what was learned."""
+    """Print the machine, a table for each group, the meaning of the columns, and the findings."""
     for line in machine_lines(run.machine):
         console.print(Text(line))
     console.print(Text(_circumstances(run)))
@@ -63,7 +63,7 @@ def render(run: BenchRun, console: Console) -> None:
 
 
 def machine_lines(machine: Machine) -> list[str]:
-    """The machine, for people."""
+    """Describe the machine in four lines."""
     thp = ", ".join(f"{name}={value or 'absent'}" for name, value in machine.thp.items())
     pools = ", ".join(f"{pages} x {format_size(int(size))}" for size, pages in machine.hugetlb_pages.items()) or "none"
     cpus = f"{machine.cpus} CPU{'s' if machine.cpus > 1 else ''}"
@@ -119,7 +119,7 @@ def _table(group: Group, results: list[CellResult], beside: Mapping[Cell, Ratios
 
 
 def _remarks(results: list[CellResult]) -> Iterator[str]:
-    """Why cells have no figures, and what else was noted; cells with the same remark on one line."""
+    """Yield the reasons of cells without figures and the notes of others; cells with the same remark share a line."""
     remarks: dict[str, list[str]] = {}
     for result in results:
         if result.reason is not None:
@@ -136,7 +136,7 @@ def _legend(run: BenchRun) -> Iterator[str]:
     of_sizes = " and ".join(f"{size // MIB} MiB" for size in sorted(sizes))
     yield (
         f"/write: the best time over that of writing each page by hand. publ.: the same ratio in the figures published in"
-        f" 2021 for {of_sizes} (commit 4ca9b3859dac); empty: a row of ours. /publ.: the first over the second."
+        f" 2021 for {of_sizes} (commit 4ca9b3859dac); empty: not published. /publ.: the first over the second."
     )
     doubtful = sum(bool(result.statistics and result.statistics.doubts) for result in run.results)
     if doubtful:

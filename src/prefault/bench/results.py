@@ -13,11 +13,11 @@ DOUBTFUL_SPREAD = 0.10
 """A standard deviation of more than this part of the mean makes a figure doubtful (as for pyperf)."""
 
 DOUBTFUL_MEDIAN = 1.2
-"""So does a median of more than this times the best."""
+"""A median of more than this times the best makes a figure doubtful."""
 
 
 class Status(enum.StrEnum):
-    """What became of a cell."""
+    """The outcome of a cell."""
 
     MEASURED = "measured"
     UNAVAILABLE = "unavailable"
@@ -27,7 +27,7 @@ class Status(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CellResult:
-    """What was measured in a cell.
+    """The times of one cell.
 
     Attributes:
         cell: which.
@@ -45,7 +45,7 @@ class CellResult:
 
     @property
     def statistics(self) -> Statistics | None:
-        """None without a value, and for a failed cell: what it did before it failed is not what was asked for."""
+        """The statistics of the times; None without a time, and for a failed cell: its times are incomplete."""
         if not self.values_ns or self.status is Status.FAILED:
             return None
         return Statistics.of(self.values_ns)
@@ -56,7 +56,7 @@ class Statistics:
     """The statistics of the repetitions of one cell.
 
     Attributes:
-        repetitions: how many.
+        repetitions: the number of repetitions.
         best_ns: the shortest, which is what was published.
         median_ns, mean_ns, worst_ns: over all.
         stdev_ns: the sample standard deviation; None of a single value.
@@ -71,7 +71,7 @@ class Statistics:
 
     @classmethod
     def of(cls, values_ns: tuple[int, ...]) -> Statistics:
-        """The statistics of at least one value."""
+        """Compute the statistics of at least one value."""
         return cls(
             repetitions=len(values_ns),
             best_ns=min(values_ns),
@@ -111,7 +111,7 @@ class BenchRun:
         repeats: that were asked for in each cell.
         warmed_up_bytes: of memory that were populated and freed before the first cell; 0 if it came to no measurement.
         interrupted: whether it was stopped before its end.
-        results: one a cell, in the order of the grid.
+        results: one per cell, in the order of the grid.
     """
 
     machine: Machine

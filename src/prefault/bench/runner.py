@@ -19,7 +19,7 @@ from prefault.bench.results import BenchRun, CellResult, Status
 from prefault.bench.stopping import StopRequest
 from prefault.sizes import GIB
 
-# How long a worker may be silent: a repetition takes a second for each GiB, and ten where the host has to find memory.
+# The time for an answer of a worker: a repetition takes a second per GiB, and ten where the host has to find memory.
 _LIMIT_SECONDS = 60.0
 _LIMIT_SECONDS_PER_GIB = 60.0
 
@@ -35,14 +35,14 @@ class WarmedUp:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A cell is next."""
+    """A cell begins."""
 
     cell: Cell
 
 
 @dataclass(frozen=True, slots=True)
 class Repeated:
-    """One repetition of the cell is over."""
+    """One repetition of the cell ended."""
 
     cell: Cell
     value_ns: int
@@ -50,7 +50,7 @@ class Repeated:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A cell has its result. One for every cell of the grid."""
+    """A cell has its result. There is one event for every cell of the grid."""
 
     result: CellResult
 
@@ -61,11 +61,10 @@ Event: TypeAlias = WarmedUp | Started | Repeated | Finished
 def run(
     cells: Sequence[Cell], *, repeats: int, places: Places, stop: StopRequest | None = None
 ) -> Generator[Event, None, None]:
-    """Measure the cells in worker processes, and say what happens.
+    """Measure the cells in worker processes and yield events.
 
-    Cells in huge pages come last, so that the memory of the pool is there for the others. Close the generator, or exhaust
-    it: it sets up the hugetlb pool, and puts it back. After ``stop`` was requested the cells that are left are finished at
-    once, as stopped.
+    Cells in huge pages come last, so that the others can use the memory of the pool. Close the generator, or exhaust it: it
+    grows the hugetlb pool and restores it. After ``stop`` was requested the remaining cells finish at once, as stopped.
     """
     ordinary = [cell for cell in cells if not pool_pages(cell)]
     huge = [cell for cell in cells if pool_pages(cell)]
@@ -111,7 +110,7 @@ def measure_all(
 
 
 class _Session:
-    """Cells that run under the same circumstances, one worker after another."""
+    """Cells that share a pool and a hugetlbfs, run by one worker after another."""
 
     def __init__(self, repeats: int, places: Places, pool: Pool, mounted: Hugetlbfs, stop: StopRequest | None) -> None:
         self._repeats = repeats
@@ -152,7 +151,7 @@ class _Session:
         except (WorkerError, StoppedError):
             self._worker = None
         except CellFailedError:
-            return  # the cells will say why
+            return  # the cells fail as well, and their results say why
         else:
             yield WarmedUp(size_bytes)
 
@@ -189,7 +188,7 @@ class _Session:
         return obstacle(cell, self._places, self._pool, self._mounted)
 
     def _ready_worker(self) -> Worker:
-        if self._worker is not None and not self._worker.alive:  # killed while it had nothing to do
+        if self._worker is not None and not self._worker.alive:  # killed while it was idle
             self._worker.kill()
             self._worker = None
         if self._worker is None:

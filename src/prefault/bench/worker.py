@@ -1,7 +1,7 @@
-"""The worker: a process that measures cells, and that may be killed in the middle of one.
+"""The worker: a process that measures cells, and may be killed in the middle of one.
 
-A system call over 4 GiB can be stopped by nothing but a fatal signal, and a by-hand cell whose memory runs out ends in a
-SIGBUS. Both may happen here and nowhere else. One JSON object a line, requests on stdin and answers on stdout:
+Only a fatal signal stops a system call over 4 GiB, and a by-hand cell whose memory runs out ends in a SIGBUS. Both may
+happen in this process and in no other. Requests come on stdin and answers go to stdout, one JSON object per line:
 
     {"do": "measure", "cell": {...}, "repeats": 3, "places": {...}}    {"ns": 1234, "note": null} for each repetition
     {"do": "warm_up", "bytes": 1234, "hugetlb": false}                 nothing
@@ -29,7 +29,7 @@ from prefault.bench.measure import measure, warm_up
 
 
 def serve(requests: BinaryIO, answers: FileIO) -> None:
-    """Answer requests until there are no more, or nobody to answer to."""
+    """Answer requests until stdin ends or the parent closes its end of stdout."""
     with contextlib.suppress(BrokenPipeError):
         for line in iter(requests.readline, b""):
             _serve_one(json.loads(line), requests, answers)
@@ -56,10 +56,10 @@ def _serve_one(request: dict[str, Any], requests: BinaryIO, answers: FileIO) -> 
 
 @contextlib.contextmanager
 def _dying_with_parent(requests: BinaryIO) -> Iterator[None]:
-    """Ask for a SIGIO, which is fatal, when the parent's end of the pipe goes away. Also inside a long system call.
+    """Have a SIGIO, which is fatal, end this process when the parent closes the pipe, even inside a long system call.
 
-    Between requests it is off: there the next line would be such an event too. A parent that dies before this is switched
-    on is noticed when the first answer cannot be written.
+    The signal is off between requests, where the next line would raise it too. A parent that died before it was switched on
+    is noticed when the first answer cannot be written.
     """
     fd = requests.fileno()
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -72,11 +72,11 @@ def _dying_with_parent(requests: BinaryIO) -> Iterator[None]:
 
 
 def _prepare() -> None:
-    # Ctrl-C at the terminal reaches the whole foreground group: the parent decides.
+    # Ctrl-C at the terminal reaches the whole foreground group: only the parent acts on it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # nobody wants a dump of 4 GiB of zeros
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a dump of 4 GiB of zeros helps no user
     with contextlib.suppress(OSError):
-        # If memory runs out after all, the kernel should choose us and not somebody's work.
+        # If memory runs out after all, the kernel should kill the worker and not another program.
         Path("/proc/self/oom_score_adj").write_text("1000")
     gc.disable()
 

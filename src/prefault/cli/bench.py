@@ -1,4 +1,4 @@
-"""``prefault bench``."""
+"""``prefault bench``: measure how fast this machine populates memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _sizes(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]
 
 
 def _one_of(valid: Iterable[str]) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], tuple[str, ...]]:
-    """A check of a filter; names are compared without regard to case."""
+    """Return a callback that checks the values of a filter, without regard to case."""
     names = {name.lower(): name for name in valid}
 
     def check(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -49,15 +49,15 @@ def _one_of(valid: Iterable[str]) -> Callable[[click.Context, click.Parameter, t
 
 
 @click.group(invoke_without_command=True)
-@click.option("--quick", is_flag=True, help="256 MiB, three repetitions, the rows that matter: some seconds.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Keep the run in FILE.")
-@click.option("--size", multiple=True, callback=_sizes, help="Of the mapping; repeatable. [2 MiB and 4 GiB, quick: 256 MiB]")
+@click.option("--quick", is_flag=True, help="Measure the main rows only, with 256 MiB and three repetitions: some seconds.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Save the run in FILE.")
+@click.option("--size", multiple=True, callback=_sizes, help="Mapping size; repeatable. [2 MiB and 4 GiB, quick: 256 MiB]")
 @click.option("--repeats", type=click.IntRange(1, 1000), help="Repetitions of each cell. [10, quick: 3]")
-@click.option("--method", multiple=True, callback=_one_of(grid.METHODS), help="Only this method; repeatable.")
-@click.option("--backing", multiple=True, callback=_one_of(KINDS), help="Only this backing; repeatable.")
-@click.option("--sharing", multiple=True, callback=_one_of(("private", "shared")), help="Only private, or only shared.")
+@click.option("--method", multiple=True, callback=_one_of(grid.METHODS), help="Measure only this method; repeatable.")
+@click.option("--backing", multiple=True, callback=_one_of(KINDS), help="Measure only this backing; repeatable.")
+@click.option("--sharing", multiple=True, callback=_one_of(("private", "shared")), help="Measure only these mappings.")
 @click.option(
-    "--file-directory", type=click.Path(), metavar="DIR", help='Where the "file" rows make their file; must be on a disk.'
+    "--file-directory", type=click.Path(), metavar="DIR", help='Directory for files of the "file" rows; must be on a disk.'
 )
 @click.option("--list", "list_cells", is_flag=True, help="List the cells and measure nothing.")
 @click.pass_context
@@ -81,7 +81,7 @@ def bench(
         return
     cells = grid.select(_grid(quick, size), methods=method, backings=backing, sharings=sharing)
     if not cells:
-        raise click.UsageError("the filters leave no cell: prefault bench --list shows what there is")
+        raise click.UsageError("the filters leave no cell: prefault bench --list shows all cells")
     if list_cells:
         for cell in cells:
             click.echo(str(cell))

@@ -1,4 +1,4 @@
-"""``prefault bench device``."""
+"""``prefault bench device``: measure routes to populated device memory."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ def _bytes(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="64 MiB only, frames ready: some seconds.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Keep the run in FILE.")
-@click.option("--size", multiple=True, callback=_bytes, help="Of the area; repeatable. [64 MiB and 1 GiB]")
-@click.option("--page-size", multiple=True, callback=_bytes, help="Of the device; repeatable. [4 KiB and 2 MiB]")
-@click.option("--frames", multiple=True, type=click.Choice(get_args(Frames)), help="Supplied before, or on the way. [both]")
+@click.option("--quick", is_flag=True, help="Measure 64 MiB with ready frames only: some seconds.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Save the run in FILE.")
+@click.option("--size", multiple=True, callback=_bytes, help="Size of the area; repeatable. [64 MiB and 1 GiB]")
+@click.option("--page-size", multiple=True, callback=_bytes, help="Page size of the device; repeatable. [4 KiB and 2 MiB]")
+@click.option(
+    "--frames", multiple=True, type=click.Choice(get_args(Frames)), help="Supplied before, or during, a run. [both]"
+)
 @click.option("--repeats", type=click.IntRange(1, 1000), default=_REPEATS, show_default=True, help="Repetitions.")
-@click.option("--colocate", is_flag=True, help="Client and server share a CPU: the shortest way to answer a fault.")
+@click.option("--colocate", is_flag=True, help="Run client and server on one CPU: the lowest fault latency.")
 @click.pass_context
 def device(
     context: click.Context,
@@ -53,8 +55,8 @@ def device(
 ) -> None:
     """Compare five routes to populated device memory, on one device.
 
-    Touching page by page; mapping and then a second call; one call that does both; populating later; and the kernel's own
-    MADV_POPULATE_READ.
+    The routes are: touch page by page; map, then populate by a second call; map and populate by one call; populate an area
+    that was mapped long before; and the kernel's own MADV_POPULATE_READ.
     """
     wanted = cells(
         size or (_SIZES[:1] if quick else _SIZES), page_size or PAGE_SIZES, frames or (FRAMES[:1] if quick else FRAMES)

@@ -20,17 +20,17 @@ def device() -> None:
 @device.command()
 @click.argument("factory", metavar="MODULE:CLASS")
 @click.option(
-    "--socket", "path", required=True, type=click.Path(readable=False), help="Where clients connect; made for you alone."
+    "--socket", "path", required=True, type=click.Path(readable=False), help="Unix socket for clients of this user."
 )
 @click.option(
     "--arg", "arguments", multiple=True, metavar="NAME=VALUE",
-    help="A keyword argument of the class. What is JSON is taken as such (4096, true, null, [1, 2]), all else as text.",
+    help="Keyword argument of the class; repeatable. A value is parsed as JSON (4096, true, [1, 2]) and else taken as text.",
 )  # fmt: skip
 def serve(factory: str, path: str, arguments: tuple[str, ...]) -> int:
     """Serve a device until SIGTERM, or Ctrl-C, to all processes of this user.
 
-    They map it with prefault.device.connect(PATH). MODULE is searched for as Python does it (PYTHONPATH). At the end clients
-    keep the pages that were supplied, and get SIGBUS for others. The exit status is 1 where the driver's process was lost.
+    Clients connect with prefault.device.connect(PATH). Python imports MODULE (PYTHONPATH). At the end clients keep the pages
+    that were supplied, and get SIGBUS for others. The exit status is 1 if the process of the driver was lost.
     """
     from prefault.device.begin import serve_in_foreground
     from prefault.device.driver import Device, Recipe
@@ -54,7 +54,7 @@ def serve(factory: str, path: str, arguments: tuple[str, ...]) -> int:
 
 
 def _remedy(factory: str, error: OSError) -> str:
-    """What to do on the command line about a device that cannot be made."""
+    """Return what to change on the command line when a device cannot be made; empty where nothing there helps."""
     from prefault.device.driver import Device
 
     module_name, _, name = factory.partition(":")
@@ -67,9 +67,9 @@ def _remedy(factory: str, error: OSError) -> str:
     if isinstance(cause, TypeError) and "argument" in str(cause):
         return ": --arg NAME=VALUE gives arguments"
     if module is None:
-        return ""  # it cannot be imported, and says why
+        return ""  # the module cannot be imported, and its error says why
     if hasattr(module, name) and not any(text in str(cause) for text in ("is not callable", "is not a prefault.device")):
-        return ""  # it makes devices, and says why not this one
+        return ""  # the factory makes devices, and its error says why not this one
     found = sorted(
         each for each, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, Device) and not inspect.isabstract(value)

@@ -1,8 +1,8 @@
-"""What this machine can do for population, what limits it, and plain advice.
+"""Examine this machine: what it can do for population, what limits it, and plain advice.
 
-:func:`examine` looks and advises. The parts can be used alone: :func:`~prefault.doctor.collect.collect` only looks,
+:func:`examine` collects a record and advises. :func:`~prefault.doctor.collect.collect` only collects.
 :func:`~prefault.doctor.advice.advise` is pure and takes any :class:`~prefault.doctor.record.Record`, also one of another
-machine or one that a test made up. Nothing is printed and nothing of the machine is changed.
+machine or of a test. :mod:`prefault.doctor.report` renders. None of them changes the machine.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ __all__ = [
 
 
 def examine() -> Report:
-    """Look at this machine and say what could be better. Sources that cannot be read are reported as unknown."""
+    """Examine this machine and advise. A source that cannot be read is reported as unknown."""
     record = collect()
     return Report(record, advise(record))
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """The report as plain dicts, lists, numbers and texts, for :func:`json.dumps`. Sizes are bytes as integers."""
+    """Convert the report to plain dicts, lists, numbers and texts, for :func:`json.dumps`. Sizes are integers in bytes."""
     record = report.record
     return {
         "schema": SCHEMA,

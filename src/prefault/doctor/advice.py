@@ -1,7 +1,7 @@
 """Plain advice: pure rules over a record.
 
-Every rule looks at the record and nothing else, so that a test can feed it any machine. The figures in the
-sentences are at the end of ``docs/doctor-json.md``. A rule whose values are unknown is silent.
+A rule reads the record and nothing else, so that a test can give it any machine. A rule whose values are unknown is silent.
+The figures in the sentences come from the end of ``docs/doctor-json.md``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _GRAVITY = {"problem": 0, "warning": 1, "tip": 2}
 
 
 def advise(record: Record) -> tuple[Advice, ...]:
-    """What could be better, the gravest first; empty where there is nothing to say. Each rule speaks at most once."""
+    """Return the advice for a record, the gravest first. Each rule gives at most one piece of advice."""
     found = [advice for rule in _RULES for advice in rule(record)]
     return tuple(sorted(found, key=lambda advice: _GRAVITY[advice.severity]))
 
@@ -263,7 +263,7 @@ def _memory_cgroup(record: Record) -> Iterator[Advice]:
 
 
 def _tightest(record: Record, name: str) -> tuple[int, int, Reading] | None:
-    """Limit, usage and source of the directory of the hierarchy that leaves the least."""
+    """Return limit, usage and reading of the cgroup directory that leaves the least; None without a limit."""
     usages = {_directory(reading): reading.value for reading in record.readings("memory_cgroup_usage")}
     found = []
     for reading in record.readings(name):

@@ -1,4 +1,4 @@
-"""Looking: every source is read on its own, and one that cannot be read is unknown, with the reason."""
+"""Collect the record: each source is read on its own, and one that cannot be read is unknown, with the reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _UNREADABLE = (OSError, ValueError, KeyError)
 
 
 def collect() -> Record:
-    """Look at this machine and at this process. Nothing is changed."""
+    """Collect the record of this machine and this process. Nothing is changed."""
     return Record(_machine(), tuple(_capabilities()), tuple(_settings()), tuple(_pools()), tuple(_limits()))
 
 
@@ -67,7 +67,7 @@ def _machine() -> Machine:
 
 
 def _fields(path: str) -> dict[str, str]:
-    """The first paragraph of a file of ``key: value`` lines; empty where it cannot be read."""
+    """Read the first paragraph of a file of ``key: value`` lines; empty where it cannot be read."""
     try:
         text = Path(path).read_text()
     except OSError:
@@ -187,7 +187,7 @@ def _memory() -> Iterator[Reading]:
 
 
 def _memory_cgroups() -> Iterator[Reading]:
-    """v2 and v1 names; what a cgroup does not have (the root of v2 has no limits) is left out."""
+    """Read limits and usage under their v2 and v1 names. A file that a cgroup lacks (the root of v2 has none) is skipped."""
     try:
         directories = cgroup.directories("memory")
     except _UNREADABLE as error:
@@ -222,9 +222,9 @@ def _rlimits() -> Iterator[Reading]:
 
 
 def _beyond_memlock(limit: int) -> int:
-    """1 where locking a page more than the limit is refused, 0 where a privilege (CAP_IPC_LOCK) lifts it.
+    """Return 1 where locking a page more than the limit is refused, 0 where a privilege (CAP_IPC_LOCK) lifts the limit.
 
-    Asked by doing: the capability counts only outside user namespaces. Nothing is populated.
+    The question is asked by doing, as the capability counts only outside user namespaces. Nothing is populated.
     """
     length = limit - limit % PAGE_SIZE + PAGE_SIZE
     address = mman.mmap(0, length, mman.PROT_NONE, mman.MAP_PRIVATE | mman.MAP_ANONYMOUS | mman.MAP_NORESERVE)
@@ -279,7 +279,7 @@ def _quota_v1(path: Path) -> float | None:
 
 
 def _userfaultfd() -> Iterator[Reading]:
-    """Who may answer page faults: /dev/userfaultfd (Linux 6.1) and the setting (5.2) that opens the system call to all."""
+    """Read who may use userfaultfd: by /dev/userfaultfd (Linux 6.1), and by the sysctl that allows all users (5.2)."""
     setting = "/proc/sys/vm/unprivileged_userfaultfd"
     yield _reading("unprivileged_userfaultfd", "flag", setting, lambda: _number(setting))
     yield _reading("userfaultfd_device", "flag", f"access({userfaultfd.DEVICE})", _may_open_userfaultfd)

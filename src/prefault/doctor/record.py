@@ -1,4 +1,4 @@
-"""What ``prefault doctor`` finds: plain values."""
+"""The findings of ``prefault doctor``: plain values."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Severity: TypeAlias = Literal["problem", "warning", "tip"]
 Unit: TypeAlias = Literal["bytes", "count", "cpus", "mode", "flag", "word"]
 
 NOT_MOUNTED = "nothing is mounted there"
-"""Why the size of ``/dev/shm`` is unknown where it does not exist as a file system of its own."""
+"""The reason for an unknown size of ``/dev/shm`` where that is not a file system of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One number or word of the machine, and where it was read.
+    """A number or word of the machine, and its source.
 
     Attributes:
         name: such as ``"mem_available"``; ``docs/doctor-json.md`` lists them. The memory and CPU cgroups' names occur once
@@ -38,7 +38,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where and when it was looked at.
+    """The machine and the time of the examination.
 
     Attributes:
         kernel: the release, as uname(2) gives it.
@@ -67,15 +67,15 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class CapabilityAnswer:
-    """One of :data:`prefault.capabilities.ALL`.
+    """The answer to one capability of :data:`prefault.capabilities.ALL`.
 
     Attributes:
         name: as in PREFAULT_WITHOUT.
         available: whether it works here.
         question: how the kernel was asked.
         since: the Linux version that first answers yes.
-        refusal: why not, in plain words; None where it is available.
-        without: what prefault does where it is missing.
+        refusal: why it is not available, in plain words; None where it is.
+        without: what prefault does without it.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Everything that was found: machine, capabilities, settings of transparent huge pages, hugetlb pools, limits."""
+    """All findings: machine, capabilities, settings of transparent huge pages, hugetlb pools, limits."""
 
     machine: Machine
     capabilities: tuple[CapabilityAnswer, ...]
@@ -123,37 +123,37 @@ class Record:
     limits: tuple[Reading, ...]
 
     def readings(self, name: str) -> tuple[Reading, ...]:
-        """The settings and limits of that name that are known."""
+        """Return the known settings and limits of that name."""
         return tuple(r for r in (*self.settings, *self.limits) if r.name == name and r.unknown is None)
 
     def number(self, name: str) -> float | None:
-        """The first such value as a number; None where it is unknown or unlimited."""
+        """Return the first value of that name as a number; None where it is unknown or unlimited."""
         value = next((reading.value for reading in self.readings(name)), None)
         return value if isinstance(value, int | float) else None
 
     def size(self, name: str) -> int | None:
-        """The first such value, of bytes or a count."""
+        """Return the first value of that name as bytes or a count; None where it is unknown or unlimited."""
         number = self.number(name)
         return None if number is None else int(number)
 
     def word(self, name: str) -> str | None:
-        """The first such value as a word; None where it is unknown."""
+        """Return the first value of that name as a word; None where it is unknown."""
         value = next((reading.value for reading in self.readings(name)), None)
         return value if isinstance(value, str) else None
 
     def lacks(self, name: str) -> CapabilityAnswer | None:
-        """The answer to a capability that is missing; None where it is there (or was not asked about)."""
+        """Return the answer to a capability that is missing; None where it is available or was not asked about."""
         return next((answer for answer in self.capabilities if answer.name == name and not answer.available), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """One thing that could be better.
+    """One piece of advice.
 
     Attributes:
         rule: the name of the rule, at most once in a report; stable, for programs.
         severity: see :data:`Severity`.
-        sentence: what is so, with the numbers.
+        sentence: the finding, with its numbers.
         remedy: a command, or a setting.
     """
 

@@ -31,7 +31,7 @@ _LABELS = {
     "memory_cgroup_usage": "memory cgroup usage",
     "rlimit_memlock": "RLIMIT_MEMLOCK",
     "rlimit_memlock_hard": "  hard limit",
-    "memlock_enforced": "  holds for us",
+    "memlock_enforced": "  is enforced",
     "rlimit_as": "RLIMIT_AS",
     "rlimit_as_hard": "  hard limit",
     "rlimit_data": "RLIMIT_DATA",
@@ -39,7 +39,7 @@ _LABELS = {
     "dev_shm_size": "/dev/shm size",
     "dev_shm_free": "/dev/shm free",
     "max_map_count": "vm.max_map_count",
-    "mappings": "our mappings",
+    "mappings": "mappings in use",
     "unprivileged_userfaultfd": "userfaultfd for all",
     "userfaultfd_device": "/dev/userfaultfd",
     "cpus_online": "CPUs online",
@@ -61,7 +61,7 @@ def show(report: Report, console: Console | None = None) -> None:
 
 
 def render(report: Report, width: int) -> Iterator[Text]:
-    """The report as lines of text of at most ``width`` columns; only commands may be longer."""
+    """Render the report as lines of at most ``width`` columns. Only commands may be longer."""
     record = report.record
     machine = record.machine
     yield Text(f"prefault {machine.prefault}, Python {machine.python}, {machine.date}")
@@ -76,13 +76,13 @@ def render(report: Report, width: int) -> Iterator[Text]:
     for pool in record.pools:
         yield Text(_pool(pool))
     if not record.pools:
-        yield Text("  no hugetlb pools to be seen")
+        yield Text("  no hugetlb pools are visible")
     yield from _title("Limits")
     for limit in _worth_showing(record.limits):
         yield from _reading(limit, width)
     yield from _title("Advice")
     if not report.advice:
-        yield Text("  nothing to say: this machine is fine as it is")
+        yield Text("  none: this machine is fine as it is")
     for advice in report.advice:
         first, *others = _wrap(f"{advice.severity}: {advice.sentence}", width - 2)
         line = Text(f"  {first}")
@@ -115,7 +115,7 @@ def _reading(reading: Reading, width: int) -> Iterator[Text]:
 
 
 def _row(head: list[tuple[str, str]], texts: list[str], width: int) -> Iterator[Text]:
-    """Columns of fixed width, and the rest wrapped in what is left of the line."""
+    """Render columns of fixed width, and texts that are wrapped in the rest of the line."""
     indent = 2 + sum(len(text) for text, _ in head)
     lines = [line for text in texts for line in _wrap(text, width - indent)]
     first = Text.assemble("  ", *head, lines[0])
@@ -139,7 +139,7 @@ def _pool(pool: Pool) -> str:
 
 
 def _worth_showing(limits: tuple[Reading, ...]) -> Iterator[Reading]:
-    """All but what says nothing: a hard limit that equals the soft one, a parent cgroup without limits."""
+    """Skip limits without information: a hard limit that equals the soft one, a parent cgroup without limits."""
     values = {limit.name: limit.value for limit in limits}
     limited = {_directory(limit) for limit in limits if limit.value is not None and not limit.name.endswith("_usage")}
     own: dict[str, str] = {}

@@ -28,7 +28,7 @@ WITHOUT = {
     "uffd_poison": "device memory is refused with DeviceError: pages that a driver cannot supply could not be reported",
     "uffd_wp_async": "dirty pages of device memory are tracked by the server: a fault for each first write",
 }
-"""By the name of the capability."""
+"""What prefault does without a capability, by its name."""
 
 MEANINGS: dict[str, dict[str | int, str]] = {
     "enabled": {
@@ -76,4 +76,4 @@ MEANINGS: dict[str, dict[str | int, str]] = {
         "always": "files in /dev/shm get huge pages",
     },
 }
-"""By the name of the setting and its value."""
+"""What a setting means for population, by its name and value."""

@@ -1,4 +1,4 @@
-"""Help for tests, ours and yours. Needs no test framework."""
+"""Tools for tests: contract checks of drivers, and missing kernel features. They need no test framework."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Checked", "ContractError", "check_device", "without"]
 
 
 def __getattr__(name: str) -> Any:
-    # Device memory needs msgspec, which users of the rest may not have.
+    # Device memory needs msgspec, which is an extra.
     if name in ("Checked", "ContractError", "check_device"):
         from prefault.testing import device
 
@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
 def without(*names: str) -> Iterator[None]:
     """Behave as on a kernel that lacks these capabilities (``"madv_populate"``, ``"pagemap_scan"``, ...).
 
-    For the whole process, all threads included. ``prefault doctor`` lists the names.
+    This holds for all threads of the process. ``prefault doctor`` lists the names.
 
     Raises:
         ValueError: there is no capability of that name.

@@ -1,4 +1,4 @@
-"""What the checks of a driver stand on: a device that is served and watched, its clients, and who is to blame for what."""
+"""The test bench of a driver: a recording device around it, client processes, and the cause of each failure."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any, Literal, TypeAlias
 
 from prefault.device.driver import Device
 from prefault.sizes import MIB, PAGE_SIZE
-from prefault.testing._crew import Client, ClientDiedError, ClientHangsError, Crew, RefusedError
-from prefault.testing._watch import FACTS, Call, Journal, Watched
+from prefault.testing._crew import ClientDiedError, ClientHangsError, ClientProcess, ClientProcesses, RefusedError
+from prefault.testing._watch import FACTS, Call, Journal, RecordingDevice
 
 AfterDiscard: TypeAlias = Literal["same", "zeros", "any"]
 
 _SAMPLE = 64
 _SAMPLE_HUGE = 6
-"""Pages that are looked at, of 4 KiB and of 2 MiB. Of a larger device: its ends, and what is between by chance."""
+"""Numbers of pages to read, of 4 KiB and of 2 MiB. Of a larger device these are its ends and a random choice between."""
 
 _RESTARTED = "another is started"
 
 HANG_S = 10.0
-"""How long the framework may take on top of the driver's own time limit."""
+"""Seconds that the framework may take on top of the driver's own time limit."""
 
 
 class ContractError(AssertionError):
@@ -39,10 +39,10 @@ class Bench:
         sample: pages that are looked at.
         passed: what was done with it so far, and it passed.
         size, pages: bytes of a page, and how many there are.
-        random: all chance comes from it.
+        random: the source of all random choices.
     """
 
-    crew: Crew
+    processes: ClientProcesses
 
     def __init__(
         self, factory: Callable[[], Device], directory: Path, seed: int, expected: Callable[[int], bytes] | None,
@@ -67,7 +67,7 @@ class Bench:
         self.pages = -(-self.device.length // self.size)
         self.sample = self._choose_sample()
 
-    # --- what is said
+    # --- failures
 
     def wrong(self, what: str) -> ContractError:
         return ContractError(f"{what} (seed {self._seed})")
@@ -92,7 +92,7 @@ class Bench:
                 other = getattr(device, name)
                 raise self.wrong(f"the factory makes devices that differ: one has {name} {value}, another {other}")
 
-    # --- the pages that are looked at
+    # --- the pages to read
 
     def _choose_sample(self) -> list[int]:
         most = _SAMPLE if self.size == PAGE_SIZE else _SAMPLE_HUGE
@@ -109,7 +109,7 @@ class Bench:
         return [page for page in self.sample if page not in self.failing]
 
     def runs(self, pages: list[int]) -> list[range]:
-        """The pages in runs, none longer than half of the capacity."""
+        """Group the pages into runs, none longer than half of the capacity."""
         most = self.pages if self.device.capacity is None else max(1, self.device.capacity // self.size // 2)
         found: list[range] = []
         for page in pages:
@@ -125,7 +125,7 @@ class Bench:
     def serving(
         self, what: str, *, delayed: bool = False, fails: tuple[int, ...] = (), kills: bool = False
     ) -> Iterator[Scene]:
-        """A fresh device on a server, watched; what the driver did is judged at the end.
+        """Serve a fresh device, record its calls, and judge at the end what the driver did.
 
         What the check provokes is not logged: a driver that passes leaves no message. ``kills``: it ends the server.
         """
@@ -135,16 +135,16 @@ class Bench:
         self._check_facts(device)
         self._served += 1
         journal = Journal(self.directory / f"journal-{self._served}")
-        watched = Watched(
+        recording = RecordingDevice(
             device, journal, seed=self._seed + self._served, delay_s=self._delay_s if delayed else 0.0, fails=fails,
             failing=self.failing,
         )  # fmt: skip
         path = str(self.directory / f"server-{self._served}")
-        scene = Scene(self.crew, journal, path, what)
+        scene = Scene(self.processes, journal, path, what)
         try:
             try:
-                with _filtered(lambda record: watched.is_news(record) and not (kills and _RESTARTED in record.getMessage())):
-                    server = serve(watched, path)
+                with _filtered(lambda log: recording.is_news(log) and not (kills and _RESTARTED in log.getMessage())):
+                    server = serve(recording, path)
             except (ValueError, TypeError) as refusal:
                 raise self.wrong(f"the device cannot be served: {refusal}") from refusal
             with server:
@@ -162,13 +162,13 @@ class Bench:
             journal.close()
 
     def _judge(self, scene: Scene, device: Device) -> None:
-        """What the driver did that it may not, or did where nothing was wrong for the clients to see."""
+        """Raise ContractError for a breach of the contract that no client could see."""
         cause = self._cause(scene, device)
         if cause:
             raise self.wrong(f"{cause}, when {scene.what}")
 
     def _cause(self, scene: Scene, device: Device) -> str:
-        """The driver's part in a failure, by its journal; empty where it has none."""
+        """Return the driver's part in a failure, by its journal; empty where it has none."""
         for complaint in scene.journal.complaints():
             return complaint
         for call in scene.journal.unfinished():
@@ -193,12 +193,12 @@ class Bench:
         return self.wrong(f"{cause}, when {scene.what}: {about}" if cause else f"when {scene.what}, {about}")
 
     def _deeper(self, scene: Scene, failure: ContractError, device: Device) -> ContractError:
-        """Wrong bytes have a cause that the journal may know."""
+        """Add the cause of wrong bytes, where the journal has one."""
         cause = self._settled_cause(scene, device)
         return self.wrong(f"{cause}, and so {str(failure).rpartition(' (seed')[0]}") if cause else failure
 
     def _settled_cause(self, scene: Scene, device: Device) -> str:
-        # The client may know of a server's death before the server's process is gone.
+        # A client may learn of the server's death before the server's process is gone.
         for _ in range(50):
             cause = self._cause(scene, device)
             if cause or not scene.journal.unfinished():
@@ -218,23 +218,23 @@ class Scene:
     """A server with clients.
 
     Attributes:
-        what: completes "when ...".
+        what: the circumstances; completes "when ...".
         killed: servers that the check ended itself.
         discarded: pages that were discarded since the device was made.
     """
 
-    def __init__(self, crew: Crew, journal: Journal, path: str, what: str) -> None:
+    def __init__(self, processes: ClientProcesses, journal: Journal, path: str, what: str) -> None:
         self.journal = journal
         self.what = what
-        self.clients: list[Client] = []
+        self.clients: list[ClientProcess] = []
         self.killed: set[int] = set()
         self.discarded: set[int] = set()
-        self._crew = crew
+        self._processes = processes
         self._path = path
 
-    def client(self, **areas: dict[str, Any]) -> Client:
-        """A client that is connected, with areas."""
-        client = self._crew.client()
+    def client(self, **areas: dict[str, Any]) -> ClientProcess:
+        """Start a client process, connect it and map its areas."""
+        client = self._processes.client()
         self.clients.append(client)
         client.ask("connect", path=self._path)
         for area, options in areas.items():
@@ -242,7 +242,7 @@ class Scene:
         return client
 
     def quiet(self) -> None:
-        """Time for a driver that writes later to do so."""
+        """Wait a moment, so that a driver that writes too late does so."""
         time.sleep(0.1)
 
 
@@ -266,7 +266,7 @@ def _alive(pid: int) -> bool:
 
 
 def _describe(found: bytes, wanted: bytes) -> str:
-    """How two contents of a page differ."""
+    """Describe how two contents of a page differ."""
     if not any(found):
         return "zeros"
     at = next(index for index in range(len(wanted)) if found[index : index + 1] != wanted[index : index + 1])

@@ -1,7 +1,7 @@
-"""Client processes that do what they are told with device memory, and may die of it.
+"""Client processes, which use device memory as they are told and may die of it.
 
-One fresh python process (the crew) forks a client for each request: a fork costs little, and has no threads of whoever
-checks. What a client must do comes as JSON; the bytes that it read go into a file.
+A fresh Python process forks a client process for each request: a fork costs little, and the fresh process has none of the
+threads of the checking process. Operations come as JSON; the bytes that a client reads go into a file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prefault.device import Area, DeviceClient
 
 _PACKET = 200_000
-"""Bytes; a request is smaller."""
+"""The receive buffer in bytes. Requests and answers are smaller."""
 
 _START_S = 60.0
 
@@ -31,7 +31,7 @@ _BOOTSTRAP = "import sys; sys.path[:0] = [sys.argv[1]]; from prefault.testing._c
 
 
 class ClientDiedError(Exception):
-    """The client's process ended. ``status``: as of :func:`os.waitstatus_to_exitcode`, negative for a signal."""
+    """The client process ended. ``status`` is that of :func:`os.waitstatus_to_exitcode`: negative for a signal."""
 
     def __init__(self, status: int) -> None:
         super().__init__(f"died of {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}")
@@ -39,15 +39,15 @@ class ClientDiedError(Exception):
 
 
 class ClientHangsError(Exception):
-    """No answer in time. The process has been killed."""
+    """The client process gave no answer in time, and was killed."""
 
 
 class RefusedError(Exception):
-    """What was asked for raised an exception in the client.
+    """The operation raised an exception in the client process.
 
     Attributes:
-        kinds: the names of its class and of the classes that it is derived from.
-        text: what it says.
+        kinds: the names of its class and of its base classes.
+        text: its message.
     """
 
     def __init__(self, kinds: list[str], text: str) -> None:
@@ -56,13 +56,13 @@ class RefusedError(Exception):
         self.text = text
 
 
-class Crew:
-    """The process that forks clients; its ``with`` ends all of them."""
+class ClientProcesses:
+    """The process that forks client processes. Leaving the ``with`` ends all of them."""
 
     def __init__(self, directory: Path, patience_s: float) -> None:
         self._directory = directory
         self._patience_s = patience_s
-        self._clients: list[Client] = []
+        self._clients: list[ClientProcess] = []
         self._number = 0
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         import prefault
@@ -79,27 +79,27 @@ class Crew:
         self._socket = ours
         self._socket.settimeout(_START_S)
 
-    def client(self) -> Client:
-        """A new client process."""
+    def client(self) -> ClientProcess:
+        """Fork a client process."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             socket.send_fds(self._socket, [b"fork"], [theirs.fileno()])
         answer = self._socket.recv(_PACKET)
         if not answer:
             ours.close()
-            raise RuntimeError("the process that makes clients has ended")
+            raise RuntimeError("the process that forks client processes has ended")
         self._number += 1
-        client = Client(self, int(answer), ours, self._directory / f"client-{self._number}", self._patience_s)
+        client = ClientProcess(self, int(answer), ours, self._directory / f"client-{self._number}", self._patience_s)
         self._clients.append(client)
         return client
 
     def wait(self, pid: int) -> int:
-        """The exit status of a client that has ended, or is about to."""
+        """Wait until a client process has ended, and return its exit status."""
         self._socket.send(b"wait %d" % pid)
         return int(self._socket.recv(_PACKET))
 
     def close(self) -> None:
-        """End all clients, and the process that forked them."""
+        """End all client processes, and the process that forked them."""
         for client in self._clients:
             client.close()
         self._socket.close()
@@ -109,25 +109,27 @@ class Crew:
             self._process.kill()
             self._process.wait()
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> ClientProcesses:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-class Client:
-    """A client process, seen from the process that checks."""
+class ClientProcess:
+    """The checking process' handle of a client process."""
 
-    def __init__(self, crew: Crew, pid: int, connection: socket.socket, pages: Path, patience_s: float) -> None:
+    def __init__(
+        self, processes: ClientProcesses, pid: int, connection: socket.socket, pages: Path, patience_s: float
+    ) -> None:
         self.pid = pid
-        self._crew = crew
+        self._processes = processes
         self._socket: socket.socket | None = connection
         self._pages = pages
         self._patience_s = patience_s
 
     def start(self, operation: str, **arguments: Any) -> None:
-        """Ask, without waiting for the answer."""
+        """Send an operation without waiting for the answer."""
         assert self._socket is not None
         try:
             self._socket.send(json.dumps([operation, arguments]).encode())
@@ -135,10 +137,10 @@ class Client:
             self._died()
 
     def finish(self) -> Any:
-        """The answer.
+        """Wait for the answer to :meth:`start` and return it.
 
         Raises:
-            ClientDiedError, ClientHangsError, RefusedError: there is none, or it is an exception.
+            ClientDiedError, ClientHangsError, RefusedError: there is no answer, or it is an exception.
         """
         assert self._socket is not None
         ready, _, _ = select.select([self._socket], [], [], self._patience_s)
@@ -158,7 +160,7 @@ class Client:
         return answer
 
     def ask(self, operation: str, **arguments: Any) -> Any:
-        """:meth:`start` and :meth:`finish`."""
+        """Send an operation and wait for its answer: :meth:`start` and :meth:`finish`."""
         self.start(operation, **arguments)
         return self.finish()
 
@@ -169,7 +171,7 @@ class Client:
         return {page: text[index * page_size : (index + 1) * page_size] for index, page in enumerate(pages)}
 
     def read(self, area: str, run: range, page_size: int) -> dict[int, bytes]:
-        """Read pages that follow each other by ``Area.read``, which touches nothing that is not there."""
+        """Read consecutive pages by ``Area.read``, which touches no page that is not present."""
         self.ask("read", area=area, first=run.start, pages=len(run), out=str(self._pages))
         text = self._pages.read_bytes()
         return {page: text[index * page_size :][:page_size].ljust(page_size, b"\0") for index, page in enumerate(run)}
@@ -181,10 +183,10 @@ class Client:
         assert self._socket is not None
         self._socket.close()
         self._socket = None
-        return self._crew.wait(self.pid)
+        return self._processes.wait(self.pid)
 
     def close(self) -> None:
-        """End it, in the ordinary way where it still can. A second call does nothing."""
+        """Ask the client process to leave, and wait for its end. A second call does nothing."""
         if self._socket is None:
             return
         try:
@@ -198,32 +200,32 @@ class Client:
 
 
 def main(fd: int) -> None:
-    """The crew: forks clients until its socket closes, and then kills those that are left."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever checks gets it as well, and ends us
-    import numpy  # here, and not in every client
+    """Fork client processes until the socket closes, and then kill those that are left."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the checking process gets it as well, and ends this one
+    import numpy  # once, and not in every client process
 
     from prefault.device import connect
 
     del numpy, connect
-    crew = socket.socket(fileno=fd)
+    parent = socket.socket(fileno=fd)
     running: set[int] = set()
     while True:
-        request, descriptors, _, _ = socket.recv_fds(crew, _PACKET, 1)
+        request, descriptors, _, _ = socket.recv_fds(parent, _PACKET, 1)
         if not request:
             break
         if request == b"fork":
             pid = os.fork()
             if pid == 0:
-                crew.close()
+                parent.close()
                 _be_client(socket.socket(fileno=descriptors[0]))
             os.close(descriptors[0])
             running.add(pid)
-            crew.send(b"%d" % pid)
+            parent.send(b"%d" % pid)
         else:
             pid = int(request.split()[1])
             _, status = os.waitpid(pid, 0)
             running.discard(pid)
-            crew.send(b"%d" % os.waitstatus_to_exitcode(status))
+            parent.send(b"%d" % os.waitstatus_to_exitcode(status))
     for pid in running:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -248,12 +250,12 @@ def _be_client(connection: socket.socket) -> NoReturn:
                 break
         status = 0
     finally:
-        # Not sys.exit: this is a fork in the middle of the crew's loop.
+        # Not sys.exit: this is a fork in the middle of the loop of main().
         os._exit(status)
 
 
 class _State:
-    """What a client has: a connection, and areas by name."""
+    """The state of a client process: a connection, and areas by name."""
 
     def __init__(self) -> None:
         self._client: DeviceClient | None = None
@@ -285,7 +287,7 @@ class _State:
             for index, number in enumerate(pages):
                 here = memory[(number - first) * size : (number - first + 1) * size]
                 page[len(here) :] = 0  # the last page of the device may be mapped only in part
-                # Not slicing by memoryview: this copies without the GIL, so that other threads of ours may fault as well.
+                # numpy copies without the GIL, and a memoryview does not: other threads may then fault as well.
                 numpy.copyto(page[: len(here)], here)
                 if fd >= 0:
                     os.pwrite(fd, page.data, index * size)
@@ -320,7 +322,7 @@ class _State:
         lock(self._areas[area])
 
     def do_protect(self, area: str) -> None:
-        """Take all access away, and ask for it again together with the pages."""
+        """Remove all access, and ask for it again together with the pages."""
         mapped = self._areas[area]
         mapped.protect("none")
         mapped.protect("read", populate=True)
@@ -339,7 +341,7 @@ class _State:
         self._areas.pop(area).close()
 
     def do_together(self, threads: list[list[tuple[str, dict[str, Any]]]]) -> None:
-        """Each list of operations in a thread of its own; the first exception is the answer."""
+        """Run each list of operations in a thread of its own; raise the first exception."""
         failed: list[BaseException] = []
 
         def work(operations: list[tuple[str, dict[str, Any]]]) -> None:

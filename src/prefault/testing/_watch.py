@@ -1,6 +1,6 @@
-"""A driver's watcher: a device around the device, which writes down what the driver does and delays it by chance.
+"""The recording device: a device around a driver, which records the driver's calls and delays them at random.
 
-It runs in the server. The journal is a file to which each process appends: it outlives the server, whatever ends that.
+It runs in the server. The journal is a file that each process appends to: it outlives the server, however that ends.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _COPIED = (*FACTS, "timeout_s", "restartable")
 
 
 class Call(NamedTuple):
-    """A call of the driver, as the journal has it. ``pages``: first and stop. ``began``: CLOCK_MONOTONIC, in seconds."""
+    """A recorded call of the driver. ``pages``: first and stop. ``began``: CLOCK_MONOTONIC, in seconds."""
 
     pid: int
     kind: str
@@ -42,14 +42,14 @@ class Call(NamedTuple):
 
 
 class Raised(NamedTuple):
-    """An exception that came out of the driver."""
+    """An exception that the driver raised."""
 
     call: Call
     what: str
 
 
 class Journal:
-    """What a driver did, in all its processes."""
+    """The record of a driver's calls in all its processes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -57,7 +57,7 @@ class Journal:
         self._pid = os.getpid()
 
     def _write(self, *entry: Any) -> None:
-        if self._pid != os.getpid():  # a server may close what it has not opened itself
+        if self._pid != os.getpid():  # a server may close descriptors that it has not opened itself
             self._fd = os.open(self._path, os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC)
             self._pid = os.getpid()
         os.write(self._fd, json.dumps(entry).encode() + b"\n")
@@ -78,16 +78,16 @@ class Journal:
         return found
 
     def complaints(self) -> list[str]:
-        """What the driver did that no driver may."""
+        """Return the breaches of the contract that the recording device saw."""
         return [entry[1] for entry in self._entries() if entry[0] == "complaint"]
 
     def raised(self) -> list[Raised]:
-        """The exceptions that the driver raised."""
+        """Return the exceptions that the driver raised."""
         calls = self.calls()
         return [Raised(calls[entry[1], entry[2]], entry[3]) for entry in self._entries() if entry[0] == "end" and entry[3]]
 
     def unfinished(self) -> list[Call]:
-        """Calls that began and did not end."""
+        """Return the calls that began and did not end."""
         calls = self.calls()
         for entry in self._entries():
             if entry[0] == "end":
@@ -106,15 +106,15 @@ class Journal:
 
 
 class InjectedError(Exception):
-    """Raised by the watcher in the driver's place."""
+    """Raised by the recording device in the driver's place."""
 
 
-class _WatchedArea(DeviceArea):
-    """A driver's area, with an eye on which frames it asks for, and when."""
+class _RecordingArea(DeviceArea):
+    """The area that the driver gets: it records which frames the driver takes, and when."""
 
-    def __init__(self, area: DeviceArea, watcher: Watched) -> None:
+    def __init__(self, area: DeviceArea, recorder: RecordingDevice) -> None:
         self._area = area
-        self._watcher = watcher
+        self._recorder = recorder
         self.offset = area.offset
         self.length = area.length
         self.access = area.access
@@ -126,10 +126,10 @@ class _WatchedArea(DeviceArea):
         return self._area.pages
 
     def frame(self, page: int) -> memoryview:
-        return self._watcher.lend(range(page, page + 1), self._area.frame)
+        return self._recorder.lend(range(page, page + 1), self._area.frame)
 
     def frames(self, pages: range) -> memoryview:
-        return self._watcher.lend(pages, lambda _: self._area.frames(pages))
+        return self._recorder.lend(pages, lambda _: self._area.frames(pages))
 
     def ready(self, pages: range) -> list[range]:
         return self._area.ready(pages)
@@ -138,14 +138,14 @@ class _WatchedArea(DeviceArea):
         return self._area.evict(pages, save)
 
 
-class Watched(Device):
-    """A device that does what ``inner`` does.
+class RecordingDevice(Device):
+    """A device that passes every call to ``inner``, and records it.
 
     Args:
         inner: the driver.
-        journal: where it is written down.
-        seed: of the delays.
-        delay_s: the longest delay, in seconds; 0: none.
+        journal: takes the records.
+        seed: the seed of the delays.
+        delay_s: the longest delay in seconds; 0: none.
         fails: pages that raise :class:`InjectedError` instead of asking the driver.
         failing: pages of which it is known that the driver cannot supply them.
     """
@@ -165,23 +165,23 @@ class Watched(Device):
         self._number = 0
         self._lent: dict[int, list[weakref.ref[Any]]] = {}
         self._supplying: dict[int, range] = {}
-        self._areas: dict[int, tuple[DeviceArea, _WatchedArea]] = {}
+        self._areas: dict[int, tuple[DeviceArea, _RecordingArea]] = {}
         for name in _COPIED:
             setattr(self, name, getattr(inner, name))
 
     # --- what the framework calls
 
     def open(self, area: DeviceArea) -> None:
-        watched = _WatchedArea(area, self)
-        self._areas[id(area)] = (area, watched)  # the area is kept, so that no other has its id
+        recording = _RecordingArea(area, self)
+        self._areas[id(area)] = (area, recording)  # the reference keeps another area from getting this id
         with self._call("open", area.pages):
-            self._inner.open(watched)
+            self._inner.open(recording)
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
         pages = range(page, page + 1)
         self._inject(pages)
         with self._call("fault", pages, supplies=True):
-            supplied: object = self._inner.fault(self._watched(area), page, access)
+            supplied: object = self._inner.fault(self._recording(area), page, access)
             if supplied is not None and supplied is not ZERO:
                 self._journal.complain(f"fault(page {page}) returned {supplied!r}, and is to return None or ZERO")
         return None if supplied is None else ZERO
@@ -189,26 +189,26 @@ class Watched(Device):
     def populate(self, area: DeviceArea, pages: range, access: Access) -> None:
         self._inject(pages)
         with self._call("populate", pages, supplies=True):
-            self._inner.populate(self._watched(area), pages, access)
+            self._inner.populate(self._recording(area), pages, access)
 
     def discard(self, area: DeviceArea, pages: range) -> None:
         with self._call("discard", pages):
-            self._inner.discard(self._watched(area), pages)
+            self._inner.discard(self._recording(area), pages)
 
     def reclaim(self, area: DeviceArea, pages: int) -> None:
         with self._call("reclaim", range(0)):
-            self._inner.reclaim(self._watched(area), pages)
+            self._inner.reclaim(self._recording(area), pages)
 
     def close(self, area: DeviceArea) -> None:
         with self._call("close", area.pages):
-            self._inner.close(self._watched(area))
+            self._inner.close(self._recording(area))
         self._areas.pop(id(area), None)
 
-    # --- what it watches
+    # --- recording
 
-    def _watched(self, area: DeviceArea) -> _WatchedArea:
+    def _recording(self, area: DeviceArea) -> _RecordingArea:
         found = self._areas.get(id(area))
-        return found[1] if found is not None else _WatchedArea(area, self)
+        return found[1] if found is not None else _RecordingArea(area, self)
 
     def _inject(self, pages: range) -> None:
         for page in self._fails:
@@ -246,7 +246,7 @@ class Watched(Device):
                 self._provoked.add(f"{type(error).__name__}: {error}")
             raise
         else:
-            # An exception's traceback may still hold on to views: only what returned is looked at.
+            # An exception's traceback may still hold views: only calls that returned are checked.
             self._check_lent(number, kind, pages)
             self._journal.end(number)
         finally:
@@ -255,7 +255,7 @@ class Watched(Device):
                 self._lent.pop(number, None)
 
     def lend(self, pages: range, get: Callable[[int], memoryview]) -> memoryview:
-        """A view of frames for the driver, of which we know when it is gone."""
+        """Return a view of frames whose lifetime is recorded."""
         import numpy
 
         with self._lock:
@@ -273,7 +273,7 @@ class Watched(Device):
             what = f"while it was asked to supply {asked}" if asked else "while it was not asked to supply any"
             self._journal.complain(f"the driver took the frame of {_name(pages)} {what}")
             return get(pages.start)
-        # Slices of a memoryview keep what is under it, here an array, which can be referred to weakly.
+        # Slices of a memoryview keep the object under it alive: here an array, which takes weak references.
         array = numpy.frombuffer(get(pages.start), numpy.uint8)
         with self._lock:
             self._lent.setdefault(number, []).append(weakref.ref(array))
@@ -286,7 +286,7 @@ class Watched(Device):
         with self._lock:
             lent = self._lent.get(number, [])
         if any(reference() is not None for reference in lent):
-            gc.collect()  # a circle is no intention to keep it
+            gc.collect()  # a reference cycle is no intention to keep the view
             if any(reference() is not None for reference in lent):
                 self._journal.complain(f"the driver keeps a view of the frame after {kind} of {_name(pages)} returned")
 

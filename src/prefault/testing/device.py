@@ -1,4 +1,4 @@
-"""The contract of a driver, checked on the driver itself, whatever it supplies. See :func:`check_device`."""
+"""Check the contract of a driver on the driver itself. See :func:`check_device`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from prefault.device.driver import Device, Recipe
 from prefault.sizes import PAGE_SIZE
 from prefault.testing._bench import HANG_S, AfterDiscard, Bench, ContractError, Scene
-from prefault.testing._crew import Client, ClientDiedError, ClientHangsError, Crew, RefusedError
+from prefault.testing._crew import ClientDiedError, ClientHangsError, ClientProcess, ClientProcesses, RefusedError
 from prefault.testing._watch import InjectedError, Journal
 
 __all__ = ["AfterDiscard", "Checked", "ContractError", "check_device"]
@@ -58,19 +58,19 @@ def check_device(
 
     Args:
         factory: makes a device; called many times. Each must hold the same bytes at first, whatever was done to others.
-        seed: of all chance.
-        expected: ``expected(page)``: the bytes of a page at first. None: those that come when it is touched.
-        failing: pages that the driver cannot supply, as it should be: touching them is SIGBUS, populating them DriverError.
-        after_discard: what a page holds after it was discarded: the ``"same"`` as at first, ``"zeros"``, or ``"any"`` thing.
-        delay_s: how long each call is delayed at most, in seconds.
-        patience_s: how long an answer may take, in seconds. None: what ``timeout_s`` of the device allows for a few calls.
+        seed: the seed of all random choices.
+        expected: ``expected(page)`` returns the bytes of a page at first. None: the bytes of the first touch.
+        failing: pages that the driver rightly cannot supply: touching one is SIGBUS, populating one is DriverError.
+        after_discard: the bytes of a page after a discard: the ``"same"`` as at first, ``"zeros"``, or ``"any"`` bytes.
+        delay_s: the longest delay of a call, in seconds.
+        patience_s: the longest time for an answer, in seconds. None: the time of a few calls by the device's ``timeout_s``.
 
     Returns:
         What was checked: print it to see that. The errors that the check itself provokes are not logged.
 
     Raises:
-        ContractError: what is wrong.
-        DeviceError: device memory cannot be had on this machine at all.
+        ContractError: the driver breaks the contract; the message says how.
+        DeviceError: this machine does not support device memory.
     """
     directory = Path(tempfile.mkdtemp(prefix="prefault-check-"))
     try:
@@ -84,7 +84,7 @@ def check_device(
 class _Check(Bench):
     def run(self) -> None:
         patience = self.patience_s if self.patience_s is not None else 2 * self.device.timeout_s + HANG_S
-        with Crew(self.directory, patience) as self.crew:
+        with ClientProcesses(self.directory, patience) as self.processes:
             self._check_touch()
             self._check_edges()
             if self.device.populates:
@@ -148,7 +148,7 @@ class _Check(Bench):
                 client.ask("populate", area="area", first=run.start, pages=len(run))
                 found = client.touch("area", list(run), self.size)
                 self.compare(scene, found, self.at_first, "once it is populated, unlike when it is touched")
-                client.ask("populate", area="area", first=run.start, pages=len(run))  # of what is there already
+                client.ask("populate", area="area", first=run.start, pages=len(run))  # of pages that are present already
             self._must_be_quiet(scene)
             scene.quiet()
             again = client.touch("area", self.good(), self.size)
@@ -171,7 +171,7 @@ class _Check(Bench):
                 self.compare(scene, found, self.at_first, "by Area.read, unlike when it is touched")
 
     def _check_routes(self) -> None:
-        """Locking and changing the protection ask for pages as well (requirement C3): the same bytes, and no faults."""
+        """Check that locking and changing the protection populate as well (requirement C3): equal bytes, and no faults."""
         run = self.random.choice(self.runs(self.good()))[: 4 if self.size == PAGE_SIZE else 1]
         offset = run.start * self.size
         length = min(len(run) * self.size, self.device.length - offset)
@@ -184,7 +184,7 @@ class _Check(Bench):
                 except RefusedError as refused:
                     if route != "lock" or "HeadroomError" not in refused.kinds:
                         raise
-                    continue  # RLIMIT_MEMLOCK is none of the driver's business
+                    continue  # RLIMIT_MEMLOCK stopped it, and not the driver
                 found = client.touch("part", list(run), self.size)
                 self.compare(scene, found, self.at_first, f"once it is populated by {route}, unlike when it is touched")
                 self._must_be_quiet(scene)
@@ -199,7 +199,7 @@ class _Check(Bench):
             client = scene.client(area={})
             self._must_refuse(client, "NoPopulateError", area="area", first=self.good()[0], pages=1)
 
-    def _must_refuse(self, client: Client, kind: str, **what: Any) -> str:
+    def _must_refuse(self, client: ClientProcess, kind: str, **what: Any) -> str:
         pages = f"page {what['first']}" if what["pages"] == 1 else f"pages {what['first']} and {what['pages'] - 1} more"
         try:
             client.ask("populate", **what)
@@ -217,7 +217,7 @@ class _Check(Bench):
             self._check_fails(self.random.choice(good), injected=True)
 
     def _check_fails(self, page: int, *, injected: bool) -> None:
-        """A page that cannot be supplied harms nobody but who asks for it."""
+        """Check that a page that cannot be supplied fails only the clients that ask for it."""
         what = f"page {page} fails for the sake of the check" if injected else f"page {page} is touched, which fails"
         with self.serving(what, fails=(page,) if injected else ()) as scene:
             near = [near for near in (page - 1, page + 1) if near in self.at_first and near != page]
@@ -254,12 +254,12 @@ class _Check(Bench):
                     self._discard(client, scene, part)
                     self._compare_anew(scene, client, run, populate=False)
 
-    def _discard(self, client: Client, scene: Scene, run: range) -> None:
+    def _discard(self, client: ClientProcess, scene: Scene, run: range) -> None:
         client.ask("discard", area="area", first=run.start, pages=len(run))
-        # A last page that is the device's only in part stays: discarding rounds inward, as always.
+        # A last page that belongs to the device only in part stays: discarding rounds inward.
         scene.discarded.update(page for page in run if (page + 1) * self.size <= self.device.length)
 
-    def _compare_anew(self, scene: Scene, client: Client, run: range, *, populate: bool) -> None:
+    def _compare_anew(self, scene: Scene, client: ClientProcess, run: range, *, populate: bool) -> None:
         if populate:
             client.ask("populate", area="area", first=run.start, pages=len(run))
         found = client.touch("area", list(run), self.size)
@@ -272,7 +272,7 @@ class _Check(Bench):
         self.compare(scene, found, wanted, f"{how}, and not what it is to hold then")
 
     def _check_disorder(self) -> None:
-        """Several processes with several threads and areas each, any order and size, and calls that take their time."""
+        """Check several processes with several threads and areas each, random orders and sizes, and delayed calls."""
         with self.serving("several processes and threads use it at once and its calls are delayed", delayed=True) as scene:
             clients = [scene.client(area={}) for _ in range(3)]
             good = self.good()
@@ -329,7 +329,7 @@ class _Check(Bench):
             self.compare(scene, client.touch("area", [page], self.size), self.at_first, "after an attempt to write")
 
     def _check_writes(self) -> None:
-        """What is written stays, wherever the page goes in between, until it is discarded."""
+        """Check that written bytes stay until they are discarded, wherever the page goes in between."""
         with self.serving("clients write", delayed=True) as scene:
             one, two = scene.client(area={"access": "write"}), scene.client(area={"access": "write"})
             good = self.good()
@@ -342,7 +342,7 @@ class _Check(Bench):
                     inside = self.device.length - page * self.size
                 now[page] = bytes([byte]) * inside + bytes(self.size - inside)
             for client in (one, two, one):
-                if self.device.populates:  # which takes more than a page at once from whoever has too many
+                if self.device.populates:  # which takes more than a page at once from a client over its capacity
                     run = self.random.choice(self.runs(good))
                     client.ask("populate", area="area", first=run.start, pages=len(run))
                 order = self.random.sample(good, len(good))
@@ -374,7 +374,7 @@ class _Check(Bench):
 
         path = str(self.directory / "server-recipe")
         journal = Journal(self.directory / "journal-recipe")
-        scene = Scene(self.crew, journal, path, "it is made by its recipe")
+        scene = Scene(self.processes, journal, path, "it is made by its recipe")
         try:
             with serve(recipe, path):
                 client = scene.client(area={})

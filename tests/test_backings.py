@@ -202,6 +202,21 @@ def test_an_empty_file(tmp_path: Path) -> None:
         Mapping(backing=File(tmp_path / "empty"))
 
 
+@pytest.mark.parametrize("path", ["/proc/version", "/proc/self/maps"])
+def test_a_file_that_the_kernel_makes_up(path: str) -> None:
+    with pytest.raises(MappingError, match="has no length: the kernel makes its content up when it is read") as caught:
+        Mapping(backing=File(path), writable=False)
+    assert "truncate" not in str(caught.value)
+
+
+def test_a_file_system_that_maps_nothing() -> None:
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not path.exists():
+        needs.missing("no transparent huge pages in /sys")
+    with pytest.raises(MappingError, match="the file system of the file does not map files; read it instead"):
+        Mapping(backing=File(path), writable=False)
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(
         MappingError, match=r"missing cannot be opened to read and write it: No such file .*ENOENT"

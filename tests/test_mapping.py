@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import mmap
 import os
+import re
 import resource
 import weakref
 from collections.abc import Callable
@@ -436,7 +438,7 @@ def test_mmap_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, 
     # The second call is the one into the address range that the first has reserved.
     monkeypatch.setattr(mman, "mmap", _FailingMmap(nth))
     before, descriptors = _mapped_bytes(), oracle.descriptors()
-    with pytest.raises(MappingError, match=r"1\.0 GiB cannot be mapped: .*vm\.max_map_count.*\[ENOMEM") as caught:
+    with pytest.raises(MappingError, match=r"1\.0 GiB cannot be mapped: .*no limit .* says why \[ENOMEM") as caught:
         Mapping("1 GiB", backing=_backing(name, tmp_path))
     assert isinstance(caught.value.__cause__, OSError)
     assert _mapped_bytes() - before < 1 << 30
@@ -520,8 +522,10 @@ def test_a_limit_on_the_address_space() -> None:
     def limited() -> str:
         resource.setrlimit(resource.RLIMIT_AS, (_mapped_bytes() + (64 << 20),) * 2)
         before = _mapped_bytes(), len(os.listdir("/proc/self/fd"))
-        with pytest.raises(MappingError, match="RLIMIT_AS") as caught:
-            Mapping("1 GiB", backing="memfd")
+        with pytest.raises(
+            MappingError, match=r"takes 1\.0 GiB, and RLIMIT_AS leaves 6[34]\.\d MiB of .*ulimit -v"
+        ) as caught:
+            Mapping("1 GiB", backing="memfd", align=PAGE_SIZE)
         assert caught.value.errno == errno.ENOMEM
         assert _mapped_bytes() - before[0] < 16 << 20
         assert len(os.listdir("/proc/self/fd")) == before[1]
@@ -529,6 +533,46 @@ def test_a_limit_on_the_address_space() -> None:
         return "survived"
 
     assert in_child(limited) == "survived"
+
+
+def test_a_limit_on_data() -> None:
+    def limited() -> str:
+        resource.setrlimit(resource.RLIMIT_DATA, (64 << 20, 64 << 20))
+        Mapping("1 GiB", writable=False).close()
+        with pytest.raises(MappingError, match=r"takes 1\.0 GiB, and RLIMIT_DATA leaves .* of 64\.0 MiB: .*ulimit -d"):
+            Mapping("1 GiB")
+        return "refused"
+
+    assert in_child(limited) == "refused"
+
+
+def test_a_limit_that_is_not_reached_is_not_named() -> None:
+    def limited() -> str:
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 50, 1 << 50))
+        with pytest.raises(MappingError) as caught:
+            Mapping(1 << 48)
+        return str(caught.value)
+
+    text = in_child(limited)
+    assert re.search(r"256\.0 TiB are needed in one piece, and the largest gap .* is \d+\.\d TiB", text)
+    assert "RLIMIT" not in text
+
+
+def test_the_number_of_mappings() -> None:
+    most = int(Path("/proc/sys/vm/max_map_count").read_text())
+    if most > 200_000:
+        pytest.skip(f"vm.max_map_count is {most}: it takes too long to reach it")
+
+    def limited() -> str:
+        flags = mman.MAP_PRIVATE | mman.MAP_ANONYMOUS
+        with contextlib.suppress(OSError):  # ENOMEM
+            for number in range(2 * most):  # neighbours of unlike protection stay apart
+                mman.mmap(0, PAGE_SIZE, mman.PROT_READ if number % 2 else mman.PROT_NONE, flags)
+        with pytest.raises(MappingError) as caught:
+            Mapping(PAGE_SIZE, backing="memfd")
+        return str(caught.value)
+
+    assert f"vm.max_map_count allows {most}" in in_child(limited)
 
 
 @pytest.mark.parametrize("option", [{"huge": "x"}, {"align": 5}, {"backing": "x"}, {"length": -1}, {"length": 0}])

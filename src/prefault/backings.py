@@ -8,7 +8,8 @@ import os
 import stat
 from typing import NamedTuple, TypeAlias
 
-from prefault._kernel import hugetlb, mman
+from prefault._kernel import hugetlb, mman, proc
+from prefault._kernel._call import explain
 from prefault._kernel.memfd import MFD_CLOEXEC, MFD_HUGETLB, huge_page_flag, memfd_create
 from prefault.errors import HugePagesError, MappingError
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size, parse_size
@@ -67,7 +68,7 @@ class Memfd(NamedTuple):
         try:
             fd = memfd_create(self.name, flags)
         except OSError as error:
-            raise MappingError(error.errno, f"memfd_create failed: {error.strerror}") from error
+            raise MappingError(error.errno, f"memfd_create failed: {explain(error.errno or 0)}") from error
         return _sized(fd, size, page_size)
 
 
@@ -88,7 +89,9 @@ class TemporaryFile(NamedTuple):
             # Not O_TMPFILE: hugetlbfs and some network file systems do not have it.
             fd, path = tempfile.mkstemp(prefix="prefault-", dir=os.fsdecode(self.directory))
         except OSError as error:
-            raise MappingError(error.errno, f"no file can be made in {self.directory}: {error.strerror}") from error
+            raise MappingError(
+                error.errno, f"no file can be made in {self.directory}: {explain(error.errno or 0)}"
+            ) from error
         try:
             os.unlink(path)
             page_size = os.fstatvfs(fd).f_bsize if _is_hugetlbfs(fd) else PAGE_SIZE
@@ -122,7 +125,7 @@ class File(NamedTuple):
             raise
         except OSError as error:
             wish = "read and write it" if writable else "read it"
-            raise MappingError(error.errno, f"{path} cannot be opened to {wish}: {error.strerror}") from error
+            raise MappingError(error.errno, f"{path} cannot be opened to {wish}: {explain(error.errno or 0)}") from error
         return _existing(fd, str(path), offset, length)
 
 
@@ -147,7 +150,9 @@ class Descriptor(NamedTuple):
         try:
             fd = fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0)
         except (OSError, OverflowError, ValueError) as error:
-            raise MappingError(errno.EBADF, f"descriptor {self.fd} is not open, or none can be added") from error
+            if isinstance(error, OSError) and error.errno == errno.EMFILE:
+                raise MappingError(errno.EMFILE, f"descriptor {self.fd} cannot be kept: {explain(errno.EMFILE)}") from error
+            raise MappingError(errno.EBADF, f"descriptor {self.fd} is not open") from error
         name = f"descriptor {self.fd}"
         mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
         if not stat.S_ISREG(os.fstat(fd).st_mode) or mode == os.O_WRONLY or (writable and mode != os.O_RDWR):
@@ -224,7 +229,12 @@ def _existing(fd: int, name: str, offset: int, length: int | None) -> Opened:
     available = os.fstat(fd).st_size - offset
     wanted = available if length is None else length
     if available <= 0 or wanted > available or offset % page_size:
+        made_up = available + offset == 0 and _is_made_up(fd)
         os.close(fd)
+        if made_up:
+            raise MappingError(
+                errno.ENODEV, f"{name} has no length: the kernel makes its content up when it is read; read it, then copy it"
+            )
         if available > 0 and offset % page_size:
             raise MappingError(errno.EINVAL, f"offset {offset} is not a multiple of the {page_size}-byte page")
         raise MappingError(
@@ -242,6 +252,15 @@ def _round_up(size: int, page_size: int) -> int:
 def _is_hugetlbfs(fd: int) -> bool:
     # os.fstatvfs has no f_type. Of all file systems only hugetlbfs has blocks of a huge page.
     return os.fstatvfs(fd).f_bsize in hugetlb.page_sizes()
+
+
+def _is_made_up(fd: int) -> bool:
+    """Return whether the file lies on a file system without storage, such as proc: no file there can become longer."""
+    device = os.fstat(fd).st_dev
+    return any(mount.device == device and mount.filesystem in _MADE_UP for mount in proc.read_mounts())
+
+
+_MADE_UP = ("proc", "sysfs", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "configfs", "bpf", "pstore")
 
 
 def _file_kind(path: str) -> str:

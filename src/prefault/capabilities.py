@@ -124,8 +124,8 @@ def _page(flags: int = 0) -> Iterator[int]:
 
 
 @contextmanager
-def _opened(path: str, flags: int = os.O_RDONLY) -> Iterator[int]:
-    fd = os.open(path, flags | os.O_CLOEXEC)
+def _opened(path: str) -> Iterator[int]:
+    fd = proc.open_proc(path)
     try:
         yield fd
     finally:

@@ -16,6 +16,7 @@ from prefault._kernel import hugetlb, mman, thp
 from prefault.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Opened, parse_backing
 from prefault.errors import HugePagesError, MappingError
 from prefault.memory import Borrowed, Hold, MemoryOwner
+from prefault.mmap_refusal import why_no_room
 from prefault.ranges import PageRange
 from prefault.sizes import MAX_SIZE, MIB, PAGE_SIZE, Size, format_size, parse_size
 
@@ -254,7 +255,8 @@ class OwnedMemory:
         try:
             self.address = _map_aligned(length, prot, flags, fd, opened.offset, align, opened.page_size)
         except OSError as error:
-            raise _explain(error, length, opened, noreserve) from error
+            data = not shared and bool(prot & mman.PROT_WRITE)
+            raise _explain(error, length, opened, align, data=data, noreserve=noreserve) from error
         self.mapped = length
         self.file_offset = opened.offset
         if huge != "auto" and opened.page_size == PAGE_SIZE:
@@ -377,20 +379,20 @@ def _map_aligned(length: int, prot: int, flags: int, fd: int, offset: int, align
     raise OSError(errno.EAGAIN, "other threads took every free place first")
 
 
-def _explain(error: OSError, length: int, opened: Opened, noreserve: bool) -> MappingError:
+def _explain(error: OSError, length: int, opened: Opened, align: int, *, data: bool, noreserve: bool) -> MappingError:
     what = f"{format_size(length)} cannot be mapped"
-    if opened.page_size > PAGE_SIZE and error.errno == errno.ENOMEM:
+    if error.errno == errno.ENOMEM and opened.page_size > PAGE_SIZE and not noreserve:
         pool = hugetlb.read_pool(opened.page_size)
-        return HugePagesError(
-            error.errno,
-            f"{what}: it takes {length // opened.page_size} huge pages of {format_size(opened.page_size)}, and"
-            f" {pool.available} of {pool.total} are free and not reserved (write a larger number to {pool.setting},"
-            " or map with noreserve=True and populate what there is)",
-        )
+        if pool.available < length // opened.page_size:
+            return HugePagesError(
+                error.errno,
+                f"{what}: it takes {length // opened.page_size} huge pages of {format_size(opened.page_size)}, and"
+                f" {pool.available} of {pool.total} are free and not reserved (write a larger number to {pool.setting},"
+                " or map with noreserve=True and populate what there is)",
+            )
     if error.errno == errno.ENOMEM:
-        return MappingError(
-            error.errno,
-            f"{what}: beyond the address space (128 TiB on x86-64, or RLIMIT_AS), the limit of mappings (vm.max_map_count)"
-            f" or what overcommit allows (vm.overcommit_memory{'' if noreserve else '; noreserve=True may help'})",
-        )
+        room = length if align <= opened.page_size else length + align
+        return MappingError(error.errno, f"{what}: {why_no_room(length, room, data=data, noreserve=noreserve)}")
+    if error.errno == errno.ENODEV:
+        return MappingError(error.errno, f"{what}: the file system of the file does not map files; read it instead")
     return MappingError(error.errno or 0, f"{what}: {error.strerror}")

@@ -230,7 +230,7 @@ def file_descriptor(vma: Vma) -> int | None:
     Borrowed: never to be closed or kept. No new descriptor is opened, because closing *any* descriptor of a file drops the
     POSIX locks that this process holds on it (fcntl(2)), a database's for example.
     """
-    for fd in _descriptors():
+    for fd in proc.own_descriptors():
         try:
             status = os.fstat(fd)
             if (status.st_dev, status.st_ino) == (vma.device, vma.inode) and _is_read_write(fd):
@@ -241,23 +241,28 @@ def file_descriptor(vma: Vma) -> int | None:
     return None
 
 
-def file_size(vma: Vma) -> int | None:
-    """The size of the file behind ``vma`` in bytes; None where it cannot be found out."""
-    for fd in _descriptors():
-        with contextlib.suppress(OSError):
+def any_descriptor(vma: Vma) -> int | None:
+    """Return a descriptor of ours on the file of ``vma``, however it was opened, or None. Borrowed: never to be closed."""
+    for fd in proc.own_descriptors():
+        with contextlib.suppress(OSError):  # closed by another thread since they were listed
             status = os.fstat(fd)
             if (status.st_dev, status.st_ino) == (vma.device, vma.inode):
-                return status.st_size
+                return fd
+    return None
+
+
+def file_size(vma: Vma) -> int | None:
+    """The size of the file behind ``vma`` in bytes; None where it cannot be found out."""
+    fd = any_descriptor(vma)
+    if fd is not None:
+        with contextlib.suppress(OSError):
+            return os.fstat(fd).st_size
     for path in (vma.name, f"/proc/self/map_files/{vma.start:x}-{vma.stop:x}"):
         with contextlib.suppress(OSError):
             status = os.stat(path)
             if (status.st_dev, status.st_ino) == (vma.device, vma.inode):
                 return status.st_size
     return None
-
-
-def _descriptors() -> list[int]:
-    return sorted(int(name) for name in os.listdir("/proc/self/fd"))
 
 
 def _is_read_write(fd: int) -> bool:

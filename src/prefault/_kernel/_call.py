@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import resource
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -49,10 +51,21 @@ def declare_syscall(number: int, *arguments: Any) -> Callable[..., int]:
     return lambda *values: function(number, *values)
 
 
+def explain(number: int) -> str:
+    """Return what errno ``number`` means and, where descriptors ran out, what to do."""
+    text = os.strerror(number)
+    if number == errno.EMFILE:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"{text}: RLIMIT_NOFILE allows this process {limit} descriptors; close some, or raise it (ulimit -n)"
+    if number == errno.ENFILE:
+        return f"{text}: the whole system has as many as fs.file-max allows; close some, or raise it (sysctl)"
+    return text
+
+
 def fail(call: str) -> NoReturn:
     """Raise OSError with errno for the system call named ``call``."""
     number = ctypes.get_errno()
-    raise OSError(number, f"{call}: {os.strerror(number)}")
+    raise OSError(number, f"{call}: {explain(number)}")
 
 
 MACHINE = os.uname().machine

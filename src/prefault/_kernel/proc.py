@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from prefault._kernel._call import explain
 
 PROCMAP_QUERY = 0xC0686611
 PROCMAP_QUERY_VMA_READABLE = 0x01
@@ -78,8 +81,37 @@ def read_smaps(pid: int | str = "self") -> Iterator[MapsLine]:
     return _parse(_read(f"/proc/{pid}/smaps"))
 
 
+def open_proc(path: str) -> int:
+    """Open a file of /proc for reading.
+
+    Raises:
+        OSError: its message says what to do where descriptors ran out or /proc is not mounted.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def own_descriptors() -> list[int]:
+    """Return the numbers of the open descriptors of this process, ascending. Errors are those of :func:`open_proc`."""
+    try:
+        return sorted(map(int, os.listdir("/proc/self/fd")))
+    except OSError as error:
+        raise _refusal("/proc/self/fd", error) from error
+
+
+def _refusal(path: str, error: OSError) -> OSError:
+    number = error.errno or 0
+    if number == errno.ENOENT and not os.path.isdir("/proc/self"):
+        what = "no /proc is mounted there, and only /proc tells what is mapped where; mount it (mount -t proc proc /proc)"
+    else:
+        what = explain(number)
+    return OSError(number, f"{path} cannot be opened: {what}")
+
+
 def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
+    with open(open_proc(path), "rb") as file:
         return file.read()
 
 
@@ -145,6 +177,12 @@ def read_mounts() -> list[Mount]:
 def _unescape(path: str) -> str:
     """Undo mountinfo's octal escapes of space, tab, newline and backslash."""
     return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), path)
+
+
+def read_status() -> dict[str, int]:
+    """Return the sizes in ``/proc/self/status``, such as ``VmSize``, in bytes."""
+    lines = _read("/proc/self/status").decode(errors="replace").splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
 
 
 def read_meminfo() -> dict[str, int]:

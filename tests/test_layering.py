@@ -28,8 +28,10 @@ _RANKS = {
     "prefault.capabilities": 3,
     "prefault.selffile": 3,
     "prefault.cpus": 3,
+    "prefault.dlpack": 3,
     "prefault.sockets": 3,
     "prefault.memory": 4,
+    "prefault.mmap_refusal": 4,
     "prefault.vma": 4,
     "prefault.backings": 4,
     "prefault.mapping": 5,
@@ -62,6 +64,7 @@ _RANKS = {
 # of the kernel.
 _CTYPES = {
     "prefault.capabilities": "hands structures to ioctls in order to ask",
+    "prefault.dlpack": "reads the structure in which tensor libraries say where their memory is",
     "prefault.mapping": "lends our memory out by the buffer protocol",
     "prefault.memory": "asks the buffer protocol for addresses, which Python code cannot",
     "prefault.methods": "hands vectors to process_vm_readv",

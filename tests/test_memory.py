@@ -6,6 +6,7 @@ import array
 import ctypes
 import gc
 import mmap
+import struct
 import sys
 import tempfile
 from collections.abc import Callable
@@ -306,6 +307,140 @@ def test_tensors() -> None:
     assert sys.getrefcount(owner) == before
     with pytest.raises(BufferError, match="device memory"):
         borrow(_TensorOnAGraphicsCard(owner))
+
+
+class _Forged:
+    """A tensor whose DLPack structure this test writes, as a library in C does: of any type, version and device."""
+
+    def __init__(self, owner: bytearray, *, bits: int, shape: list[int], strides: list[int] | None = None,
+                 name: bytes = b"dltensor_versioned", lanes: int = 1, flags: int = 0, major: int = 1, device: int = 1,
+                 byte_offset: int = 0, null: bool = False) -> None:  # fmt: skip
+        self.owner = owner
+        self._device = device
+        self._shape = (ctypes.c_int64 * len(shape))(*shape)
+        self._strides = None if strides is None else (ctypes.c_int64 * len(shape))(*strides)
+        address = 0 if null else ctypes.addressof(ctypes.c_char.from_buffer(owner))
+        tensor = struct.pack(
+            "=QiiiBBHQQQ", address, device, 0, len(shape), 4, bits, lanes, ctypes.addressof(self._shape),
+            0 if self._strides is None else ctypes.addressof(self._strides), byte_offset,
+        )  # fmt: skip
+        head = struct.pack("=IIQQQ", major, 0, 0, 0, flags) if name == b"dltensor_versioned" else b""
+        self._block = ctypes.create_string_buffer(head + tensor)
+        self._name = name
+
+    def __dlpack__(self, *, max_version: tuple[int, int] | None = None) -> Any:
+        make = ctypes.pythonapi.PyCapsule_New
+        make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        return make(ctypes.addressof(self._block), self._name, None)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0  # the structure may say otherwise
+
+
+def test_tensors_of_types_that_numpy_does_not_know() -> None:
+    owner = bytearray(8192)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(owner))
+    for bits in (8, 16, 32, 64, 128):  # 4 is the code of bfloat16; float8 and others have codes beyond
+        assert _borrowed(_Forged(owner, bits=bits, shape=[8, 4])) == (address, 4 * bits, False, True)
+    assert _borrowed(_Forged(owner, bits=4, lanes=2, shape=[100])) == (address, 100, False, True)
+    assert _borrowed(_Forged(owner, bits=16, shape=[8, 4], strides=[4, 1], byte_offset=64))[:2] == (address + 64, 64)
+    assert _borrowed(_Forged(owner, bits=16, shape=[8, 4], strides=[8, 1]))[1:] == (7 * 16 + 8, False, False)
+    assert _borrowed(_Forged(owner, bits=16, shape=[8], strides=[-1], byte_offset=14)) == (address, 16, False, True)
+    assert _borrowed(_Forged(owner, bits=16, shape=[])) == (address, 2, False, True)
+    assert _borrowed(_Forged(owner, bits=16, shape=[0, 5], null=True))[1] == 0
+    assert _borrowed(_Forged(owner, bits=16, shape=[8], flags=1))[2] is True
+    assert _borrowed(_Forged(owner, bits=16, shape=[8], name=b"dltensor"))[2] is True  # it cannot say that it may be written
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"bits": 4}, BufferError, "the items of the _Forged are 4 bits: only whole bytes have addresses"),
+        ({"major": 2}, BufferError, "exports version 2 of DLPack"),
+        ({"device": 2}, BufferError, r"lies in the memory of another device \(DLPack type 2\)"),
+        ({"null": True}, TypeError, "gives no address"),
+        ({"name": b"used_dltensor"}, TypeError, "returns PyCapsule, which is not a new DLPack capsule"),
+    ],
+)
+def test_tensors_that_cannot_be_borrowed(changes: dict[str, Any], kind: type[Exception], message: str) -> None:
+    tensor = _Forged(bytearray(8192), **{"bits": 16, "shape": [8], **changes})
+    with pytest.raises(kind, match=message):
+        borrow(tensor)
+
+
+class _Bad:
+    """A ``__dlpack__`` that raises or returns what it was told to."""
+
+    def __init__(self, answer: Any, device: Any = (1, 0)) -> None:
+        self._answer, self._device = answer, device
+
+    def __dlpack__(self, **_: Any) -> Any:
+        if isinstance(self._answer, BaseException):
+            raise self._answer
+        return self._answer
+
+    def __dlpack_device__(self) -> Any:
+        return self._device
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind", "message"),
+    [
+        (_Bad(RuntimeError("broken")), TypeError, "its __dlpack__ raises RuntimeError: broken"),
+        (_Bad(MemoryError()), TypeError, "its __dlpack__ raises MemoryError$"),
+        (_Bad(BufferError("not contiguous")), BufferError, "does not lend its memory: not contiguous"),
+        (_Bad(None), TypeError, "the __dlpack__ of _Bad returns NoneType, which is not a new DLPack capsule"),
+        (_Bad(b"garbage"), TypeError, "returns bytes, which is not"),
+        (_Bad(None, "cpu"), TypeError, "cannot be asked for its memory"),
+        (_Bad(None, (2, 0)), BufferError, "lies in the memory of another device"),
+    ],
+)
+def test_a_bad_dlpack(bad: _Bad, kind: type[Exception], message: str) -> None:
+    for call in (borrow, prefault.populate):
+        with pytest.raises(kind, match=message):
+            call(bad)
+
+
+class _Parameter(_Tensor):
+    """PyTorch exports no tensor with a gradient."""
+
+    requires_grad = True
+
+    def __dlpack__(self, **_: Any) -> Any:
+        raise BufferError("Can't export tensors that require gradient, use tensor.detach()")
+
+    def detach(self) -> _Tensor:
+        return _Tensor(self.owner)
+
+
+def test_a_parameter() -> None:
+    owner = numpy.zeros((300, 40))
+    assert _borrowed(_Parameter(owner))[:2] == _extent(owner)
+
+
+def test_tensors_of_pytorch() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (it is too large for the test requirements)")
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool):
+        tensor = torch.empty(1 << 20, dtype=dtype)
+        assert _borrowed(tensor) == (tensor.data_ptr(), tensor.numel() * tensor.element_size(), False, True)
+        prefault.populate(tensor)
+        assert prefault.residency(tensor).present_bytes == prefault.residency(tensor).range.length
+    parameter = torch.nn.Parameter(torch.empty(1 << 20, dtype=torch.bfloat16))
+    assert _borrowed(parameter)[:2] == (parameter.data_ptr(), 2 << 20)
+    assert parameter.requires_grad
+    assert _borrowed(torch.empty(100, 100)[::2, 3:])[1:] == (4 * (49 * 200 + 97), False, False)
+    with pytest.raises(TypeError, match="meta"):
+        borrow(torch.empty(3, device="meta"))
+    with pytest.raises(BufferError, match="does not lend its memory"):
+        borrow(torch.eye(3).to_sparse())
+
+
+def test_arrays_of_ml_dtypes() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
+    for dtype in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn):
+        array = numpy.zeros((300, 40), dtype)
+        assert _borrowed(array)[:2] == _extent(array)
+        prefault.populate(array)
 
 
 # --- what is no memory

@@ -266,11 +266,13 @@ def borrow(buffer: Any) -> Borrowed:
     Args:
         buffer: a :class:`~prefault.Mapping`; anything with the buffer protocol (ndarray, mmap, memoryview, bytearray,
             array.array, Arrow buffers, ctypes objects; read-only ones too); ``SharedMemory``; anything with
-            ``__array_interface__`` or, on the CPU, ``__dlpack__`` (tensors). A tensor whose library exports DLPack without
-            a version counts as read-only, as numpy has it: populate it with ``access="write"``.
+            ``__array_interface__`` or, on the CPU, ``__dlpack__`` (tensors of every item type; a Parameter too). A tensor
+            whose library exports DLPack without a version counts as read-only, as numpy has it: populate it with
+            ``access="write"``.
 
     Raises:
-        TypeError: none of these.
+        TypeError: none of these, or an object that fails to say where its memory is.
+        BufferError: a tensor in the memory of another device, or one that its library does not lend.
         ValueError: a closed mapping or a released memoryview.
     """
     if isinstance(buffer, MemoryOwner):
@@ -320,10 +322,7 @@ def _borrow_otherwise(buffer: Any) -> Borrowed:
     if isinstance(interface, dict):
         return _borrow_array_interface(buffer, interface)
     if hasattr(buffer, "__dlpack__"):
-        import numpy
-
-        # Shares the memory (no copy) or raises; tensors of other devices than the CPU raise.
-        return borrow(numpy.from_dlpack(buffer))
+        return _borrow_tensor(buffer)
     if isinstance(buffer, str | os.PathLike):
         raise TypeError(
             f"{buffer!r} is a path, not memory: map it first, with prefault.Mapping(backing=prefault.File(path))"
@@ -334,6 +333,23 @@ def _borrow_otherwise(buffer: Any) -> Borrowed:
         f"{type(buffer).__name__} has no memory to work on: give a buffer (ndarray, mmap, memoryview, bytearray, ...),"
         " a SharedMemory, a prefault.Mapping, or an object with __array_interface__"
     )
+
+
+def _borrow_tensor(buffer: Any) -> Borrowed:
+    from prefault.dlpack import export
+
+    tensor = export(buffer)
+    (first, stop), dense = _extent(tensor.itemsize, tensor.shape, tensor.strides)
+    return Borrowed(
+        tensor.address + first, stop - first, readonly=tensor.readonly, contiguous=dense, hold=_Reference(tensor.capsule)
+    )
+
+
+def _extent(itemsize: int, shape: list[int], strides: list[int] | None) -> tuple[Span, bool]:
+    """As :func:`_layout`; without strides there is no gap."""
+    if strides is None:
+        return Span(0, itemsize * math.prod(shape)), True
+    return _layout(itemsize, shape, strides)
 
 
 _TYPESTR = re.compile(r"[<>|=]?(?P<letter>[a-zA-Z])(?P<size>[0-9]+)")
@@ -350,12 +366,8 @@ def _borrow_array_interface(buffer: Any, interface: dict[str, Any]) -> Borrowed:
             f"the __array_interface__ of {type(buffer).__name__} has an unknown type {interface.get('typestr')!r}"
         )
     itemsize = int(kind["size"]) * (4 if kind["letter"] == "U" else 1)  # of text it counts characters
-    shape = list(interface["shape"])
     strides = interface.get("strides")
-    if strides is None:
-        (first, stop), dense = Span(0, itemsize * math.prod(shape)), True
-    else:
-        (first, stop), dense = _layout(itemsize, shape, list(strides))
+    (first, stop), dense = _extent(itemsize, list(interface["shape"]), None if strides is None else list(strides))
     if isinstance(data, tuple):
         address, readonly = data
         return Borrowed(

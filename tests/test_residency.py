@@ -10,7 +10,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -22,6 +24,7 @@ from prefault._kernel.pagemap import PageCategory
 from prefault.residency import populated_before, residency_of
 from prefault.testing import without
 from support import needs, oracle
+from support.children import in_child
 from support.regions import READ, WRITE, Region, Span, file_of
 from support.write_tracking import tracking
 
@@ -372,6 +375,69 @@ def test_the_page_cache_of_a_file(tmp_path: Path) -> None:
         with without("cachestat"):
             assert prefault.residency(mapping).page_cache is None
         assert prefault.residency(mapping, length=0).page_cache is None
+
+
+def _cached(buffer: Any) -> int | None:
+    return prefault.residency(buffer).cached_bytes
+
+
+def _evict(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@pytest.mark.parametrize("how", ["cachestat", "mincore"])
+def test_the_page_cache_of_what_others_mapped(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 64 * PAGE_SIZE)
+    with path.open("rb") as file, ExitStack() as stack:
+        if how == "cachestat":
+            needs.capability(capabilities.CACHESTAT)
+        else:
+            stack.enter_context(without("cachestat"))
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        mapped.madvise(mmap.MADV_RANDOM)  # no fault-around, no read-ahead
+        assert _cached(mapped) == 64 * PAGE_SIZE
+        text = str(prefault.residency(mapped))
+        assert text == "256.0 KiB: 0 bytes present, 0 bytes allocated, 256.0 KiB of the file in the page cache"
+        assert _cached(memoryview(mapped)[5 * PAGE_SIZE : 8 * PAGE_SIZE]) == 3 * PAGE_SIZE
+        _evict(path)
+        assert _cached(mapped) == 0
+        assert mapped[PAGE_SIZE] == ord("x")
+        assert _cached(mapped) == PAGE_SIZE
+        private = numpy.memmap(path, "u1", mode="c")
+        # mincore takes private copies for pages of the file, so nothing is said then.
+        assert _cached(private) == (PAGE_SIZE if how == "cachestat" else None)
+
+
+def test_the_page_cache_of_another_users_file(tmp_path: Path) -> None:
+    """Of such a file mincore says that every page is there, and cachestat refuses since Linux 6.14."""
+    needs.root("become somebody else")
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 64 * PAGE_SIZE)
+    path.chmod(0o644)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        _evict(path)
+
+        def as_somebody_else() -> tuple[int | None, int | None, str]:
+            os.setegid(65534)
+            os.seteuid(65534)
+            with without("cachestat"):
+                by_mincore = _cached(mapped)
+            return by_mincore, _cached(mapped), str(prefault.residency(mapped))
+
+        by_mincore, cached, text = in_child(as_somebody_else)
+    assert by_mincore is None
+    assert cached in (0, None)
+    assert ("page cache" in text) == (cached == 0)
+
+
+def test_memory_without_a_file_has_no_page_cache() -> None:
+    for buffer in (bytearray(100_000), numpy.zeros(100_000), mmap.mmap(-1, 16 * PAGE_SIZE)):
+        assert _cached(buffer) is None
+        assert "page cache" not in str(prefault.residency(buffer))
 
 
 def test_no_page_cache_to_tell_of(hugetlb_pool: Callable[[int], None]) -> None:

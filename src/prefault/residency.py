@@ -18,14 +18,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefault import capabilities
-from prefault._kernel import mman, pagemap
+from prefault._kernel import mman, pagemap, proc
 from prefault._kernel.cachestat import PageCache, cachestat
 from prefault._kernel.pagemap import PageCategory
 from prefault.memory import Borrowed, borrow
 from prefault.ranges import PageRange, RangeSet
 from prefault.selffile import SelfFile
 from prefault.sizes import GIB, MIB, PAGE_SIZE, Size, format_size
-from prefault.vma import vmas
+from prefault.vma import Backing, Vma, any_descriptor, vmas
 
 if TYPE_CHECKING:
     import numpy
@@ -69,6 +69,8 @@ class Residency:
         unknown: the states that this source cannot tell for this memory, each with the reason.
         page_cache: pages of the file behind it in the page cache (in base pages), where the memory is a Mapping with a
             file and the kernel has cachestat (Linux 6.5); else None.
+        cached_bytes: bytes of the files behind it that are in the page cache, mapped here or not; None where there is no
+            file, or the kernel does not tell this process.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Residency:
         self.source = source
         self.unknown = unknown
         self.page_cache = page_cache
+        self.cached_bytes = None if page_cache is None else page_cache.cached * PAGE_SIZE
 
     def bytes_in(self, state: PageState) -> int:
         """Bytes of the pages that have every flag of ``state``. ValueError where the source cannot tell."""
@@ -133,6 +136,8 @@ class Residency:
         ):  # fmt: skip
             if count or (count == 0 and name == "allocated"):
                 parts.append(f"{format_size(count)} {name}")
+        if self.cached_bytes is not None:
+            parts.append(f"{format_size(self.cached_bytes)} of the file in the page cache")
         return f"{format_size(self.range.length)}: {', '.join(parts)}"
 
     def __repr__(self) -> str:
@@ -154,8 +159,10 @@ def residency(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> R
     with borrow(buffer) as memory:
         span = memory.select(offset, length)
         pages = PageRange.outward(span.start, span.stop)
-        cache = _page_cache(memory, buffer, pages)
-        return residency_of(pages, cache)
+        found = residency_of(pages, _page_cache(memory, buffer, pages))
+        if found.page_cache is None and memory.supplier is None:
+            found.cached_bytes = _cached_bytes(pages)
+        return found
 
 
 def _page_cache(memory: Borrowed, buffer: Any, pages: PageRange) -> PageCache | None:
@@ -165,6 +172,36 @@ def _page_cache(memory: Borrowed, buffer: Any, pages: PageRange) -> PageCache | 
         return cachestat(memory.fd, buffer.file_offset + pages.start - memory.address, pages.length)
     except OSError:  # hugetlbfs has none, and a file that we may not write tells nothing
         return None
+
+
+def _cached_bytes(pages: PageRange) -> int | None:
+    """Return how much of the files behind ``pages`` is in the page cache; None without a file, or where none tells."""
+    known = [
+        _cached_part(vma, pages & PageRange(vma.start, vma.stop))
+        for vma in vmas(pages.start, pages.stop)
+        if vma.inode and vma.backing in (Backing.FILE, Backing.TMPFS, Backing.MEMFD)
+    ]
+    told = [count for count in known if count is not None]
+    return sum(told) if told else None
+
+
+def _cached_part(vma: Vma, pages: PageRange) -> int | None:
+    fd = any_descriptor(vma) if capabilities.CACHESTAT.available else None
+    if fd is not None:
+        with contextlib.suppress(OSError):  # EPERM: the file is another user's; EBADF: closed by another thread
+            return cachestat(fd, vma.file_offset + pages.start - vma.start, pages.length).cached * PAGE_SIZE
+    # mincore counts private copies as well. Of a file that is another user's it says that all pages are there (since 5.2).
+    if (vma.shared or not vma.writable) and _is_ours(vma):
+        return resident(pages).length
+    return None
+
+
+def _is_ours(vma: Vma) -> bool:
+    """Return whether the kernel tells this process of the page cache of the file (can_do_mincore, mm/mincore.c)."""
+    try:
+        return os.geteuid() in (0, os.stat(vma.name).st_uid) or os.access(vma.name, os.W_OK, effective_ids=True)
+    except OSError:
+        return False
 
 
 # --- PAGEMAP_SCAN ------------------------------------------------------------------------------------------------------
@@ -315,7 +352,7 @@ def resident(pages: PageRange) -> RangeSet:
 def mapped_by_others(pages: PageRange) -> RangeSet:
     """The pages that this process maps, and somebody else too (or this process twice); none where nobody can tell."""
     try:
-        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        fd = proc.open_proc("/proc/self/pagemap")
     except OSError:
         return RangeSet()
     try:
@@ -390,7 +427,7 @@ def _state_of(categories: int) -> PageState:
 def _from_pagemap(pages: PageRange, cache: PageCache | None) -> Residency:
     import numpy
 
-    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    fd = proc.open_proc("/proc/self/pagemap")
     runs: list[Run] = []
     try:
         for part in pages.chunks(256 * MIB):

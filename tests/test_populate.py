@@ -12,9 +12,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -99,6 +101,34 @@ def test_pages_of_the_file_are_work_for_writing_in_a_private_mapping(tmp_path: P
         assert result.bytes == 16 * PAGE_SIZE
         assert not any(oracle.file_pages(address(private), 16 * PAGE_SIZE))
         assert private.memoryview() == path.read_bytes()
+
+
+_LEFT = "copy-on-write pages stay the file's: pass access='write' to copy them into memory of their own now"
+
+
+@pytest.mark.parametrize("place", ["disk", "tmpfs"])
+def test_a_private_mapping_of_a_file_is_not_copied_unasked(tmp_path: Path, place: str) -> None:
+    """As safetensors maps a model, and numpy.memmap(mode="c") a file."""
+    with ExitStack() as stack:
+        if place == "tmpfs":
+            tmp_path = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+        path = tmp_path / "model"
+        path.write_bytes(b"x" * 256 * PAGE_SIZE)
+        array = np.memmap(path, "u1", mode="c")
+        start = array.ctypes.data
+        plan = prefault.plan(array)
+        assert (plan.access, plan.notes) == ("read", (_LEFT,))
+        result = prefault.populate(array)
+        assert (result.access, result.notes) == ("read", (_LEFT,))
+        assert oracle.present_bytes(start, len(array)) == len(array)
+        assert oracle.smaps(start)["Anonymous"] == 0
+        assert prefault.populate(array, access="read").notes == ()  # as asked
+        written = prefault.populate(array, access="write")
+        assert (written.access, written.bytes, written.notes) == ("write", len(array), ())
+        assert oracle.smaps(start)["Anonymous"] == len(array)
+        assert (array == ord("x")).all()
+        readonly = np.memmap(path, "u1", mode="r")
+        assert (prefault.plan(readonly).access, prefault.plan(readonly).notes) == ("read", ())
 
 
 def test_touching_afterwards_does_not_fault(mapping: prefault.Mapping) -> None:

@@ -9,7 +9,8 @@ import resource
 from typing import NamedTuple
 
 from prefault import errors
-from prefault._kernel import hugetlb, pagemap
+from prefault._kernel import hugetlb, pagemap, proc
+from prefault._kernel._call import explain
 from prefault._kernel.mman import EHWPOISON
 from prefault.methods import MLOCK, Access, Method
 from prefault.ranges import PageRange
@@ -38,8 +39,13 @@ def diagnose(address: int, method: Method, error: OSError, fd: int | None) -> Ca
     """The cause of ``error`` at the page at ``address``; ``fd`` is the file behind it, where the caller has one."""
     vma = vma_at(address)
     if vma is None or vma.start > address:
-        return Cause(errors.HoleError, errno.ENOMEM, "nothing is mapped there")
+        return Cause(
+            errors.HoleError, errno.ENOMEM,
+            "nothing is mapped there: map it first (mmap), or populate only what is mapped, by offset= and length=",
+        )  # fmt: skip
     number = error.errno or 0
+    if number in (errno.EMFILE, errno.ENFILE):
+        return Cause(errors.PopulateError, number, f"the method needs a descriptor of its own: {explain(number)}")
     if number in _TELLING:
         return _telling(number, vma, fd)
     if method is MLOCK and number in (errno.ENOMEM, errno.EPERM, errno.EAGAIN):
@@ -80,13 +86,8 @@ def _by_protection(vma: Vma, access: Access, address: int) -> Cause | None:
             errors.SpecialMappingError, errno.EINVAL,
             f"{vma.name or 'the mapping'} is device or secret memory, which the kernel does not populate",
         )  # fmt: skip
-    if access == "read" and not vma.readable:
-        return Cause(errors.ProtectionError, errno.EINVAL, "the mapping is not readable (PROT_READ is missing)")
-    if access == "write" and not vma.writable:
-        return Cause(
-            errors.ProtectionError, errno.EINVAL,
-            "the mapping is not writable (PROT_WRITE is missing): populate it with access='read'",
-        )  # fmt: skip
+    if not (vma.readable if access == "read" else vma.writable):
+        return Cause(errors.ProtectionError, errno.EINVAL, _missing_permission(vma, access))
     if flags & {"um", "ui"} and not _looks_swapped(address):
         return Cause(
             errors.PopulateError, errno.EFAULT,
@@ -96,10 +97,24 @@ def _by_protection(vma: Vma, access: Access, address: int) -> Cause | None:
     return None
 
 
+def _missing_permission(vma: Vma, access: Access) -> str:
+    if not vma.readable and not vma.writable:
+        return (
+            "the mapping may be neither read nor written (PROT_NONE): permit it first (mprotect), or leave these pages out"
+        )
+    if access == "write":
+        return "the mapping is not writable (PROT_WRITE is missing): populate it with access='read', or permit it (mprotect)"
+    return "the mapping is not readable (PROT_READ is missing): populate it with access='write', or permit it (mprotect)"
+
+
 def _by_page(address: int) -> Cause | None:
     found = residency_of(PageRange(address, address + PAGE_SIZE))
     if any(run.state & PageState.GUARD for run in found.runs):
-        return Cause(errors.GuardPageError, errno.EFAULT, "the page is a guard region (MADV_GUARD_INSTALL)")
+        return Cause(
+            errors.GuardPageError, errno.EFAULT,
+            "the page is a guard region (MADV_GUARD_INSTALL), made to fail: leave it out, or remove the guard first"
+            " (MADV_GUARD_REMOVE)",
+        )  # fmt: skip
     return None
 
 
@@ -151,7 +166,7 @@ def _unexplained(vma: Vma, address: int, number: int) -> Cause:
 
 def _looks_swapped(address: int) -> bool:
     try:
-        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        fd = proc.open_proc("/proc/self/pagemap")
     except OSError:
         return False
     try:

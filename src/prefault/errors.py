@@ -49,6 +49,11 @@ class PopulateError(OSError):
 class HoleError(PopulateError):
     """Nothing is mapped at the address (ENOMEM)."""
 
+    def __str__(self) -> str:
+        if self.errno != errno.ENOMEM:
+            return super().__str__()
+        return f"{self.strerror} [ENOMEM: what madvise(2) says of a hole; no memory is lacking]"
+
 
 class ProtectionError(PopulateError):
     """The mapping does not permit the access (EINVAL)."""

@@ -111,6 +111,8 @@ def make_plan(
     segments = tuple(_segments(memory, span, access, chosen))
     notes = [] if memory.contiguous else ["the array is not contiguous: every page that it spans is populated"]
     notes += dict.fromkeys(note for segment in segments for note in _notes(segment))
+    if access is None and chosen is None and not memory.readonly:
+        notes += dict.fromkeys(_LEFT_TO_THE_FILE for segment in segments if _is_left_to_the_file(segment))
     return Plan(span, segments, _threads(threads, segments), tuple(notes))
 
 
@@ -180,9 +182,16 @@ def _same_kind(one: Segment, other: Segment) -> bool:
     return one.method is other.method and one.target == other.target and one.backing is other.backing
 
 
+def _copies_a_file(shared: bool, backing: Backing | None) -> bool:
+    """Return whether the first store to a page copies it from a file: populating writable would copy all of the file."""
+    # Not hugetlb, anonymous or not: a store that finds its pool empty is a SIGBUS.
+    return not shared and backing is not None and (backing is Backing.FILE or backing.is_shmem)
+
+
 def _segment(memory: Borrowed, vma: Vma, start: int, stop: int, access: Access | None, chosen: Method | None) -> Segment:
     on_disk = vma.shared and vma.backing is Backing.FILE
-    wish = access or ("write" if vma.writable and not memory.readonly and not on_disk else "read")
+    of_file = on_disk or _copies_a_file(vma.shared, vma.backing)
+    wish = access or ("write" if vma.writable and not memory.readonly and not of_file else "read")
     if chosen is not None:
         fd = _descriptor(memory, vma) if isinstance(chosen, FallocateThen) or chosen.name == "fallocate" else None
         if fd is None and (isinstance(chosen, FallocateThen) or chosen.name == "fallocate"):
@@ -233,6 +242,13 @@ def _reason(vma: Vma, wish: Access, fd: int | None, on_disk: bool) -> str:
     if fd is not None:
         return f"{kind} with a descriptor: memory first, then the page tables"
     return f"{kind}: writable"
+
+
+_LEFT_TO_THE_FILE = "copy-on-write pages stay the file's: pass access='write' to copy them into memory of their own now"
+
+
+def _is_left_to_the_file(segment: Segment) -> bool:
+    return segment.target.writable and _copies_a_file(segment.target.shared, segment.backing)
 
 
 def _notes(segment: Segment) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from _thread import start_new_thread
 from array import array
@@ -12,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from prefault._kernel.rwlock import Attendance
 from prefault.diagnose import diagnose
-from prefault.errors import PopulateError, PopulateInterrupted
+from prefault.errors import OutOfMemoryError, PopulateError, PopulateInterrupted
 from prefault.memory import Borrowed, Supplier, borrow
 from prefault.methods import Access
 from prefault.needs import Part, Shortage, Watch, missing_from, spare
@@ -30,6 +31,11 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 HeadroomChoice: TypeAlias = Literal["check", "ignore"]
 """Whether the limits are looked at."""
+
+
+_NO_MEMORY = (
+    "Python found no memory for its own objects during the call: free some, or raise RLIMIT_AS or the cgroup's limit"
+)
 
 
 class PopulateResult(NamedTuple):
@@ -60,15 +66,23 @@ class PopulateResult(NamedTuple):
             text = f"{format_size(self.present_bytes)} were populated already ({self.seconds:.2g} s)"
         else:
             how = "writable" if self.access == "write" else "readable"
-            rate = self.bytes / self.seconds / 1e9
             workers = f", {self.threads} threads" if self.threads > 1 else ""
             text = (
                 f"{format_size(self.bytes)} populated {how} in {self.seconds:.2g} s"
-                f" ({rate:.1f} GB/s, {self.method}{workers})"
+                f" ({_rate(self.bytes, self.seconds)}, {self.method}{workers})"
             )
             if self.present_bytes:
                 text += f", {format_size(self.present_bytes)} were populated already"
         return "; ".join((text, *self.notes))
+
+
+def _rate(count: int, seconds: float) -> str:
+    """Return bytes a second for people, in the decimal unit of which there is at least one."""
+    rate = count / max(seconds, 1e-9)
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if rate >= 0.95 * size:
+            return f"{rate / size:.1f} {unit}/s"
+    return f"{rate / 1e3:.1f} kB/s"
 
 
 def populate(
@@ -92,8 +106,9 @@ def populate(
         buffer: ndarray, mmap, memoryview, bytearray, SharedMemory, tensor, :class:`~prefault.Mapping`, ...: see
             :func:`prefault.memory.borrow`. It is rounded outward to whole pages, which does no harm to the neighbours.
         access: ``"read"``: readable, without breaking copy-on-write, perhaps with the shared zero page and no memory.
-            ``"write"``: memory allocated and writable. None: ``"read"`` for what may not be written and for files shared
-            with a disk (their holes are allocated as well), else ``"write"``.
+            ``"write"``: memory allocated and writable. None: ``"read"`` for what may not be written, for files shared with
+            a disk (their holes are allocated as well) and for private mappings of files, which would be copied into
+            anonymous memory; else ``"write"``.
         offset: where to start, in bytes from the start of the buffer (``"64 MiB"`` or a number).
         length: how far; None: to its end.
         method: the name of a method of :mod:`prefault.methods`, instead of the best one. For device memory the best is
@@ -112,6 +127,7 @@ def populate(
         HeadroomError: a limit leaves less than is needed: nothing was populated; or less than at the start, in the middle.
         PopulateError: one of its subclasses says why, ``offset`` where, ``populated_bytes`` how much there is now.
         PopulateInterrupted: Ctrl-C; also says how much. At most one chunk (some milliseconds) late.
+        OSError: this process has no descriptor left, or no /proc is mounted; nothing was populated.
         TypeError, ValueError: not a buffer; closed or released; an offset or length outside; an unknown option.
 
     Source: madvise(2), MADV_POPULATE_READ and MADV_POPULATE_WRITE (Linux 5.14, commit 4ca9b3859dac, David Hildenbrand).
@@ -119,6 +135,8 @@ def populate(
     began = perf_counter_ns()
     if headroom not in ("check", "ignore"):
         raise ValueError(f"headroom is 'check' or 'ignore', not {headroom!r}")
+    if not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(f"progress is True, False or a function, not {type(progress).__name__}")
     memory = borrow(buffer)
     try:
         if memory.supplier is not None and method in (None, "device"):
@@ -130,6 +148,10 @@ def populate(
         with memory.gate.populating([memory.select(offset, length)]) as (span,):
             what = make_plan(memory, access, span.start - memory.address, span.stop - span.start, method, threads)
             return _carry_out(what, memory, began, True, progress, headroom)
+    except MemoryError as error:
+        if error.args:
+            raise
+        raise OutOfMemoryError(errno.ENOMEM, _NO_MEMORY, address=memory.address) from error
     finally:
         memory.release()
 
@@ -444,6 +466,10 @@ class _Run:
         text = f"{format_size(brought_in.length)} of {format_size(self._plan.length)} populated{self._and_undone(kept)}"
         if isinstance(interruption, KeyboardInterrupt):
             return PopulateInterrupted(f"interrupted: {text}", kept)
+        if isinstance(interruption, MemoryError) and not interruption.args:
+            failure = OutOfMemoryError(errno.ENOMEM, f"{_NO_MEMORY}; {text}", address=self._origin, populated=kept)
+            failure.__cause__ = interruption.with_traceback(None)
+            return failure
         interruption.add_note(f"populate was stopped: {text}")
         return interruption
 

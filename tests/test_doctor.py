@@ -649,6 +649,15 @@ def test_thp_disabled_for_a_process() -> None:
     assert "thp-process" not in advised(child())
 
 
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [("process_madvise", "populate_many and discard_many"), ("guard_regions", r"unpopulated='fault' .*OutOfMemoryError")],
+)
+def test_what_sparse_memory_loses(name: str, lost: str) -> None:
+    assert re.search(lost, WITHOUT[name])
+    assert "nothing is lost" not in WITHOUT[name]
+
+
 def unshared(command: str) -> tuple[str, ...]:
     """The prefix of a command that runs in a mount namespace of its own, where ``command`` was run first."""
     needs.root("change what a process sees of /sys and /proc")

@@ -64,9 +64,11 @@ def write(document: Mapping[str, Any], path: Path) -> None:
             json.dump(document, file, indent=1)
             file.write("\n")  # no fsync: it could wait for gigabytes that a "file" row has left to write back
         draft.replace(target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             draft.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # writing to an open file names none
+            error.filename = str(path)
         raise
 
 

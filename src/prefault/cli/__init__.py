@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -50,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     try:
         status = cli.main(arguments, prog_name="prefault", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a full disk is an exception that can be caught, and not at exit
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return 2
@@ -66,6 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         _complain(_sentence(error))
         return 1
+    except MemoryError as error:
+        _complain(str(error) or "Python found no memory: free some, or raise RLIMIT_AS or the cgroup's limit")
+        return 1
     except ImportError as error:
         if (error.name or "").partition(".")[0] == "prefault":
             raise
@@ -74,11 +80,17 @@ def main(arguments: list[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 def _sentence(error: OSError) -> str:
     """Return the error's message on one line, without the errno where the message says more than the errno's name."""
-    text = error.strerror
-    if not text or error.errno is None or text == os.strerror(error.errno):
-        text = str(error)
+    text = error.strerror or str(error)
+    if error.filename is not None:
+        text = f"{os.fsdecode(error.filename)}: {text}"
+    elif error.errno is not None and text == os.strerror(error.errno):
+        # Python names no file where writing to an open one fails; commands name all files that they write but their output.
+        text = f"the output cannot be written: {text}" if error.errno in _OF_WRITING else str(error)
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 

@@ -73,7 +73,11 @@ def bench(
     file_directory: str | None,
     list_cells: bool,
 ) -> None:
-    """Measure how fast this machine populates memory, beside the figures published in 2021."""
+    """Measure how fast this machine populates memory, beside the figures published in 2021.
+
+    Rows in 2 MiB pages need a hugetlb pool. As root, the pool is enlarged for them (vm.nr_hugepages), and a hugetlbfs
+    is mounted where there is none; both are put back at the end, also after Ctrl-C. --backing leaves these rows out.
+    """
     if context.invoked_subcommand is not None:
         given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
         if given:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 WITHOUT = {
     "madv_populate": "populate uses process_vm_readv (readable) and futex_add (writable), a page at a time",
-    "process_madvise": "nothing is lost but the method of that name",
+    "process_madvise": "populate_many and discard_many of sparse memory make a system call for each range;"
+    " the method of that name is refused",
     "pagemap": "residency asks mincore, which tells 'present' and nothing else; populate counts every page as its own work",
     "pagemap_scan": "/proc/self/pagemap is read, 8 bytes a page: slower, and it tells neither the zero page nor huge pages",
     "page_is_guard": "residency cannot tell guard regions",
@@ -17,7 +18,8 @@ WITHOUT = {
     "futex_add": "memory cannot be populated writable where madv_populate is missing as well",
     "mlock_onfault": "the method mlock is refused as well; nothing else needs it",
     "madv_dontneed_locked": "locked memory cannot be discarded before it is unlocked",
-    "guard_regions": "nothing is lost: there are none to meet",
+    "guard_regions": "unpopulated='fault' of sparse memory makes a mapping of each separate run of blocks, and raises"
+    " OutOfMemoryError where they would be more than half of vm.max_map_count",
     "hugetlb_pages": "the backings 'hugetlb' and 'memfd-hugetlb' are refused with HugePagesError",
     "memory_cgroup": "limits of memory cgroups are not seen",
     "userfaultfd": "device memory is refused: prefault.device.map and prefault.open_remote raise DeviceError",

@@ -48,7 +48,7 @@ class Cache(Device):
         """Before so many pages more would not fit: evict some, which the next ones will not have to."""
         everything = self.length // PAGE
         wanted = max(pages, 64)
-        for _ in range(0, everything, 1024):
+        for _ in range(0, everything + 1024, 1024):  # the last is what lies before the first
             window = range(self.hand, min(self.hand + 1024, everything))
             for run in area.ready(window):
                 some = run[:wanted]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import prefault
+import prefault.device
 from prefault.device import Device
 from prefault.sizes import PAGE_SIZE
 from prefault.testing import check_device
@@ -32,23 +34,34 @@ def test_example(path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_the_page_cache_keeps_the_contract(tmp_path: Path) -> None:
-    """It is what the guide tells people to begin with."""
+def _page_cache(file: Path, frames: int) -> Device:
     (path,) = (path for path in _EXAMPLES if path.stem == "page_cache")
     spec = importlib.util.spec_from_file_location("page_cache", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    device: Device = module.Cache(str(file))
+    device.capacity = frames * PAGE_SIZE
+    device.recipe = lambda: None  # type: ignore[method-assign]
+    return device
+
+
+def test_the_page_cache_keeps_the_contract(tmp_path: Path) -> None:
+    """It is what the guide tells people to begin with."""
     content = os.urandom(40 * PAGE_SIZE)
     numbers = itertools.count()
 
     def make() -> Device:
         file = tmp_path / str(next(numbers))
         file.write_bytes(content)
-        device: Device = module.Cache(str(file))
-        device.capacity = 32 * PAGE_SIZE
-        device.recipe = lambda: None  # type: ignore[method-assign]
-        return device
+        return _page_cache(file, 32)
 
     check_device(make, expected=lambda page: content[page * PAGE_SIZE : (page + 1) * PAGE_SIZE], after_discard="any")
+
+
+def test_the_page_cache_makes_room_wherever_its_hand_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(128 * PAGE_SIZE))
+    with prefault.device.map(_page_cache(tmp_path / "file", 64)) as area:
+        for first, stop in ((1, 65), (0, 1), (1, 64), (64, 65)):  # the hand is at 65, and all that is there lies before it
+            prefault.populate(area, offset=first * PAGE_SIZE, length=(stop - first) * PAGE_SIZE)

@@ -10,9 +10,11 @@ from collections.abc import Callable
 import pytest
 
 import prefault.device
-from prefault.device.driver import Access, DeviceArea, Supplied
+from prefault.device import begin, warden
+from prefault.device.driver import Access, DeviceArea, Recipe, Supplied
 from prefault.errors import DriverError
 from support import processes
+from support.children import Child
 from support.device_server import ends_by
 from support.devices import Pattern, content
 from support.raw_clients import page_of
@@ -104,6 +106,20 @@ def test_an_exception_that_exits_when_it_is_shown_costs_one_page(workers: int) -
     said, status = ends_by(client)
     assert said == "True True "
     assert status == -signal.SIGBUS
+
+
+def _without_a_device() -> str:
+    warden._START_S = 0.5
+    device = Pattern(4, timeout_s=0.5)
+    alone = warden.Warden(begin.registry_of(device), device=None, recipe=Recipe("support.wardens:hanging"))
+    alone.start_server()
+    alone.run()
+    return alone.failed
+
+
+def test_a_device_that_is_never_made_anew_ends_its_server() -> None:
+    with Child(_without_a_device) as child:
+        assert "did not come back from a call" in child.result()
 
 
 def test_a_stopped_server_is_replaced() -> None:

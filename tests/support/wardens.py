@@ -99,6 +99,12 @@ def vanishing() -> Pattern:
     os._exit(9)
 
 
+def hanging() -> Pattern:
+    """A factory that does not return."""
+    while True:
+        time.sleep(60)
+
+
 def a_number() -> int:
     """No factory."""
     return 5

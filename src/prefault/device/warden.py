@@ -242,7 +242,11 @@ class Warden:
             )  # fmt: skip
             if self._device is None:
                 assert self._recipe is not None
+                # Clients wait already: should it not return, the warden sees that. It has as long as at the first start.
+                heartbeat = self._registry.frames.heartbeat
+                heartbeat[0] = time.monotonic_ns() + int(max(0.0, _START_S - self._registry.timeout_s) * 1e9)
                 self._device = recipes.follow(self._recipe)
+                heartbeat[0] = 0
             run_server(self._device, self._registry, notary, self._listener, first, warden)
             notary.done()
             status = 0

@@ -821,6 +821,17 @@ def test_a_full_tmpfs_is_told_also_of_a_file_that_was_unlinked(small_tmpfs: Call
     memory.close()
 
 
+def test_of_several_threads_all_that_they_populated_is_told(small_tmpfs: Callable[[str], Path]) -> None:
+    """Some of it lies behind the page that failed, so that it was not populated before that."""
+    with open(small_tmpfs("8m") / "data", "w+b") as file:
+        file.truncate(32 << 20)
+        memory = mmap.mmap(file.fileno(), 32 << 20)
+    with pytest.raises(prefault.BackingFullError, match=r"; 8\.0 MiB populated in all \[") as caught:
+        prefault.populate(memory, method="populate_write", headroom="ignore", threads=4)
+    assert caught.value.populated_bytes == 8 << 20
+    memory.close()
+
+
 def test_a_method_is_named_by_a_text(mapping: prefault.Mapping) -> None:
     with pytest.raises(TypeError, match="list"):
         prefault.populate(mapping, method=["populate_write"])  # type: ignore[arg-type]

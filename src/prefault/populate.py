@@ -439,7 +439,8 @@ class _Run:
         brought_in, kept = self._settle()
         offset = failure.address - self._origin
         where = f"offset {offset} ({failure.address:#x}) of {format_size(self._plan.length)}"
-        done = f"before that {format_size(brought_in.length)} populated{self._and_undone(kept)}"
+        # Other threads may have populated some of it behind the page that failed.
+        done = f"{format_size(brought_in.length)} populated in all{self._and_undone(kept)}"
         if isinstance(cause, Shortage):
             message = f"stopped at {where}: for the next part {cause.sentence}; {done}"
             return cause.error(message, address=failure.address, offset=offset, populated=kept)

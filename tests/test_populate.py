@@ -625,7 +625,6 @@ def test_rollback_is_refused_where_nobody_knows_what_was_there(mapping: prefault
 
 
 def test_rollback_of_shared_memory_without_process_vm_readv_takes_no_byte() -> None:
-
     with prefault.Mapping("1 MiB", backing="memfd") as memory, prefault.Mapping("1 MiB", backing="memfd"):
         assert memory.fd is not None
         os.pwrite(memory.fd, b"theirs", 0)  # in the file, not in our page tables

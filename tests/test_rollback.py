@@ -7,18 +7,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import prefault
+from prefault import capabilities
 from prefault._kernel import mman
-from prefault.methods import METHODS
+from prefault.methods import METHODS, Access
 from prefault.sizes import MIB, PAGE_SIZE
 from prefault.testing import without
-from support import oracle
-from support.regions import file_of
+from support import needs, oracle
+from support.regions import READ, WRITE, Region, data_pages, file_of
 
 ROLLBACK = sys.modules["prefault.rollback"]
 
@@ -174,8 +176,6 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 def test_a_forked_worker_that_gave_up_root_still_populates() -> None:
     """Its /proc/self/pagemap is not its own any more: the process is not dumpable."""
-    from support import needs
-
     needs.root("give up root")
     done = subprocess.run([sys.executable, "-c", _WITHOUT_ROOT], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
@@ -190,3 +190,104 @@ def test_nothing_is_allocated_in_a_file_that_comes_after_the_failure(directory: 
         with pytest.raises(prefault.ProtectionError):
             prefault.populate(mapping, rollback=True)
         assert os.fstat(fd).st_blocks == 0
+
+
+_EACH_WAY_TO_READ_HOLES = pytest.mark.parametrize(
+    ("shared", "prot", "access"), [(False, READ | WRITE, "write"), (False, READ | WRITE, "read"), (True, READ, "read")]
+)
+
+
+@_EACH_WAY_TO_READ_HOLES
+@pytest.mark.parametrize("directory", [None, "/dev/shm"])
+def test_pages_that_reading_holes_allocated_in_the_file_are_taken_from_it(
+    directory: str | None, shared: bool, prot: int, access: Access
+) -> None:
+    """Only these: what was in the file stays, be it zeros, and so does what another mapping shows meanwhile."""
+    with ExitStack() as stack:
+        if directory is None:
+            fd = os.memfd_create("prefault-test")
+            stack.callback(os.close, fd)
+            os.truncate(fd, 16 * PAGE_SIZE)
+        else:
+            fd, _ = stack.enter_context(file_of(directory, 16 * PAGE_SIZE))
+        os.pwrite(fd, b"theirs", PAGE_SIZE)
+        os.pwrite(fd, bytes(PAGE_SIZE), 3 * PAGE_SIZE)
+        region = stack.enter_context(Region(16, prot, fd=fd, shared=shared))
+        other = stack.enter_context(Region(1, READ, fd=fd, shared=True, offset=5 * PAGE_SIZE))
+
+        def stop(done: int, total: int) -> None:
+            other.read(0, 1)
+            raise KeyboardInterrupt
+
+        with pytest.raises(prefault.PopulateInterrupted) as caught:
+            prefault.populate(region, access=access, rollback=True, progress=stop)
+        assert caught.value.populated_bytes == 0 == oracle.present_bytes(region.address, region.length)
+        assert data_pages(fd) == [1, 3, 5]
+        assert os.fstat(fd).st_blocks * 512 == 3 * PAGE_SIZE
+        assert region.read(1, 1).startswith(b"theirs")
+
+
+@_EACH_WAY_TO_READ_HOLES
+def test_pages_of_a_file_that_cannot_be_taken_from_it_are_named(shared: bool, prot: int, access: Access) -> None:
+    """The only descriptor is open for reading."""
+    fd = os.memfd_create("prefault-test")
+    os.truncate(fd, 16 * PAGE_SIZE)
+    reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    os.close(fd)
+    try:
+        with Region(16, prot, fd=reader, shared=shared) as region:
+            region.protect(8, 1, mman.PROT_NONE)
+            with pytest.raises(prefault.ProtectionError, match=r"but for 32\.0 KiB") as caught:
+                prefault.populate(region, access=access, rollback=True)
+            assert oracle.present_bytes(region.address, region.length) == 0
+            assert os.fstat(reader).st_blocks * 512 == 8 * PAGE_SIZE == caught.value.populated_bytes
+            assert caught.value.populated.span.start == region.address
+    finally:
+        os.close(reader)
+
+
+def test_memory_that_is_mapped_for_writing_only_is_taken_back() -> None:
+    """The kernel lets no process_vm_readv read it."""
+    fd = os.memfd_create("prefault-test")
+    os.truncate(fd, 16 * PAGE_SIZE)
+    try:
+        with Region(16, WRITE, fd=fd, shared=True) as region:
+            region.protect(8, 1, mman.PROT_NONE)
+            with pytest.raises(prefault.ProtectionError) as caught:
+                prefault.populate(region, access="write", rollback=True)
+            assert caught.value.populated_bytes == 0 == os.fstat(fd).st_blocks
+    finally:
+        os.close(fd)
+
+
+def test_a_file_that_shrinks_meanwhile_hides_no_exception() -> None:
+    fd = os.memfd_create("prefault-test")
+    os.truncate(fd, 64 * PAGE_SIZE)
+    try:
+        with Region(64, fd=fd, shared=True) as region:
+
+            def shrink(done: int, total: int) -> None:
+                os.truncate(fd, PAGE_SIZE)
+                raise KeyboardInterrupt
+
+            with pytest.raises(prefault.PopulateInterrupted) as caught:
+                prefault.populate(region, rollback=True, progress=shrink)
+            assert caught.value.populated_bytes == 0 == os.fstat(fd).st_blocks
+    finally:
+        os.close(fd)
+
+
+def test_the_rest_of_a_huge_page_is_named() -> None:
+    """It reaches outside of the range, where another thread may have written meanwhile."""
+    needs.capability(capabilities.PAGEMAP_SCAN)
+    with prefault.Mapping("6 MiB", huge="advise") as mapping:
+        start = mapping.range.start
+        mman.mprotect(start + 4 * MIB, PAGE_SIZE, mman.PROT_NONE)
+        with pytest.raises(prefault.ProtectionError) as caught:
+            prefault.populate(mapping, offset="3 MiB", rollback=True)
+        there = oracle.present_bytes(start, 6 * MIB)
+        if not there:
+            needs.missing("the kernel found no huge page, or gives none")
+        assert caught.value.populated_bytes == there == MIB
+        assert caught.value.populated.span == (start + 2 * MIB, start + 3 * MIB)
+        assert "but for 1.0 MiB" in str(caught.value)

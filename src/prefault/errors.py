@@ -21,7 +21,8 @@ class PopulateError(OSError):
         address: of the first page that could not be populated.
         offset: the same, in bytes from the start of the buffer; negative by less than a page where the buffer starts
             inside that page.
-        populated: the pages that this call brought in and that are still there, as addresses. Empty after a rollback.
+        populated: the pages that this call brought in and that are still there, as addresses. After a rollback: those that
+            could not be discarded, some of them only in the memory of the file; nearly always none.
         populated_bytes: how many bytes that is. Pages that were populated before the call are not counted.
     """
 

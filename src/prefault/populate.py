@@ -477,7 +477,12 @@ class _Run:
     def _and_undone(self, kept: RangeSet) -> str:
         if self._rollback is None:
             return ""
-        return f", and discarded again but for {format_size(kept.length)}" if kept else ", and discarded again"
+        if not kept:
+            return ", and discarded again"
+        return (
+            f", and discarded again but for {format_size(kept.length)}, which cannot be taken back (locked or sealed memory,"
+            " a file without a descriptor to punch holes with, the rest of a huge page)"
+        )
 
     def _settle(self) -> tuple[RangeSet, RangeSet]:
         """What this call brought in, and what of that is still there. No thread is at work any more."""

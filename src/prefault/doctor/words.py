@@ -13,8 +13,7 @@ WITHOUT = {
     "procmap_query": "/proc/self/maps is read as a whole, slower with many mappings",
     "map_files": "errors may lack the size of a mapped file that was deleted",
     "cachestat": "residency(...).page_cache is None",
-    "process_vm_readv": "memory cannot be populated readable where madv_populate is missing as well; rollback=True fails in"
-    " shared memory",
+    "process_vm_readv": "memory cannot be populated readable where madv_populate is missing as well",
     "futex_add": "memory cannot be populated writable where madv_populate is missing as well",
     "mlock_onfault": "the method mlock is refused as well; nothing else needs it",
     "madv_dontneed_locked": "locked memory cannot be discarded before it is unlocked",

@@ -69,7 +69,6 @@ _CTYPES = {
     "prefault.memory": "asks the buffer protocol for addresses, which Python code cannot",
     "prefault.methods": "hands vectors to process_vm_readv",
     "prefault.residency": "sizes of structures in the vector of PAGEMAP_SCAN",
-    "prefault.rollback": "hands a vector to process_vm_readv",
     "prefault.selffile": "names the type of a structure",
     "prefault.vma": "hands a structure and a buffer for a name to PROCMAP_QUERY",
 }

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 
 import prefault
-from prefault import pace
+from prefault import capabilities, pace
 from prefault._kernel import mman
 from prefault.errors import HeadroomError
 from prefault.methods import METHODS
@@ -804,6 +804,38 @@ def test_ctrl_c_while_it_waits_for_a_helper_waits_on(mapping: prefault.Mapping, 
     assert caught.value.populated_bytes == oracle.present_bytes(address(mapping), 64 * MIB) == 0
     time.sleep(0.1)
     assert oracle.present_bytes(address(mapping), 64 * MIB) == 0
+
+
+def test_ctrl_c_at_any_step_leaves_no_descriptor(mapping: prefault.Mapping) -> None:
+    """One signal a call, sooner or later in it."""
+    needs.capability(capabilities.PROCESS_MADVISE)
+
+    def press(*_: object) -> None:
+        if calling:
+            raise KeyboardInterrupt
+
+    calling = False
+    prefault.populate(mapping, length=MIB, method="process_madvise")
+    descriptors = oracle.descriptors()
+    rng = random.Random(1)
+    before = signal.signal(signal.SIGALRM, press)
+    interrupted = 0
+    try:
+        for _ in range(4000):
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.00001, 0.0003))
+            try:
+                try:
+                    calling = True
+                    prefault.populate(mapping, length=PAGE_SIZE, method="process_madvise")
+                finally:
+                    calling = False
+            except KeyboardInterrupt:
+                interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 100
+    assert oracle.descriptors() == descriptors
 
 
 def test_a_full_tmpfs_is_told_also_of_a_file_that_was_unlinked(small_tmpfs: Callable[[str], Path]) -> None:

@@ -11,6 +11,8 @@ import ctypes
 import errno
 import os
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from prefault import capabilities
@@ -97,6 +99,19 @@ class PopulateWrite(Method):
         mman.madvise(start, length, mman.MADV_POPULATE_WRITE)
 
 
+@contextmanager
+def ourselves() -> Iterator[int]:
+    """A descriptor of this process, a pidfd."""
+    opened: list[int] = []
+    try:
+        # One call from C to C: Ctrl-C cannot strike after the opening and before the number is noted.
+        opened.extend(map(os.pidfd_open, (os.getpid(),)))
+        yield opened[0]
+    finally:
+        if opened:
+            os.close(opened[0])
+
+
 class ProcessMadvise(Method):
     """process_madvise on ourselves, which takes every advice since Linux 6.13."""
 
@@ -110,14 +125,11 @@ class ProcessMadvise(Method):
     def run(self, start: int, length: int, target: Target) -> None:
         """One system call for up to 1024 pieces; a short count means that the next piece failed."""
         piece = max(self._PIECE, target.page_size)
-        pidfd = os.pidfd_open(os.getpid())
-        try:
-            stop = start + length
+        stop = start + length
+        with ourselves() as pidfd:
             while start < stop:
                 starts = range(start, stop, piece)[: mman.IOV_MAX]
                 start += mman.process_madvise(pidfd, [(at, min(piece, stop - at)) for at in starts], self._advice)
-        finally:
-            os.close(pidfd)
 
 
 class ProcessVmReadv(Method):

@@ -49,8 +49,8 @@ class Rollback:
         Args:
             segment: all of what is populated, and perhaps more.
             kept: pages whose content is nowhere else.
-            resident: pages of shared memory that were in memory, whether this process had mapped them or not. The file behind
-                a private mapping is left alone: its pages are not among them.
+            resident: pages of shared memory that were in memory, whether this process had mapped them or not. What lies
+                behind a private mapping is not among them: it is left alone.
             holes: those of a file on a disk; see :func:`holes_before`.
         """
         known = cls.__new__(cls)

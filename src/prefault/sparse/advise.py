@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prefault import capabilities
 from prefault._kernel import mman
+from prefault.methods import ourselves
 from prefault.sizes import MIB
 
 if TYPE_CHECKING:
@@ -65,16 +64,6 @@ class Vector:
         except InterruptedError:
             return first  # a signal; Python runs its handler before the next call
         return int(self._before.searchsorted(self._before[first] + done))
-
-
-@contextmanager
-def ourselves() -> Iterator[int]:
-    """A descriptor of this process."""
-    pidfd = os.pidfd_open(os.getpid())
-    try:
-        yield pidfd
-    finally:
-        os.close(pidfd)
 
 
 def advise(address: int, edges: Sequence[int] | Numbers, advice: int) -> None:

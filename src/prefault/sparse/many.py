@@ -16,7 +16,7 @@ from prefault.diagnose import diagnose
 from prefault.discard import DiscardResult, drop
 from prefault.errors import DiscardError, PopulateError, PopulateInterrupted
 from prefault.memory import Borrowed
-from prefault.methods import POPULATE_READ, POPULATE_WRITE, Access, FallocateThen
+from prefault.methods import POPULATE_READ, POPULATE_WRITE, Access, FallocateThen, ourselves
 from prefault.needs import Part, Shortage, Watch
 from prefault.pace import Pace
 from prefault.plan import NO_FALLOCATE, Segment, make_plan, without_fallocate
@@ -26,7 +26,7 @@ from prefault.residency import occupied
 from prefault.rollback import Rollback, holes_before
 from prefault.sizes import MIB, PAGE_SIZE, format_size
 from prefault.sparse import edges as sets
-from prefault.sparse.advise import Vector, advise, ourselves
+from prefault.sparse.advise import Vector, advise
 from prefault.sparse.gate import Discarding, Populating, SparseGate
 from prefault.vma import Backing
 

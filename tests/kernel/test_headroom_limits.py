@@ -569,7 +569,7 @@ def test_holes_need_disk_space_and_blocks_do_not(small_disk: Path) -> None:
 
 def test_a_private_copy_of_a_file_with_holes_needs_no_disk_space(small_disk: Path) -> None:
     with file_of(small_disk, 64 * MIB) as (_, path), prefault.Mapping(backing=prefault.File(path), shared=False) as mapping:
-        assert prefault.populate(mapping).bytes == 64 * MIB
+        assert prefault.populate(mapping, access="write").bytes == 64 * MIB
 
 
 # --- rlimits ----------------------------------------------------------------------------------------------------------

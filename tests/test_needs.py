@@ -102,7 +102,7 @@ def test_private_mappings_of_files() -> None:
         assert (needed(mapping, "read"), needed(mapping, "write")) == (PAGES, 2 * PAGES)
         prefault.populate(mapping, access="read")
         assert (needed(mapping, "read"), needed(mapping, "write")) == (0, PAGES)
-        prefault.populate(mapping)
+        prefault.populate(mapping, access="write")
         assert needed(mapping, "write") == 0
 
 

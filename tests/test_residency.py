@@ -496,17 +496,30 @@ def test_the_memory_is_not_touched() -> None:
         assert ctypes.string_at(region.address, 1) == b"\0"
 
 
-def test_a_signal_handler_may_ask_in_the_middle_of_a_scan() -> None:
+def test_a_signal_handler_may_ask_in_the_middle_of_a_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     """The vector of PAGEMAP_SCAN is one a thread: a second question must not overwrite the first one's answer."""
     module = sys.modules["prefault.residency"]
     with prefault.Mapping(64 * PAGE_SIZE, huge="never") as mapping:
         for page in range(0, 64, 2):
             prefault.populate(mapping, offset=page * PAGE_SIZE, length=PAGE_SIZE)
         start, present = mapping.range.start, int(PageCategory.PRESENT)
-        scan = module._scanner.scan(start, start + 64 * PAGE_SIZE, present, 0, 0, present)
-        words = next(scan)
-        before = bytes(words)
-        assert prefault.residency(mapping, offset=PAGE_SIZE, length=9 * PAGE_SIZE).present_bytes == 4 * PAGE_SIZE
-        assert bytes(words) == before
-        assert len(words) == 3 * 32
-        scan.close()
+        span = start, start + 64 * PAGE_SIZE
+        expected = module._scanner.scan(span, present, 0, 0, present)
+        assert len(expected) == 3 * 32
+        asked: list[int] = []
+        struck: list[bool] = []
+
+        class Interrupted:
+            """The open pagemap; a signal handler runs when the kernel has answered, before its answer is copied."""
+
+            def ioctl(self, request: int, argument: ctypes.Structure) -> int:
+                count = pagemap_file.ioctl(request, argument)
+                if not struck:
+                    struck.append(True)
+                    asked.append(prefault.residency(mapping, offset=PAGE_SIZE, length=9 * PAGE_SIZE).present_bytes)
+                return int(count)
+
+        pagemap_file = module._pagemap_file
+        monkeypatch.setattr(module, "_pagemap_file", Interrupted())
+        assert module._scanner.scan(span, present, 0, 0, present) == expected
+        assert asked == [4 * PAGE_SIZE]

@@ -47,7 +47,7 @@ def test_memory_that_fallocate_set_aside_beyond_the_failure_is_given_back(memfd:
     blocked(memfd, MIB)
     with pytest.raises(prefault.ProtectionError) as caught:
         prefault.populate(memfd, rollback=True)
-    assert "1.0 MiB populated, and discarded again" in str(caught.value)
+    assert "1.0 MiB populated in all, and discarded again" in str(caught.value)
     assert allocated(memfd) == 0
 
 

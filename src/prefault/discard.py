@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from prefault import capabilities
 from prefault._kernel import mman
 from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from prefault.errors import DiscardError
 from prefault.memory import Borrowed, Span, borrow
-from prefault.ranges import PageRange
+from prefault.ranges import PageRange, RangeSet
 from prefault.residency import PageState, residency_of
-from prefault.sizes import MIB, Size, format_size
-from prefault.vma import Backing, Vma, vm_flags, vma_at
+from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
+from prefault.vma import Backing, Vma, vm_flags, vmas_by_kind
 
 _STEP = 64 * MIB
 """One system call gives back at most this much, some 10 ms of work, so that Ctrl-C is answered."""
@@ -84,34 +85,41 @@ def _discard(memory: Borrowed, span: Span, began: float) -> DiscardResult:
     notes: dict[str, None] = {"a part of the range is not mapped": None} if holes else {}
     if not parts:
         return DiscardResult(0, 0, 0.0, "none", tuple(notes))
-    freed: int | None = 0
-    for part, _ in parts:
-        allocated = residency_of(part).allocated_bytes
-        freed = None if freed is None or allocated is None else freed + allocated
+    freed = _allocated(parts)
     used: dict[str, None] = {}
-    for part, vma in parts:
-        for chunk in part.chunks(max(_STEP, vma.page_size)):
-            used[_discard_chunk(chunk, vma, memory.fd)] = None
-        if vma.shared and vma.backing is Backing.FILE:
-            notes["the file's pages stay in the page cache until the kernel wants the memory"] = None
+    for together in _runs(parts):
+        used.update(_discard_run(together, memory.fd))
+    if any(vma.shared and vma.backing is Backing.FILE for vma in {vma for _, vma in parts}):
+        notes["the file's pages stay in the page cache until the kernel wants the memory"] = None
     total = sum(part.length for part, _ in parts)
     return DiscardResult(total, freed, perf_counter() - began, ", ".join(used), tuple(notes))
 
 
-def _parts(memory: Borrowed, span: Span) -> tuple[list[tuple[PageRange, Vma]], bool]:
+_Part: TypeAlias = tuple[PageRange, Vma]
+"""Whole pages of one mapping, and its kind."""
+
+
+def _allocated(parts: list[_Part]) -> int | None:
+    """Bytes that are present and allocated, by one scan from the first part to the last."""
+    found = residency_of(PageRange(parts[0][0].start, parts[-1][0].stop))
+    # Between the parts lie holes, in which nothing is, and parts of huge pages, which stay.
+    if len(parts) == 1 or found.allocated_bytes in (None, 0):
+        return found.allocated_bytes
+    there = found.ranges(PageState.ALLOCATED).shifted(found.range.start)
+    return (there & RangeSet(part for part, _ in parts)).length
+
+
+def _parts(memory: Borrowed, span: Span) -> tuple[list[_Part], bool]:
     """The whole pages of every mapping under ``span``, and whether there are holes between.
 
     Checked as a whole before anything is discarded.
     """
     parts = []
-    holes = False
     at = span.start
-    while at < span.stop:
-        vma = vma_at(at)
-        holes = holes or vma is None or vma.start > at
-        if vma is None or vma.start >= span.stop:
-            break
-        part = PageRange.inward(max(at, vma.start), min(span.stop, vma.stop), vma.page_size)
+    holes = False
+    for start, stop, vma in vmas_by_kind(span.start, span.stop):
+        holes = holes or start > at
+        part = PageRange.inward(max(at, start), min(span.stop, stop), vma.page_size)
         if part:
             if vma.shared and vma.backing is Backing.SPECIAL:
                 # MADV_DONTNEED would succeed: it empties the page tables, and frees nothing.
@@ -123,8 +131,40 @@ def _parts(memory: Borrowed, span: Span) -> tuple[list[tuple[PageRange, Vma]], b
             if _punches(vma) and not vma.writable and memory.gate is None:  # which has just made it so
                 raise ValueError(f"the mapping is read-only: discarding {vma.backing.value} would take its bytes from all")
             parts.append((part, vma))
-        at = vma.stop
-    return parts, holes
+        at = stop
+    return parts, holes or at < span.stop
+
+
+def _runs(parts: list[_Part]) -> Iterator[list[_Part]]:
+    """Yield parts that one call can empty: neighbours whose page tables are all that is to be emptied."""
+    run: list[_Part] = []
+    for part, vma in parts:
+        alone = _punches(vma) or vma.page_size > PAGE_SIZE
+        if run and (alone or part.start != run[-1][0].stop):
+            yield run
+            run = []
+        run.append((part, vma))
+        if alone:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def _discard_run(run: list[_Part], fd: int | None) -> dict[str, None]:
+    """Discard neighbours together; one by one where the kernel refuses, which for locked memory says where and why."""
+    if len(run) > 1:
+        try:
+            for chunk in PageRange(run[0][0].start, run[-1][0].stop).chunks(_STEP):
+                mman.madvise(chunk.start, chunk.length, mman.MADV_DONTNEED)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOMEM):
+                raise
+        else:
+            return {"MADV_DONTNEED": None}
+    return {
+        _discard_chunk(chunk, vma, fd): None for part, vma in run for chunk in part.chunks(max(_STEP, vma.page_size))
+    }  # fmt: skip
 
 
 def _punches(vma: Vma) -> bool:

@@ -14,6 +14,9 @@ SMALLEST_CHUNK = 1 * MIB
 LARGEST_CHUNK = 64 * MIB
 _CALL_NS = 2_000_000, 6_000_000
 _CALL_NS_WITHOUT_GIL = 8_000_000, 20_000_000
+# Beside several threads that compute the GIL comes back after several switch intervals. Ctrl-C waits as long as a call.
+_LONGEST_CALL_NS = 64_000_000
+_LARGEST_CHUNK_WITHOUT_GIL = 1024 * MIB
 
 
 class Pace:
@@ -43,11 +46,19 @@ class Pace:
             # only. To wait that long after every 2 ms of work makes it several times slower.
             # Shared among the threads: one that wants the mmap lock for writing, and may hold the GIL meanwhile (mmap.mmap
             # does), waits for all of their calls, which looks the same from here.
-            shortest, longest = (max(a, b // self._threads) for a, b in zip(_CALL_NS, _CALL_NS_WITHOUT_GIL, strict=True))
+            waited_ns = min(2 * (wall_ns - cpu_ns), _LONGEST_CALL_NS)
+            shortest, longest = (
+                max(a, max(b, waited_ns) // self._threads) for a, b in zip(_CALL_NS, _CALL_NS_WITHOUT_GIL, strict=True)
+            )
+            # At once, since each step on the way would wait as long.
+            while 2 * cpu_ns < shortest and self.size < _LARGEST_CHUNK_WITHOUT_GIL:
+                self.size, cpu_ns = 2 * self.size, 2 * cpu_ns
+            if cpu_ns <= longest:
+                return
         if cpu_ns > longest:
             self.size = max(self.size // 2, SMALLEST_CHUNK)
         elif cpu_ns < shortest:
-            self.size = min(self.size * 2, LARGEST_CHUNK)
+            self.size = max(self.size, min(self.size * 2, LARGEST_CHUNK))
 
     def _slept(self) -> bool:
         """Whether this thread gave up its CPU by itself since we last asked; being preempted does not count."""

@@ -12,7 +12,7 @@ from prefault.cpus import usable_cpus
 from prefault.memory import Borrowed, Span, borrow
 from prefault.methods import POPULATE_READ, POPULATE_WRITE, Access, FallocateThen, Method, Target, best, by_name
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
-from prefault.vma import Backing, Vma, file_descriptor, vma_at
+from prefault.vma import Backing, Vma, file_descriptor, vma_at, vmas_by_kind
 
 THREAD_BYTES = 32 * MIB
 """Starting a thread pays from about this much memory for each (docs/design/populate.md)."""
@@ -110,9 +110,10 @@ def make_plan(
         return Plan(span, (simple,), _threads(threads, (simple,)), ())
     segments = tuple(_segments(memory, span, access, chosen))
     notes = [] if memory.contiguous else ["the array is not contiguous: every page that it spans is populated"]
-    notes += dict.fromkeys(note for segment in segments for note in _notes(segment))
+    kinds = {segment[2:5]: segment for segment in segments}.values()
+    notes += dict.fromkeys(note for segment in kinds for note in _notes(segment))
     if access is None and chosen is None and not memory.readonly:
-        notes += dict.fromkeys(_LEFT_TO_THE_FILE for segment in segments if _is_left_to_the_file(segment))
+        notes += dict.fromkeys(_LEFT_TO_THE_FILE for segment in kinds if _is_left_to_the_file(segment))
     return Plan(span, segments, _threads(threads, segments), tuple(notes))
 
 
@@ -150,25 +151,42 @@ def _segments(memory: Borrowed, span: Span, access: Access | None, chosen: Metho
     The kernel stops at a hole by itself, so that it need not be one of ours to find.
     """
     pending: Segment | None = None
-    at = span.start - span.start % PAGE_SIZE
-    stop = span.stop + -span.stop % PAGE_SIZE
-    while at < stop:
-        vma = _vma_at(at, memory)
-        if vma is None or vma.start >= stop or vma.start > at:
-            end = stop if vma is None else min(stop, vma.start)
-            found = Segment(at, end, chosen or best(access or "write", allocate=False), Target(), None, "nothing is mapped")
-        else:
-            # Whole huge pages: the kernel populates no less of hugetlb memory.
-            start = at - (at - vma.start) % vma.page_size
-            end = min(stop + (vma.start - stop) % vma.page_size, vma.stop)
-            found = _segment(memory, vma, start, end, access, chosen)
+    for found in _pieces(memory, span, access, chosen):
         if pending is not None and _same_kind(pending, found):
-            found = Segment(pending.start, found.stop, found.method, found.target, pending.backing, pending.reason)
-        elif pending is not None:
+            pending = pending._replace(stop=found.stop)
+            continue
+        if pending is not None:
             yield pending
-        pending, at = found, found.stop
+        pending = found
     if pending is not None:
         yield pending
+
+
+def _pieces(memory: Borrowed, span: Span, access: Access | None, chosen: Method | None) -> Iterator[Segment]:
+    """One segment for each mapping and each hole."""
+    at = span.start - span.start % PAGE_SIZE
+    stop = span.stop + -span.stop % PAGE_SIZE
+    known: dict[Vma, tuple[Method, Target, Backing | None, str]] = {}
+    for first, last, vma in vmas_by_kind(at, stop):
+        if first > at:
+            yield _hole(at, first, access, chosen)
+            at = first
+        # Whole huge pages: the kernel populates no less of hugetlb memory.
+        start = at - (at - first) % vma.page_size
+        end = min(stop + (first - stop) % vma.page_size, last)
+        like = known.get(vma)
+        if like is None:
+            if memory.gate is not None:
+                vma.readable = vma.writable = True  # once the gate has let us through: until then it may be fenced off
+            like = known[vma] = _segment(memory, vma, start, end, access, chosen)[2:]
+        yield Segment(start, end, *like)
+        at = end
+    if at < stop:
+        yield _hole(at, stop, access, chosen)
+
+
+def _hole(start: int, stop: int, access: Access | None, chosen: Method | None) -> Segment:
+    return Segment(start, stop, chosen or best(access or "write", allocate=False), Target(), None, "nothing is mapped")
 
 
 def _vma_at(address: int, memory: Borrowed) -> Vma | None:

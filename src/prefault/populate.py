@@ -6,6 +6,7 @@ import errno
 import threading
 from _thread import start_new_thread
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from time import perf_counter_ns
@@ -16,13 +17,14 @@ from prefault.diagnose import diagnose
 from prefault.errors import OutOfMemoryError, PopulateError, PopulateInterrupted
 from prefault.memory import Borrowed, Supplier, borrow
 from prefault.methods import Access
-from prefault.needs import Part, Shortage, Watch, missing_from, spare
+from prefault.needs import Shortage, Watch, parts_of, spare
 from prefault.pace import FIRST_CHUNK, Pace
 from prefault.plan import NO_FALLOCATE, Plan, Segment, make_plan, without_fallocate
 from prefault.ranges import PageRange, RangeSet
-from prefault.residency import populated_before
+from prefault.residency import populated_among, populated_before
 from prefault.rollback import Rollback
 from prefault.sizes import Size, format_size
+from prefault.vectors import LONG, can_advise, populate_long, populate_whole
 from prefault.vma import Backing
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -162,16 +164,11 @@ def _carry_out(
     if not what.segments:
         return PopulateResult(0, 0, 0.0, what.access, "none", 1)
     undo = Rollback(what.segments) if rollback else None  # before anything is done
-    # What needs no population, segment by segment.
-    before = [_populated(segment, segment.start, segment.stop) for segment in what.segments]
+    before = _populated(what.segments)  # needs no population
     is_small = what.length <= FIRST_CHUNK and len(what.segments) == 1
     watch = None
     if headroom == "check" and not (is_small and _surely_fits(what.segments[0], began)):
-        parts = [
-            Part(segment, missing_from(segment.start, segment.stop, populated), memory.fd)
-            for segment, populated in zip(what.segments, before, strict=True)
-        ]
-        watch = Watch(parts, memory.address)
+        watch = Watch(parts_of(what.segments, before, memory.fd), memory.address)
         watch.start()
         if is_small:
             watch = None  # its only chunk has just been looked at
@@ -218,7 +215,7 @@ def _surely_fits(segment: Segment, now_ns: int) -> bool:
     return segment.backing is Backing.ANONYMOUS and spare.spend(segment.length + segment.length // 256 + 65536, now_ns)
 
 
-def _run_small(plan: Plan, origin: int, began: int, before: list[array[int]]) -> PopulateResult:
+def _run_small(plan: Plan, origin: int, began: int, before: array[int]) -> PopulateResult:
     """One chunk in this thread, without the machinery of :class:`_Run`, which costs more than populating a page."""
     segment = plan.segments[0]
     start, length = segment.start, segment.stop - segment.start
@@ -231,7 +228,7 @@ def _run_small(plan: Plan, origin: int, began: int, before: list[array[int]]) ->
         raise
     if failed:
         return _Run(plan, None, origin, before).run(began)  # does it again, and finds the page
-    present = _length(before[0])
+    present = _length(before)
     took = (perf_counter_ns() - began) / 1e9
     return PopulateResult(length - present, present, took, segment.method.access, segment.method.name, 1, plan.notes)
 
@@ -259,7 +256,7 @@ class _Run:
     """One populate call at work. Threads take chunks in order of address from one cursor."""
 
     def __init__(
-        self, plan: Plan, progress: Progress | None, origin: int, before: list[array[int]],
+        self, plan: Plan, progress: Progress | None, origin: int, before: array[int],
         rollback: Rollback | None = None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
         self._plan = plan
@@ -272,7 +269,11 @@ class _Run:
         self._at = plan.segments[0].start
         self._taken: list[PageRange] = []
         self._done: list[PageRange] = []
-        self._open: dict[int, tuple[PageRange, Segment]] = {}
+        self._open: dict[int, tuple[PageRange, tuple[Segment, ...]]] = {}
+        # Few segments are taken one by one, so that nothing above a page that fails is populated.
+        methods = {segment.method for segment in plan.segments}
+        self._joins_segments = len(plan.segments) >= _MANY_SEGMENTS and all(can_advise(method) for method in methods)
+        self._stops = [segment.stop for segment in plan.segments]
         self._done_bytes = 0
         self._failures: list[_Failure] = []
         self._defect: BaseException | None = None
@@ -345,34 +346,49 @@ class _Run:
             taken = self._next(pace.size)
             if taken is None:
                 return
-            chunk, segment = taken
+            chunk, segments = taken
             pace.start()
-            failure = self._populate(chunk, segment)
+            failure = self._populate(chunk, segments)
             if failure is not None:
                 self._stop = True
                 self._failures.append(failure)
-                self._finish(PageRange(chunk.start, failure.address))
+                if len(segments) == 1:  # else it stays open: what lies above may be populated as well
+                    self._finish(PageRange(chunk.start, failure.address))
                 return
             pace.finish()
             self._finish(chunk)
             if progress is not None:
                 progress(self._done_bytes, self._plan.length)
 
-    def _populate(self, chunk: PageRange, segment: Segment) -> _Failure | None:
+    def _populate(self, chunk: PageRange, segments: tuple[Segment, ...]) -> _Failure | None:
         if self._watch is None:
-            return self._populate_chunk(chunk, segment)
+            return self._populate_chunk(chunk, segments)
         shortage = self._watch.admit(chunk.start, chunk.stop)
         if shortage is not None:
-            return _Failure(chunk.start, segment, shortage)
+            return _Failure(chunk.start, segments[0], shortage)
         try:
-            return self._populate_chunk(chunk, segment)
+            return self._populate_chunk(chunk, segments)
         finally:
             self._watch.release()
 
-    def _populate_chunk(self, chunk: PageRange, segment: Segment) -> _Failure | None:
-        if _attempt(segment, chunk.start, chunk.length) is None:
+    def _populate_chunk(self, chunk: PageRange, segments: tuple[Segment, ...]) -> _Failure | None:
+        """Populate a part of one segment, or all of several; the first page that cannot be populated, if there is one."""
+        if len(segments) == 1:
+            return self._populate_part(chunk, segments[0])
+        if populate_whole(segments):
             return None
-        failure = locate(chunk, segment)
+        for segment in segments:
+            failure = self._populate_part(PageRange(segment.start, segment.stop), segment)
+            if failure is not None:
+                return failure
+        return None
+
+    def _populate_part(self, part: PageRange, segment: Segment) -> _Failure | None:
+        if part.length > LONG and can_advise(segment.method) and populate_long(segment, *part):
+            return None
+        if _attempt(segment, part.start, part.length) is None:
+            return None
+        failure = locate(part, segment)
         if failure is None or isinstance(failure.error, Shortage):
             return failure
         without = without_fallocate(segment, failure.error)
@@ -382,10 +398,10 @@ class _Run:
             segments = tuple(without if other is segment else other for other in self._plan.segments)
             notes = tuple(dict.fromkeys((*self._plan.notes, NO_FALLOCATE)))
             self._plan = self._plan._replace(segments=segments, notes=notes)
-        return self._populate_chunk(chunk, without)
+        return self._populate_part(part, without)
 
-    def _next(self, size: int) -> tuple[PageRange, Segment] | None:
-        """The next chunk, cut at a multiple of ``size`` so that no huge page is split."""
+    def _next(self, size: int) -> tuple[PageRange, tuple[Segment, ...]] | None:
+        """The next chunk: several whole segments, or a part of one, cut at a multiple of ``size`` to split no huge page."""
         with self._lock:
             segments = self._plan.segments
             if self._at == segments[self._index].stop:
@@ -397,11 +413,15 @@ class _Run:
             if self._watch is not None:
                 size = min(size, self._watch.largest_chunk)
             size = max(size, segment.target.page_size)
-            chunk = PageRange(self._at, min(segment.stop, self._at - self._at % size + size))
-            self._at = chunk.stop
-            self._open[threading.get_ident()] = chunk, segment
+            end, last = self._at - self._at % size + size, self._index + 1
+            if self._joins_segments and self._at == segment.start and segment.stop < end:
+                last = max(last, min(self._index + _SEGMENTS_AT_ONCE, bisect_right(self._stops, end, self._index)))
+            chunk = PageRange(self._at, min(self._stops[last - 1], end))
+            taken = segments[self._index : last]
+            self._at, self._index = chunk.stop, last - 1
+            self._open[threading.get_ident()] = chunk, taken
             self._taken.append(chunk)
-            return chunk, segment
+            return chunk, taken
 
     def _finish(self, done: PageRange) -> None:
         with self._lock:
@@ -422,13 +442,10 @@ class _Run:
 
     def _result(self, began: int, threads: int) -> PopulateResult:
         plan = self._plan
-        present = 0
-        new = 0
-        for segment, before in zip(plan.segments, self._before, strict=True):
-            there = _length(before)
-            after = _length(_populated(segment, segment.start, segment.stop)) if segment.method.hint else segment.length
-            present += there
-            new += max(0, after - there)
+        present = _length(self._before)
+        # A hint is taken for all segments.
+        after = _length(_populated(plan.segments)) if plan.segments[0].method.hint else plan.length
+        new = max(0, after - present)
         return PopulateResult(new, present, (perf_counter_ns() - began) / 1e9, plan.access, plan.method, threads, plan.notes)
 
     def _failed(self, failure: _Failure) -> PopulateError:
@@ -453,7 +470,7 @@ class _Run:
 
     def interrupted(self, interruption: BaseException, caught: PageRange) -> None:
         """Raise PopulateInterrupted for Ctrl-C, else add a note; ``caught`` is a chunk that was under way elsewhere."""
-        self._open[0] = caught, self._plan.segments[0]
+        self._open[0] = caught, self._plan.segments[:1]
         stopped = self._stopped(interruption)
         try:
             if stopped is not interruption:
@@ -486,9 +503,9 @@ class _Run:
 
     def _settle(self) -> tuple[RangeSet, RangeSet]:
         """What this call brought in, and what of that is still there. No thread is at work any more."""
-        before = RangeSet(item for pairs in self._before for item in _ranges(pairs))
+        before = RangeSet(_ranges(self._before))
         # Chunks that an interruption caught before they were booked: look what has become of them.
-        caught = (_populated(segment, chunk.start, chunk.stop) for chunk, segment in self._open.values())
+        caught = (_populated(segments, chunk) for chunk, segments in self._open.values())
         done = RangeSet([*self._done, *(item for pairs in caught for item in _ranges(pairs))])
         brought_in = done - before
         if self._rollback is None:
@@ -496,9 +513,21 @@ class _Run:
         return brought_in, self._rollback.undo(brought_in, RangeSet(self._taken))
 
 
-def _populated(segment: Segment, start: int, stop: int) -> array[int]:
-    write = segment.method.access == "write"
-    return populated_before(start, stop, write=write, private=not segment.target.shared)
+_MANY_SEGMENTS = 64
+_SEGMENTS_AT_ONCE = 1024
+
+
+def _populated(segments: tuple[Segment, ...], part: PageRange | None = None) -> array[int]:
+    """What of the segments (or of a part of them) needs no population: addresses, start and stop in turn."""
+    start, stop = part or (segments[0].start, segments[-1].stop)
+    if len(segments) == 1:
+        return populated_before(start, stop, write=_writes(segments[0]), private=not segments[0].target.shared)
+    copied = (item for item in segments if _writes(item) and not item.target.shared)
+    return populated_among(start, stop, [edge for item in copied for edge in item[:2]])
+
+
+def _writes(segment: Segment) -> bool:
+    return segment.method.access == "write"
 
 
 def _ranges(pairs: array[int]) -> Iterator[PageRange]:

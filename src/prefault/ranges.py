@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import islice, repeat
 from operator import index
 from typing import NamedTuple, SupportsIndex
 
@@ -104,32 +104,31 @@ class RangeSet:
     ``|``, ``&``, ``-`` and ``^`` cost time linear in the number of ranges; a membership test is logarithmic.
     """
 
-    __slots__ = ("_ranges", "_starts")
+    __slots__ = ("_edges",)
 
     def __init__(self, ranges: Iterable[PageRange] = ()) -> None:
-        merged: list[PageRange] = []
-        for item in sorted(r for r in ranges if r):
-            if merged and item.start <= merged[-1].stop:
-                if item.stop > merged[-1].stop:
-                    merged[-1] = PageRange(merged[-1].start, item.stop)
-            else:
-                merged.append(item)
-        self._ranges = tuple(merged)
-        self._starts = [r.start for r in merged]
+        edges: list[int] = []
+        for start, stop in sorted(r for r in ranges if r):
+            if not edges or start > edges[-1]:
+                edges.append(start)
+                edges.append(stop)
+            elif stop > edges[-1]:
+                edges[-1] = stop
+        # Start and stop of each range in turn: a million ranges as objects cost seconds, most of them for the garbage
+        # collector, so a range is made when it is asked for.
+        self._edges = edges
 
     @classmethod
     def from_edges(cls, edges: Sequence[int]) -> RangeSet:
         """The set with these starts and stops in turn: multiples of the page size, strictly increasing. Not checked."""
         made = cls.__new__(cls)
-        pair = tuple.__new__
-        made._starts = list(edges[::2])
-        made._ranges = tuple([pair(PageRange, ends) for ends in zip(made._starts, edges[1::2], strict=True)])
+        made._edges = list(edges)
         return made
 
     @property
     def length(self) -> int:
         """Bytes in all ranges together."""
-        return sum(r.length for r in self._ranges)
+        return sum(self._edges[1::2]) - sum(self._edges[::2])
 
     @property
     def pages(self) -> int:
@@ -139,31 +138,33 @@ class RangeSet:
     @property
     def span(self) -> PageRange:
         """The smallest range that holds the whole set; ``[0, 0)`` for the empty set."""
-        return PageRange(self._ranges[0].start, self._ranges[-1].stop) if self._ranges else PageRange(0, 0)
+        return PageRange(self._edges[0], self._edges[-1]) if self._edges else PageRange(0, 0)
 
     def __iter__(self) -> Iterator[PageRange]:
-        return iter(self._ranges)
+        edges = iter(self._edges)
+        return map(tuple.__new__, repeat(PageRange), zip(edges, edges, strict=True))
 
     def __len__(self) -> int:
         """How many ranges, not how many bytes."""
-        return len(self._ranges)
+        return len(self._edges) // 2
 
     def __getitem__(self, index: int) -> PageRange:
-        return self._ranges[index]
+        at = range(0, len(self._edges), 2)[index]
+        return PageRange(self._edges[at], self._edges[at + 1])
 
     def __contains__(self, other: SupportsIndex | PageRange) -> bool:
         """Whether a byte, or every byte of a range, is in the set."""
         if isinstance(other, PageRange) and not other:
             return True
-        start = other.start if isinstance(other, PageRange) else index(other)
-        before = bisect_right(self._starts, start) - 1
-        return before >= 0 and other in self._ranges[before]
+        start, stop = other if isinstance(other, PageRange) else (index(other), index(other) + 1)
+        after = bisect_right(self._edges, start)
+        return after % 2 == 1 and stop <= self._edges[after]
 
     def __eq__(self, other: object) -> bool:
-        return self._ranges == other._ranges if isinstance(other, RangeSet) else NotImplemented
+        return self._edges == other._edges if isinstance(other, RangeSet) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self._ranges)
+        return hash(tuple(self._edges))
 
     def __or__(self, other: RangeSet) -> RangeSet:
         return self._combine(other, 0b1110)
@@ -196,13 +197,13 @@ class RangeSet:
         return RangeSet.from_edges(kept)
 
     def _ends(self) -> list[int]:
-        return [*chain.from_iterable(self._ranges), _BEYOND]
+        return [*self._edges, _BEYOND]
 
     def shifted(self, by: int) -> RangeSet:
         """The same set ``by`` bytes further on."""
-        return RangeSet(r.shifted(by) for r in self._ranges)
+        return RangeSet.from_edges([edge + by for edge in self._edges])
 
     def __repr__(self) -> str:
-        shown = ", ".join(map(str, self._ranges[:8]))
+        shown = ", ".join(map(str, islice(self, 8)))
         more = f", ... {len(self) - 8} more" if len(self) > 8 else ""
         return f"RangeSet({shown}{more})"

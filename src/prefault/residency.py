@@ -9,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import functools
 import os
 import threading
 from array import array
-from collections.abc import Iterator, Sequence
-from ctypes import addressof, c_char, sizeof
-from itertools import pairwise
+from collections.abc import Sequence
+from ctypes import sizeof
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefault import capabilities
 from prefault._kernel import mman, pagemap, proc
 from prefault._kernel.cachestat import PageCache, cachestat
 from prefault._kernel.pagemap import PageCategory
+from prefault.intervals import common, merged, union, without
 from prefault.memory import Borrowed, borrow
 from prefault.ranges import PageRange, RangeSet
 from prefault.selffile import SelfFile
@@ -59,12 +60,16 @@ class Run(NamedTuple):
     state: PageState
 
 
+_PAGE_STATES = tuple(PageState(value) for value in range(2 * PageState.GUARD))
+
+
 class Residency:
     """The pages of a range at one moment.
 
     Attributes:
         range: the whole pages that were looked at, as addresses.
-        runs: neighbouring pages of the same state; pages of which nothing is to be said are left out.
+        runs: neighbouring pages of the same state; pages of which nothing is to be said are left out. Made when first asked
+            for.
         source: ``"pagemap_scan"``, ``"pagemap"`` or ``"mincore"``.
         unknown: the states that this source cannot tell for this memory, each with the reason.
         page_cache: pages of the file behind it in the page cache (in base pages), where the memory is a Mapping with a
@@ -74,20 +79,41 @@ class Residency:
     """
 
     def __init__(
-        self, pages: PageRange, runs: list[Run], source: str, unknown: dict[PageState, str],
+        self, pages: PageRange, words: array[int], source: str, unknown: dict[PageState, str],
         page_cache: PageCache | None = None,
     ) -> None:  # fmt: skip
+        """``words`` holds the start, stop and state of each run in turn: an object for each is made when it is asked for."""
         self.range = pages
-        self.runs = runs
         self.source = source
         self.unknown = unknown
         self.page_cache = page_cache
         self.cached_bytes = None if page_cache is None else page_cache.cached * PAGE_SIZE
+        self._words = words
+
+    @functools.cached_property
+    def runs(self) -> list[Run]:
+        """Neighbouring pages of the same state, in order of address."""
+        words, make = self._words, tuple.__new__
+        rows = zip(words[::3], words[1::3], map(_PAGE_STATES.__getitem__, words[2::3]), strict=True)
+        return [make(Run, row) for row in rows]
+
+    @functools.cached_property
+    def _bytes_by_state(self) -> dict[int, int]:
+        """Bytes of the pages of each state, of which there are few."""
+        words = self._words
+        found: dict[int, int] = {}
+        if len(words) >= 3 * _MANY:
+            lengths, states = _rows(words)[:, 1] - _rows(words)[:, 0], _rows(words)[:, 2]
+            return {state: int(lengths[states == state].sum()) for state in _distinct(states)}
+        for start, stop, state in zip(words[::3], words[1::3], words[2::3], strict=True):
+            found[state] = found.get(state, 0) + stop - start
+        return found
 
     def bytes_in(self, state: PageState) -> int:
         """Bytes of the pages that have every flag of ``state``. ValueError where the source cannot tell."""
         self._require(state)
-        return sum(run.stop - run.start for run in self.runs if run.state & state == state)
+        wanted = int(state)
+        return sum(count for flags, count in self._bytes_by_state.items() if flags & wanted == wanted)
 
     @property
     def present_bytes(self) -> int:
@@ -112,17 +138,29 @@ class Residency:
     def ranges(self, state: PageState = PageState.PRESENT) -> RangeSet:
         """The pages that have every flag of ``state``, as byte offsets from ``range.start``."""
         self._require(state)
-        base = self.range.start
-        return RangeSet(PageRange(r.start - base, r.stop - base) for r in self.runs if r.state & state == state)
+        base, wanted, words = self.range.start, int(state), self._words
+        if len(words) >= 3 * _MANY:
+            rows = _rows(words)
+            rows = rows[rows[:, 2] & wanted == wanted] - base
+            return RangeSet.from_edges(merged(rows[:, 0], rows[:, 1]).tolist())
+        return RangeSet(
+            PageRange(start - base, stop - base)
+            for start, stop, flags in zip(words[::3], words[1::3], words[2::3], strict=True)
+            if flags & wanted == wanted
+        )  # fmt: skip
 
     def pages(self) -> numpy.ndarray[Any, numpy.dtype[numpy.uint8]]:
         """One :class:`PageState` a base page, in order: shape ``(range.pages,)``, dtype uint8."""
         import numpy
 
-        states = numpy.zeros(self.range.pages, numpy.uint8)
-        for start, stop, state in self.runs:
-            states[(start - self.range.start) // PAGE_SIZE : (stop - self.range.start) // PAGE_SIZE] = int(state)
-        return states
+        rows = _rows(self._words)
+        first, last = ((rows[:, column] - self.range.start) // PAGE_SIZE for column in (0, 1))
+        states = rows[:, 2].astype(numpy.uint8)
+        # By how much the state changes from page to page, modulo 256. No run begins, or ends, where another one does.
+        changes = numpy.zeros(self.range.pages + 1, numpy.uint8)
+        changes[first] += states
+        changes[last] -= states
+        return numpy.cumsum(changes[:-1], dtype=numpy.uint8)
 
     def _require(self, state: PageState) -> None:
         for flag, reason in self.unknown.items():
@@ -142,6 +180,40 @@ class Residency:
 
     def __repr__(self) -> str:
         return f"<Residency of {self.range}, {self} (from {self.source})>"
+
+
+_MANY = 1024
+"""For so many runs importing numpy pays."""
+
+
+def _rows(words: array[int]) -> numpy.typing.NDArray[numpy.int64]:
+    """View words as rows of three: start, stop, and state or categories. They cannot grow while the view lives."""
+    import numpy
+
+    return numpy.frombuffer(words, numpy.int64).reshape(-1, 3)
+
+
+def _distinct(flags: numpy.typing.NDArray[numpy.int64]) -> list[int]:
+    """Return the values of a column of states or categories: small numbers."""
+    import numpy
+
+    values: list[int] = numpy.flatnonzero(numpy.bincount(flags)).tolist()
+    return values
+
+
+def _to_states(words: array[int]) -> set[int]:
+    """Replace the categories in rows of words by page states; return the categories that there were."""
+    states = _state_of_categories()
+    if len(words) >= 3 * _MANY:
+        import numpy
+
+        column = _rows(words)[:, 2]
+        found = set(_distinct(column))
+        column[:] = numpy.array(states, numpy.int64)[column]
+        return found
+    categories = words[2::3]
+    words[2::3] = array("Q", map(states.__getitem__, categories))
+    return set(categories)
 
 
 def residency(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> Residency:
@@ -221,35 +293,45 @@ class _Scanner(threading.local):
 
     def __init__(self) -> None:
         self.busy = False
-        regions = array("Q", bytes(_REGIONS * sizeof(pagemap.PageRegion)))
-        self.words = memoryview(regions)
-        self.argument = pagemap.PmScanArg(size=sizeof(pagemap.PmScanArg), vec=regions.buffer_info()[0], vec_len=_REGIONS)
+        self.regions = array("Q", bytes(_REGIONS * sizeof(pagemap.PageRegion)))
+        self.argument = pagemap.PmScanArg(
+            size=sizeof(pagemap.PmScanArg), vec=self.regions.buffer_info()[0], vec_len=_REGIONS
+        )  # fmt: skip
 
-    def scan(self, start: int, stop: int, mask: int, inverted: int, any_of: int, returned: int) -> Iterator[memoryview]:
-        """Regions that match, as views of 64-bit words (start, stop, categories, start, ...), valid until the next."""
+    def scan(self, spans: Sequence[int], mask: int, inverted: int, any_of: int, returned: int) -> array[int]:
+        """Scan spans of addresses (start and stop in turn), and return the regions that match.
+
+        Returns:
+            64-bit words: start, stop, categories, start, ... in order of address.
+        """
         if self.busy:
             # A signal handler, or a finalizer, in the middle of a scan of this very thread.
-            yield from _Scanner().scan(start, stop, mask, inverted, any_of, returned)
-            return
+            return _Scanner().scan(spans, mask, inverted, any_of, returned)
+        words = array("Q")
         self.busy = True
         try:
-            argument = self.argument
+            argument, regions, ioctl = self.argument, self.regions, _pagemap_file.ioctl
             argument.category_mask, argument.category_inverted = mask, inverted
             argument.category_anyof_mask, argument.return_mask = any_of, returned
-            while start < stop:
-                argument.start, argument.end = start, min(stop, start + _SCAN_STEP)
-                try:
-                    count = _pagemap_file.ioctl(pagemap.PAGEMAP_SCAN, argument)
-                except OSError as error:
-                    if error.errno != errno.EFAULT:
-                        raise
-                    return  # beyond the end of user space, where nobody has pages
-                # Not argument.walk_end: with more than 512 regions, the size of the kernel's own buffer, it may be where
-                # that was full for the last time and not where the walk ended (seen on 6.18), and regions would come twice.
-                start = argument.end if count < _REGIONS else self.words[3 * count - 2]
-                yield self.words[: 3 * count]
+            for first, stop in zip(spans[::2], spans[1::2], strict=True):
+                start = int(first)
+                while start < stop:
+                    argument.start, argument.end = start, min(int(stop), start + _SCAN_STEP)
+                    try:
+                        count = ioctl(pagemap.PAGEMAP_SCAN, argument)
+                    except OSError as error:
+                        if error.errno != errno.EFAULT:
+                            raise
+                        return words  # beyond the end of user space, where nobody has pages
+                    if count:
+                        words += regions[: 3 * count]
+                    # Not argument.walk_end: with more than 512 regions, the size of the kernel's own buffer, it may be where
+                    # that was full for the last time and not where the walk ended (seen on 6.18), and regions would come
+                    # twice.
+                    start = argument.end if count < _REGIONS else regions[3 * count - 2]
         finally:
             self.busy = False
+        return words
 
 
 _scanner = _Scanner()
@@ -269,10 +351,9 @@ def populated_before(start: int, stop: int, *, write: bool, private: bool) -> ar
         if capabilities.PAGEMAP_SCAN.available:
             inverted = _COPY_PENDING if write and private else 0
             mask = _PRESENT | inverted
-            for words in _scanner.scan(start, stop, mask, inverted, 0, mask):
-                for index in range(0, len(words), 3):
-                    found.append(words[index])
-                    found.append(words[index + 1])
+            words = _scanner.scan((start, stop), mask, inverted, 0, mask)
+            found = array("Q", bytes(len(words) // 3 * 16))
+            found[::2], found[1::2] = words[::3], words[1::3]
         elif capabilities.PAGEMAP.available:
             for run in _from_pagemap(PageRange(start, stop), None).runs:
                 if run.state & PageState.PRESENT and not (write and private and run.state & PageState.FILE):
@@ -281,6 +362,30 @@ def populated_before(start: int, stop: int, *, write: bool, private: bool) -> ar
     except PermissionError:
         found = array("Q")  # as in residency_of: this process gave up root
     return found
+
+
+def populated_among(start: int, stop: int, copied: Sequence[int]) -> array[int]:
+    """As :func:`populated_before`, of memory of both kinds, by one scan.
+
+    Args:
+        start: address of the first page.
+        stop: address after the last one.
+        copied: private memory that is to be written, as addresses, start and stop in turn, ascending; all other memory of
+            the range is to be read, or shared.
+    """
+    import numpy
+
+    found = residency_of(PageRange(start, stop))
+    if found.source == "mincore":
+        return array("Q")
+    rows = _rows(found._words)
+    rows = rows[(rows[:, 2] & int(PageState.PRESENT)) != 0]
+    pending = (rows[:, 2] & int(PageState.FILE)) != 0
+    if PageState.ALLOCATED not in found.unknown:
+        pending |= (rows[:, 2] & int(PageState.ALLOCATED)) == 0
+    present, settled = merged(rows[:, 0], rows[:, 1]), merged(rows[~pending, 0], rows[~pending, 1])
+    written = numpy.array(copied, numpy.int64)
+    return array("Q", union(common(settled, written), without(present, written)).tobytes())
 
 
 _OCCUPIED = int(PageCategory.PRESENT | PageCategory.SWAPPED)
@@ -303,33 +408,13 @@ def occupied(spans: Sequence[int], *, how: bool = True) -> numpy.typing.NDArray[
         if capabilities.PAGEMAP_SCAN.available:
             returned = _OCCUPIED_HOW if how else _OCCUPIED
             guard = int(PageCategory.GUARD) if capabilities.PAGE_IS_GUARD.available else 0  # SWAPPED as well
-            words = _scan_spans(spans, guard, guard, _OCCUPIED, returned)
-            return numpy.frombuffer(words, numpy.int64).reshape(-1, 3)
+            words = _scanner.scan(spans, guard, guard, _OCCUPIED, returned)
+            return _rows(words)
     for start, stop in zip(spans[::2], spans[1::2], strict=True):
         rows = [(run.start, run.stop, _category_of(run.state)) for run in residency_of(PageRange(start, stop)).runs]
         table = numpy.array(rows, numpy.int64).reshape(-1, 3)
         found.append(table[(table[:, 2] & _OCCUPIED) != 0])
     return numpy.concatenate(found) if found else numpy.empty((0, 3), numpy.int64)
-
-
-def _scan_spans(spans: Sequence[int], mask: int, inverted: int, any_of: int, returned: int) -> array[int]:
-    """As :meth:`_Scanner.scan`, of many spans, which may be small: so without a generator for each."""
-    words = array("Q")
-    vector = bytearray(_REGIONS * sizeof(pagemap.PageRegion))
-    pinned = (c_char * len(vector)).from_buffer(vector)
-    argument = pagemap.PmScanArg(
-        size=sizeof(pagemap.PmScanArg), vec=addressof(pinned), vec_len=_REGIONS, category_mask=mask,
-        category_inverted=inverted, category_anyof_mask=any_of, return_mask=returned,
-    )  # fmt: skip
-    ioctl = _pagemap_file.ioctl
-    for start, stop in zip(spans[::2], spans[1::2], strict=True):
-        while start < stop:
-            argument.start, argument.end = start, min(stop, start + _SCAN_STEP)
-            count = ioctl(pagemap.PAGEMAP_SCAN, argument)
-            if count:
-                words.frombytes(vector[: count * sizeof(pagemap.PageRegion)])
-            start = argument.end if count < _REGIONS else words[-2]
-    return words
 
 
 def _category_of(state: PageState) -> int:
@@ -379,26 +464,27 @@ def residency_of(pages: PageRange, page_cache: PageCache | None = None) -> Resid
 
 
 def _from_scan(pages: PageRange, cache: PageCache | None) -> Residency:
-    runs: list[Run] = []
     tracked = capabilities.SOFT_DIRTY.available
     every = int(_ALL | PageCategory.FILE | PageCategory.PFNZERO | PageCategory.HUGE | PageCategory.WRITTEN
                 | PageCategory.WPALLOWED | PageCategory.SOFT_DIRTY)  # fmt: skip
     if not capabilities.PAGE_IS_GUARD.available:
         every &= ~int(PageCategory.GUARD)
     any_of = every & int(_ALL)
-    protected = 0
-    for words in _scanner.scan(pages.start, pages.stop, 0, 0, any_of, every):
-        for index in range(0, len(words), 3):
-            start, stop, categories = words[index], words[index + 1], words[index + 2]
-            runs.append(Run(start, stop, _state_of(categories)))
-            protected += stop - start if categories & PageCategory.WPALLOWED else 0
+    words = _scanner.scan(pages, 0, 0, any_of, every)
+    unprotected = not all(category & PageCategory.WPALLOWED for category in _to_states(words))
     unknown = {}
     # WRITTEN means "not write-protected" to the kernel, which says nothing of memory that nobody protected.
-    if not tracked and protected < sum(run.stop - run.start for run in runs):
+    if not tracked and unprotected:
         unknown[PageState.WRITTEN] = _NO_TRACKING
     if not capabilities.PAGE_IS_GUARD.available:
         unknown[PageState.GUARD] = "PAGE_IS_GUARD needs Linux 6.15"
-    return Residency(pages, runs, "pagemap_scan", unknown, cache)
+    return Residency(pages, words, "pagemap_scan", unknown, cache)
+
+
+@functools.cache
+def _state_of_categories() -> tuple[int, ...]:
+    """The state for every number that PAGEMAP_SCAN can tell as categories."""
+    return tuple(int(_state_of(categories)) for categories in range(2 * PageCategory.GUARD))
 
 
 def _state_of(categories: int) -> PageState:
@@ -428,7 +514,7 @@ def _from_pagemap(pages: PageRange, cache: PageCache | None) -> Residency:
     import numpy
 
     fd = proc.open_proc("/proc/self/pagemap")
-    runs: list[Run] = []
+    words = array("Q")
     try:
         for part in pages.chunks(256 * MIB):
             entries = numpy.frombuffer(pagemap.read_pagemap(fd, part.start // PAGE_SIZE, part.pages), numpy.uint64)
@@ -442,7 +528,7 @@ def _from_pagemap(pages: PageRange, cache: PageCache | None) -> Residency:
             ):
                 states[(entries & numpy.uint64(bit)) != 0] |= int(state)
             states[(states & int(PageState.GUARD)) != 0] = int(PageState.GUARD)
-            runs += _runs(part.start, states)
+            words += _words(part.start, states)
     finally:
         os.close(fd)
     reason = "it needs PAGEMAP_SCAN (Linux 6.7)"
@@ -454,29 +540,30 @@ def _from_pagemap(pages: PageRange, cache: PageCache | None) -> Residency:
         unknown[PageState.WRITTEN] = _NO_TRACKING
     if not capabilities.PAGE_IS_GUARD.available:
         unknown[PageState.GUARD] = "the guard bit needs Linux 6.15"
-    return Residency(pages, runs, "pagemap", unknown, cache)
+    return Residency(pages, words, "pagemap", unknown, cache)
 
 
 def _from_mincore(pages: PageRange, cache: PageCache | None) -> Residency:
     import numpy
 
-    runs: list[Run] = []
+    words = array("Q")
     for vma in vmas(pages.start, pages.stop):  # mincore refuses a range with a hole in it
         for part in (pages & PageRange(vma.start, vma.stop)).chunks(256 * MIB):
             resident = numpy.frombuffer(mman.mincore(part.start, part.length), numpy.uint8) & numpy.uint8(1)
-            runs += _runs(part.start, resident)  # PRESENT is 1
+            words += _words(part.start, resident)  # PRESENT is 1
     reason = "mincore tells only whether a page is in memory, for a file whether it is in the page cache"
     unknown: dict[PageState, str] = {state: reason for state in PageState if state is not PageState.PRESENT}
-    return Residency(pages, runs, "mincore", unknown, cache)
+    return Residency(pages, words, "mincore", unknown, cache)
 
 
-def _runs(start: int, states: numpy.typing.NDArray[numpy.uint8]) -> Iterator[Run]:
-    """Neighbouring pages of equal state, those of state 0 left out."""
+def _words(start: int, states: numpy.typing.NDArray[numpy.uint8]) -> array[int]:
+    """Return start, stop and state of neighbouring pages of equal state in turn, those of state 0 left out."""
     import numpy
 
     if not len(states):
-        return
-    edges = [0, *(numpy.flatnonzero(numpy.diff(states)) + 1).tolist(), len(states)]
-    for first, last in pairwise(edges):
-        if states[first]:
-            yield Run(start + first * PAGE_SIZE, start + last * PAGE_SIZE, PageState(int(states[first])))
+        return array("Q")
+    edges = numpy.concatenate(([0], numpy.flatnonzero(numpy.diff(states)) + 1, [len(states)]))
+    rows = numpy.empty((len(edges) - 1, 3), numpy.uint64)
+    rows[:, 0], rows[:, 1] = start + edges[:-1] * PAGE_SIZE, start + edges[1:] * PAGE_SIZE
+    rows[:, 2] = states[edges[:-1]]
+    return array("Q", rows[rows[:, 2] != 0].tobytes())

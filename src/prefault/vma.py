@@ -9,8 +9,10 @@ import fcntl
 import functools
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from ctypes import addressof, create_string_buffer, sizeof
+from typing import TypeAlias
 
 from prefault import capabilities
 from prefault._kernel import mman, proc
@@ -131,12 +133,77 @@ def vma_at(address: int) -> Vma | None:
 def vmas(start: int, stop: int) -> Iterator[Vma]:
     """The VMAs that share a byte with ``[start, stop)``, in order. Between two that do not touch is a hole."""
     if capabilities.PROCMAP_QUERY.available:
-        vma = _query(start, with_name=False)
-        while vma is not None and vma.start < stop:
-            yield vma
-            vma = _query(vma.stop, with_name=False)
+        for row in _query_all(start, stop):
+            yield _vma_of(row)
     else:
         yield from (vma for vma in _read_all() if vma.stop > start and vma.start < stop)
+
+
+def vmas_by_kind(start: int, stop: int) -> Iterator[tuple[int, int, Vma]]:
+    """Yield start, stop and kind of each VMA that shares a byte with ``[start, stop)``, in order.
+
+    The kind is the first such VMA with the same permissions, page size and file, and in a file with the same distance
+    between address and offset. What is found out about it, its backing above all, holds for all of its kind: finding out
+    takes several system calls, and an object for each of thousands of VMAs takes longer than to populate it.
+    """
+    if not capabilities.PROCMAP_QUERY.available:
+        yield from ((vma.start, vma.stop, vma) for vma in vmas(start, stop))
+        return
+    known: dict[tuple[int, ...], Vma] = {}
+    for row in _query_all(start, stop):
+        first, last, flags, page_size, offset, inode, major, minor = row
+        kind = flags, page_size, inode, major, minor, offset - first if inode else 0
+        vma = known.get(kind)
+        if vma is None:
+            vma = _vma_of(row)
+            # Without a file the name matters: [vdso] and its neighbours are special memory.
+            if inode or not (vma.shared or _may_be_special(first, last)):
+                known[kind] = vma
+        elif not inode and _may_be_special(first, last):
+            vma = _vma_of(row)
+        yield first, last, vma
+
+
+_ROW = struct.Struct("QQQQQQII")
+"""What PROCMAP_QUERY answers: start, stop, flags, page size, offset in the file, inode, major and minor device number."""
+_Row: TypeAlias = tuple[int, int, int, int, int, int, int, int]
+
+
+def _query_all(start: int, stop: int) -> Iterator[_Row]:
+    """Ask for one VMA after the other by one structure: with thousands of VMAs its making would take most of the time."""
+    query = proc.ProcmapQuery(_QUERY_BYTES, proc.PROCMAP_QUERY_COVERING_OR_NEXT_VMA)
+    answer, ioctl, unpack = memoryview(query).cast("B"), _maps.ioctl, _ROW.unpack_from
+    at = start
+    while at < stop:
+        query.query_addr = at
+        try:
+            ioctl(proc.PROCMAP_QUERY, query)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return
+            raise
+        row = unpack(answer, proc.ProcmapQuery.vma_start.offset)
+        if row[0] >= stop:
+            return
+        yield row
+        at = row[1]
+
+
+def _vma_of(row: _Row) -> Vma:
+    start, stop, flags, page_size, offset, inode, major, minor = row
+    return Vma(start, stop, flags, page_size, offset, os.makedev(major, minor) if inode else 0, inode)
+
+
+def _may_be_special(start: int, stop: int) -> bool:
+    """Whether the addresses are among those where [vdso] and its neighbours lay when this process asked first."""
+    first, last = _special_span()
+    return start < last and first < stop
+
+
+@functools.cache
+def _special_span() -> tuple[int, int]:
+    found = [line for line in proc.read_maps() if line.name.startswith("[v") and line.end >> 63 == 0]
+    return (found[0].start, found[-1].end) if found else (0, 0)
 
 
 def _query(address: int, *, with_name: bool) -> Vma | None:

@@ -40,18 +40,18 @@ def space_needs(part: Part) -> Iterator[tuple[Limit, int]]:
         yield from _huge_pages(part)
     elif backing is Backing.FILE and segment.target.fd is not None and _allocates(segment):
         for limit in _space_left(part, "disk space"):
-            yield limit, segment.length if segment.length <= limit.available_bytes else _hole_bytes(segment)
+            yield limit, part.length if part.length <= limit.available_bytes else _hole_bytes(segment)
     if segment.method is MLOCK:
         locked = locked_memory_limit()
         # What is locked already is not counted twice by the kernel.
-        if locked is not None and (segment.length <= locked.available_bytes or "lo" not in vm_flags(start)):
-            yield locked, segment.length
+        if locked is not None and (part.length <= locked.available_bytes or "lo" not in vm_flags(start)):
+            yield locked, part.length
 
 
 def _space_left(part: Part, bounds: Literal["tmpfs space", "disk space"]) -> Iterator[Limit]:
     segment, fd = part.segment, part.fd
     limit = None if fd is None else space_limit(fd, bounds)
-    if fd is None or (limit is not None and segment.length > limit.available_bytes):
+    if fd is None or (limit is not None and part.length > limit.available_bytes):
         vma = vma_at(segment.start)  # its mount has a name, for people
         directory = None if vma is None else mount_directory(vma)
         limit = space_limit(directory if fd is None else fd, bounds, directory)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from time import perf_counter_ns, sleep
 from typing import NamedTuple
 
 from prefault.errors import HeadroomError
 from prefault.headroom import Limit, ask_for_memory
-from prefault.needs.parts import Part
+from prefault.needs.parts import Part, SpreadPart
 from prefault.needs.space import space_needs
 from prefault.needs.spare import spare
 from prefault.ranges import RangeSet
@@ -69,6 +70,10 @@ class Watch:
 
     def __init__(self, parts: Sequence[Part], origin: int = 0) -> None:
         self._parts = parts
+        # Those of single segments follow each other and are found by address; of the others there are few.
+        self._spread = [part for part in parts if isinstance(part, SpreadPart)]
+        self._single = [part for part in parts if not isinstance(part, SpreadPart)]
+        self._starts = [part.segment.start for part in self._single]
         self._origin = origin
         self._lock = threading.Lock()
         self._ahead: dict[int, int] = {}
@@ -85,7 +90,8 @@ class Watch:
         """
         shortage = self.whole()
         if shortage is not None:
-            first, last = self._parts[0].segment.start, self._parts[-1].segment.stop
+            first = min(part.segment.start for part in self._parts)
+            last = max(part.segment.stop for part in self._parts)
             raise shortage.error(
                 f"cannot populate {format_size(last - first)}: {shortage.sentence}; nothing was populated",
                 address=first, offset=first - self._origin,
@@ -101,7 +107,7 @@ class Watch:
         return shortage or self._short_of_space()
 
     def ahead(self, start: int, stop: int) -> _Ahead:
-        """A context manager around populating ``[start, stop)``, which is part of one segment.
+        """A context manager around populating ``[start, stop)``.
 
         Raises:
             HeadroomError: memory for it is not there any more, on entering.
@@ -114,8 +120,8 @@ class Watch:
         :meth:`release` must follow where it is admitted. Where it would fit but for the others, it waits for them: how much
         of theirs is charged already is not known.
         """
-        part = next(part for part in self._parts if part.segment.start <= start < part.segment.stop)
-        bound = part.at_most(start, stop)
+        spans = self._within(start, stop)
+        bound = sum(part.at_most(first, last) for part, first, last in spans)
         if not bound:
             return None
         self.release()
@@ -123,7 +129,7 @@ class Watch:
             with self._lock:
                 others = sum(list(self._ahead.values()))
                 # Half of the reserve: the estimates of the start may have been a little too small.
-                shortage = self._ask(bound, [(part, start, stop)], 0.5, others)
+                shortage = self._ask(bound, spans, 0.5, others)
                 if shortage is None:
                     self._ahead[threading.get_ident()] = bound
                     return None
@@ -131,6 +137,13 @@ class Watch:
                 return shortage
             # Not a Condition: Ctrl-C between two of its steps leaves its lock taken, and the others wait for ever.
             sleep(_PAUSE_S)
+
+    def _within(self, start: int, stop: int) -> list[tuple[Part, int, int]]:
+        """The parts that share a byte with a range, each with what they share at most."""
+        index = max(0, bisect_right(self._starts, start) - 1)
+        near = [*self._single[index : bisect_left(self._starts, stop)], *self._spread]
+        spans = [(part, max(start, part.segment.start), min(stop, part.segment.stop)) for part in near]
+        return [span for span in spans if span[1] < span[2]]
 
     def release(self) -> None:
         """This thread is done with what was admitted, if anything was. A second call does nothing."""
@@ -171,7 +184,7 @@ _SMALL = 8 * MIB
 _PAUSE_S = 0.0005
 """About what a chunk takes where little is left."""
 _SMALLEST_CHUNK = 1 * MIB
-_LARGEST_CHUNK = 64 * MIB
+_LARGEST_CHUNK = 1024 * MIB
 
 
 class _Ahead:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter, perf_counter_ns
@@ -17,14 +16,14 @@ from prefault.discard import DiscardResult, drop
 from prefault.errors import DiscardError, PopulateError, PopulateInterrupted
 from prefault.memory import Borrowed
 from prefault.methods import POPULATE_READ, POPULATE_WRITE, Access, FallocateThen, ourselves
-from prefault.needs import Part, Shortage, Watch
+from prefault.needs import Shortage, SpreadPart, Watch
 from prefault.pace import Pace
 from prefault.plan import NO_FALLOCATE, Segment, make_plan, without_fallocate
 from prefault.populate import HeadroomChoice, PopulateResult, locate
 from prefault.ranges import PageRange, RangeSet
 from prefault.residency import occupied
 from prefault.rollback import Rollback, holes_before
-from prefault.sizes import MIB, PAGE_SIZE, format_size
+from prefault.sizes import MIB, format_size
 from prefault.sparse import edges as sets
 from prefault.sparse.advise import Vector, advise
 from prefault.sparse.gate import Discarding, Populating, SparseGate
@@ -255,23 +254,13 @@ class _Run:
         return sets.without(there, sets.window(self._before, pages[0], pages[-1]))
 
 
-class _Scattered(Part):
-    """What ranges take that lie scattered in one segment: only they count, and not what lies between."""
+class _Scattered(SpreadPart):
+    """What ranges take that lie scattered in one segment, of which it is known what is missing."""
 
     def __init__(self, segment: Segment, pages: Numbers, missing: Numbers, fd: int | None) -> None:
         # That a disk is full is an error and kills nobody; how much of a file's holes lies in the ranges is not counted.
         method = segment.method.then if isinstance(segment.method, FallocateThen) else segment.method
-        super().__init__(segment._replace(method=method), array("Q"), fd)
-        self._pages, self._lacking = sets.Ruler(pages), sets.Ruler(missing)
-
-    def missing_bytes(self, start: int, stop: int) -> int:
-        return self._lacking.within(start, stop)
-
-    def at_most(self, start: int, stop: int) -> int:
-        between = stop - start - self._pages.within(start, stop)
-        tables = min(self._lacking.count(start, stop), (stop - start) // (2 * MIB) + 2) * PAGE_SIZE
-        most = super().at_most(start, stop) - (between if self._copies else 0)
-        return most + tables if most else 0
+        super().__init__(segment._replace(method=method), pages, missing, fd)
 
     def memory(self, start: int, stop: int) -> int:
         takes = self._copies or self._of_file

@@ -45,6 +45,7 @@ _RANKS = {
     "prefault.rollback": 7,
     "prefault.needs": 7,
     "prefault.pace": 7,
+    "prefault.readahead": 7,
     "prefault.vectors": 7,
     "prefault.populate": 8,
     "prefault.lock": 9,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from resource import RUSAGE_THREAD, getrusage
 from time import perf_counter_ns, thread_time_ns
 
-from prefault.sizes import MIB
+from prefault.sizes import KIB, MIB
 
 # A system call is neither interruptible nor does it let go of the mmap lock, so each gets a chunk of some milliseconds:
 # Ctrl-C, progress and other threads' mmap() wait no longer than that. The size follows what the memory turns out to cost.
 FIRST_CHUNK = 4 * MIB
 SMALLEST_CHUNK = 1 * MIB
+FIRST_CHUNK_OF_A_DISK = 64 * KIB
+"""Little, in case that it is read page by page (prefault.readahead)."""
 LARGEST_CHUNK = 64 * MIB
 _CALL_NS = 2_000_000, 6_000_000
 _CALL_NS_WITHOUT_GIL = 8_000_000, 20_000_000
@@ -25,7 +27,7 @@ class Pace:
     __slots__ = ("_cpu_ns", "_on_disk", "_sleeps", "_threads", "_wall_ns", "size")
 
     def __init__(self, *, on_disk: bool, threads: int = 1) -> None:
-        self.size = FIRST_CHUNK
+        self.size = FIRST_CHUNK_OF_A_DISK if on_disk else FIRST_CHUNK
         self._on_disk = on_disk
         self._threads = threads
         self._sleeps = getrusage(RUSAGE_THREAD).ru_nvcsw
@@ -40,6 +42,9 @@ class Pace:
         wall_ns, cpu_ns = perf_counter_ns() - self._wall_ns, thread_time_ns() - self._cpu_ns
         shortest, longest = _CALL_NS
         if self._on_disk:
+            if self.size < SMALLEST_CHUNK:
+                self.size = FIRST_CHUNK
+                return
             shortest = 0  # a disk's time is not CPU time: its chunks stay small
         elif wall_ns - cpu_ns > cpu_ns // 4 and self._slept():
             # Not for want of a CPU: another thread computes and gives the GIL back after sys.getswitchinterval(), 5 ms,

@@ -9,6 +9,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from time import perf_counter_ns
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -21,6 +22,7 @@ from prefault.needs import Shortage, Watch, parts_of, spare
 from prefault.pace import FIRST_CHUNK, Pace
 from prefault.plan import NO_FALLOCATE, Plan, Segment, make_plan, without_fallocate
 from prefault.ranges import PageRange, RangeSet
+from prefault.readahead import ReadAhead
 from prefault.residency import populated_among, populated_before
 from prefault.rollback import Rollback
 from prefault.sizes import Size, format_size
@@ -219,7 +221,7 @@ def _run_small(plan: Plan, origin: int, began: int, before: array[int]) -> Popul
     """One chunk in this thread, without the machinery of :class:`_Run`, which costs more than populating a page."""
     segment = plan.segments[0]
     start, length = segment.start, segment.stop - segment.start
-    if segment.method.hint:
+    if segment.method.hint or segment.backing is Backing.FILE:
         return _Run(plan, None, origin, before).run(began)
     try:
         failed = _attempt(segment, start, length) is not None
@@ -339,16 +341,19 @@ class _Run:
             self._attendance.leave()
 
     def _work(self, progress: Progress | None) -> None:
-        pace = Pace(
-            on_disk=any(segment.backing is Backing.FILE for segment in self._plan.segments), threads=self._plan.threads
-        )
+        on_disk = any(segment.backing is Backing.FILE for segment in self._plan.segments)
+        pace = Pace(on_disk=on_disk, threads=self._plan.threads)
+        ahead = ReadAhead(PageRange(self._plan.segments[0].start, self._plan.segments[-1].stop)) if on_disk else None
         while not self._stop:
             taken = self._next(pace.size)
             if taken is None:
                 return
             chunk, segments = taken
             pace.start()
-            failure = self._populate(chunk, segments)
+            if ahead is None:
+                failure = self._populate(chunk, segments)
+            else:
+                failure = ahead.run(chunk, partial(self._populate, chunk, segments))
             if failure is not None:
                 self._stop = True
                 self._failures.append(failure)
@@ -519,7 +524,7 @@ _SEGMENTS_AT_ONCE = 1024
 
 def _populated(segments: tuple[Segment, ...], part: PageRange | None = None) -> array[int]:
     """What of the segments (or of a part of them) needs no population: addresses, start and stop in turn."""
-    start, stop = part or (segments[0].start, segments[-1].stop)
+    start, stop = (segments[0].start, segments[-1].stop) if part is None else part
     if len(segments) == 1:
         return populated_before(start, stop, write=_writes(segments[0]), private=not segments[0].target.shared)
     copied = (item for item in segments if _writes(item) and not item.target.shared)

@@ -257,7 +257,7 @@ def headers(tmp_path_factory: pytest.TempPathFactory) -> Headers:
 
 @pytest.mark.parametrize("name", PROVEN)
 def test_constant(headers: Headers, name: str) -> None:
-    assert headers.value(name) == [CONSTANTS[name]]
+    assert headers.value(name) == [CONSTANTS[name] % (1 << 64)]  # printed as unsigned
 
 
 @pytest.mark.parametrize("name", sorted(STRUCTS))

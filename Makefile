@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test check stress coverage bench-measures bench-sparse bench-device bench-remote format clean
+.PHONY: quickstart test check stress coverage bench-measures bench-cliffs bench-sparse bench-device bench-remote format clean
 
 ## Install into .venv and run the main job: how fast can this machine populate memory?
 quickstart: $(VENV)/.installed
@@ -33,6 +33,10 @@ coverage: $(VENV)/.test-installed $(VENV)/uapi/.extracted
 ## The measures of docs/results/measures.md, against C.
 bench-measures: $(VENV)/.test-installed
 	$(BIN)/python bench/measures.py
+
+## Inputs that could be far slower than a simple loop in C: docs/results/cliffs.md.
+bench-cliffs: $(VENV)/.test-installed
+	$(BIN)/python bench/cliffs.py
 
 ## The measures of docs/results/sparse.md.
 bench-sparse: $(VENV)/.test-installed

@@ -48,8 +48,10 @@ def native() -> Iterator[ctypes.CDLL]:
         library = Path(directory) / "native.so"
         subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", library, _HERE / "native.c"], check=True)
         loaded = ctypes.CDLL(str(library))
-        loaded.populate_ns.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-        loaded.populate_ns.restype = ctypes.c_int64
+        for name in ("populate", "populate_alternating", "discard_each", "read_pagemap", "scan"):
+            function = getattr(loaded, f"{name}_ns")
+            function.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+            function.restype = ctypes.c_int64
         yield loaded
 
 

@@ -93,7 +93,8 @@ def test_many_mappings_are_discarded_together(alternating: Region, monkeypatch: 
     assert result.bytes == MAPPINGS * PAGE_SIZE
     assert result.freed_bytes in (None, MAPPINGS // 2 * PAGE_SIZE)  # what was only read is the zero page
     assert not any(oracle.present(alternating.address, alternating.length))
-    assert (scans.calls, singles.calls) == (1, 1)
+    assert scans.calls == 1
+    assert singles.calls in (1, 2)  # two where the mappings lie across a multiple of 64 MiB
 
 
 def test_a_locked_page_among_many_mappings_is_discarded_too(alternating: Region) -> None:

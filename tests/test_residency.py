@@ -512,8 +512,8 @@ def test_a_signal_handler_may_ask_in_the_middle_of_a_scan(monkeypatch: pytest.Mo
         class Interrupted:
             """The open pagemap; a signal handler runs when the kernel has answered, before its answer is copied."""
 
-            def ioctl(self, request: int, argument: ctypes.Structure) -> int:
-                count = pagemap_file.ioctl(request, argument)
+            def ioctl(self, request: int, argument: ctypes.Structure, *, quick: bool = False) -> int:
+                count = pagemap_file.ioctl(request, argument, quick=quick)
                 if not struck:
                     struck.append(True)
                     asked.append(prefault.residency(mapping, offset=PAGE_SIZE, length=9 * PAGE_SIZE).present_bytes)

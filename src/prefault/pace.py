@@ -11,7 +11,7 @@ from prefault.sizes import KIB, MIB
 # Ctrl-C, progress and other threads' mmap() wait no longer than that. The size follows what the memory turns out to cost.
 FIRST_CHUNK = 4 * MIB
 SMALLEST_CHUNK = 1 * MIB
-FIRST_CHUNK_OF_A_DISK = 64 * KIB
+FIRST_CHUNK_OF_A_DISK = 16 * KIB
 """Little, in case that it is read page by page (prefault.readahead)."""
 LARGEST_CHUNK = 64 * MIB
 _CALL_NS = 2_000_000, 6_000_000

@@ -65,5 +65,5 @@ def _advise(ranges: RangeSet, advice: int) -> None:
 
 def _advised_random(whole: PageRange) -> RangeSet:
     """The mappings in a range that have the flag of MADV_RANDOM in smaps, ``rr``."""
-    found = (PageRange(line.start, line.end) for line in proc.read_smaps() if "rr" in line.vm_flags and line.end >> 63 == 0)
+    found = (PageRange(start, stop) for start, stop in proc.mappings_with_flag("rr"))
     return RangeSet(found) & RangeSet([whole])

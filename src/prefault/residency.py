@@ -279,6 +279,7 @@ def _is_ours(vma: Vma) -> bool:
 # --- PAGEMAP_SCAN ------------------------------------------------------------------------------------------------------
 
 _REGIONS = 1024
+_QUICK_SCAN = 4 * MIB  # some 10 us: less than to take the GIL again
 _SCAN_STEP = GIB  # a call that walks this much takes at most some 10 ms, so Ctrl-C is not kept waiting
 _ALL = PageCategory.PRESENT | PageCategory.SWAPPED | PageCategory.GUARD
 _PRESENT = int(PageCategory.PRESENT)
@@ -318,7 +319,7 @@ class _Scanner(threading.local):
                 while start < stop:
                     argument.start, argument.end = start, min(int(stop), start + _SCAN_STEP)
                     try:
-                        count = ioctl(pagemap.PAGEMAP_SCAN, argument)
+                        count = ioctl(pagemap.PAGEMAP_SCAN, argument, quick=stop - start <= _QUICK_SCAN)
                     except OSError as error:
                         if error.errno != errno.EFAULT:
                             raise

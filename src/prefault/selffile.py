@@ -12,6 +12,7 @@ from ctypes import Structure
 from typing import ClassVar
 
 from prefault._kernel import proc
+from prefault._kernel.quick import ioctl as quick_ioctl
 
 
 class SelfFile:
@@ -26,13 +27,12 @@ class SelfFile:
         self._lock = threading.RLock()  # reentrant: a signal handler may ask too
         SelfFile._all.add(self)
 
-    def ioctl(self, request: int, argument: Structure) -> int:
-        """ioctl(2) with a structure that the kernel may change."""
+    def ioctl(self, request: int, argument: Structure, *, quick: bool = False) -> int:
+        """ioctl(2) with a structure that the kernel may change; ``quick`` keeps the GIL, for what takes microseconds."""
+        call = quick_ioctl if quick else _ioctl
         fd = self._fd
         try:
-            return int(fcntl.ioctl(fd, request, argument, True))
-        except ValueError:
-            pass  # -1: not open yet
+            return call(fd, request, argument)
         except OSError as error:
             # Somebody closed all descriptors (as daemons do at their start), and perhaps opened others since.
             if error.errno not in (errno.EBADF, errno.ENOTTY):
@@ -41,7 +41,7 @@ class SelfFile:
             if self._fd == fd:  # else another thread was faster
                 opened = proc.open_proc(self._path)
                 self._identity, self._fd = _identity(opened), opened
-        return int(fcntl.ioctl(self._fd, request, argument, True))
+        return call(self._fd, request, argument)
 
     def _forget(self) -> None:
         fd, self._fd, self._lock = self._fd, -1, threading.RLock()
@@ -58,6 +58,12 @@ class SelfFile:
 
 
 os.register_at_fork(after_in_child=SelfFile.forget_all)
+
+
+def _ioctl(fd: int, request: int, argument: Structure) -> int:
+    if fd < 0:
+        raise OSError(errno.EBADF, "ioctl: not open yet")
+    return int(fcntl.ioctl(fd, request, argument, True))
 
 
 def _identity(fd: int) -> tuple[int, int]:

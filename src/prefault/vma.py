@@ -177,7 +177,7 @@ def _query_all(start: int, stop: int) -> Iterator[_Row]:
     while at < stop:
         query.query_addr = at
         try:
-            ioctl(proc.PROCMAP_QUERY, query)
+            ioctl(proc.PROCMAP_QUERY, query, quick=True)
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return
@@ -215,7 +215,7 @@ def _query(address: int, *, with_name: bool) -> Vma | None:
         name_buffer = create_string_buffer(_NAME_BYTES)
         query.vma_name_size, query.vma_name_addr = _NAME_BYTES, addressof(name_buffer)
     try:
-        _maps.ioctl(proc.PROCMAP_QUERY, query)
+        _maps.ioctl(proc.PROCMAP_QUERY, query, quick=True)
     except OSError as error:
         if error.errno == errno.ENOENT:
             return None

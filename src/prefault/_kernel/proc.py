@@ -110,6 +110,19 @@ def _refusal(path: str, error: OSError) -> OSError:
     return OSError(number, f"{path} cannot be opened: {what}")
 
 
+def mappings_with_flag(flag: str) -> Iterator[tuple[int, int]]:
+    """Yield the addresses of the mappings of this process whose VmFlags in smaps have ``flag``, two letters.
+
+    Only their lines are parsed: with hundreds of mappings to parse all takes longer than the kernel needs to write them.
+    """
+    text = _read("/proc/self/smaps")
+    for match in re.finditer(rb"^VmFlags:.* %b(?: |$)" % flag.encode(), text, re.MULTILINE):
+        before = text.rfind(b"\nVmFlags:", 0, match.start())
+        head = _LINE.match(text, 0 if before < 0 else text.index(b"\n", before + 1) + 1)
+        if head is not None:
+            yield int(head[1], 16), int(head[2], 16)
+
+
 def _read(path: str) -> bytes:
     with open(open_proc(path), "rb") as file:
         return file.read()

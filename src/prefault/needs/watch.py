@@ -183,7 +183,7 @@ def _counted(spans: list[tuple[Part, int, int]], left: int) -> tuple[int, int]:
     """Count the memory that spans need, and the overhead, by a look at the pages.
 
     Where more is needed than ``left``, and the reserve on top, the rest is not looked at, and counted as needed: a look at
-    1 TiB takes seconds, of shared memory 13.
+    1 TiB takes seconds, of shared memory 10.
     """
     memory = overhead = 0
     enough = left + _RESERVE

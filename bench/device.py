@@ -23,9 +23,10 @@ from pathlib import Path
 from device_areas import cycles, many
 from device_common import Effort, Measure, Trivial, cpu_ns, helpers, spread, stat, warm
 from prefault import device as devices
-from prefault._kernel import hugetlb, mman
+from prefault._kernel import mman
+from prefault._system import hugetlb
 from prefault.device import Area
-from prefault.device.populates import PIECE
+from prefault.device.server.populate_requests import PIECE
 from prefault.sizes import GIB, MIB, PAGE_SIZE, format_size
 
 _HERE = Path(__file__).parent

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import numpy
 
 import prefault
-from prefault.growable import GrowableArray
 from prefault.sizes import MIB
+from prefault.sparse.growable import GrowableArray
 
 Pieces = tuple[numpy.ndarray[Any, Any], int]
 """A piece of float64, and how often it is added."""

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy
 
 from prefault._kernel import mman
-from prefault.mapping import HugeAdvice, Mapping
-from prefault.residency import residency
+from prefault.inspection.scan import residency
+from prefault.mapping.mapping import HugeAdvice, Mapping
 from prefault.sizes import GIB, KIB, MIB, PAGE_SIZE
 from prefault.sparse import SparseMemory
-from prefault.sparse.memory import Unpopulated
+from prefault.sparse.sparse_memory import Unpopulated
 
 _UNPOPULATED: tuple[Unpopulated, ...] = ("zeros", "fault")
 _HUGE: tuple[HugeAdvice, ...] = ("never", "advise")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -15,65 +16,54 @@ import prefault
 
 _SOURCE = Path(prefault.__file__).parent
 
-# The lower, the more may import it. Modules of equal rank do not import each other; within a package that stands here as a
-# whole they may, but not in a circle.
-_RANKS = {
-    "prefault._version": 0,
-    "prefault.sizes": 0,
-    "prefault.progress": 0,
-    "prefault._kernel._call": 1,
-    "prefault.ranges": 1,
-    "prefault.intervals": 1,
-    "prefault._kernel": 2,
-    "prefault.errors": 2,
-    "prefault.capabilities": 3,
-    "prefault.selffile": 3,
-    "prefault.cpus": 3,
-    "prefault.dlpack": 3,
-    "prefault.sockets": 3,
-    "prefault.memory": 4,
-    "prefault.mmap_refusal": 4,
-    "prefault.vma": 4,
-    "prefault.backings": 4,
-    "prefault.mapping": 5,
-    "prefault.residency": 5,
-    "prefault.methods": 5,
-    "prefault.headroom": 6,
-    "prefault.plan": 6,
-    "prefault.discard": 6,
-    "prefault.diagnose": 6,
-    "prefault.rollback": 7,
-    "prefault.needs": 7,
-    "prefault.pace": 7,
-    "prefault.readahead": 7,
-    "prefault.vectors": 7,
-    "prefault.populate": 8,
-    "prefault.lock": 9,
-    "prefault.sparse": 9,
-    "prefault.pool": 10,
-    "prefault.growable": 10,
-    "prefault.virtio_mem": 10,
-    "prefault.device": 10,
-    "prefault.drivers": 11,
-    "prefault": 12,
-    "prefault.doctor": 13,
-    "prefault.testing": 13,
-    "prefault.bench": 14,
-    "prefault.cli": 15,
-    "prefault.__main__": 16,
-}
+# A folder is a layer: it imports from the lines above its own, and from itself, in no circle. Folders of one line (a | b) do
+# not import each other; the modules that a line lists one by one may, in no circle.
+_LAYERS = """
+sizes ranges intervals errors _version  values: no memory is touched
+_kernel                                 one thin function per system call, with the kernel's names and structures
+_system                                 this machine and process: capabilities, CPUs, cgroups, files of /proc
+ipc | memory                            Unix sockets; any buffer -> addresses, what is mapped there, what backs it
+inspection | limits                     what is present now; every limit and what it leaves
+mapping                                 memory that prefault maps itself
+engine                                  populate: plan, methods, chunks, admission, diagnosis, rollback; discard; lock
+sparse                                  a reservation of which parts are populated and discarded; growable arrays
+pool | virtio_mem                       a bounded store of memory, shared by processes; the device side of virtio-mem
+device                                  device memory: the driver's interface, and what client and server share
+device.client | device.server           the process that maps a device; the process that runs its driver
+device.warden                           the process that starts the server again, or answers without it
+device.process                          how these processes are started
+device.opening                          map and connect
+device.__init__                         the public names of device memory
+drivers                                 devices that ship
+__init__                                the public names
+bench | doctor | testing                measure; examine and advise; contract checks for users
+cli __main__                            parse and print
+"""
+
+
+def _read_layers(picture: str) -> dict[str, tuple[int, int]]:
+    """For each folder or module of a picture of the layers: its line, and its group within the line."""
+    found = {}
+    for rank, line in enumerate(picture.strip().splitlines()):
+        for group, names in enumerate(re.split(r"\s\|\s", re.split(r"\s{2,}", line.strip())[0])):
+            for name in names.split():
+                found["prefault" if name == "__init__" else f"prefault.{name}"] = (rank, group)
+    return found
+
+
+_RANKS = _read_layers(_LAYERS)
 
 # What else may use ctypes, for addresses of its own memory and instances of the structures. None of them declares a function
 # of the kernel.
 _CTYPES = {
-    "prefault.capabilities": "hands structures to ioctls in order to ask",
-    "prefault.dlpack": "reads the structure in which tensor libraries say where their memory is",
-    "prefault.mapping": "lends our memory out by the buffer protocol",
-    "prefault.memory": "asks the buffer protocol for addresses, which Python code cannot",
-    "prefault.methods": "hands vectors to process_vm_readv",
-    "prefault.residency": "sizes of structures in the vector of PAGEMAP_SCAN",
-    "prefault.selffile": "names the type of a structure",
-    "prefault.vma": "hands a structure and a buffer for a name to PROCMAP_QUERY",
+    "prefault._system.capabilities": "hands structures to ioctls in order to ask",
+    "prefault.memory.dlpack": "reads the structure in which tensor libraries say where their memory is",
+    "prefault.mapping.mapping": "lends our memory out by the buffer protocol",
+    "prefault.memory.borrowing": "asks the buffer protocol for addresses, which Python code cannot",
+    "prefault.engine.methods": "hands vectors to process_vm_readv",
+    "prefault.inspection.scan": "sizes of structures in the vector of PAGEMAP_SCAN",
+    "prefault._system.self_files": "names the type of a structure",
+    "prefault.memory.vma": "hands a structure and a buffer for a name to PROCMAP_QUERY",
 }
 
 # Who may import by a name that is made at run time.
@@ -137,12 +127,17 @@ def _imports(source: str, modules: frozenset[str]) -> list[_Import]:
 
 
 def _layer(module: str) -> str:
-    """The entry of the ranks that a module belongs to: itself, or the package that it is in."""
-    while module not in _RANKS:
-        module, dot, _ = module.rpartition(".")
-        if not dot:
+    """Return the entry of the layers that a module belongs to: its own, or that of the folder it is in."""
+    if f"{module}.__init__" in _RANKS:
+        return f"{module}.__init__"
+    if module == "prefault":
+        return module
+    folder = module
+    while folder not in _RANKS:
+        folder = folder.rpartition(".")[0]
+        if folder in ("", "prefault"):
             raise KeyError(module)
-    return module
+    return folder
 
 
 def _complaints(sources: dict[str, str]) -> list[str]:
@@ -151,7 +146,7 @@ def _complaints(sources: dict[str, str]) -> list[str]:
     found = []
     siblings: dict[str, set[str]] = {}
     for module, source in sources.items():
-        if module != "prefault" and _layer(module) == "prefault":
+        if not _has_rank(module):
             found.append(f"{module} has no rank")
             continue
         for imported in _imports(source, modules):
@@ -168,17 +163,27 @@ def _complaints(sources: dict[str, str]) -> list[str]:
             elif top in _HEAVY and imported.at_start and not module.startswith(_HEAVY_ALLOWED):
                 found.append(f"{where} imports {top} when it is imported itself")
             elif top == "prefault":
-                if imported.module != "prefault" and _layer(imported.module) == "prefault":
+                if not _has_rank(imported.module):
                     found.append(f"{where} imports {imported.module}, which has no rank")
-                elif _layer(imported.module) == _layer(module):
+                    continue
+                (rank, group), (below, other) = _RANKS[_layer(module)], _RANKS[_layer(imported.module)]
+                if (below, other) == (rank, group):
                     siblings.setdefault(module, set()).add(imported.module)
-                elif _RANKS[_layer(imported.module)] >= _RANKS[_layer(module)]:
+                elif below >= rank:
                     found.append(f"{where} imports {imported.module}, which is not below it")
     try:
         TopologicalSorter(siblings).prepare()
     except CycleError as error:
         found.append(f"a circle of imports: {' -> '.join(error.args[1])}")
     return found
+
+
+def _has_rank(module: str) -> bool:
+    try:
+        _layer(module)
+    except KeyError:
+        return False
+    return True
 
 
 def _package() -> dict[str, str]:
@@ -195,6 +200,31 @@ def test_the_package_keeps_to_its_layers() -> None:
     assert _complaints(_package()) == []
 
 
+def test_the_picture_of_the_layers_is_the_same_everywhere() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "design" / "layers.md").read_text()
+    picture = _LAYERS.strip().splitlines()
+    assert [line.rstrip() for line in page.split("```")[1].strip().splitlines()] == picture
+    assert [line.strip() for line in (prefault.__doc__ or "").splitlines() if re.search(r"\S\s{2,}\S", line)] == picture
+
+
+def test_no_two_modules_have_the_same_name() -> None:
+    """But for a command's module, and for the main module of a folder, which may have the folder's name."""
+    names = [name for name in _package() if not re.search(r"^prefault\.cli\.|\.(\w+)\.\1$", name)]
+    last = [name.rpartition(".")[2] for name in names]
+    assert sorted(name for name in names if last.count(name.rpartition(".")[2]) > 1) == []
+
+
+def test_no_module_has_the_name_of_a_public_function() -> None:
+    functions = {name for name in prefault.__all__ if not isinstance(getattr(prefault, name), type)}
+    functions |= {"map", "connect", "serve", "check_device", "without", "borrow"}
+    assert sorted(name for name in _package() if name.rpartition(".")[2] in functions) == []
+
+
+def test_folders_are_small_enough_to_look_through() -> None:
+    for folder in (path for path in [_SOURCE, *_SOURCE.rglob("*")] if path.is_dir() and path.name != "_kernel"):
+        assert len(list(folder.glob("*.py"))) <= 20, folder
+
+
 def test_every_rank_and_every_exception_is_in_use() -> None:
     sources = _package()
     assert {_layer(module) for module in sources} == set(_RANKS)
@@ -206,31 +236,38 @@ def test_every_rank_and_every_exception_is_in_use() -> None:
 @pytest.mark.parametrize(
     ("module", "line", "complaint"),
     [
-        ("prefault.sizes", "import prefault.populate", "imports prefault.populate, which is not below it"),
-        ("prefault.vma", "from prefault.memory import borrow", "imports prefault.memory, which is not below it"),
-        ("prefault.residency", "from prefault import mapping", "imports prefault.mapping, which is not below it"),
-        ("prefault.residency", "from prefault import Mapping", "imports prefault, which is not below it"),
-        ("prefault.populate", "def f():\n    import prefault.cli", "imports prefault.cli, which is not below it"),
+        ("prefault.sizes", "import prefault.engine.populating", "imports prefault.engine.populating, which is not below it"),
+        (
+            "prefault.memory.vma",
+            "from prefault.ipc import transport",
+            "imports prefault.ipc.transport, which is not below it",
+        ),
+        (
+            "prefault.inspection.scan",
+            "from prefault.mapping import mapping",
+            "imports prefault.mapping.mapping, which is not below it",
+        ),
+        ("prefault.inspection.scan", "from prefault import Mapping", "imports prefault, which is not below it"),
+        ("prefault.engine.populating", "def f():\n    import prefault.cli", "imports prefault.cli, which is not below it"),
         ("prefault.doctor", "from prefault.cli import main", "imports prefault.cli, which is not below it"),
         ("prefault", "from prefault.testing import without", "imports prefault.testing, which is not below it"),
         (
             "prefault._kernel.mman",
-            "from prefault.errors import DiscardError",
-            "imports prefault.errors, which is not below it",
+            "from prefault._system import cpus",
+            "imports prefault._system.cpus, which is not below it",
         ),
+        ("prefault.engine.planning", "from .vma import Vma", "is a relative import"),
+        ("prefault.engine.planning", "from . import vma", "is a relative import"),
+        ("prefault.engine.planning", "import ctypes", "imports ctypes"),
+        ("prefault.engine.planning", "from ctypes.util import find_library", "imports ctypes"),
+        ("prefault.engine.planning", "import numpy as np", "imports numpy when it is imported itself"),
         (
-            "prefault._kernel._call",
-            "from prefault._kernel import mman",
-            "imports prefault._kernel.mman, which is not below it",
+            "prefault.engine.planning",
+            "if True:\n    from rich.console import Console",
+            "imports rich when it is imported itself",
         ),
-        ("prefault.plan", "from .vma import Vma", "is a relative import"),
-        ("prefault.plan", "from . import vma", "is a relative import"),
-        ("prefault.plan", "import ctypes", "imports ctypes"),
-        ("prefault.plan", "from ctypes.util import find_library", "imports ctypes"),
-        ("prefault.plan", "import numpy as np", "imports numpy when it is imported itself"),
-        ("prefault.plan", "if True:\n    from rich.console import Console", "imports rich when it is imported itself"),
-        ("prefault.plan", "class A:\n    import click", "imports click when it is imported itself"),
-        ("prefault.plan", "__import__('prefault.cli')", "imports by name at run time"),
+        ("prefault.engine.planning", "class A:\n    import click", "imports click when it is imported itself"),
+        ("prefault.engine.planning", "__import__('prefault.cli')", "imports by name at run time"),
         ("prefault.novelty", "", "has no rank"),
         ("prefault.sizes", "from prefault.novelty import x", "which has no rank"),
     ],
@@ -259,11 +296,11 @@ def test_circles_inside_a_package_would_be_noticed() -> None:
     [
         "def f():\n    import numpy",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import numpy",
-        "from prefault.residency import residency_of",
+        "from prefault.inspection.scan import residency_of",
         "from prefault._kernel import mman",
     ],
 )
 def test_what_is_allowed(line: str) -> None:
     sources = _package()
-    sources["prefault.plan"] += f"\n{line}\n"
+    sources["prefault.engine.planning"] += f"\n{line}\n"
     assert _complaints(sources) == _complaints(_package())

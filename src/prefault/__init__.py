@@ -1,28 +1,35 @@
 """prefault: make memory present before it is touched.
 
-Layers, lowest first; each imports only from those before it (``tests/test_layering.py`` enforces it):
+The folders are layers, lowest first; each imports only from those above it in this picture (``tests/test_layering.py``):
 
-    sizes, ranges, errors              pure values
-    _kernel                            one thin function per system call
-    capabilities, selffile, cpus       what this kernel and process can do
-    sockets                            Unix sockets between processes of one user
-    memory, vma, backings              buffers, what is mapped where, what memory comes from
-    mapping, residency, methods        memory of our own, what is present, the ways to populate
-    plan, diagnose, discard, headroom  what to do, why it failed, giving back, the limits
-    rollback, pace, needs, populate    the populate call
-    lock, sparse                       populate and keep; reservations of which parts are populated
-    pool, growable, virtio_mem         what stands on sparse memory
-    device                             memory whose pages a driver supplies: client, server, warden
-    drivers                            devices that ship
-    doctor, bench, testing             reports, measurements, help for tests
-    cli                                parse and print
+    sizes ranges intervals errors _version  values: no memory is touched
+    _kernel                                 one thin function per system call, with the kernel's names and structures
+    _system                                 this machine and process: capabilities, CPUs, cgroups, files of /proc
+    ipc | memory                            Unix sockets; any buffer -> addresses, what is mapped there, what backs it
+    inspection | limits                     what is present now; every limit and what it leaves
+    mapping                                 memory that prefault maps itself
+    engine                                  populate: plan, methods, chunks, admission, diagnosis, rollback; discard; lock
+    sparse                                  a reservation of which parts are populated and discarded; growable arrays
+    pool | virtio_mem                       a bounded store of memory, shared by processes; the device side of virtio-mem
+    device                                  device memory: the driver's interface, and what client and server share
+    device.client | device.server           the process that maps a device; the process that runs its driver
+    device.warden                           the process that starts the server again, or answers without it
+    device.process                          how these processes are started
+    device.opening                          map and connect
+    device.__init__                         the public names of device memory
+    drivers                                 devices that ship
+    __init__                                the public names
+    bench | doctor | testing                measure; examine and advise; contract checks for users
+    cli __main__                            parse and print
 """
 
 import typing as _typing
 
 from prefault._version import __version__
-from prefault.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Memfd, TemporaryFile
-from prefault.discard import DiscardResult, discard
+from prefault.engine.discarding import DiscardResult, discard
+from prefault.engine.locking import LockResult, lock, unlock
+from prefault.engine.planning import Plan, plan
+from prefault.engine.populating import PopulateResult, populate
 from prefault.errors import (
     BackingFullError,
     BeyondEndError,
@@ -46,13 +53,11 @@ from prefault.errors import (
     ProtectionError,
     SpecialMappingError,
 )
-from prefault.headroom import Headroom, Limit, headroom
-from prefault.lock import LockResult, lock, unlock
-from prefault.mapping import Mapping
-from prefault.plan import Plan, plan
-from prefault.populate import PopulateResult, populate
+from prefault.inspection.scan import PageState, Residency, residency
+from prefault.limits import Headroom, Limit, headroom
+from prefault.mapping.mapping import Mapping
+from prefault.memory.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Memfd, TemporaryFile
 from prefault.ranges import PageRange, RangeSet
-from prefault.residency import PageState, Residency, residency
 from prefault.sizes import PAGE_SIZE, format_size, parse_size
 
 if _typing.TYPE_CHECKING:
@@ -61,9 +66,9 @@ if _typing.TYPE_CHECKING:
     from prefault import pool as pool
     from prefault import virtio_mem as virtio_mem
     from prefault.drivers import open_remote
-    from prefault.growable import GrowableArray
     from prefault.pool import Pool, PoolStatistics
     from prefault.sparse import SparseMemory
+    from prefault.sparse.growable import GrowableArray
 
 __all__ = [
     "PAGE_SIZE",
@@ -125,7 +130,7 @@ __all__ = [
 
 # A sixth of the import time, for those who only populate: loaded when they are first named.
 _LATER = {
-    "GrowableArray": "prefault.growable",
+    "GrowableArray": "prefault.sparse.growable",
     "Pool": "prefault.pool",
     "PoolStatistics": "prefault.pool",
     "SparseMemory": "prefault.sparse",

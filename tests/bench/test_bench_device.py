@@ -15,12 +15,16 @@ from typing import Any
 
 import pytest
 
-from prefault import capabilities
-from prefault._kernel import hugetlb
-from prefault.bench import device_json, device_routes, device_runner
-from prefault.bench.device_driver import BenchDevice
-from prefault.bench.device_report import render
-from prefault.bench.device_results import (
+from prefault._system import capabilities, hugetlb
+from prefault._system.capabilities import UFFD_KERNEL_FAULTS
+from prefault.bench.grid_report import console_for
+from prefault.bench.jsonfile import SchemaError
+from prefault.bench.machine import Machine
+from prefault.bench.results import Status
+from prefault.bench.routes import device_json, device_routes, device_runner
+from prefault.bench.routes.device_driver import BenchDevice
+from prefault.bench.routes.device_report import render
+from prefault.bench.routes.device_results import (
     FRAMES,
     PAGE_SIZES,
     Counts,
@@ -32,11 +36,6 @@ from prefault.bench.device_results import (
     ratios,
     system_calls,
 )
-from prefault.bench.jsonfile import SchemaError
-from prefault.bench.machine import Machine
-from prefault.bench.report import console_for
-from prefault.bench.results import Status
-from prefault.capabilities import UFFD_KERNEL_FAULTS
 from prefault.device import Area
 from support import needs
 from support.children import Child

@@ -7,10 +7,10 @@ from importlib import resources
 
 import pytest
 
-from prefault import methods
 from prefault.bench import grid, published
 from prefault.bench.grid import Cell
 from prefault.bench.kinds import KINDS
+from prefault.engine import methods
 
 MIB = 1 << 20
 

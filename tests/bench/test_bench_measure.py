@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from prefault import methods
 from prefault.bench.grid import Cell, Sharing, full_grid
 from prefault.bench.kinds import HUGE_PAGE_BYTES, KINDS, Places
 from prefault.bench.measure import fresh_mapping, measure, target_of
-from prefault.mapping import Mapping
+from prefault.engine import methods
+from prefault.mapping.mapping import Mapping
 from support import needs, oracle
 
 SIZE = 2 << 20

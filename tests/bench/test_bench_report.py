@@ -9,7 +9,7 @@ import pytest
 
 from prefault.bench.findings import findings
 from prefault.bench.grid import Cell
-from prefault.bench.report import console_for, render
+from prefault.bench.grid_report import console_for, render
 from prefault.bench.results import BenchRun, CellResult, Status
 
 Make = Callable[..., BenchRun]

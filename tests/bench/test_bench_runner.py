@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from prefault import capabilities, testing
-from prefault._kernel import hugetlb
+from prefault import testing
+from prefault._system import capabilities, hugetlb
 from prefault.bench import grid, obstacles, places, runner
-from prefault.bench.client import Worker, WorkerError
 from prefault.bench.grid import Cell
 from prefault.bench.kinds import HUGE_PAGE_BYTES, KINDS, Places
 from prefault.bench.results import CellResult, Status
 from prefault.bench.runner import Finished, Repeated
 from prefault.bench.stopping import StopRequest
+from prefault.bench.worker_process import Worker, WorkerError
 
 SIZE = 2 << 20
 WRITE = Cell(SIZE, "private", "Anon 4 KiB", "write")
@@ -173,7 +173,7 @@ def test_a_worker_asks_for_a_fatal_signal_should_its_parent_die_meanwhile(where:
 
 def test_a_worker_does_not_outlive_its_parent() -> None:
     code = (
-        "from prefault.bench.client import Worker\n"
+        "from prefault.bench.worker_process import Worker\n"
         "from prefault.bench.grid import Cell\n"
         "from prefault.bench.kinds import Places\n"
         "worker = Worker(); worker.measure(Cell(256 << 20, 'private', 'Anon 4 KiB', 'write'), 1000, Places())\n"

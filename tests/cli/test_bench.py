@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from prefault._kernel import hugetlb
+from prefault._system import hugetlb
 from prefault.bench import jsonfile
 from prefault.bench.kinds import HUGE_PAGE_BYTES
 from prefault.bench.results import Status

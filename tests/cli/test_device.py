@@ -17,12 +17,12 @@ import pytest
 
 import prefault.device
 from prefault.cli import device, main
-from prefault.device import begin, serving
+from prefault.device.process import serving, startup
 from support import needs
 from support.children import in_child
 from support.devices import Pattern
 
-LOADED = (device, begin, serving)
+LOADED = (device, startup, serving)
 """Here, as another user may not read what Python is made of."""
 
 _NOBODY = 65534

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy
 
-from prefault.device import launch, maps, server, serving
+from prefault.device import opening
+from prefault.device.process import launching, serving
+from prefault.device.server import event_loop
 
-LOADED = (numpy, launch, maps, server, serving)
+LOADED = (numpy, launching, opening, event_loop, serving)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from prefault.device.frames import HUGE_PAGE, SLOTS, Frames
-from prefault.device.states import PageState
+from prefault.device.page_states import PageState
 from prefault.errors import DeviceError
 from prefault.sizes import MIB
 

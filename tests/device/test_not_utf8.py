@@ -14,7 +14,7 @@ import prefault.device
 from prefault.device import protocol
 from prefault.device.driver import Access, DeviceArea, Recipe, Supplied
 from prefault.errors import DeviceError, DriverError
-from prefault.pool import protocol as pool_protocol
+from prefault.pool.service import pool_protocol as pool_protocol
 from prefault.sizes import PAGE_SIZE
 from support import processes
 from support.devices import Pattern, content

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prefault import capabilities
+from prefault._system import capabilities
 from prefault.testing import without
 from support import needs
 from support.regions import filesystem_of

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 import pytest
 
 import prefault._kernel
-from prefault import capabilities
 from prefault._kernel import _call, futex, mman, pagemap, quick, rwlock, userfaultfd
 from prefault._kernel.pagemap import PageCategory
+from prefault._system import capabilities
 from support import needs, oracle
 from support.children import Child
 from support.regions import PAGE, Region, file_of
@@ -62,7 +62,6 @@ C_NAMES = {
 
 # Constants that no header of the kernel has.
 NOT_IN_HEADERS = {
-    "cgroup._V1_UNLIMITED": "a threshold of ours, below what v1 reports for 'no limit': test_syscalls",
     "pagemap.ENTRY_BYTES": "pagemap.rst; test_pagemap_entry_has_eight_bytes",
     "pagemap.PM_SOFT_DIRTY": "pagemap.rst; test_pagemap_soft_dirty",
     "pagemap.PM_MMAP_EXCLUSIVE": "pagemap.rst; test_pagemap_exclusive",
@@ -75,7 +74,6 @@ NOT_IN_HEADERS = {
     "mman._MAP_FAILED": "the C library's (void *) -1: test_syscalls sees mmap fail",
     "fiemap._EXTENTS": "how many are asked for at once",
     "futex._UNWAITED": "an address",
-    "kept._BYTES": "how much is read at once",
     "rwlock._RWLOCK_BYTES": "the C library's; test_a_read_write_lock_of_the_c_library_fits_and_begins_as_zeros",
     "userfaultfd._RUN_ANSWER_AT": "where the last field of a proven layout begins",
     "userfaultfd._TRANSFER_ANSWER_AT": "where the last field of a proven layout begins",
@@ -89,7 +87,7 @@ C_STRUCTS = {
     "mman.IoVec": "iovec",
     "pagemap.PageRegion": "page_region",
     "pagemap.PmScanArg": "pm_scan_arg",
-    "proc.ProcmapQuery": "procmap_query",
+    "procmap.ProcmapQuery": "procmap_query",
 }
 C_FIELDS = {"mman.IoVec.base": "iov_base", "mman.IoVec.length": "iov_len"}
 

@@ -19,12 +19,13 @@ import numpy
 import pytest
 
 import prefault
-from prefault._kernel import hugetlb, mman
+from prefault._kernel import mman
+from prefault._system import hugetlb
+from prefault.engine.methods import Access
 from prefault.errors import HeadroomError
-from prefault.headroom import headroom, memory_limits
-from prefault.methods import Access
+from prefault.limits import headroom, memory_limits
 from prefault.sizes import MIB, PAGE_SIZE
-from prefault.sparse.advise import Vector
+from prefault.sparse.advice_vector import Vector
 from support import needs, oracle
 from support.cgroups import Group, groups, leave
 from support.children import Child, in_child

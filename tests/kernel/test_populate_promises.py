@@ -19,9 +19,10 @@ import numpy
 import pytest
 
 import prefault
-from prefault import BackingFullError, HoleError, PopulateError, ProtectionError, capabilities
+from prefault import BackingFullError, HoleError, PopulateError, ProtectionError
 from prefault._kernel import cachestat, mman, pagemap
-from prefault.methods import Access
+from prefault._system import capabilities
+from prefault.engine.methods import Access
 from prefault.testing import without
 from support import needs, oracle
 from support.children import Child
@@ -243,14 +244,14 @@ def test_rollback_when_the_hugetlb_pool_is_empty(hugetlb_pool: Callable[[int], N
         with prefault.Mapping(4 * HUGE, backing=backing, noreserve=True) as mapping:
             view = mapping.memoryview()
             view[HUGE] = 7
-            free = prefault._kernel.hugetlb.read_pool(HUGE).free
+            free = prefault._system.hugetlb.read_pool(HUGE).free
             with pytest.raises(BackingFullError) as caught:
                 prefault.populate(mapping, rollback=True, headroom="ignore")
             assert (caught.value.offset, caught.value.populated_bytes) == (3 * HUGE, 0)
             there = oracle.present(mapping.range.start, 4 * HUGE)
             assert there == [False] * 512 + [True] * 512 + [False] * 1024
             assert view[HUGE] == 7
-            assert prefault._kernel.hugetlb.read_pool(HUGE).free == free
+            assert prefault._system.hugetlb.read_pool(HUGE).free == free
             del view
 
 

@@ -33,11 +33,11 @@ from prefault import (
     PopulateError,
     ProtectionError,
     SpecialMappingError,
-    capabilities,
 )
 from prefault._kernel import mman
 from prefault._kernel._call import INT, UINT, declare, declare_syscall
-from prefault.methods import Access
+from prefault._system import capabilities
+from prefault.engine.methods import Access
 from support import needs, oracle, userfaultfd
 from support.children import Child, in_child
 from support.populating import assert_fails, assert_populated

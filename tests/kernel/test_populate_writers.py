@@ -15,9 +15,9 @@ import numpy
 import pytest
 
 import prefault
-from prefault import capabilities
 from prefault._kernel import mman
-from prefault.methods import METHODS, Target
+from prefault._system import capabilities
+from prefault.engine.methods import METHODS, Target
 from support import needs, userfaultfd
 from support.children import Child, in_child
 from support.regions import PAGE, Region

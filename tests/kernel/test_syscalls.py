@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from prefault import capabilities
-from prefault._kernel import cachestat, cgroup, fallocate, futex, hugetlb, memfd, mman, pagemap, proc, thp, uio
+from prefault._kernel import cachestat, fallocate, futex, memfd, mman, pagemap, procmap, uio
 from prefault._kernel.pagemap import PageCategory
+from prefault._system import capabilities, cgroups, hugetlb, proc, thp
 from support import needs, oracle
 from support.children import Child
 from support.regions import PAGE, READ, WRITE, Region, file_of, special
@@ -324,14 +324,14 @@ def test_procmap_query_agrees_with_every_line_of_maps() -> None:
     assert len(lines) > 10
     name = ctypes.create_string_buffer(4096)
     for line in lines:
-        query = proc.ProcmapQuery(ctypes.sizeof(proc.ProcmapQuery), 0, line.end - 1)
+        query = procmap.ProcmapQuery(ctypes.sizeof(procmap.ProcmapQuery), 0, line.end - 1)
         query.vma_name_size, query.vma_name_addr = len(name), ctypes.addressof(name)
-        proc.procmap_query(fd, query)
+        procmap.procmap_query(fd, query)
         flags = {
-            "r": proc.PROCMAP_QUERY_VMA_READABLE,
-            "w": proc.PROCMAP_QUERY_VMA_WRITABLE,
-            "x": proc.PROCMAP_QUERY_VMA_EXECUTABLE,
-            "s": proc.PROCMAP_QUERY_VMA_SHARED,
+            "r": procmap.PROCMAP_QUERY_VMA_READABLE,
+            "w": procmap.PROCMAP_QUERY_VMA_WRITABLE,
+            "x": procmap.PROCMAP_QUERY_VMA_EXECUTABLE,
+            "s": procmap.PROCMAP_QUERY_VMA_SHARED,
         }
         assert query.vma_flags == sum(flags.get(letter, 0) for letter in line.permissions)
         assert (query.vma_start, query.vma_offset, query.inode) == (line.start, line.offset, line.inode)
@@ -348,15 +348,15 @@ def test_procmap_query_of_holes() -> None:
     fd = os.open("/proc/self/maps", os.O_RDONLY)
     with Region(3) as region:
         region.punch(1, 1)
-        query = proc.ProcmapQuery(ctypes.sizeof(proc.ProcmapQuery), 0, region.page(1))
+        query = procmap.ProcmapQuery(ctypes.sizeof(procmap.ProcmapQuery), 0, region.page(1))
         with pytest.raises(FileNotFoundError):
-            proc.procmap_query(fd, query)
-        query.query_flags = proc.PROCMAP_QUERY_COVERING_OR_NEXT_VMA
-        proc.procmap_query(fd, query)
+            procmap.procmap_query(fd, query)
+        query.query_flags = procmap.PROCMAP_QUERY_COVERING_OR_NEXT_VMA
+        procmap.procmap_query(fd, query)
         assert query.vma_start == region.page(2)
         query.size = 4
         with pytest.raises(OSError, match="Invalid argument"):
-            proc.procmap_query(fd, query)
+            procmap.procmap_query(fd, query)
     os.close(fd)
 
 
@@ -483,19 +483,19 @@ def cgroup_mounts(filesystem: str, controller: str = "") -> list[Path]:
 
 
 def test_cgroup_directories_are_those_that_hold_us() -> None:
-    found = cgroup.directories("memory")
+    found = cgroups.directories("memory")
     v1 = cgroup_mounts("cgroup", "memory")
     if not found:
         assert not v1
         needs.missing("no memory cgroup hierarchy is mounted")
     assert str(os.getpid()) in (found[0] / "cgroup.procs").read_text().split()
     assert [parent for parent in found[0].parents if parent in found] == found[1:]
-    assert cgroup.directories("memory", os.getpid()) == found
+    assert cgroups.directories("memory", os.getpid()) == found
     if v1:
         assert found[-1] == v1[0]
-        assert cgroup.read_bytes(found[-1] / "memory.usage_in_bytes") is not None
+        assert cgroups.read_bytes(found[-1] / "memory.usage_in_bytes") is not None
         # The root group has no limit, which v1 says with a huge number.
-        assert cgroup.read_bytes(found[-1] / "memory.limit_in_bytes") is None
+        assert cgroups.read_bytes(found[-1] / "memory.limit_in_bytes") is None
 
 
 def test_cgroup_directories_of_another_process() -> None:
@@ -503,16 +503,16 @@ def test_cgroup_directories_of_another_process() -> None:
 
     def groups() -> list[Path]:
         os.read(gate, 1)  # a process that has ended is in no group any more
-        return cgroup.directories("memory")
+        return cgroups.directories("memory")
 
     with Child(groups) as child:
-        found = cgroup.directories("memory", child.pid)
+        found = cgroups.directories("memory", child.pid)
         os.write(opener, b"x")
         assert found == child.result()
     os.close(gate)
     os.close(opener)
     with pytest.raises(FileNotFoundError):
-        cgroup.directories("memory", "no-such-process")
+        cgroups.directories("memory", "no-such-process")
 
 
 def test_cgroup_v2_as_it_is_mounted() -> None:
@@ -523,11 +523,11 @@ def test_cgroup_v2_as_it_is_mounted() -> None:
     if not controllers:
         needs.missing("cgroup v2 has no controller here")
     for controller in controllers:
-        found = cgroup.directories(controller)
+        found = cgroups.directories(controller)
         assert found
         assert str(os.getpid()) in (found[0] / "cgroup.procs").read_text().split()
         assert found[-1] == mounts[0]
-    paths = [path for names, path in cgroup.hierarchies() if not names]
+    paths = [path for names, path in cgroups.hierarchies() if not names]
     assert len(paths) == 1
     assert paths[0].startswith("/")
 
@@ -541,16 +541,16 @@ def test_cgroup_v2_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (inside / "memory.max").write_text("max\n")
     (inside.parent / "memory.max").write_text("1048576\n")
     mount = proc.Mount(0, "/docker", str(directory), "cgroup2", "rw")
-    monkeypatch.setattr(cgroup, "read_mounts", lambda: [mount])
-    monkeypatch.setattr(cgroup, "hierarchies", lambda pid: iter([(frozenset[str](), "/docker/group/deep")]))
-    found = cgroup.directories("memory")
+    monkeypatch.setattr(cgroups, "read_mounts", lambda: [mount])
+    monkeypatch.setattr(cgroups, "hierarchies", lambda pid: iter([(frozenset[str](), "/docker/group/deep")]))
+    found = cgroups.directories("memory")
     assert found == [inside, inside.parent, directory]
-    assert [cgroup.read_bytes(path / "memory.max") for path in found] == [None, 1 << 20, None]
-    assert cgroup.read_text(inside / "memory.max") == "max"
-    assert cgroup.directories("pids") == []
+    assert [cgroups.read_bytes(path / "memory.max") for path in found] == [None, 1 << 20, None]
+    assert cgroups.read_text(inside / "memory.max") == "max"
+    assert cgroups.directories("pids") == []
     # A group outside of what is mounted.
-    monkeypatch.setattr(cgroup, "hierarchies", lambda pid: iter([(frozenset[str](), "/elsewhere")]))
-    assert cgroup.directories("memory") == []
+    monkeypatch.setattr(cgroups, "hierarchies", lambda pid: iter([(frozenset[str](), "/elsewhere")]))
+    assert cgroups.directories("memory") == []
 
 
 # --- sysfs ------------------------------------------------------------------------------------------------------------

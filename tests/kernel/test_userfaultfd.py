@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import numpy  # noqa: F401  which Region imports: its threads and mappings are no leak of the first test
 import pytest
 
-from prefault import capabilities
-from prefault._kernel import fallocate, hugetlb, mman, pagemap
+from prefault._kernel import fallocate, mman, pagemap
 from prefault._kernel import userfaultfd as u
 from prefault._kernel.userfaultfd import Feature, Ioctl, PageFault, Remap, Remove, Unmap
-from prefault.capabilities import UFFD_KERNEL_FAULTS
+from prefault._system import capabilities, hugetlb
+from prefault._system.capabilities import UFFD_KERNEL_FAULTS
 from support import needs, oracle
 from support.children import Child
 from support.regions import PAGE, Region

@@ -16,7 +16,7 @@ import pytest
 
 import prefault
 from prefault import PAGE_SIZE, Memfd, TemporaryFile
-from prefault._kernel import hugetlb
+from prefault._system import hugetlb
 from prefault.errors import HugePagesError, MappingError, PoolFullError, PoolGoneError
 from prefault.pool import Pool, PoolStatistics
 from prefault.sparse import SparseMemory

@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from prefault import PAGE_SIZE, PageRange, RangeSet
 from prefault.errors import PoolFullError
+from prefault.pool.block_charges import Account as Remote
+from prefault.pool.block_charges import Member
 from prefault.pool.ledger import Account, Ledger
-from prefault.pool.member import Account as Remote
-from prefault.pool.member import Member
 
 _CAPACITY = 24
 

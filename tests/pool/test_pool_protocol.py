@@ -22,16 +22,17 @@ from hypothesis import strategies as st
 
 from prefault import PAGE_SIZE
 from prefault.errors import PoolFullError, PoolGoneError
-from prefault.pool import Pool, protocol
+from prefault.ipc import socket_path
+from prefault.ipc.transport import ProtocolError
+from prefault.pool import Pool
 from prefault.pool import connect as connect_to_pool
-from prefault.pool.client import _Link
-from prefault.pool.server import PoolServer
-from prefault.sockets import place
-from prefault.sockets.messages import ProtocolError
+from prefault.pool.service import pool_protocol
+from prefault.pool.service.pool_client import _Link
+from prefault.pool.service.pool_server import PoolServer
 from support import needs, oracle
 from support.children import Child, in_child
 
-_HELLO = protocol.Hello(1, protocol.VERSION, False)
+_HELLO = pool_protocol.Hello(1, pool_protocol.VERSION, False)
 _NOBODY = 65534
 
 
@@ -41,23 +42,23 @@ def _served(directory: Path, *, timeout: float = 30.0, **options: Any) -> Iterat
         yield pool, server
 
 
-def _raw(path: str | Path, *messages: protocol.Request) -> socket.socket:
+def _raw(path: str | Path, *messages: pool_protocol.Request) -> socket.socket:
     """A connection on which anything can be said; ``messages`` are said at once."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    place.connect_to(connection, path, 10)
+    socket_path.connect_to(connection, path, 10)
     connection.settimeout(10)
     for message in messages:
-        connection.sendall(protocol.encode(message))
+        connection.sendall(pool_protocol.encode(message))
     return connection
 
 
-def _replies(connection: socket.socket, count: int | None = None) -> list[protocol.Reply]:
+def _replies(connection: socket.socket, count: int | None = None) -> list[pool_protocol.Reply]:
     """So many replies; None: all until the server hangs up."""
-    received, replies = bytearray(), list[protocol.Reply]()
+    received, replies = bytearray(), list[pool_protocol.Reply]()
     while len(replies) != count:
-        body = protocol.take_message(received, protocol.MAX_REPLY)
+        body = pool_protocol.take_message(received, pool_protocol.MAX_REPLY)
         if body is not None:
-            replies.append(protocol.decode_reply(body))
+            replies.append(pool_protocol.decode_reply(body))
             continue
         try:
             data = connection.recv(1 << 16)
@@ -71,7 +72,7 @@ def _replies(connection: socket.socket, count: int | None = None) -> list[protoc
 
 
 def _member(link: _Link) -> tuple[int, int]:
-    created, fd = link.ask(protocol.Create(0, 64 * PAGE_SIZE, 0, None, None), protocol.Created)
+    created, fd = link.ask(pool_protocol.Create(0, 64 * PAGE_SIZE, 0, None, None), pool_protocol.Created)
     assert fd is not None
     return created.member, fd
 
@@ -82,15 +83,15 @@ def _neighbour(path: str | Path) -> Iterator[None]:
     link = _Link(path, 10.0)
     link.greet(events=False)
     member, fd = _member(link)
-    link.ask(protocol.Settle(0, member, 2 * PAGE_SIZE), protocol.Done)
+    link.ask(pool_protocol.Settle(0, member, 2 * PAGE_SIZE), pool_protocol.Done)
     os.pwrite(fd, b"mine" * 1024, 0)
     yield
-    link.ask(protocol.Settle(0, member, 3 * PAGE_SIZE), protocol.Done)
-    statistics = link.ask(protocol.Ask(0), protocol.Statistics)[0].statistics
+    link.ask(pool_protocol.Settle(0, member, 3 * PAGE_SIZE), pool_protocol.Done)
+    statistics = link.ask(pool_protocol.Ask(0), pool_protocol.Statistics)[0].statistics
     mine = [found for found in statistics.members if found.pid == os.getpid()]
     assert [found.charged for found in mine if found.allocated_bytes] == [3 * PAGE_SIZE]
     assert os.pread(fd, 8, 0) == b"minemine"
-    link.ask(protocol.Close(0, member), protocol.Done)
+    link.ask(pool_protocol.Close(0, member), pool_protocol.Done)
     os.close(fd)
     link.close()
 
@@ -109,7 +110,7 @@ def _packed(*values: Any) -> bytes:
         (b"GET / HTTP/1.1\r\n\r\n", "a message of 542393671 bytes"),
         (struct.pack("<I", 0), "a message of 0 bytes"),
         (struct.pack("<I", 0xFFFFFFFF) + b"x" * 5000, "a message of 4294967295 bytes"),
-        (struct.pack("<I", protocol.MAX_REQUEST + 1), f"1 to {protocol.MAX_REQUEST} are allowed"),
+        (struct.pack("<I", pool_protocol.MAX_REQUEST + 1), f"1 to {pool_protocol.MAX_REQUEST} are allowed"),
         (_frame(b"\xc1garbage"), "not a message"),
         (_frame(b"\x91" * 4000), "not a message"),
         (_frame(os.urandom(100)), "not a message"),
@@ -121,27 +122,36 @@ def _packed(*values: Any) -> bytes:
         (_packed("hello", 1, 99, False), "version 1 of the protocol is spoken here, not 99"),
         (_packed("settle", 1, 1, 4096), "Hello comes first"),
         (_packed("ask", 1), "Hello comes first"),
-        (protocol.encode(_HELLO) * 2, "Hello comes first, and once"),
-        (protocol.encode(protocol.Hello(1, 1, True)) + protocol.encode(protocol.Ask(2)), "asks for nothing"),
+        (pool_protocol.encode(_HELLO) * 2, "Hello comes first, and once"),
+        (
+            pool_protocol.encode(pool_protocol.Hello(1, 1, True)) + pool_protocol.encode(pool_protocol.Ask(2)),
+            "asks for nothing",
+        ),
     ],
 )
 def test_nonsense_is_answered_and_hung_up_on(tmp_path: Path, no_descriptors: None, said: bytes, complaint: str) -> None:
     with _served(tmp_path) as (_, server), _neighbour(server.path), _raw(server.path) as connection:
         connection.sendall(said)
         last = _replies(connection)[-1]
-        assert isinstance(last, protocol.Refused)
+        assert isinstance(last, pool_protocol.Refused)
         assert last.kind == "protocol"
         assert complaint in last.message
 
 
 @pytest.mark.parametrize(
     "said",
-    [b"", b"\x05", struct.pack("<I", 100) + b"half", protocol.encode(_HELLO) + b"\x05\0\0", protocol.encode(_HELLO)[:-1]],
+    [
+        b"",
+        b"\x05",
+        struct.pack("<I", 100) + b"half",
+        pool_protocol.encode(_HELLO) + b"\x05\0\0",
+        pool_protocol.encode(_HELLO)[:-1],
+    ],
 )
 def test_half_a_message_has_its_time_and_no_more(tmp_path: Path, no_descriptors: None, said: bytes) -> None:
     with _served(tmp_path, timeout=0.5) as (_, server), _neighbour(server.path), _raw(server.path) as connection:
         connection.sendall(said)
-        assert all(isinstance(reply, protocol.Welcome) for reply in _replies(connection))  # until it hangs up
+        assert all(isinstance(reply, pool_protocol.Welcome) for reply in _replies(connection))  # until it hangs up
 
 
 def test_a_byte_now_and_then_does_not_buy_time(tmp_path: Path) -> None:
@@ -161,8 +171,8 @@ def test_who_is_silent_after_hello_is_left_alone(tmp_path: Path) -> None:
     with _served(tmp_path, timeout=0.5) as (_, server), _raw(server.path, _HELLO) as connection:
         _replies(connection, 1)
         time.sleep(0.8)
-        connection.sendall(protocol.encode(protocol.Ask(2)))
-        assert isinstance(_replies(connection, 1)[0], protocol.Statistics)
+        connection.sendall(pool_protocol.encode(pool_protocol.Ask(2)))
+        assert isinstance(_replies(connection, 1)[0], pool_protocol.Statistics)
 
 
 def test_members_belong_to_their_connection(tmp_path: Path, no_leaks: None) -> None:
@@ -172,14 +182,14 @@ def test_members_belong_to_their_connection(tmp_path: Path, no_leaks: None) -> N
         link.greet(events=False)
         for number in (1, 2, 0, 1 << 62):
             with pytest.raises(ValueError, match=f"member {number} is none of this connection"):
-                link.ask(protocol.Settle(0, number, 0), protocol.Done)
+                link.ask(pool_protocol.Settle(0, number, 0), pool_protocol.Done)
             with pytest.raises(ValueError, match=f"member {number} is none of this connection"):
-                link.ask(protocol.Close(0, number), protocol.Done)
+                link.ask(pool_protocol.Close(0, number), pool_protocol.Done)
         assert pool.statistics().members == (other,)
         mine, fd = _member(link)
-        link.ask(protocol.Close(0, mine), protocol.Done)
+        link.ask(pool_protocol.Close(0, mine), pool_protocol.Done)
         with pytest.raises(ValueError, match="none of this connection"):  # closed is gone
-            link.ask(protocol.Settle(0, mine, PAGE_SIZE), protocol.Done)
+            link.ask(pool_protocol.Settle(0, mine, PAGE_SIZE), pool_protocol.Done)
         os.close(fd)
         link.close()
 
@@ -187,30 +197,30 @@ def test_members_belong_to_their_connection(tmp_path: Path, no_leaks: None) -> N
 @pytest.mark.parametrize(
     ("wish", "error"),
     [
-        (protocol.Create(0, 0, 0, None, None), ValueError),
-        (protocol.Create(0, (1 << 63) - 1, 0, None, None), ValueError),
-        (protocol.Create(0, PAGE_SIZE, 2 * PAGE_SIZE, None, None), ValueError),
-        (protocol.Create(0, PAGE_SIZE, 0, 1, None), ValueError),
-        (protocol.Create(0, PAGE_SIZE, PAGE_SIZE, 0, None), ValueError),
-        (protocol.Create(0, PAGE_SIZE, 0, None, ""), ValueError),
-        (protocol.Create(0, PAGE_SIZE, 0, None, "a\nb"), ValueError),
-        (protocol.Create(0, PAGE_SIZE, 0, None, "n" * 101), ValueError),
-        (protocol.Create(0, 1 << 40, 1 << 21, None, None), PoolFullError),
-        (protocol.Create(0, 1 << 53, 0, None, None), ValueError),
+        (pool_protocol.Create(0, 0, 0, None, None), ValueError),
+        (pool_protocol.Create(0, (1 << 63) - 1, 0, None, None), ValueError),
+        (pool_protocol.Create(0, PAGE_SIZE, 2 * PAGE_SIZE, None, None), ValueError),
+        (pool_protocol.Create(0, PAGE_SIZE, 0, 1, None), ValueError),
+        (pool_protocol.Create(0, PAGE_SIZE, PAGE_SIZE, 0, None), ValueError),
+        (pool_protocol.Create(0, PAGE_SIZE, 0, None, ""), ValueError),
+        (pool_protocol.Create(0, PAGE_SIZE, 0, None, "a\nb"), ValueError),
+        (pool_protocol.Create(0, PAGE_SIZE, 0, None, "n" * 101), ValueError),
+        (pool_protocol.Create(0, 1 << 40, 1 << 21, None, None), PoolFullError),
+        (pool_protocol.Create(0, 1 << 53, 0, None, None), ValueError),
     ],
 )
 def test_wishes_that_are_not_granted(
-    tmp_path: Path, no_descriptors: None, wish: protocol.Create, error: type[Exception]
+    tmp_path: Path, no_descriptors: None, wish: pool_protocol.Create, error: type[Exception]
 ) -> None:
     with _served(tmp_path) as (pool, server):
         link = _Link(server.path, 10.0)
         link.greet(events=False)
         with pytest.raises(error):
-            link.ask(wish, protocol.Created)
+            link.ask(wish, pool_protocol.Created)
         member, fd = _member(link)
         for charged in (1, PAGE_SIZE - 1, 65 * PAGE_SIZE, 1 << 62):
             with pytest.raises(ValueError, match="cannot have"):
-                link.ask(protocol.Settle(0, member, charged), protocol.Done)
+                link.ask(pool_protocol.Settle(0, member, charged), pool_protocol.Done)
         assert pool.statistics().charged == 0
         os.close(fd)
         link.close()
@@ -222,10 +232,10 @@ def test_descriptors_that_a_client_sends_never_arrive(tmp_path: Path, no_leaks: 
             reader, writer = os.pipe()
             with _raw(server.path, *messages) as connection:
                 _replies(connection, len(messages))
-                socket.send_fds(connection, [protocol.encode(_HELLO)], [writer] * 200)
+                socket.send_fds(connection, [pool_protocol.encode(_HELLO)], [writer] * 200)
                 os.close(writer)
                 last = _replies(connection)[-1]
-                assert isinstance(last, protocol.Refused)
+                assert isinstance(last, pool_protocol.Refused)
                 assert "sends no descriptors" in last.message
             assert os.read(reader, 1) == b""  # nobody holds the other end
             os.close(reader)
@@ -238,7 +248,7 @@ def test_one_connection_too_many_is_told_so(tmp_path: Path, no_leaks: None) -> N
             _replies(two, 1)
             with _raw(server.path) as three:
                 (refused,) = _replies(three)
-                assert isinstance(refused, protocol.Refused)
+                assert isinstance(refused, pool_protocol.Refused)
                 assert "has 3 connections, the most that it takes" in refused.message
             with pytest.raises(PoolGoneError, match="the pool's server refuses: it has 3 connections"):
                 connect_to_pool(server.path)
@@ -257,7 +267,7 @@ def _flood(path: str, count: int) -> None:
     held = []
     for _ in range(count):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        place.connect_to(connection, path, 10)
+        socket_path.connect_to(connection, path, 10)
         held.append(connection)
     for connection in held:
         connection.close()
@@ -302,7 +312,7 @@ def test_no_descriptors_left(tmp_path: Path, no_leaks: None) -> None:
             connection.close()
             with connect_to_pool(server.path) as client:
                 served = client.capacity == 1 << 20
-            assert isinstance(refused, protocol.Refused)
+            assert isinstance(refused, pool_protocol.Refused)
             return refused.message, served
 
     message, served = in_child(exhausted)
@@ -313,7 +323,7 @@ def test_no_descriptors_left(tmp_path: Path, no_leaks: None) -> None:
 def test_who_does_not_take_its_answers_is_dropped(tmp_path: Path, no_leaks: None) -> None:
     def ask_and_never_listen(connection: socket.socket) -> None:
         while True:  # the server stops reading what it cannot answer, and then hangs up
-            connection.sendall(protocol.encode(protocol.Ask(2)))
+            connection.sendall(pool_protocol.encode(pool_protocol.Ask(2)))
 
     with _served(tmp_path, timeout=0.5) as (_, server), _neighbour(server.path), _raw(server.path, _HELLO) as deaf:
         with pytest.raises(ConnectionError):
@@ -346,7 +356,7 @@ def test_members_have_a_limit_too(tmp_path: Path, no_leaks: None) -> None:
         held = [_member(link) for _ in range(3)]
         with pytest.raises(PoolFullError, match="given out 3 members"):
             _member(link)
-        link.ask(protocol.Close(0, held[0][0]), protocol.Done)
+        link.ask(pool_protocol.Close(0, held[0][0]), pool_protocol.Done)
         held.append(_member(link))
         for _, fd in held:
             os.close(fd)
@@ -411,7 +421,7 @@ def test_another_user_is_refused_by_its_credentials(tmp_path: Path) -> None:
 
     os.chmod(tmp_path, 0o755)
 
-    def as_nobody() -> list[protocol.Reply]:
+    def as_nobody() -> list[pool_protocol.Reply]:
         _become_nobody(tmp_path)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(10)
@@ -421,7 +431,7 @@ def test_another_user_is_refused_by_its_credentials(tmp_path: Path) -> None:
     with _served(tmp_path) as (_, server), _neighbour(server.path):
         os.chmod(server.path, 0o666)
         (refused,) = in_child(as_nobody)
-        assert isinstance(refused, protocol.Refused)
+        assert isinstance(refused, pool_protocol.Refused)
         assert refused.message == f"it serves user {os.geteuid()}, not user {_NOBODY}"
 
 
@@ -508,20 +518,20 @@ def test_nobody_there(tmp_path: Path) -> None:
 # --- fuzz
 
 
-_VALID: list[Callable[[random.Random], protocol.Request]] = [
-    lambda rng: protocol.Hello(rng.randrange(9), protocol.VERSION, rng.random() < 0.1),
-    lambda rng: protocol.Create(rng.randrange(9), rng.choice((PAGE_SIZE, 1 << 20, 1 << 40)), 0, None, None),
-    lambda rng: protocol.Settle(rng.randrange(9), rng.randrange(40), rng.randrange(80) * PAGE_SIZE),
-    lambda rng: protocol.Close(rng.randrange(9), rng.randrange(40)),
-    lambda rng: protocol.Ask(rng.randrange(9)),
+_VALID: list[Callable[[random.Random], pool_protocol.Request]] = [
+    lambda rng: pool_protocol.Hello(rng.randrange(9), pool_protocol.VERSION, rng.random() < 0.1),
+    lambda rng: pool_protocol.Create(rng.randrange(9), rng.choice((PAGE_SIZE, 1 << 20, 1 << 40)), 0, None, None),
+    lambda rng: pool_protocol.Settle(rng.randrange(9), rng.randrange(40), rng.randrange(80) * PAGE_SIZE),
+    lambda rng: pool_protocol.Close(rng.randrange(9), rng.randrange(40)),
+    lambda rng: pool_protocol.Ask(rng.randrange(9)),
 ]
 
 
 def _mutated(rng: random.Random) -> bytes:
     """Some valid messages, and perhaps a few bytes changed, cut out or put in."""
-    data = bytearray(protocol.encode(_HELLO) if rng.random() < 0.9 else b"")
+    data = bytearray(pool_protocol.encode(_HELLO) if rng.random() < 0.9 else b"")
     for _ in range(rng.randrange(6)):
-        data += protocol.encode(rng.choice(_VALID)(rng))
+        data += pool_protocol.encode(rng.choice(_VALID)(rng))
     for _ in range(rng.choice((0, 0, 1, 2, 8))):
         at = rng.randrange(len(data) + 1)
         match rng.randrange(4):
@@ -573,12 +583,12 @@ def test_fuzz_for_long(tmp_path: Path, no_leaks: None, seed: int) -> None:
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=300))
 def test_bytes_are_a_message_or_a_protocol_error(data: bytes) -> None:
-    for decode in (protocol.decode_request, protocol.decode_reply):
+    for decode in (pool_protocol.decode_request, pool_protocol.decode_reply):
         try:
             message = decode(data)
         except ProtocolError:
             continue
-        assert decode(protocol.encode(message)[4:]) == message
+        assert decode(pool_protocol.encode(message)[4:]) == message
 
 
 @settings(max_examples=100, deadline=None)
@@ -588,7 +598,7 @@ def test_framing_does_not_depend_on_how_it_arrives(data: bytes, step: int) -> No
     wire, received, taken = b"".join(map(_frame, bodies)), bytearray(), list[bytes]()
     for at in range(0, len(wire), step):
         received += wire[at : at + step]
-        while (body := protocol.take_message(received, 64)) is not None:
+        while (body := pool_protocol.take_message(received, 64)) is not None:
             taken.append(bytes(body))
     assert taken == bodies
     assert not received
@@ -625,7 +635,7 @@ def _impostor(path: Path, *said: bytes, fds: tuple[int, ...] = ()) -> Iterator[N
         listener.close()
 
 
-_WELCOME = protocol.encode(protocol.Welcome(1, 1 << 20, PAGE_SIZE, ()))
+_WELCOME = pool_protocol.encode(pool_protocol.Welcome(1, 1 << 20, PAGE_SIZE, ()))
 
 
 @pytest.mark.parametrize(
@@ -636,8 +646,8 @@ _WELCOME = protocol.encode(protocol.Welcome(1, 1 << 20, PAGE_SIZE, ()))
         ((_WELCOME,), "did not answer within 0.5 s"),
         ((b"\xff\xff\xff\xff",), "is no answer of a pool: a message of 4294967295 bytes"),
         ((_frame(b"\xc1"),), "is no answer of a pool"),
-        ((protocol.encode(protocol.Done(1)),), "answered a Hello with a Done"),
-        ((_WELCOME, protocol.encode(protocol.Done(2))), "answered a Ask with a Done"),
+        ((pool_protocol.encode(pool_protocol.Done(1)),), "answered a Hello with a Done"),
+        ((_WELCOME, pool_protocol.encode(pool_protocol.Done(2))), "answered a Ask with a Done"),
     ],
 )
 def test_a_client_of_an_impostor_does_not_wait_for_ever(

@@ -21,13 +21,14 @@ import pytest
 
 import prefault
 from prefault import PAGE_SIZE, TemporaryFile
-from prefault._kernel import hugetlb
+from prefault._system import hugetlb
 from prefault.errors import PoolFullError, PoolGoneError
-from prefault.pool import Pool, PoolStatistics, connect, protocol
-from prefault.pool.client import PoolClient
-from prefault.pool.register import Register
-from prefault.pool.server import PoolServer
-from prefault.sockets import messages
+from prefault.ipc import transport
+from prefault.pool import Pool, PoolStatistics, connect
+from prefault.pool.members import Register
+from prefault.pool.service import pool_protocol
+from prefault.pool.service.pool_client import PoolClient
+from prefault.pool.service.pool_server import PoolServer
 from support import needs
 from support.children import Child, in_child
 
@@ -311,10 +312,10 @@ def test_emptying_what_a_dead_process_left_keeps_nobody_waiting(
             memory.populate(0, 2 * _BLOCK)
             with pytest.raises(PoolFullError):
                 memory.populate(0, 16 * _BLOCK)
-            created, fd = client._link.ask(protocol.Create(0, _BLOCK, 0, None, None), protocol.Created)
+            created, fd = client._link.ask(pool_protocol.Create(0, _BLOCK, 0, None, None), pool_protocol.Created)
             assert fd is not None
             os.pwrite(fd, b"x", 0)
-            client._link.ask(protocol.Close(0, created.member), protocol.Done)
+            client._link.ask(pool_protocol.Close(0, created.member), pool_protocol.Done)
             os.close(fd)
             assert client.statistics().charged == 10 * _BLOCK
             slow.set()
@@ -482,7 +483,7 @@ def test_what_is_given_back_while_the_server_is_stopped_does_not_fill_the_socket
                 memory.close()
             for account in list(client._members):
                 for charged in range(500):
-                    client._link.tell(protocol.Settle(0, account._number, charged % 2 * _BLOCK))
+                    client._link.tell(pool_protocol.Settle(0, account._number, charged % 2 * _BLOCK))
         statistics = client.statistics()
         assert (len(statistics.members), statistics.charged) == (8, 8 * _BLOCK)
         for memory in memories[8:]:
@@ -599,7 +600,7 @@ def test_a_finalizer_in_the_middle_of_a_request(tmp_path: Path, no_leaks: None, 
         kept.populate(0, 4 * _BLOCK)
         memory = client.sparse(64 * _BLOCK)
         memory.populate(0, 4 * _BLOCK)
-        receive, refused = messages.receive, list[RuntimeError]()
+        receive, refused = transport.receive, list[RuntimeError]()
 
         def interrupted(*arguments: Any) -> Any:
             if not memory.closed:
@@ -611,7 +612,7 @@ def test_a_finalizer_in_the_middle_of_a_request(tmp_path: Path, no_leaks: None, 
                     refused.append(error)
             return receive(*arguments)
 
-        monkeypatch.setattr(messages, "receive", interrupted)
+        monkeypatch.setattr(transport, "receive", interrupted)
         created = client.sparse(64 * _BLOCK)
         assert memory.closed
         assert len(refused) == 1
@@ -650,7 +651,7 @@ def test_clients_are_told_of_the_high_water_mark(tmp_path: Path, no_leaks: None)
 
 
 def test_a_subscriber_that_never_listens_holds_nobody_up(tmp_path: Path, no_leaks: None) -> None:
-    from prefault.pool.client import _Link
+    from prefault.pool.service.pool_client import _Link
 
     with _shared(tmp_path, 2 * PAGE_SIZE, block=PAGE_SIZE, high_water=1) as (pool, path):
         deaf = _Link(path, 10)

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 import prefault
-from prefault._kernel import hugetlb
-from prefault.backings import TemporaryFile
+from prefault._system import hugetlb
 from prefault.errors import NotPopulatedError
+from prefault.memory.backings import TemporaryFile
 from prefault.sparse import SparseMemory
 from prefault.testing import without
 from support.sparse import HUGE, HUGE_KINDS, KINDS, PAGE, SparseKind, mappings, present_blocks

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 import prefault
-from prefault._kernel import hugetlb
+from prefault._system import hugetlb
 from prefault.sizes import GIB
 from support import needs, oracle
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from prefault._kernel import cgroup
+from prefault._system import cgroups
 from support import needs
 
 Result = TypeVar("Result")
@@ -56,7 +56,7 @@ class Group:
 
 def leave() -> None:
     """Out of the group again: what looks at the outcome is no part of what is tested, and may need some memory."""
-    found = cgroup.governing("memory").directories
+    found = cgroups.governing("memory").directories
     outside = next((directory for directory in found if _PREFIX not in directory), None)
     if outside is not None and outside != found[0]:
         (Path(outside) / "cgroup.procs").write_text(str(os.getpid()))
@@ -69,7 +69,7 @@ _PREFIX = "prefault-test-"
 def groups() -> Iterator[Callable[..., Group]]:
     """A function that makes a group below ours, or below another, with a limit; all are removed in the end."""
     needs.root("make a cgroup")
-    found = cgroup.governing("memory")
+    found = cgroups.governing("memory")
     if found.version != 1:
         needs.missing("no v1 hierarchy of the memory controller is mounted")
     made: list[Path] = []

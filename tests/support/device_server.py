@@ -19,10 +19,10 @@ from prefault._kernel.mman import MADV_DONTFORK
 from prefault.device import protocol
 from prefault.device.driver import Device
 from prefault.device.frames import Frames
-from prefault.device.notary import Notary
 from prefault.device.registry import AreaRecord, ClientRecord, Registry
-from prefault.device.server import run_server
-from prefault.memory import borrow
+from prefault.device.server.event_loop import run_server
+from prefault.device.server.warden_notifier import Notary
+from prefault.memory.borrowing import borrow
 from support import needs
 
 Reply = TypeVar("Reply", bound=protocol.Reply)

@@ -18,8 +18,8 @@ import numpy
 
 import prefault
 import prefault.device
-import prefault.device.launch  # a fork in the middle of another thread's import would wait for it for ever
-import prefault.device.maps
+import prefault.device.opening
+import prefault.device.process.launching  # a fork in the middle of another thread's import would wait for it for ever
 from prefault.device.driver import Access, Device, DeviceArea, Recipe
 from prefault.errors import DeviceError, PopulateError
 from prefault.sizes import PAGE_SIZE

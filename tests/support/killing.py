@@ -4,8 +4,9 @@ Run as a program, in a process of its own, of which all that is started can be t
 
     PREFAULT_KILLING=... python -m support.killing SEED SECONDS HANG_S [ROUND]
 
-It prints counts as JSON. ``tests/device/test_kills.py`` runs it and looks at what is left. What goes wrong names its round,
-which can be run alone; the schedule of operations and kills is the same then, but what meets what is up to the scheduler.
+It prints counts as JSON. ``tests/device/warden/test_kills.py`` runs it and looks at what is left. What goes wrong
+names its round, which can be run alone. The schedule of operations and kills is the same then; the scheduler
+decides the rest.
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@ from typing import NoReturn
 
 import pytest
 
-from prefault import capabilities
-from prefault._kernel import hugetlb
-from prefault.capabilities import Capability
+from prefault._system import capabilities, hugetlb
+from prefault._system.capabilities import Capability
 from support import oracle
 
 HUGE = 2 << 20

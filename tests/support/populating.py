@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import prefault
-from prefault.methods import Access
+from prefault.engine.methods import Access
 from support import oracle
 from support.regions import PAGE, Span
 

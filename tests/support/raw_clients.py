@@ -15,9 +15,9 @@ import prefault
 import prefault.device
 from prefault._kernel import userfaultfd as kernel
 from prefault.device import protocol
-from prefault.device.uffd import open_userfaultfd
+from prefault.device.client.fault_descriptor import open_userfaultfd
+from prefault.ipc import socket_path
 from prefault.sizes import PAGE_SIZE
-from prefault.sockets import place
 from support import processes
 from support.devices import Pattern, content
 
@@ -76,7 +76,7 @@ class Raw:
 
     def __init__(self, path: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        place.connect_to(self.socket, path, 10)
+        socket_path.connect_to(self.socket, path, 10)
         self.socket.settimeout(10)
         self._held: list[int] = []
         self.memory: mmap.mmap | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prefault._kernel import mman
-from prefault._kernel.proc import read_maps, read_mounts
+from prefault._system.proc import read_maps, read_mounts
 from prefault.sizes import PAGE_SIZE
 
 PAGE = PAGE_SIZE

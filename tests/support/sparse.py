@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefault.backings import File
+from prefault.memory.backings import File
 from prefault.sparse import SparseMemory
 from support import oracle
 

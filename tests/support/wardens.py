@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import prefault.device
-from prefault.device import fresh
+from prefault.device import spawning
 from prefault.device.driver import Access, DeviceArea, Recipe, Supplied
-from prefault.memory import borrow
+from prefault.memory.borrowing import borrow
 from prefault.sizes import PAGE_SIZE
 from support import processes
 from support.devices import Pattern, content
@@ -171,16 +171,16 @@ class Unlucky(Pattern):
     """The first process that its server starts to be its warden is killed before it is told anything."""
 
     def open(self, area: DeviceArea) -> None:
-        start = fresh.spawn
+        start = spawning.spawn
 
         def start_in_vain(link: int) -> int:
-            fresh.spawn = start
+            spawning.spawn = start
             pid = start(link)
             os.kill(pid, signal.SIGKILL)
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
             return pid
 
-        fresh.spawn = start_in_vain
+        spawning.spawn = start_in_vain
 
 
 class DiesAtItsStart(Pattern):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from prefault.methods import Access
+from prefault.engine.methods import Access
 
 
 class Way(enum.Enum):

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from prefault import BackingSource, RangeSet, TemporaryFile
-from prefault.backings import Descriptor
 from prefault.errors import NotPopulatedError, PoolFullError
+from prefault.memory.backings import Descriptor
 from prefault.sizes import GIB, MIB
 from prefault.sparse import Books, SparseMemory
 from prefault.virtio_mem import BlockState, Feature, Request, RequestType, Response, ResponseType, VirtioMem

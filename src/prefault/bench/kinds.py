@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from prefault.backings import Anonymous, BackingSource, Hugetlb, Memfd, TemporaryFile
-from prefault.mapping import HugeAdvice
+from prefault.mapping.mapping import HugeAdvice
+from prefault.memory.backings import Anonymous, BackingSource, Hugetlb, Memfd, TemporaryFile
 from prefault.sizes import MIB
 
 HUGE_PAGE_BYTES = 2 * MIB

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from prefault._kernel import cgroup, hugetlb, proc, thp
+from prefault._system import cgroups, hugetlb, proc, thp
+from prefault._system.cpus import usable_cpus
 from prefault._version import __version__
-from prefault.cpus import usable_cpus
 from prefault.sizes import PAGE_SIZE, format_size
 
 _THP_SETTINGS = ("enabled", "defrag", "shmem_enabled")
@@ -86,7 +86,7 @@ def this_machine() -> Machine:
 def available_memory_bytes() -> int:
     """Return the bytes that may still be taken: MemAvailable, or less where a memory cgroup is closer to its limit."""
     available = proc.read_meminfo()["MemAvailable"]
-    rooms = map(_cgroup_room, cgroup.directories("memory"))
+    rooms = map(_cgroup_room, cgroups.directories("memory"))
     return min([available, *(room for room in rooms if room is not None)])
 
 
@@ -95,10 +95,10 @@ def _cgroup_room(directory: Path) -> int | None:
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        limit, usage = cgroup.read_bytes(directory / limit_name), cgroup.read_bytes(directory / usage_name)
+        limit, usage = cgroups.read_bytes(directory / limit_name), cgroups.read_bytes(directory / usage_name)
         if limit is not None and usage is not None:
             # Old page cache is charged to the group, and reclaimed before the OOM killer comes.
-            counters = dict(line.split(" ", 1) for line in (cgroup.read_text(directory / "memory.stat") or "").splitlines())
+            counters = dict(line.split(" ", 1) for line in (cgroups.read_text(directory / "memory.stat") or "").splitlines())
             return max(0, limit - usage + int(counters.get(cache_name, 0)))
     return None
 

@@ -7,13 +7,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from time import perf_counter_ns
 
-from prefault.backings import Anonymous, File, Memfd
 from prefault.bench.grid import PREFAULT, Cell
 from prefault.bench.kinds import HUGE_PAGE_BYTES, KINDS, Places
-from prefault.mapping import Mapping
-from prefault.methods import METHODS, Target
-from prefault.populate import populate
-from prefault.residency import residency
+from prefault.engine.methods import METHODS, Target
+from prefault.engine.populating import populate
+from prefault.inspection.scan import residency
+from prefault.mapping.mapping import Mapping
+from prefault.memory.backings import Anonymous, File, Memfd
 from prefault.sizes import PAGE_SIZE, format_size
 
 

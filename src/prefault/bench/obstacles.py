@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from prefault import capabilities
+from prefault._system import capabilities
 from prefault.bench.grid import PREFAULT, Cell
 from prefault.bench.kinds import HUGE_PAGE_BYTES, KINDS, Places
 from prefault.bench.machine import available_memory_bytes

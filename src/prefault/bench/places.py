@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefault._kernel import hugetlb, proc
+from prefault._system import hugetlb, proc
 from prefault.bench.kinds import HUGE_PAGE_BYTES
 from prefault.bench.machine import available_memory_bytes
 from prefault.sizes import MIB, format_size

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TypeAlias
 
-from prefault.bench.client import CellFailedError, StoppedError, Worker, WorkerError
 from prefault.bench.grid import Cell
 from prefault.bench.kinds import Places
 from prefault.bench.machine import available_memory_bytes, this_machine
@@ -17,6 +16,7 @@ from prefault.bench.obstacles import memory_bytes, obstacle, pool_pages
 from prefault.bench.places import MARGIN_BYTES, Hugetlbfs, Pool, hugetlb_pool, hugetlbfs
 from prefault.bench.results import BenchRun, CellResult, Status
 from prefault.bench.stopping import StopRequest
+from prefault.bench.worker_process import CellFailedError, StoppedError, Worker, WorkerError
 from prefault.sizes import GIB
 
 # The time for an answer of a worker: a repetition takes a second per GiB, and ten where the host has to find memory.

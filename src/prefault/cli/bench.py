@@ -97,8 +97,8 @@ def bench(
     places_used = Places(file=file_directory or places.default_file_directory())
     with StopRequest() as stop:
         # Loaded before the measurement: after Ctrl-C only the report is left to do.
-        from prefault.bench.progress import progress
-        from prefault.bench.report import console_for, render
+        from prefault.bench.grid_report import console_for, render
+        from prefault.bench.live_display import progress
 
         repeats = repeats or (_QUICK_REPEATS if quick else _FULL_REPEATS)
         with progress(cells, repeats) as show:

@@ -8,8 +8,8 @@ from typing import get_args
 import click
 
 from prefault.bench import jsonfile
-from prefault.bench.device_results import FRAMES, PAGE_SIZES, Frames, RouteCell, RouteResult, cells
 from prefault.bench.kinds import HUGE_PAGE_BYTES
+from prefault.bench.routes.device_results import FRAMES, PAGE_SIZES, Frames, RouteCell, RouteResult, cells
 from prefault.bench.stopping import StopRequest
 from prefault.sizes import GIB, MIB, parse_size
 
@@ -77,9 +77,9 @@ def device(
 
     with StopRequest() as stop:
         # Loaded before the measurement: after Ctrl-C only the report is left to do.
-        from prefault.bench import device_json, device_runner
-        from prefault.bench.device_report import render
-        from prefault.bench.report import console_for
+        from prefault.bench.grid_report import console_for
+        from prefault.bench.routes import device_json, device_runner
+        from prefault.bench.routes.device_report import render
 
         run = device_runner.measure_all(wanted, repeats=repeats, colocate=colocate, stop=stop, show=show)
         # Before the table: the reader of stdout may have gone.

@@ -32,8 +32,8 @@ def serve(factory: str, path: str, arguments: tuple[str, ...]) -> int:
     Clients connect with prefault.device.connect(PATH). Python imports MODULE (PYTHONPATH). At the end clients keep the pages
     that were supplied, and get SIGBUS for others. The exit status is 1 if the process of the driver was lost.
     """
-    from prefault.device.begin import serve_in_foreground
     from prefault.device.driver import Device, Recipe
+    from prefault.device.process.startup import serve_in_foreground
     from prefault.errors import DeviceError
 
     if not path:

@@ -8,10 +8,10 @@ import typing as _typing
 from prefault.device.driver import ZERO, Device, DeviceArea, FaultAround, Recipe
 
 if _typing.TYPE_CHECKING:
-    from prefault.device.accesslog import AccessLog
-    from prefault.device.area import Area, AreaStatistics
-    from prefault.device.maps import DeviceClient, connect, map  # noqa: A004
-    from prefault.device.serving import Server, serve
+    from prefault.device.access_log import AccessLog
+    from prefault.device.client.area import Area, AreaStatistics
+    from prefault.device.opening import DeviceClient, connect, map  # noqa: A004
+    from prefault.device.process.serving import Server, serve
 
 __all__ = [
     "ZERO",
@@ -31,14 +31,14 @@ __all__ = [
 
 # The module of a driver needs none of this; nor does its server.
 _LATER = {
-    "AccessLog": "prefault.device.accesslog",
-    "Area": "prefault.device.area",
-    "AreaStatistics": "prefault.device.area",
-    "DeviceClient": "prefault.device.maps",
-    "Server": "prefault.device.serving",
-    "connect": "prefault.device.maps",
-    "map": "prefault.device.maps",
-    "serve": "prefault.device.serving",
+    "AccessLog": "prefault.device.access_log",
+    "Area": "prefault.device.client.area",
+    "AreaStatistics": "prefault.device.client.area",
+    "DeviceClient": "prefault.device.opening",
+    "Server": "prefault.device.process.serving",
+    "connect": "prefault.device.opening",
+    "map": "prefault.device.opening",
+    "serve": "prefault.device.process.serving",
 }
 
 

@@ -10,13 +10,14 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from prefault._kernel import hugetlb, mman
+from prefault._kernel import mman
 from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from prefault._kernel.memfd import MFD_ALLOW_SEALING, MFD_CLOEXEC, MFD_HUGETLB, huge_page_flag, memfd_create
-from prefault.device import limits
-from prefault.device.states import PageState
+from prefault._system import hugetlb
+from prefault.device import limit_messages
+from prefault.device.page_states import PageState
 from prefault.errors import DeviceError
-from prefault.memory import borrow
+from prefault.memory.borrowing import borrow
 from prefault.sizes import MIB, PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class Frames:
             for fd in opened:
                 os.close(fd)
             number = error.errno if isinstance(error, OSError) and error.errno else errno.EFBIG
-            why = limits.reason(number) or os.strerror(number)
+            why = limit_messages.reason(number) or os.strerror(number)
             raise DeviceError(number, f"no frames of {format_size(length)} can be had for the device: {why}") from error
 
     def close(self) -> None:

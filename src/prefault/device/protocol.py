@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from prefault.device.needed import msgspec
+from prefault.device.requirements import msgspec
 from prefault.errors import (
     BackingFullError,
     DeviceError,
@@ -20,8 +20,8 @@ from prefault.errors import (
     NoPopulateError,
     PopulateError,
 )
-from prefault.sockets import encoding
-from prefault.sockets.messages import ProtocolError
+from prefault.ipc import encoding
+from prefault.ipc.transport import ProtocolError
 
 VERSION = 1
 

@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from prefault import capabilities
-from prefault._kernel import cgroup, hugetlb, mman, proc, thp, userfaultfd
+from prefault._kernel import mman, userfaultfd
+from prefault._system import capabilities, cgroups, hugetlb, proc, thp
+from prefault._system.cpus import usable_cpus
 from prefault._version import __version__
-from prefault.cpus import usable_cpus
 from prefault.doctor.record import NOT_MOUNTED, CapabilityAnswer, Machine, Pool, Reading, Record, Unit
 from prefault.doctor.words import MEANINGS, WITHOUT
 from prefault.sizes import PAGE_SIZE
@@ -189,7 +189,7 @@ def _memory() -> Iterator[Reading]:
 def _memory_cgroups() -> Iterator[Reading]:
     """Read limits and usage under their v2 and v1 names. A file that a cgroup lacks (the root of v2 has none) is skipped."""
     try:
-        directories = cgroup.directories("memory")
+        directories = cgroups.directories("memory")
     except _UNREADABLE as error:
         yield Reading("memory_cgroup_limit", None, "bytes", "/proc/self/cgroup", unknown=_reason(error))
         return
@@ -208,7 +208,7 @@ def _memory_cgroups() -> Iterator[Reading]:
 
 def _cgroup_bytes(path: Path) -> int | None:
     with path.open():  # cgroup.read_bytes takes a file that it may not read for one without a limit
-        return cgroup.read_bytes(path)
+        return cgroups.read_bytes(path)
 
 
 def _rlimits() -> Iterator[Reading]:
@@ -256,7 +256,7 @@ def _cpus() -> Iterator[Reading]:
     yield _reading("cpus_online", "cpus", "sysconf(_SC_NPROCESSORS_ONLN)", lambda: os.sysconf("SC_NPROCESSORS_ONLN"))
     yield _reading("cpus_affinity", "cpus", "sched_getaffinity", lambda: len(os.sched_getaffinity(0)))
     try:
-        directories = cgroup.directories("cpu")
+        directories = cgroups.directories("cpu")
     except _UNREADABLE as error:
         yield Reading("cpu_quota", None, "cpus", "/proc/self/cgroup", unknown=_reason(error))
         directories = []

@@ -67,7 +67,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class CapabilityAnswer:
-    """The answer to one capability of :data:`prefault.capabilities.ALL`.
+    """The answer to one capability of :data:`prefault._system.capabilities.ALL`.
 
     Attributes:
         name: as in PREFAULT_WITHOUT.

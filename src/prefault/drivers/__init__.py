@@ -3,11 +3,11 @@
 ``RemoteFile`` maps a file that is somewhere else, and ``open_remote`` gives it as an array.
 """
 
-from prefault.drivers.formats import SafeTensors
-from prefault.drivers.held import area_of
-from prefault.drivers.opening import open_remote
-from prefault.drivers.remote import RemoteFile
-from prefault.drivers.source import Patience, SourceChangedError, SourceError, SourceMissingError
+from prefault.drivers.remote.area_arrays import area_of
+from prefault.drivers.remote.array_formats import SafeTensors
+from prefault.drivers.remote.opened_arrays import open_remote
+from prefault.drivers.remote.remote_file import RemoteFile
+from prefault.drivers.remote.source import Patience, SourceChangedError, SourceError, SourceMissingError
 
 __all__ = [
     "Patience",

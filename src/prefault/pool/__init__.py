@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from prefault.pool.notify import OnHighWater
+from prefault.pool.high_water import OnHighWater
 from prefault.pool.pool import Pool
-from prefault.pool.statistics import MemberStatistics, PoolStatistics
+from prefault.pool.pool_statistics import MemberStatistics, PoolStatistics
 
 if TYPE_CHECKING:
     # For annotations: both need msgspec, and are made by connect() and Pool.serve().
-    from prefault.pool.client import PoolClient as PoolClient
-    from prefault.pool.server import PoolServer as PoolServer
+    from prefault.pool.service.pool_client import PoolClient as PoolClient
+    from prefault.pool.service.pool_server import PoolServer as PoolServer
 
 __all__ = ["MemberStatistics", "OnHighWater", "Pool", "PoolStatistics", "connect"]
 
@@ -33,6 +33,6 @@ def connect(path: str | os.PathLike[str], *, timeout: float = 30.0, on_high_wate
         PermissionError: the server is not of this user, nor root's.
         ImportError: msgspec is not installed (``pip install msgspec``).
     """
-    from prefault.pool.client import PoolClient
+    from prefault.pool.service.pool_client import PoolClient
 
     return PoolClient(path, timeout=timeout, on_high_water=on_high_water)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from prefault.backings import BackingSource, Descriptor
-from prefault.mapping import HugeAdvice
-from prefault.pool.member import Account, Member
-from prefault.pool.notify import Notifier, OnHighWater
-from prefault.pool.register import Register, extent, round_up
-from prefault.pool.statistics import PoolStatistics
+from prefault.mapping.mapping import HugeAdvice
+from prefault.memory.backings import BackingSource, Descriptor
+from prefault.pool.block_charges import Account, Member
+from prefault.pool.high_water import Notifier, OnHighWater
+from prefault.pool.members import Register, extent, round_up
+from prefault.pool.pool_statistics import PoolStatistics
 from prefault.sizes import Size, format_size
 from prefault.sparse import SparseMemory
-from prefault.sparse.memory import Unpopulated
+from prefault.sparse.sparse_memory import Unpopulated
 
 if TYPE_CHECKING:
-    from prefault.pool.server import PoolServer
+    from prefault.pool.service.pool_server import PoolServer
 
 
 class Pool:
@@ -156,7 +156,7 @@ class Pool:
             FileExistsError: a server is alive there, or it is no socket.
             ImportError: msgspec is not installed (``pip install msgspec``).
         """
-        from prefault.pool.server import PoolServer
+        from prefault.pool.service.pool_server import PoolServer
 
         server = PoolServer(self._register, path, max_connections=max_connections, max_members=max_members, timeout=timeout)
         self._servers.append(server)

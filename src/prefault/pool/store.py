@@ -7,10 +7,10 @@ import math
 import os
 from typing import NamedTuple, TypeAlias
 
-from prefault._kernel import hugetlb
-from prefault._kernel.proc import read_meminfo, read_mounts
-from prefault.backings import BackingSource, Memfd, TemporaryFile, parse_backing
+from prefault._system import hugetlb
+from prefault._system.proc import read_meminfo, read_mounts
 from prefault.errors import HugePagesError, MappingError
+from prefault.memory.backings import BackingSource, Memfd, TemporaryFile, parse_backing
 from prefault.sizes import PAGE_SIZE, format_size
 
 StoreBacking: TypeAlias = Memfd | TemporaryFile

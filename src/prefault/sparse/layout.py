@@ -6,10 +6,10 @@ import errno
 import os
 from typing import NamedTuple
 
-from prefault._kernel import thp
-from prefault.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Memfd, Opened
+from prefault._system import thp
 from prefault.errors import MappingError
-from prefault.mapping import HugeAdvice
+from prefault.mapping.mapping import HugeAdvice
+from prefault.memory.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Memfd, Opened
 from prefault.sizes import MAX_SIZE, PAGE_SIZE, Size, format_size, parse_size
 
 _MOST = MAX_SIZE >> 1

@@ -7,12 +7,12 @@ import os
 from array import array
 
 from prefault._kernel import uio
-from prefault.diagnose import diagnose
+from prefault.engine.diagnosis import diagnose
+from prefault.engine.methods import Access, best
 from prefault.errors import GuardPageError, NotPopulatedError, PopulateError, ProtectionError
-from prefault.memory import Borrowed
-from prefault.methods import Access, best
+from prefault.memory.borrowing import Borrowed
 from prefault.sizes import MIB, PAGE_SIZE
-from prefault.sparse.gate import SparseGate
+from prefault.sparse.operations import SparseGate
 
 _AT_ONCE = 16 * MIB
 """One system call copies at most this much, so that Ctrl-C is answered."""

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from prefault import capabilities
+from prefault._system import capabilities
 
 if TYPE_CHECKING:
-    from prefault.testing.device import Checked, ContractError, check_device
+    from prefault.testing.device_contract import Checked, ContractError, check_device
 
 __all__ = ["Checked", "ContractError", "check_device", "without"]
 
@@ -17,9 +17,9 @@ __all__ = ["Checked", "ContractError", "check_device", "without"]
 def __getattr__(name: str) -> Any:
     # Device memory needs msgspec, which is an extra.
     if name in ("Checked", "ContractError", "check_device"):
-        from prefault.testing import device
+        from prefault.testing import device_contract
 
-        return getattr(device, name)
+        return getattr(device_contract, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

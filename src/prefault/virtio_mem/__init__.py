@@ -3,7 +3,7 @@
 :class:`VirtioMem` decides and does what a request asks; :mod:`prefault.virtio_mem.wire` has the structures that travel.
 """
 
-from prefault.virtio_mem.device import VirtioMem
+from prefault.virtio_mem.virtio_device import VirtioMem
 from prefault.virtio_mem.wire import (
     BlockState,
     Config,

@@ -1,0 +1,1 @@
+"""The benchmark of device memory: five routes to populated pages."""

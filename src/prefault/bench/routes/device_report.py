@@ -1,0 +1,103 @@
+"""A run of ``prefault bench device`` as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from prefault.bench.grid_report import machine_lines
+from prefault.bench.results import Status
+from prefault.bench.routes.device_results import MEANINGS, DeviceRun, Ratio, Route, RouteResult, ratios
+from prefault.sizes import format_size
+
+# With the routes' names these are 80 columns.
+_WIDTHS = (
+    ("best ms", 7), ("median", 7), ("map", 6), ("us/page", 7), ("faults", 7), ("served", 7), ("calls", 7), ("faster", 6),
+)  # fmt: skip
+
+
+def render(run: DeviceRun, console: Console) -> None:
+    """Print the machine, a table for each memory, and what the columns mean."""
+    for line in machine_lines(run.machine):
+        console.print(Text(line))
+    repeats = "one run" if run.repeats == 1 else f"best of {run.repeats}"
+    together = ", client and server on one CPU" if run.colocate else ""
+    console.print(Text(f"{run.started}, {run.seconds:.0f} s; {repeats}{together}"))
+    if run.user_mode_only:
+        console.print(Text("userfaultfd for user mode only: faults that the kernel raises are not answered", style="yellow"))
+    if run.interrupted:
+        done = sum(result.status is Status.MEASURED for result in run.results)
+        console.print(Text(f"Interrupted: {done} of {len(run.results)} cells are complete.", style="bold yellow"))
+    compared = ratios(run.results)
+    groups: dict[object, list[RouteResult]] = {}
+    for result in run.results:
+        groups.setdefault(result.cell.group, []).append(result)
+    for results in groups.values():
+        cell = results[0].cell
+        title = f"{format_size(cell.size_bytes)} in {format_size(cell.page_size)} pages, frames {cell.frames}"
+        console.print()
+        console.print(Text(title, style="bold"))
+        console.print(_table(results, [compared.get(result.cell, Ratio(None, None)) for result in results]))
+        for line in _remarks(results):
+            console.print(Text(f"  {line}", style="yellow"))
+    console.print()
+    for line in _legend(run):
+        console.print(Text(line, style="dim"))
+
+
+def _table(results: list[RouteResult], compared: list[Ratio]) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", collapse_padding=True)
+    table.add_column("", width=max(len(route) for route in Route), no_wrap=True)
+    for name, columns in _WIDTHS:
+        table.add_column(name, width=columns, justify="right", no_wrap=True)
+    for result, ratio in zip(results, compared, strict=True):
+        figures, counts = result.statistics, result.counts
+        if figures is None or counts is None:
+            table.add_row(result.cell.route.value, "-")  # a remark says why
+            continue
+        table.add_row(
+            result.cell.route.value,
+            _number(figures.best_ns / 1e6),
+            Text(_number(figures.median_ns / 1e6), style="yellow" if figures.doubts else ""),
+            _number(min(result.map_ns) / 1e6) if any(result.map_ns) else "",
+            _number(result.us_per_page or 0),
+            str(counts.client_faults),
+            str(counts.server_faults),
+            str(counts.system_calls),
+            "" if ratio.to_touch is None else f"{_number(ratio.to_touch)}x",
+        )
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _remarks(results: list[RouteResult]) -> Iterator[str]:
+    """Yield the reasons of cells without figures and the notes of others; one that holds for all cells only once."""
+    said: dict[str, list[str]] = {}
+    for result in results:
+        if result.reason is not None:
+            said.setdefault(f"{result.status.value}: {result.reason}", []).append(result.cell.route.value)
+        if result.note is not None:
+            said.setdefault(result.note, []).append(result.cell.route.value)
+    for remark, routes in said.items():
+        yield f"{'all' if len(routes) == len(results) else ', '.join(routes)}: {remark}"
+
+
+def _legend(run: DeviceRun) -> Iterable[str]:
+    for route in dict.fromkeys(result.cell.route for result in run.results):
+        yield f"{route.value}: {MEANINGS[route]}."
+    yield (
+        "ready: the driver has supplied the pages before, as for a second client; cold: it does so while the time is taken."
+        " Times are from the first call to the last page; map: the part of mapping; us/page: of the best, per page of the"
+        " device."
+    )
+    yield (
+        "faults: those of the measuring thread (getrusage). served: faults that the server answered. calls: system calls of"
+        " both, by design and not traced: a read (from /proc/PID/io) and an ioctl a fault; without the dozen of mapping."
+        " faster: than touching."
+    )

@@ -1,0 +1,146 @@
+"""Run all routes, one device after the other; every cell ends in exactly one result, whatever happens."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from datetime import datetime
+from typing import TypeAlias
+
+from prefault.bench.kinds import HUGE_PAGE_BYTES
+from prefault.bench.machine import available_memory_bytes, this_machine
+from prefault.bench.places import MARGIN_BYTES, hugetlb_pool
+from prefault.bench.results import Status
+from prefault.bench.routes.device_results import DeviceRun, RouteCell, RouteResult
+from prefault.bench.routes.device_routes import Bed, RefusedError, Repetition, StoppedError, WrongError, repetition
+from prefault.bench.stopping import StopRequest
+from prefault.device.client.fault_descriptor import USER_MODE_ONLY_NOTE
+from prefault.sizes import format_size
+
+Event: TypeAlias = RouteCell | RouteResult
+"""A cell that begins, or the result of one that ended."""
+
+
+def run(
+    cells: Sequence[RouteCell], *, repeats: int, colocate: bool, stopping: Callable[[], bool]
+) -> Generator[Event, None, None]:
+    """Measure the cells and yield an event at the beginning and the end of each.
+
+    Cells in 2 MiB pages come last: the hugetlb pool is grown for them where that is allowed, and gets its old size back
+    afterwards. Close the generator, or exhaust it.
+    """
+    session = _Session(repeats, colocate, stopping)
+    huge = [cell for cell in cells if cell.page_size == HUGE_PAGE_BYTES]
+    yield from session.run([cell for cell in cells if cell.page_size != HUGE_PAGE_BYTES], None)
+    if not huge:
+        return
+    with ExitStack() as stack:
+        refusal = None
+        if not stopping():
+            pages = max(cell.pages for cell in huge)
+            pool = stack.enter_context(hugetlb_pool(pages))
+            if pool.available_pages < pages:
+                refusal = pool.refusal
+        yield from session.run(huge, refusal)
+
+
+def measure_all(
+    cells: Sequence[RouteCell], *, repeats: int, colocate: bool, stop: StopRequest, show: Callable[[Event], None]
+) -> DeviceRun:
+    """Measure the cells and return the run with their results, in the order of ``cells``. ``show`` takes each event."""
+    machine = this_machine()
+    started, began = datetime.now().astimezone().isoformat(timespec="seconds"), time.monotonic()
+    results: dict[RouteCell, RouteResult] = {}
+    with closing(run(cells, repeats=repeats, colocate=colocate, stopping=lambda: stop.requested)) as events:
+        for event in events:
+            show(event)
+            if isinstance(event, RouteResult):
+                results[event.cell] = event
+    notes = [result.note or "" for result in results.values() if result.counts is not None]
+    return DeviceRun(
+        machine=machine,
+        started=started,
+        seconds=time.monotonic() - began,
+        repeats=repeats,
+        colocate=colocate,
+        user_mode_only=any(USER_MODE_ONLY_NOTE in note for note in notes) if notes else None,
+        interrupted=stop.requested,
+        results=tuple(results[cell] for cell in cells),
+    )
+
+
+class _Session:
+    def __init__(self, repeats: int, colocate: bool, stopping: Callable[[], bool]) -> None:
+        self._repeats = repeats
+        self._colocate = colocate
+        self._stopping = stopping
+
+    def run(self, cells: Sequence[RouteCell], no_pool: str | None) -> Iterator[Event]:
+        """Measure the cells. ``no_pool`` says why the hugetlb pool is too small for 2 MiB pages; None if it is not."""
+        for (size, page_size), group in itertools.groupby(cells, key=lambda cell: (cell.size_bytes, cell.page_size)):
+            yield from self._group(size, page_size, list(group), no_pool)
+
+    def _group(self, size: int, page_size: int, cells: list[RouteCell], no_pool: str | None) -> Iterator[Event]:
+        if self._stopping():
+            yield from (RouteResult(cell, Status.STOPPED, reason="stopped before its turn") for cell in cells)
+            return
+        reason = None if page_size == HUGE_PAGE_BYTES and no_pool is None else _obstacle(size)
+        if reason is not None:
+            yield from (RouteResult(cell, Status.UNAVAILABLE, reason=reason) for cell in cells)
+            return
+        try:
+            bed = Bed(size, page_size, colocate=self._colocate)
+        except OSError as error:
+            yield from (RouteResult(cell, Status.UNAVAILABLE, reason=_text(error)) for cell in cells)
+            return
+        with bed:
+            note = _note(bed, page_size, no_pool)
+            for cell in cells:
+                yield cell
+                yield self._cell(bed, cell, note)
+
+    def _cell(self, bed: Bed, cell: RouteCell, note: str | None) -> RouteResult:
+        done: list[Repetition] = []
+        status, reason = Status.MEASURED, None
+        try:
+            for _ in range(self._repeats):
+                if self._stopping():
+                    raise StoppedError
+                done.append(repetition(bed, cell, self._stopping))
+        except StoppedError:
+            status, reason = Status.STOPPED, f"stopped after {len(done)} of {self._repeats} repetitions"
+        except RefusedError as error:
+            status, reason = Status.UNAVAILABLE, str(error)
+        except WrongError as error:
+            status, reason = Status.FAILED, str(error)
+        except OSError as error:
+            status, reason = Status.FAILED, _text(error)
+        return RouteResult(
+            cell,
+            status,
+            tuple(one.total_ns for one in done),
+            tuple(one.map_ns for one in done),
+            done[-1].counts if done else None,
+            reason,
+            note,
+        )
+
+
+def _obstacle(size: int) -> str | None:
+    room = available_memory_bytes() - MARGIN_BYTES
+    if size <= room:
+        return None
+    return f"{format_size(size)} are needed, and {format_size(max(0, room))} of memory can be had"
+
+
+def _note(bed: Bed, page_size: int, no_pool: str | None) -> str | None:
+    notes = list(bed.notes)
+    if page_size == HUGE_PAGE_BYTES:
+        notes.append("in hugetlb pages" if no_pool is None else f"not in hugetlb pages ({no_pool})")
+    return "; ".join(notes) or None
+
+
+def _text(error: OSError) -> str:
+    return error.strerror or str(error)

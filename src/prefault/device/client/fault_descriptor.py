@@ -1,0 +1,135 @@
+"""Opening a userfaultfd: three ways, from the most capable to the one that every process may go, and why none is open."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from typing import NamedTuple
+
+from prefault._kernel import userfaultfd as kernel
+from prefault._kernel.userfaultfd import Feature
+from prefault._system import capabilities
+from prefault.errors import DeviceError
+
+_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
+
+# Pages are filled into shared memory, mapped where they lie already, and poisoned where they cannot be had.
+_NEEDED = {
+    Feature.MISSING_SHMEM: "missing pages of shared memory (Linux 4.11)",
+    Feature.MINOR_SHMEM: "minor faults of shared memory (Linux 5.14)",
+    Feature.POISON: "UFFDIO_POISON (Linux 6.6)",
+}
+_WANTED = (
+    Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.MISSING_HUGETLBFS | Feature.MINOR_HUGETLBFS
+    # Without it mremap(2) ends the registration: at the new address the kernel puts zeros into the frames that all share.
+    | Feature.EVENT_REMAP
+)  # fmt: skip
+_BY_CAPABILITY = {
+    "uffd_minor_shmem": Feature.MINOR_SHMEM,
+    "uffd_wp_shmem": Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_ASYNC,
+    "uffd_poison": Feature.POISON,
+    "uffd_wp_async": Feature.WP_ASYNC,
+}
+"""Named by PREFAULT_WITHOUT, they are as on a kernel that lacks them."""
+_TRACKING = Feature.WP_ASYNC | Feature.WP_UNPOPULATED
+
+USER_MODE_ONLY_NOTE = (
+    "page faults that the kernel itself raises are not answered here: a system call that is given pages which are not"
+    " populated, such as write(2), fails with EFAULT (populate them first). It takes access to /dev/userfaultfd,"
+    " CAP_SYS_PTRACE or vm.unprivileged_userfaultfd = 1"
+)
+
+
+class Opened(NamedTuple):
+    """A userfaultfd.
+
+    Attributes:
+        fd: non-blocking and close-on-exec; the caller's to close.
+        features: that are switched on.
+        user_mode_only: faults that the kernel raises fail with EFAULT.
+    """
+
+    fd: int
+    features: Feature
+    user_mode_only: bool
+
+
+def open_userfaultfd(*, tracking: bool = False) -> Opened:
+    """A userfaultfd for shared memory, after the handshake.
+
+    Args:
+        tracking: the kernel itself resolves write-protection faults and so notes which pages are written (WP_ASYNC,
+            Linux 6.7), if it can; ``features`` says so.
+
+    Raises:
+        DeviceError: none is to be had; the message names the setting that forbids it.
+    """
+    probe, user_mode_only, _ = _open()
+    try:
+        offered, _ = kernel.api(probe)
+    finally:
+        os.close(probe)
+    for name, feature in _BY_CAPABILITY.items():
+        if name in capabilities.disabled:
+            offered &= ~feature
+    missing = [name for feature, name in _NEEDED.items() if not offered & feature]
+    if missing:
+        raise DeviceError(
+            errno.ENOSYS, f"device memory cannot be mapped: this kernel's userfaultfd lacks {', '.join(missing)}"
+        )
+    wanted = Feature(sum(_NEEDED)) | _WANTED | (_TRACKING if tracking else Feature(0))
+    if offered & _TRACKING != _TRACKING or not capabilities.PAGEMAP_SCAN.available:  # by which it is read
+        wanted &= ~_TRACKING
+    # A descriptor takes one handshake; asking what there is was one.
+    fd, user_mode_only, _ = _open()
+    try:
+        features, _ = kernel.api(fd, wanted & offered)
+    except BaseException:
+        os.close(fd)
+        raise
+    return Opened(fd, wanted & offered & features, user_mode_only)
+
+
+def _open() -> tuple[int, bool, list[str]]:
+    """A descriptor before its handshake, whether it is for user mode only, and what was refused on the way."""
+    refusals: list[str] = []
+    last = 0
+    if "userfaultfd" not in capabilities.disabled:
+        ways = (
+            ("/dev/userfaultfd", kernel.userfaultfd_from_device, _FLAGS),
+            ("userfaultfd(2)", kernel.userfaultfd, _FLAGS),
+            ("userfaultfd(2) for user mode only", kernel.userfaultfd, _FLAGS | kernel.UFFD_USER_MODE_ONLY),
+        )
+        without_kernel = "uffd_kernel_faults" in capabilities.disabled
+        for name, way, flags in ways[2:] if without_kernel else ways:
+            try:
+                return way(flags), bool(flags & kernel.UFFD_USER_MODE_ONLY), refusals
+            except OSError as error:
+                if error.errno not in (
+                    errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.EINVAL,
+                    errno.ENOTTY,
+                ):  # fmt: skip
+                    raise
+                last = error.errno or 0
+                refusals.append(f"{name}: {os.strerror(last)}")
+    else:
+        last = errno.ENOSYS
+        refusals.append("PREFAULT_WITHOUT names it")
+    raise DeviceError(last, _explain(last, refusals))
+
+
+def _explain(number: int, refusals: list[str]) -> str:
+    what = f"device memory needs userfaultfd, which this process is refused ({'; '.join(refusals)})"
+    if number == errno.ENOSYS:
+        return (
+            f"{what}: the kernel was built without CONFIG_USERFAULTFD, or a sandbox hides it. In a container allow the"
+            " system call userfaultfd in the seccomp profile, or pass the device through (--device /dev/userfaultfd)"
+        )
+    setting = ""
+    with contextlib.suppress(OSError), open("/proc/sys/vm/unprivileged_userfaultfd") as file:
+        setting = f" (vm.unprivileged_userfaultfd is {file.read().strip()})"
+    return (
+        f"{what}: most often that is a container's default seccomp profile. Allow the system call userfaultfd there, or pass"
+        f" the device through (--device /dev/userfaultfd), or give the process CAP_SYS_PTRACE{setting}"
+    )

@@ -1,0 +1,339 @@
+"""The one hook: whatever asks for population of device memory comes here, and from here to the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
+
+from prefault._kernel import mman
+from prefault.device import protocol
+from prefault.device.client.channel import Exchange, refusal
+from prefault.device.client.mapped_area import MappedArea
+from prefault.device.driver import Access
+from prefault.errors import (
+    DeviceGoneError,
+    DiscardError,
+    HeadroomError,
+    NoPopulateError,
+    PopulateError,
+    PopulateInterrupted,
+    ProtectionError,
+)
+from prefault.inspection.scan import populated_before
+from prefault.memory.borrowing import Span, Supplied
+from prefault.memory.vma import vmas
+from prefault.ranges import PageRange, RangeSet
+from prefault.sizes import PAGE_SIZE, format_size
+
+_CANCEL_S = 5.0
+"""How long a populate that was cancelled is waited for: a call of the driver that is under way ends first."""
+
+_POISON_TRIES = 4
+
+_REPLAYED_RUNS = 64
+"""How many runs of an access log are asked for at once."""
+
+
+class Protections(NamedTuple):
+    """What may be done with an area: PROT_* of all of it as we know it, and of its parts as the kernel does."""
+
+    prot: int
+    parts: tuple[tuple[PageRange, int], ...]
+
+
+class AreaMemory(MappedArea):
+    """Memory that its device supplies."""
+
+    def protections(self) -> Protections:
+        """As they are now."""
+        stop = self.address + self.mapped
+        return Protections(
+            self.prot,
+            tuple(
+                (
+                    PageRange(max(vma.start, self.address), min(vma.stop, stop)),
+                    (mman.PROT_READ if vma.readable else 0) | (mman.PROT_WRITE if vma.writable else 0),
+                )
+                for vma in vmas(self.address, stop)
+            ),
+        )
+
+    def protect(self, prot: int) -> None:
+        """mprotect(2) of all of it."""
+        mman.mprotect(self.address, self.mapped, prot)
+        self.prot = prot
+
+    def put_back(self, before: Protections) -> None:
+        """As they were."""
+        for part, prot in before.parts:
+            mman.mprotect(part.start, part.length, prot)
+        self.prot = before.prot
+
+    def populate(
+        self, span: Span, origin: int, access: Literal["read", "write"], *, rollback: bool,
+        progress: Callable[[int, int], None] | None, check_headroom: bool,
+    ) -> Supplied:  # fmt: skip
+        """See :class:`~prefault.memory.borrowing.Supplier`."""
+        unit = self.link.facts.page_size
+        start = span.start - (span.start - self.address) % unit
+        stop = span.stop + (self.address - span.stop) % unit
+        job = _Populate(self, start, stop, origin, access, rollback=rollback, progress=progress, headroom=check_headroom)
+        return job.run([(start, stop)])
+
+    def replay(self, spans: Iterable[tuple[int, int]]) -> Supplied:
+        """Populate readable, in this order: addresses of whole pages of the device."""
+        job = _Populate(
+            self, self.address, self.address + self.mapped, self.address, "read",
+            rollback=False, progress=None, headroom=True,
+        )  # fmt: skip
+        # The server takes the runs of one request in the order of their addresses.
+        return job.run(spans, _REPLAYED_RUNS)
+
+    def discard(self, span: Span) -> tuple[int, int]:
+        """See :class:`~prefault.memory.borrowing.Supplier`."""
+        self.link.check()
+        unit = self.link.facts.page_size
+        start = span.start + (self.address - span.start) % unit
+        # The rest of the device's last page is nobody else's; that of a page inside of it may be another area's.
+        at_end = span.stop == self.address + self.length and self.offset + self.length == self.link.facts.length
+        stop = self.address + self.mapped if at_end else span.stop - (span.stop - self.address) % unit
+        if stop <= start:
+            return 0, 0
+        request = protocol.Discard(self.link.next_id(), self.numbered(), self.page_at(start), self.page_at(stop))
+        try:
+            return stop - start, self.link.ask(request, protocol.Discarded).pages * unit
+        except DeviceGoneError:
+            raise
+        except (OSError, ValueError) as error:
+            number = (error.errno if isinstance(error, OSError) else None) or errno.EINVAL
+            text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise DiscardError(number, text, address=start) from error
+
+
+class _Populate:
+    """One populate call at work."""
+
+    def __init__(
+        self, memory: AreaMemory, start: int, stop: int, origin: int, access: Access, *, rollback: bool,
+        progress: Callable[[int, int], None] | None, headroom: bool,
+    ) -> None:  # fmt: skip
+        self._memory = memory
+        self._link = memory.link
+        self._start, self._stop = start, stop
+        self._origin = origin
+        self._access = access
+        self._rollback = rollback
+        self._progress = progress
+        self._headroom = headroom
+        self._done: list[PageRange] = []
+        self._done_bytes = 0
+        self._total = 0
+        self._threads = 1
+
+    def run(self, spans: Iterable[tuple[int, int]], most_runs: int = protocol.MAX_RUNS) -> Supplied:
+        self._link.check()
+        self._refuse()
+        wanted: list[protocol.Run] = []
+        for start, stop in spans:
+            self._total += stop - start
+            wanted += self._lacking(start, stop)
+        lacking = sum(last - first for first, last in wanted) * self._unit
+        self._done_bytes = present = max(0, self._total - lacking)
+        for index in range(0, len(wanted), most_runs):
+            self._part(wanted[index : index + most_runs])
+        notes = self._collapse(wanted)
+        return Supplied(lacking, present, self._threads, notes)
+
+    @property
+    def _unit(self) -> int:
+        return self._link.facts.page_size
+
+    def _refuse(self) -> None:
+        """What needs no question to the server."""
+        needed = mman.PROT_WRITE if self._access == "write" else mman.PROT_READ
+        if not self._memory.prot & needed:
+            how = "writable" if self._access == "write" else "readable"
+            raise ProtectionError(
+                errno.EINVAL, f"the area of {self._link.facts.name} is not {how}: ask for access='read', or change it with"
+                " protect()", address=self._start, offset=max(0, self._start - self._origin),
+            )  # fmt: skip
+        if not self._link.facts.populates:
+            raise NoPopulateError(
+                errno.EOPNOTSUPP, f"the driver of {self._link.facts.name} declares population as meaningless: its pages come"
+                " when they are touched", address=self._start, offset=max(0, self._start - self._origin),
+            )  # fmt: skip
+
+    def _lacking(self, start: int, stop: int) -> list[protocol.Run]:
+        """Runs of the device's pages that the page table lacks."""
+        page_at, unit = self._memory.page_at, self._unit
+        runs: list[protocol.Run] = []
+        at = start
+        present = populated_before(start, stop, write=self._access == "write", private=False)
+        for index in range(0, len(present) + 1, 2):
+            there, beyond = (present[index], present[index + 1]) if index < len(present) else (stop, stop)
+            if there > at:
+                first, last = page_at(at), page_at(there + unit - 1)
+                if runs and first < runs[-1][1]:
+                    first = runs[-1][1]
+                if first < last:
+                    runs.append((first, last))
+            at = max(at, beyond)
+        return runs
+
+    # --- asking
+
+    def _part(self, runs: list[protocol.Run]) -> None:
+        """Runs that one message holds."""
+        wanted = runs
+        for _ in range(_POISON_TRIES):
+            reply = self._ask(wanted)
+            if isinstance(reply, protocol.Failed):
+                raise self._failed(reply)
+            self._threads = max(self._threads, reply.threads)
+            if not reply.poisoned:
+                break
+            # The driver failed there once, and supplied the pages since. Only we can take the poison out of our page table.
+            for first, last in reply.poisoned:
+                self._drop(self._range(first, last))
+            wanted = list(reply.poisoned)
+        else:
+            first = wanted[0][0]
+            raise self._error(PopulateError, mman.EHWPOISON, first, "the page is poisoned again as soon as it is supplied")
+        for first, last in runs:
+            self._done.append(self._range(first, last))
+            self._done_bytes += (last - first) * self._unit
+        self._report(0)
+
+    def _ask(self, runs: list[protocol.Run]) -> protocol.Populated | protocol.Failed:
+        request = protocol.Populate(
+            self._link.next_id(), self._memory.numbered(), tuple(runs), self._access, self._rollback,
+            self._progress is not None, self._headroom,
+        )  # fmt: skip
+        try:
+            with self._link.asking(request) as exchange:
+                try:
+                    self._link.wait(exchange, progress=self._report)
+                except (DeviceGoneError, RuntimeError):
+                    raise
+                except BaseException as interruption:  # Ctrl-C, or what the caller's progress function raised
+                    self._interrupted(interruption, exchange, runs)
+                    raise
+        except DeviceGoneError as gone:
+            kept = self._kept(self._present(runs))
+            raise DeviceGoneError(
+                gone.errno or errno.ENOTCONN, gone.strerror or str(gone), address=self._start,
+                offset=max(0, self._start - self._origin), populated=kept,
+            ) from None  # fmt: skip
+        reply = exchange.reply
+        if isinstance(reply, protocol.Populated | protocol.Failed):
+            return reply
+        if isinstance(reply, protocol.Refused):
+            raise refusal(reply)
+        raise DeviceGoneError(errno.EPROTO, f"the device's server answered a Populate with a {type(reply).__name__}")
+
+    def _report(self, pages: int) -> None:
+        if self._progress is not None:
+            self._progress(min(self._total, self._done_bytes + pages * self._unit), self._total)
+
+    # --- failing
+
+    def _failed(self, failed: protocol.Failed) -> BaseException:
+        mapped = RangeSet(self._range(first, last) for first, last in failed.mapped)
+        kept = self._kept(mapped)
+        if failed.kind == "cancelled":
+            return PopulateInterrupted(f"cancelled: {self._text(kept)}", kept)
+        if failed.kind == "headroom":
+            message = self._message(failed.page, failed.message, kept)
+            address = self._memory.address_of(failed.page)
+            return HeadroomError(
+                failed.number or errno.ENOMEM, message, address=address, offset=self._offset(failed.page), populated=kept,
+                limit=failed.limit, needed_bytes=failed.needed_bytes, available_bytes=failed.available_bytes,
+            )  # fmt: skip
+        return self._error(protocol.FAILURES[failed.kind], failed.number or errno.EIO, failed.page, failed.message, kept)
+
+    def _error(
+        self, kind: type[PopulateError], number: int, page: int, what: str, kept: RangeSet | None = None
+    ) -> PopulateError:
+        kept = self._kept(RangeSet()) if kept is None else kept
+        address = self._memory.address_of(page)
+        message = self._message(page, what, kept)
+        return kind(number, message, address=address, offset=self._offset(page), populated=kept)
+
+    def _message(self, page: int, what: str, kept: RangeSet) -> str:
+        name = self._link.facts.name
+        where = f"offset {self._offset(page)} (page {page} of the device)"
+        return f"{name} cannot supply the page at {where}: {what}; {self._text(kept)}"
+
+    def _offset(self, page: int) -> int:
+        """In the buffer that was given: the first byte of it that lies on that page."""
+        return max(0, self._memory.address_of(page) - self._origin)
+
+    def _text(self, kept: RangeSet) -> str:
+        undone = ", the rest given back" if self._rollback else ""
+        return f"{format_size(kept.length)} of {format_size(self._total)} populated{undone}"
+
+    def _interrupted(self, interruption: BaseException, exchange: Exchange, runs: list[protocol.Run]) -> None:
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C: not even the answer is waited for
+            self._link.cancel(exchange, _CANCEL_S)
+        reply = exchange.reply
+        if isinstance(reply, protocol.Failed):
+            mapped = RangeSet(self._range(first, last) for first, last in reply.mapped)
+        else:
+            mapped = self._present(runs)
+            if self._rollback:
+                for pages in mapped:
+                    self._drop(pages)
+                mapped = RangeSet()
+        kept = self._kept(mapped)
+        if isinstance(interruption, KeyboardInterrupt):
+            raise PopulateInterrupted(f"interrupted: {self._text(kept)}", kept) from None
+        interruption.add_note(f"populate was stopped: {self._text(kept)}")
+
+    def _present(self, runs: list[protocol.Run]) -> RangeSet:
+        """What the page table has by now of pages that it lacked."""
+        found: list[PageRange] = []
+        for first, last in runs:
+            pages = self._range(first, last)
+            pairs = populated_before(pages.start, pages.stop, write=False, private=False)
+            found += [PageRange(pairs[index], pairs[index + 1]) for index in range(0, len(pairs), 2)]
+        return RangeSet(found)
+
+    def _kept(self, mapped: RangeSet) -> RangeSet:
+        """What this call brought in and what stays: parts that were finished, and ``mapped``."""
+        if self._rollback:
+            # The frames stay supplied: others may have them by now.
+            for pages in self._done:
+                self._drop(pages)
+            self._done.clear()
+        return RangeSet(self._done) | mapped
+
+    def _drop(self, pages: PageRange) -> None:
+        """Take pages out of our page table."""
+        mman.madvise(pages.start, pages.length, mman.MADV_DONTNEED)
+
+    def _range(self, first: int, last: int) -> PageRange:
+        return PageRange(self._memory.address_of(first), self._memory.address_of(last))
+
+    # --- huge pages
+
+    def _collapse(self, runs: list[protocol.Run]) -> tuple[str, ...]:
+        """Map huge what came in huge pages of the device but in small frames."""
+        if self._unit == PAGE_SIZE or self._link.facts.huge or not runs:
+            return ()
+        if self._memory.write_protects:
+            return ("mapped in small pages: write-protected memory cannot be collapsed into huge ones",)
+        for first, last in runs:
+            pages = self._range(first, last)
+            try:
+                mman.madvise(pages.start, pages.length, mman.MADV_COLLAPSE)
+            except OSError as error:
+                # EINVAL: no such advice (before 6.1), or huge pages are denied for shared memory. ENOMEM, EBUSY, EAGAIN: not
+                # now; that is no failure of the populate.
+                if error.errno not in (errno.EINVAL, errno.ENOMEM, errno.EBUSY, errno.EAGAIN):
+                    raise
+                reason = os.strerror(error.errno)
+                return (f"mapped in small pages: MADV_COLLAPSE refused to make huge ones of them ({reason})",)
+        return ()

@@ -1,0 +1,347 @@
+"""What is said between a warden and its server, and by whoever starts a warden: typed messages, one a packet, never pickles.
+
+All of them are processes of one user and one program. Long arguments travel as a file in memory, since a packet has at most
+some 200 KiB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import marshal
+import os
+import select
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+from prefault.device.driver import Recipe
+from prefault.device.registry import AreaRecord, ClientRecord
+from prefault.device.requirements import msgspec
+from prefault.ipc import encoding, socket_path
+from prefault.ipc.transport import ProtocolError, receive
+
+VERSION = 1
+
+MAX_PACKET = 128 << 10
+MAX_DESCRIPTORS = 10
+AREAS_A_PACKET = 1000
+_MAX_ARGUMENTS = 64 << 20
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.lower, array_like=True):
+    pass
+
+
+class PlaceFacts(NamedTuple):
+    """A :class:`~prefault.ipc.socket_path.Place`, with its path in bytes: a path need not be UTF-8."""
+
+    path: bytes
+    device: int
+    inode: int
+
+
+class AreaFacts(NamedTuple):
+    """An :class:`AreaRecord`."""
+
+    number: int
+    address: int
+    offset: int
+    length: int
+    access: Literal["read", "write"]
+    track_dirty: bool
+
+
+# --- to a fresh warden
+
+
+class Start(_Message, frozen=True):
+    """Make the device and serve it; with two descriptors: the arguments of the recipe, a pidfd of the process that asks.
+
+    Without a path, the connection that this comes on is that of the only client afterwards.
+    """
+
+    version: int
+    factory: str
+    path: bytes | None
+
+
+class Adopt(_Message, frozen=True):
+    """A server lives whose warden has died. ``descriptors`` names what comes with it, in order.
+
+    After it come the areas and the clients, each client after its areas: its descriptors arrive when all is known that is
+    needed to answer for it, and not before, so that its lifeline ends it if that never happens. The last is :class:`Done`.
+    """
+
+    version: int
+    name: str
+    length: int
+    page_size: int
+    writable: bool
+    restartable: bool
+    timeout_s: float
+    generation: int
+    huge: bool
+    notes: tuple[str, ...]
+    factory: str | None
+    place: PlaceFacts | None
+    lingers: bool
+    """To be ended when the last client leaves."""
+    descriptors: tuple[str, ...]
+
+
+# --- from the server to its warden
+
+
+class Admitted(_Message, frozen=True):
+    """A client; ``descriptors`` names what comes with it, in order: fields of its record."""
+
+    number: int
+    pid: int
+    uid: int
+    descriptors: tuple[str, ...]
+
+
+class Areas(_Message, frozen=True):
+    """These areas of a client are mapped, besides those that were."""
+
+    client: int
+    areas: tuple[AreaFacts, ...]
+
+
+class Removed(_Message, frozen=True):
+    """An area was unmapped."""
+
+    client: int
+    area: int
+
+
+class Left(_Message, frozen=True):
+    """A client is gone."""
+
+    client: int
+
+
+class Done(_Message, frozen=True):
+    """That was all: of what is handed over, or at the end of a server."""
+
+
+# --- to a server from its warden, and to a warden from who started it
+
+
+class End(_Message, frozen=True):
+    """End in an orderly way."""
+
+
+# --- from a server to its warden, and from a warden to the process that started it
+
+
+class Started(_Message, frozen=True):
+    """The server runs."""
+
+    server: int
+
+
+class NotStarted(_Message, frozen=True):
+    """It does not, and why."""
+
+    number: int
+    message: str
+
+
+Message: TypeAlias = Start | Adopt | Admitted | Areas | Removed | Left | Done | End | Started | NotStarted
+
+CLIENT_DESCRIPTORS: Final = ("connection", "pidfd", "userfaultfd", "lifeline_write", "lifeline_read")
+
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets of packets, neither of which is one of the three standard descriptors."""
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return socket.socket(fileno=above_stdio(one.detach())), socket.socket(fileno=above_stdio(other.detach()))
+
+
+def above_stdio(fd: int) -> int:
+    """A descriptor that is none of the three standard ones, in place of ``fd``.
+
+    Where a process was started with its standard input closed, say, the next descriptor is 0, and a process that it starts
+    has /dev/null there.
+    """
+    if fd > 2:
+        return fd
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
+
+
+def send(link: socket.socket, message: Message, descriptors: list[int] | None = None) -> None:
+    """Send a message; OSError if nobody is there to take it."""
+    packet = encoding.encode(message)
+    if descriptors:
+        socket.send_fds(link, [packet], descriptors)
+    else:
+        link.send(packet)
+
+
+def take(link: socket.socket) -> tuple[Message, list[int]] | None:
+    """The next message, with descriptors that are the caller's to close; None if the other side has hung up.
+
+    Raises:
+        ProtocolError: it was none.
+        BlockingIOError: there is none yet, on a socket that does not block.
+    """
+    try:
+        packet, descriptors = receive(link, MAX_PACKET, MAX_DESCRIPTORS)
+    except ConnectionResetError:
+        return None
+    if not packet:
+        return None
+    try:
+        return _decoder.decode(packet), descriptors
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise ProtocolError(f"not a message: {error}") from None
+
+
+def take_all(link: socket.socket) -> Iterator[tuple[Message, list[int]]]:
+    """What is there now, without waiting; it ends at the end of that, or where the other side has hung up."""
+    link.setblocking(False)
+    while True:
+        try:
+            taken = take(link)
+        except BlockingIOError:
+            return
+        if taken is None:
+            return
+        yield taken
+
+
+def arguments_file(arguments: dict[str, Any]) -> int:
+    """Write the arguments of a recipe to a new file in memory; its descriptor."""
+    fd = os.memfd_create("prefault-arguments", os.MFD_CLOEXEC)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            # Not MessagePack: a str need not be UTF-8, and the file that it names is to be found by the other process.
+            marshal.dump(arguments, file)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def read_arguments(fd: int) -> dict[str, Any]:
+    """Read what :func:`arguments_file` wrote, by the same version of Python."""
+    arguments: dict[str, Any] = marshal.loads(os.pread(fd, _MAX_ARGUMENTS, 0))
+    return arguments
+
+
+def make_recipe(factory: str | None, arguments: int) -> Recipe | None:
+    """The recipe in a message, whose arguments are in this file."""
+    return None if factory is None else Recipe(factory, read_arguments(arguments))
+
+
+def place_facts(listens_at: socket_path.Place | None) -> PlaceFacts | None:
+    """Return a place, to be sent."""
+    return None if listens_at is None else PlaceFacts(os.fsencode(listens_at.path), listens_at.device, listens_at.inode)
+
+
+def make_place(facts: PlaceFacts | None) -> socket_path.Place | None:
+    """Return the place in a message."""
+    return None if facts is None else socket_path.Place(os.fsdecode(facts.path), facts.device, facts.inode)
+
+
+def area_facts(area: AreaRecord) -> AreaFacts:
+    """An area, to be sent."""
+    return AreaFacts(area.number, area.address, area.offset, area.length, area.access, area.track_dirty)
+
+
+def held(client: ClientRecord) -> tuple[str, ...]:
+    """Which descriptors of a client there are: not its connection, when that has ended."""
+    return tuple(name for name in CLIENT_DESCRIPTORS if getattr(client, name) >= 0)
+
+
+def descriptors_of(client: ClientRecord) -> list[int]:
+    """These descriptors, in the same order."""
+    return [getattr(client, name) for name in held(client)]
+
+
+def client_record(message: Admitted, descriptors: list[int]) -> ClientRecord:
+    """The client that was admitted; it has the descriptors from here on."""
+    named = dict(zip(message.descriptors, descriptors, strict=True))
+    connection, pidfd, userfaultfd, write, read = (named.get(name, -1) for name in CLIENT_DESCRIPTORS)
+    return ClientRecord(message.number, message.pid, message.uid, connection, pidfd, userfaultfd, write, read)
+
+
+def close_client(client: ClientRecord) -> None:
+    """Close all descriptors of a client."""
+    for name in held(client):
+        os.close(getattr(client, name))
+        setattr(client, name, -1)
+
+
+def wait_for(pidfd: int, timeout: float) -> bool:
+    """Whether a process ends within so many seconds."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(max(0.0, timeout) * 1000))
+
+
+def kill(pidfd: int, number: int = signal.SIGKILL) -> None:
+    """Send a signal to a process, if it is still there."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, number)
+
+
+def is_stopped(pidfd: int) -> bool:
+    """Return whether a process is stopped by a signal, and does nothing until it is continued."""
+    with open(f"/proc/self/fdinfo/{pidfd}") as facts:
+        pid = facts.read().partition("\nPid:")[2].split()[0]
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as status:
+            return status.read().rpartition(b")")[2].split()[0] == b"T"
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return False
+
+
+def reap(pid: int, timeout: float) -> int | None:
+    """Wait for a child, ``timeout`` seconds at most; its exit status, or minus the signal. None: it lives.
+
+    0 if it is not there any more: the program has a handler of SIGCHLD that reaps whatever ends.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return 0
+    try:
+        if not wait_for(pidfd, timeout):
+            return None
+    finally:
+        os.close(pidfd)
+    try:
+        _, status = os.waitpid(pid, 0)
+    except ChildProcessError:
+        return 0
+    return os.waitstatus_to_exitcode(status)
+
+
+class Often:
+    """Tells a mishap from one that keeps happening: more than ``most`` times in ``window_s`` seconds."""
+
+    def __init__(self, most: int, window_s: float) -> None:
+        self._most = most
+        self._window_s = window_s
+        self._times: deque[float] = deque()
+
+    def once_more(self) -> bool:
+        """It happened again; whether that is too often."""
+        now = time.monotonic()
+        self._times.append(now)
+        while self._times[0] < now - self._window_s:
+            self._times.popleft()
+        return len(self._times) > self._most

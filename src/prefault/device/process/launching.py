@@ -1,0 +1,201 @@
+"""How a client starts the server of a device: the warden is a fork of it, or a fresh process that follows a recipe."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import socket
+import threading
+from typing import NoReturn
+
+from prefault.device import daemon, handover, limit_messages, recipes, spawning
+from prefault.device.driver import Device, Recipe
+from prefault.device.process import startup
+from prefault.errors import DeviceError
+
+_START_S = 60.0
+"""Seconds for a fresh process to import the device and make it."""
+_GIVE_UP_S = 2.0
+
+_unreaped: set[int] = set()
+_lock = threading.RLock()  # reentrant: a finalizer reaps
+
+
+class Launched:
+    """A warden that was started here.
+
+    Attributes:
+        connection: to its server; of packets. For a server that listens: to the warden, which ends when it is closed.
+        pid: of the warden, a child of this process.
+        server_pid: of its first server.
+    """
+
+    def __init__(self, connection: socket.socket, pid: int, server_pid: int) -> None:
+        self.connection = connection
+        self.pid = pid
+        self.server_pid = server_pid
+        self._owner = os.getpid()
+        with _lock:
+            _unreaped.add(pid)
+
+    def reap(self, timeout: float) -> bool:
+        """Wait for the warden's end, so many seconds at most; whether it has ended. What has not is reaped another time."""
+        if os.getpid() != self._owner:
+            return False
+        return _reap(self.pid, timeout)
+
+    def __repr__(self) -> str:
+        return f"<Launched warden {self.pid}>"
+
+
+def _reap(pid: int, timeout: float) -> bool:
+    with _lock:
+        if pid not in _unreaped:  # by then the number may be another process'
+            return True
+    if handover.reap(pid, timeout) is None:
+        return False
+    with _lock:
+        _unreaped.discard(pid)
+    return True
+
+
+def _forget() -> None:
+    """In a fork: they are not its children."""
+    global _lock  # another thread may have held it
+    _lock = threading.RLock()
+    _unreaped.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def launch(device: Device, path: str | None = None) -> Launched:
+    """Start the processes of a device.
+
+    Args:
+        device: to be served.
+        path: of a socket at which clients connect; None: the connection that is returned is that of the only one.
+
+    Raises:
+        TypeError, ValueError: an attribute of the device, or its recipe, is not what it should be.
+        DeviceError: the device cannot be made in its process, there is no memory for its frames, or a limit is reached (of
+            processes, of descriptors): the message says which.
+    """
+    recipes.check_device_facts(device)
+    return _launch(device, device.recipe(), path)
+
+
+def launch_recipe(recipe: Recipe, path: str) -> Launched:
+    """The same for a device that is not made here at all."""
+    return _launch(None, recipe, path)
+
+
+def _launch(device: Device | None, recipe: Recipe | None, path: str | None) -> Launched:
+    if recipe is not None:
+        recipes.check_recipe(recipe)
+    with _lock:
+        ended = list(_unreaped)
+    for warden in ended:
+        _reap(warden, 0)
+    with limit_messages.explained("the processes of the device cannot be started"):
+        return _start(device, recipe, path)
+
+
+def _start(device: Device | None, recipe: Recipe | None, path: str | None) -> Launched:
+    ours, theirs = handover.pair()
+    pid: int | None = None
+    owner = -1
+    try:
+        with theirs:
+            owner = handover.above_stdio(os.pidfd_open(os.getpid()))
+            if recipe is not None:
+                pid = spawning.spawn(theirs.fileno())
+            else:
+                assert device is not None
+                pid = _fork(device, ours, theirs, owner, path)
+        if recipe is not None:
+            _send_recipe(ours, recipe, owner, path)
+        return Launched(ours, pid, _started(ours, pid))
+    except BaseException:
+        ours.close()
+        if pid is not None:
+            _abandon(pid)
+        raise
+    finally:
+        if owner >= 0:
+            os.close(owner)
+
+
+def _fork(device: Device, ours: socket.socket, theirs: socket.socket, owner: int, path: str | None) -> int:
+    # No signal handler of this program may run in the child.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = daemon.fork()
+        if not pid:
+            _be_warden(device, ours, theirs, owner, path)
+        return pid
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _be_warden(device: Device, ours: socket.socket, theirs: socket.socket, owner: int, path: str | None) -> NoReturn:
+    try:
+        try:
+            daemon.leave_the_caller()
+            ours.close()
+            daemon.settle()
+        except OSError as error:
+            startup.say_not_started(theirs, error)
+        startup.become_warden(lambda: device, None, theirs, owner, path)
+    finally:
+        os._exit(70)
+
+
+def _send_recipe(link: socket.socket, recipe: Recipe, owner: int, path: str | None) -> None:
+    arguments = handover.arguments_file(recipe.arguments)
+    try:
+        where = None if path is None else os.fsencode(path)
+        handover.send(link, handover.Start(handover.VERSION, recipe.factory, where), [arguments, owner])
+    except OSError as error:
+        raise DeviceError(error.errno or errno.EPIPE, "the device's process ended at its start; see its output") from error
+    finally:
+        os.close(arguments)
+
+
+def _started(link: socket.socket, pid: int) -> int:
+    """The pid of the server, when it runs."""
+    poll = select.poll()
+    poll.register(link, select.POLLIN)
+    # The end of the warden is not the end of the link: its server, or a fork of ours, may hold the other side.
+    ended = os.pidfd_open(pid)
+    try:
+        poll.register(ended, select.POLLIN)
+        found = dict(poll.poll(_START_S * 1000))
+    finally:
+        os.close(ended)
+    if not found:
+        raise DeviceError(errno.ETIMEDOUT, f"the device was not made in its process (pid {pid}) within {_START_S:.0f} s")
+    taken = handover.take(link) if link.fileno() in found else None
+    if taken is None:
+        raise DeviceError(
+            errno.ECONNRESET, f"the device's process (pid {pid}) ended while the device was made; what it said is on stderr"
+        )
+    message, _ = taken
+    if isinstance(message, handover.NotStarted):
+        raise DeviceError(message.number, message.message)
+    assert isinstance(message, handover.Started)
+    return message.server
+
+
+def _abandon(pid: int) -> None:
+    """It may be in the middle of an import, where it does not see that nobody waits for it."""
+    if handover.reap(pid, 0.2) is not None:
+        return
+    for number, patience_s in ((signal.SIGTERM, _GIVE_UP_S), (signal.SIGKILL, _GIVE_UP_S)):
+        os.kill(pid, number)
+        if handover.reap(pid, patience_s) is not None:
+            return
+    with _lock:
+        _unreaped.add(pid)

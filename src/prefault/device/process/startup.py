@@ -1,0 +1,171 @@
+"""How a process becomes a warden: a fork of a client, a fresh process, one in the place of a dead one, or the command."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from prefault.device import daemon, handover, limit_messages, recipes
+from prefault.device.driver import Device, Recipe
+from prefault.device.frames import Frames
+from prefault.device.registry import Registry
+from prefault.device.warden.supervisor import Warden
+from prefault.errors import DeviceError
+from prefault.ipc import socket_path
+
+_log = logging.getLogger("prefault.device")
+
+_START_S = 60.0
+_SOFTWARE = 70  # EX_SOFTWARE
+
+
+def registry_of(device: Device) -> Registry:
+    """With frames, and without clients. DeviceError if there is no memory for the frames."""
+    frames = Frames.create(device.length, device.page_size, device.capacity)
+    return Registry(
+        type(device).__name__, device.length, device.page_size, device.writable, device.restartable, device.timeout_s, frames
+    )
+
+
+def _made(recipe: Recipe) -> Device:
+    """The device of a recipe. DeviceError also where a module raises what is no Exception, or cannot be printed."""
+    try:
+        return recipes.follow(recipe)
+    except (DeviceError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise DeviceError(
+            errno.EINVAL, f"the device {recipe.factory} cannot be made: it raised {type(error).__name__}"
+        ) from error
+
+
+def serve_in_foreground(recipe: Recipe, path: str, started: Callable[[Device], None]) -> str:
+    """Become the warden of a device for many clients, until a signal (SIGTERM, SIGINT, SIGHUP) ends it in an orderly way.
+
+    Returns:
+        ``""``, or why the server could not go on.
+    """
+    recipes.check_recipe(recipe)
+    device = _made(recipe)
+    registry = registry_of(device)
+    daemon.raise_descriptor_limit()
+    listener, listens_at = socket_path.listen_at(path, socket.SOCK_SEQPACKET)
+    try:
+        daemon.be_called(daemon.WARDEN)
+        daemon.log_to_stderr()
+        with limit_messages.explained("the device cannot be served"):
+            warden = Warden(registry, device=device, recipe=recipe, listener=listener, listens_at=listens_at)
+            warden.end_by(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            warden.start_first_server()
+        started(device)
+        warden.run()
+    finally:
+        socket_path.leave(listens_at)
+    return warden.failed
+
+
+def become_warden(
+    make: Callable[[], Device], recipe: Recipe | None, link: socket.socket, owner: int, path: str | None
+) -> NoReturn:
+    """In a process of our own: make the device, start its server, say so on ``link``, and watch it to the end."""
+    status = _SOFTWARE
+    try:
+        daemon.be_called(daemon.WARDEN)
+        daemon.raise_descriptor_limit()
+        listener = listens_at = None
+        try:
+            device = make()
+            registry = registry_of(device)
+            if path is not None:
+                listener, listens_at = socket_path.listen_at(path, socket.SOCK_SEQPACKET)
+            private = path is None
+            warden = Warden(
+                registry, device=device, recipe=recipe, first=link if private else None, listener=listener,
+                listens_at=listens_at, control=None if private else link, owner=owner,
+            )  # fmt: skip
+            warden.end_by(signal.SIGTERM, signal.SIGHUP)
+            warden.start_first_server()
+        except (OSError, ValueError) as error:
+            if listens_at is not None:
+                socket_path.leave(listens_at)
+            say_not_started(link, error)
+        assert warden.server_pid is not None
+        with contextlib.suppress(OSError):  # it does not wait any more, and the server will see that
+            handover.send(link, handover.Started(warden.server_pid))
+        warden.run()
+        status = 0
+    except BaseException:  # noqa: BLE001  nothing of the caller's program may run in here
+        _log.exception("a warden failed")
+    finally:
+        os._exit(status)
+
+
+def say_not_started(link: socket.socket, error: OSError | ValueError) -> NoReturn:
+    """Tell the process that waits for the start why there is none, and end."""
+    number, message = errno.EINVAL, str(error)
+    if isinstance(error, OSError):
+        number, message = error.errno or errno.EIO, error.strerror or str(error)
+        if message.endswith(os.strerror(number)):  # which does not say what is to be done
+            message = f"a process of the device cannot be started: {limit_messages.reason(number) or message}"
+    with contextlib.suppress(OSError):  # it does not wait any more
+        handover.send(link, handover.NotStarted(number, message))
+    os._exit(1)
+
+
+def main(descriptor: int) -> NoReturn:
+    """A fresh process, started by :func:`prefault.device.spawning.spawn`."""
+    link = socket.socket(fileno=descriptor)
+    os.set_inheritable(descriptor, False)
+    sys.argv[:] = [daemon.WARDEN]
+    daemon.settle()
+    link.settimeout(_START_S)
+    taken = handover.take(link)
+    if taken is None:
+        os._exit(1)
+    message, descriptors = taken
+    if isinstance(message, handover.Start):
+        if len(descriptors) != 2:
+            say_not_started(link, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+        arguments, owner = descriptors
+        recipe = Recipe(message.factory, handover.read_arguments(arguments))
+        os.close(arguments)
+        link.settimeout(None)
+        where = None if message.path is None else os.fsdecode(message.path)
+        become_warden(lambda: _made(recipe), recipe, link, owner, where)
+    assert isinstance(message, handover.Adopt), message
+    _adopt(link, message, dict(zip(message.descriptors, descriptors, strict=True)))
+
+
+def _adopt(link: socket.socket, message: handover.Adopt, given: dict[str, int]) -> NoReturn:
+    status = _SOFTWARE
+    try:
+        daemon.be_called(daemon.WARDEN)
+        daemon.raise_descriptor_limit()
+        recipe = handover.make_recipe(message.factory, given["arguments"])
+        os.close(given.pop("arguments"))
+        frames = Frames(given["frames"], given["states"], message.length, message.page_size, message.huge, message.notes)
+        registry = Registry(
+            message.name, message.length, message.page_size, message.writable, message.restartable, message.timeout_s,
+            frames, generation=message.generation,
+        )  # fmt: skip
+        ends = {name: socket.socket(fileno=given[name]) for name in ("listener", "first", "control") if name in given}
+        warden = Warden(
+            registry, device=None, recipe=recipe, first=ends.get("first"), listener=ends.get("listener"),
+            listens_at=handover.make_place(message.place), control=ends.get("control"),
+            owner=given.get("owner", -1), lingers=message.lingers,
+        )  # fmt: skip
+        warden.end_by(signal.SIGTERM, signal.SIGHUP)
+        warden.adopt(given["server"], link)
+        warden.run()
+        status = 0
+    except BaseException:  # noqa: BLE001  there is nobody to raise it to
+        _log.exception("a warden failed")
+    finally:
+        os._exit(status)

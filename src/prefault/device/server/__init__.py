@@ -1,0 +1,1 @@
+"""The process that runs a driver: it answers page faults and requests."""

@@ -1,0 +1,113 @@
+"""Discards that clients ask for: no page is supplied or saved while its driver forgets it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from prefault.device.page_states import PageState
+
+if TYPE_CHECKING:
+    from prefault.device.server.driver_calls import Failure
+    from prefault.device.server.eviction import Evictor
+    from prefault.device.server.page_tables import Entries
+    from prefault.device.server.served_areas import Books, ServedArea
+    from prefault.device.server.workers import Jobs
+
+
+class _Discard:
+    """A discard under way.
+
+    Attributes:
+        then: called in the loop at its end, with what the driver raised, and how many pages were given back.
+        seen: ``books.changes`` when it was last looked whether pages are still filled or evicted.
+        called: the driver has it.
+        waiting: faults on its pages, which come again when they are woken: area and page.
+    """
+
+    __slots__ = ("area", "called", "count", "pages", "seen", "then", "waiting")
+
+    def __init__(self, area: ServedArea, pages: range, then: Callable[[Failure | None, int], None]) -> None:
+        self.area = area
+        self.pages = pages
+        self.then = then
+        self.count = 0
+        self.seen = -1
+        self.called = False
+        self.waiting: list[tuple[ServedArea, int]] = []
+
+
+class Discards:
+    """All discards under way. Only the loop uses this, and it waits for none of them.
+
+    A call of the driver that fills or saves a page cannot be called off. One that began before the discard may have read
+    what is to be forgotten, or still write it, so that the driver is asked to discard after it. None begins until the driver
+    has forgotten: faults on these pages wait, and populates leave them for later.
+
+    Attributes:
+        active: those under way.
+    """
+
+    def __init__(self, books: Books, entries: Entries, evictor: Evictor, jobs: Jobs) -> None:
+        self._books = books
+        self._entries = entries
+        self._evictor = evictor
+        self._jobs = jobs
+        self.active: list[_Discard] = []
+
+    def start(self, area: ServedArea, pages: range, then: Callable[[Failure | None, int], None]) -> None:
+        """Give pages back on behalf of an area, and ``then`` go on in the loop."""
+        discard = _Discard(area, pages, then)
+        self.active.append(discard)
+        self._advance(discard)
+
+    def step(self) -> None:
+        """Go on with those whose pages may have been filled or evicted by now."""
+        for discard in [waits for waits in self.active if not waits.called and waits.seen != self._books.changes]:
+            self._advance(discard)
+
+    def drop(self, area: ServedArea, failure: Failure) -> None:
+        """End those of an area that is given up, unless the driver has them."""
+        for discard in [waits for waits in self.active if not waits.called and waits.area is area]:
+            self._finish(discard, failure)
+
+    def has(self, area: ServedArea, page: int) -> bool:
+        """Whether a fault has to wait for the discard of its page; it comes again when that is over."""
+        for discard in self.active:
+            if page in discard.pages:
+                discard.waiting.append((area, page))
+                return True
+        return False
+
+    def piece(self, page: int, pages: range) -> tuple[bool, range]:
+        """Return whether ``page`` is being discarded, and those of ``pages`` around it of which the same is true."""
+        start, stop = pages.start, pages.stop
+        for discard in self.active:
+            if discard.pages.start > page:
+                stop = min(stop, discard.pages.start)
+            elif discard.pages.stop <= page:
+                start = max(start, discard.pages.stop)
+            else:
+                return True, range(max(start, discard.pages.start), min(stop, discard.pages.stop))
+        return False, range(start, stop)
+
+    def _advance(self, discard: _Discard) -> None:
+        with self._books.lock:
+            discard.seen = self._books.changes
+            discard.count += self._evictor.discard(discard.pages)
+            if self._books.frames.runs(discard.pages, PageState.FILLING, PageState.EVICTING):
+                return
+        discard.called = True
+        self._jobs.call(
+            discard.area, "discard", self._books.device.discard, discard.area, discard.pages,
+            then=lambda failure: self._finish(discard, failure),
+        )  # fmt: skip
+
+    def _finish(self, discard: _Discard, failure: Failure | None) -> None:
+        self.active.remove(discard)
+        with self._books.lock:
+            self._books.changes += 1
+        for area, page in discard.waiting:
+            if area.alive:
+                self._entries.wake(area, page)
+        discard.then(failure, discard.count)

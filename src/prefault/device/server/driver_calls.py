@@ -1,0 +1,292 @@
+"""Calls into the driver: what it raises is a result, the warden sees when each began, and capacity is kept."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from prefault.device.driver import ZERO, Access, Device
+from prefault.device.page_states import PageState
+
+if TYPE_CHECKING:
+    from prefault.device.server.eviction import Evictor
+    from prefault.device.server.served_areas import Books, ServedArea
+
+_log = logging.getLogger("prefault.device")
+_MESSAGE_MOST = 2000
+_VALUE_MOST = 100
+_RECLAIMS_MOST = 1000
+_EVICTING_S = 0.001
+
+
+class Failure(NamedTuple):
+    """Why pages were not supplied, or a call was not done.
+
+    ``no_room``: the capacity was used up; what others are filling just now may be dropped or evicted when it is READY.
+    """
+
+    kind: Literal["driver", "full"]
+    number: int
+    message: str
+    page: int = 0
+    no_room: bool = False
+
+
+class Fill:
+    """Pages in the making, one behind the other: FILLING until it is finished.
+
+    Attributes:
+        area: the driver is asked on behalf of.
+        single: one page, by ``fault``; else by ``populate``.
+        keep: pages that are not to be dropped for these.
+        waiting: who is to get an entry: area, page, whether to write, when its fault was read (ns).
+        changes: ``books.changes`` before there was found to be no room.
+        done: the page up to which they are supplied.
+        around: a window around a fault.
+        reserved: whether their frames count against the capacity.
+        finished: called in the loop, under the lock, after the pages' states are set; what it returns is started then.
+    """
+
+    __slots__ = (
+        "access", "area", "around", "changes", "done", "failure", "finished", "keep", "pages", "reserved", "single",
+        "waiting",
+    )  # fmt: skip
+
+    def __init__(
+        self, area: ServedArea, pages: range, access: Access, *, single: bool, keep: list[range],
+        finished: Callable[[Fill], Fill | None], around: bool = False,
+    ) -> None:  # fmt: skip
+        self.area = area
+        self.pages = pages
+        self.access = access
+        self.single = single
+        self.around = around
+        self.keep = keep
+        self.waiting: list[tuple[ServedArea, int, bool, int]] = []
+        self.done = pages.start
+        self.changes = 0
+        self.reserved = False
+        self.failure: Failure | None = None
+        self.finished = finished
+
+
+class Calls:
+    """The driver, as the rest of the server calls it. In any thread; each has a slot of the heartbeat.
+
+    Attributes:
+        page_by_page: the driver has no ``populate`` of its own.
+    """
+
+    def __init__(self, books: Books, evictor: Evictor) -> None:
+        self._books = books
+        self._frames = books.frames
+        self._evictor = evictor
+        self._device = books.device
+        self._heartbeat = books.frames.heartbeat
+        self._secure_one = books.frames.secure_one
+        self._reclaiming = threading.Lock()
+        self.page_by_page = type(books.device).populate is Device.populate and "populate" not in vars(books.device)
+
+    @property
+    def keeps_no_order(self) -> bool:
+        """Whether it does not matter which pages were supplied, and when: there is no capacity."""
+        return self._books.capacity is None
+
+    def fill(self, fill: Fill, slot: int) -> None:
+        """Supply the pages. Never raises: the failure is in ``fill``."""
+        pages = fill.pages
+        heartbeat = self._frames.heartbeat
+        heartbeat[slot] = time.monotonic_ns()
+        try:
+            if self._books.registry.blamed:
+                self._check_blamed(fill)
+            self._reserve(fill, slot)
+            try:
+                self._frames.secure(pages)
+            except OSError as error:
+                raise _Full(str(error.strerror)) from None
+            heartbeat[slot] = time.monotonic_ns()
+            if fill.single or self.page_by_page:
+                fault, area, access = self._device.fault, fill.area, fill.access
+                for page in pages:
+                    answer = fault(area, page, access)
+                    if answer is not None and answer is not ZERO:
+                        raise TypeError(f"fault() returns None or prefault.device.ZERO, not {_shown(answer)}")
+                    fill.done = page + 1
+                    if fill.done < pages.stop:
+                        heartbeat[slot] = time.monotonic_ns()
+            else:
+                done: Any = self._device.populate(fill.area, pages, fill.access)  # type: ignore[func-returns-value]
+                if done is not None and done is not ZERO:
+                    raise TypeError(f"populate() returns None, not {_shown(done)}")
+                fill.done = pages.stop
+        except _Blamed as blame:
+            fill.failure = Failure("driver", errno.EIO, str(blame), blame.page)
+        except _Full as full:
+            fill.failure = Failure("full", errno.ENOSPC, str(full), pages.start, isinstance(full, _NoRoom))
+        except BaseException as error:  # noqa: BLE001  a driver's SystemExit is its own affair as well
+            name = "fault" if fill.single or self.page_by_page else "populate"
+            fill.failure = self._failed(name, error, range(fill.done, fill.done + 1 if name == "fault" else pages.stop))
+        finally:
+            heartbeat[slot] = 0
+        if fill.done == self._frames.pages:
+            self._frames.clear_tail(range(pages.start, fill.done))
+
+    def fill_one(self, area: ServedArea, page: int, access: Access, now: int) -> Failure | None:
+        """The same in the loop for one page, FILLING, of a device without a capacity: what went wrong, if anything did.
+
+        Its frame is not counted here.
+        """
+        heartbeat = self._heartbeat
+        heartbeat[0] = now
+        try:
+            try:
+                self._secure_one(page)
+            except OSError as error:
+                return Failure("full", errno.ENOSPC, str(error.strerror), page)
+            answer = self._device.fault(area, page, access)
+            if answer is not None and answer is not ZERO:
+                raise TypeError(f"fault() returns None or prefault.device.ZERO, not {_shown(answer)}")
+        except BaseException as error:  # noqa: BLE001  as above
+            return self._failed("fault", error, range(page, page + 1))
+        finally:
+            heartbeat[0] = 0
+        return None
+
+    def call(self, slot: int, name: str, function: Callable[..., object], *arguments: object) -> Failure | None:
+        """Call another method of the driver; what went wrong, if anything did."""
+        self._frames.heartbeat[slot] = time.monotonic_ns()
+        try:
+            function(*arguments)
+        except BaseException as error:  # noqa: BLE001  as above
+            return self._failed(name, error, None)
+        finally:
+            self._frames.heartbeat[slot] = 0
+        return None
+
+    def _failed(self, name: str, error: BaseException, pages: range | None) -> Failure:
+        text = _shown(error, str)
+        said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        where = "" if pages is None else f" (page {pages[0]})" if len(pages) == 1 else f" (pages {pages[0]} to {pages[-1]})"
+        said = f"the driver raised in {name}(){where}: {said}"[:_MESSAGE_MOST] + _where(error)
+        _log.error("device %s: %s", self._books.name, said)
+        return Failure("driver", errno.EIO, said, pages[0] if pages else 0)
+
+    # --- what is checked before
+
+    def _check_blamed(self, fill: Fill) -> None:
+        blamed = self._books.registry.blamed
+        with self._books.lock:
+            found = [page for page in blamed if page in fill.pages]
+            if not found:
+                return
+            message = blamed[found[0]]
+            # Of a window nobody asked for every page: what was touched is asked for alone next, which counts.
+            if not fill.around:
+                for page in found:
+                    del blamed[page]
+            raise _Blamed(found[0], message)
+
+    def _reserve(self, fill: Fill, slot: int) -> None:
+        """Room for the frames, which count from now on.
+
+        Raises:
+            _NoRoom: there is none.
+            BaseException: whatever the driver's ``reclaim`` raises.
+        """
+        books, count = self._books, len(fill.pages)
+        if books.capacity is None:
+            with books.lock:
+                books.used += count
+                fill.reserved = True
+            return
+        # One at a time: another thread is not to take the room that was made for this one. The time of its call is not ours.
+        self._heartbeat[slot] = 0
+        with self._reclaiming:
+            if self._take_room(fill, count):
+                return
+            for _ in range(_RECLAIMS_MOST):
+                fill.changes = changes = books.changes
+                self._heartbeat[slot] = time.monotonic_ns()
+                self._device.reclaim(fill.area, count)
+                self._heartbeat[slot] = 0
+                if self._take_room(fill, count):
+                    return
+                # What another thread of the driver evicts just now was no good for reclaim, and makes room in a moment.
+                if self._evictor.evicting:
+                    time.sleep(_EVICTING_S)
+                elif books.changes == changes:
+                    break
+        raise _NoRoom(
+            f"the device's capacity of {books.capacity} pages has no room for {count} more: {books.used} are taken, and"
+            " reclaim() made no room"
+        )
+
+    def _take_room(self, fill: Fill, count: int) -> bool:
+        books = self._books
+        assert books.capacity is not None
+        with books.lock:
+            if books.used + count > books.capacity:
+                self._evictor.drop_oldest(books.used + count - books.capacity, fill.keep)
+            if books.used + count > books.capacity:
+                return False
+            books.used += count
+            fill.reserved = True
+            return True
+
+    # --- in the loop, under the lock
+
+    def begin(self, fill: Fill) -> None:
+        """Its pages, all MISSING, are being filled from now on."""
+        self._frames.mark(fill.pages, PageState.FILLING)
+
+    def settle(self, fill: Fill) -> None:
+        """After :meth:`fill`: what is supplied is READY, what is not is MISSING again."""
+        ready, lost = range(fill.pages.start, fill.done), range(fill.done, fill.pages.stop)
+        if len(ready):
+            self._evictor.supplied(ready)
+            fill.area.counters.supplied_pages += len(ready)
+        if len(lost) and fill.reserved:
+            self._evictor.punch(lost)
+        elif len(lost):
+            self._frames.mark(lost, PageState.MISSING)
+
+
+class _Full(Exception):
+    """No memory."""
+
+
+class _NoRoom(_Full):
+    """The device's capacity is used up."""
+
+
+class _Blamed(Exception):
+    """The last server died of it."""
+
+    def __init__(self, page: int, message: str) -> None:
+        super().__init__(message)
+        self.page = page
+
+
+def _where(error: BaseException) -> str:
+    """The line that raised, for whoever writes the driver; nothing if it is ours."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if len(frames) < 2:
+        return ""
+    frame, line = frames[-1]
+    return f" ({os.path.basename(frame.f_code.co_filename)}, line {line})"
+
+
+def _shown(value: object, show: Callable[[object], str] = repr) -> str:
+    try:
+        text = show(value)
+    except BaseException:  # noqa: BLE001  it is a driver's, and may call exit as well
+        text = f"a {type(value).__name__} that cannot be shown"
+    most = _VALUE_MOST if show is repr else _MESSAGE_MOST
+    return text if len(text) < most else f"{text[:most]}..."

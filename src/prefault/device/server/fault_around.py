@@ -1,0 +1,44 @@
+"""Fault-around: which pages a fault brings in besides its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prefault.device.server.served_areas import Books, ServedArea
+
+_THREADS = 64
+"""Whose sequences are remembered in an area."""
+
+
+class Windows:
+    """The window of a fault: aligned and of the first size for faults from anywhere, growing where they go forward."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        around = books.device.fault_around
+        self._first = 1 if around is None else max(1, around.first // books.page_size)
+        self._most = 1 if around is None else max(self._first, around.most // books.page_size)
+        if books.capacity is not None:  # a window never takes so much that it drives itself out
+            self._most = max(1, min(self._most, books.capacity // 2))
+            self._first = min(self._first, self._most)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a fault ever brings in more than its page."""
+        return self._most > 1
+
+    def of(self, area: ServedArea, page: int, thread: int) -> range:
+        """The pages around a fault of a thread, inside the area."""
+        known = area.windows.pop(thread, None)
+        if known is not None and known[0] == page:
+            size = min(2 * known[1], self._most)
+            start = page
+        else:
+            size = self._first
+            start = page - page % size
+        stop = min(start + size, area.last)
+        area.windows[thread] = (stop, size)  # the latest is the last of the dict
+        if len(area.windows) > _THREADS:
+            del area.windows[next(iter(area.windows))]
+        return range(max(start, area.first), stop)

@@ -1,0 +1,292 @@
+"""Page faults: read, sorted, and answered; or given to the driver."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from time import monotonic_ns
+from typing import TYPE_CHECKING
+
+from prefault._kernel.userfaultfd import (
+    MESSAGE,
+    MESSAGE_BYTES,
+    UFFD_EVENT_PAGEFAULT,
+    UFFD_PAGEFAULT_FLAG_WP,
+    UFFD_PAGEFAULT_FLAG_WRITE,
+    Fork,
+    decode,
+)
+from prefault.device.page_states import PageState
+from prefault.device.server import fault_resolution
+from prefault.device.server.driver_calls import Calls, Fill
+from prefault.device.server.eviction import mark_dirty
+from prefault.device.server.served_areas import Books, Client, ServedArea, access_of
+
+if TYPE_CHECKING:
+    from prefault.device.server.discards import Discards
+    from prefault.device.server.fault_around import Windows
+    from prefault.device.server.page_tables import Entries
+    from prefault.device.server.workers import Jobs
+
+_BATCH = 64
+_AGAIN_NS = 500_000
+"""How long to go on reading one userfaultfd. On one CPU the thread that was answered runs at once, and may fault again
+before we are back: to look for that takes 2 us less than to be told by epoll. Others wait meanwhile."""
+_READY = int(PageState.READY)
+_MISSING = int(PageState.MISSING)
+_FILLING = int(PageState.FILLING)
+_EVICTING = int(PageState.EVICTING)
+
+_unpack = MESSAGE.unpack_from
+
+
+class Faults:
+    """Answers what comes out of userfaultfds.
+
+    Attributes:
+        broken: told of a client whose descriptor is no good.
+    """
+
+    def __init__(
+        self, books: Books, entries: Entries, calls: Calls, jobs: Jobs, discards: Discards, windows: Windows
+    ) -> None:  # fmt: skip
+        self._books = books
+        self._entries = entries
+        self._jobs = jobs
+        self._discards = discards
+        self._discarding = discards.active
+        self._windows = windows
+        self._lock = books.lock
+        self._states = books.frames.states
+        self._size = books.page_size
+        self._shift = books.page_size.bit_length() - 1
+        self._around = windows.wanted
+        self._buffer = bytearray(_BATCH * MESSAGE_BYTES)
+        self._heartbeat = books.frames.heartbeat
+        self._recent: Client | None = None
+        self._fill_one = calls.fill_one
+        self._map_one = entries.map_one
+        # Who needs no room, no windows and no threads is served in few steps, but for a page that the device ends in.
+        self._straight = calls.keeps_no_order and not jobs.threaded and not self._around
+        self._blamed = books.registry.blamed
+        self._tail = books.frames.pages - 1 if books.frames.tail else -1
+        self.broken: Callable[[Client], None]
+
+    def read(self, client: Client) -> None:
+        """Something can be read from a client's userfaultfd."""
+        self._recent = client
+        heartbeat, buffer, read_into = self._heartbeat, self._buffer, client.read_into
+        until = 0
+        try:
+            while True:
+                try:
+                    size = read_into(buffer)
+                except OSError:
+                    return self.broken(client)
+                if size is None:
+                    return None  # all read; or the thread was killed meanwhile, or another event made it go on
+                now = monotonic_ns()
+                area = client.last
+                event, flags, address, thread = _unpack(buffer)
+                if size == MESSAGE_BYTES and event == UFFD_EVENT_PAGEFAULT and area and area.start <= address < area.stop:
+                    self._one(area, (address - area.base) >> self._shift, flags, thread, now)
+                else:
+                    self._answer(client, size, now)
+                if client.gone:
+                    return None
+                if not until:
+                    until = now + _AGAIN_NS
+                elif now > until:
+                    return None
+                # Should the client have made it blocking just now, we stop here until its next fault. As with a driver that
+                # does not come back, the warden sees to that.
+                heartbeat[0] = now
+        finally:
+            heartbeat[0] = 0
+
+    def take_recent(self) -> Client | None:
+        """Whose faults were answered since the last time, the last one's."""
+        recent, self._recent = self._recent, None
+        return recent
+
+    def _answer(self, client: Client, size: int, now: int) -> None:
+        if size == MESSAGE_BYTES:
+            event, flags, address, thread = _unpack(self._buffer)
+            if event == UFFD_EVENT_PAGEFAULT:
+                area = client.find(address)
+                if area is None:
+                    return self._stray(client, address)
+                return self._one(area, (address - area.base) >> self._shift, flags, thread, now)
+        return self._many(client, size, now)
+
+    # Straight through, as this is what a thread waits for.
+    def _one(self, area: ServedArea, page: int, flags: int, thread: int, now: int) -> None:
+        if flags & UFFD_PAGEFAULT_FLAG_WP:
+            return self._written(area, page, now)
+        if self._states[page] != _MISSING:
+            counters = area.counters
+            with self._lock:
+                state = self._states[page]
+                if state == _READY:
+                    counters.minor += 1
+                    if self._around:
+                        self._map(area, page, flags & UFFD_PAGEFAULT_FLAG_WRITE != 0, thread)
+                    else:
+                        counters.log.append(page)
+                        self._map_one(area, page, flags & UFFD_PAGEFAULT_FLAG_WRITE != 0)
+                    counters.latency[min(((monotonic_ns() - now) // 1000).bit_length(), 31)] += 1
+                    return None
+                if state != _MISSING:
+                    # An eviction wakes everybody at its end, under the lock that we hold now: so after this.
+                    if state == _FILLING:
+                        self._wait(area, page, flags & UFFD_PAGEFAULT_FLAG_WRITE != 0, now)
+                    return None
+        # MISSING, which only this thread changes.
+        if self._discarding and self._discards.has(area, page):
+            return None
+        if self._straight and not self._blamed and page != self._tail:
+            return self._supply_one(area, page, flags, now)
+        return self._supply(area, page, bool(flags & UFFD_PAGEFAULT_FLAG_WRITE), thread, now)
+
+    def _many(self, client: Client, size: int, now: int) -> None:
+        """Several at once: sorted, each page once, and neighbours answered together."""
+        wanted: dict[tuple[int, int], tuple[ServedArea, int, int]] = {}
+        messages = bytes(self._buffer[:size])
+        for at in range(0, size, MESSAGE_BYTES):
+            event, flags, address, thread = _unpack(messages, at)
+            if event != UFFD_EVENT_PAGEFAULT:
+                _other(messages, at)
+                continue
+            area = client.find(address)
+            if area is None:
+                self._stray(client, address)
+                continue
+            page = (address - area.base) >> self._shift
+            if flags & UFFD_PAGEFAULT_FLAG_WP:
+                self._written(area, page, now)
+                continue
+            known = wanted.get((area.start, page))
+            wanted[area.start, page] = (area, flags | known[1] if known else flags, thread)
+        runs: list[tuple[ServedArea, int, int]] = []
+        rest = []
+        with self._lock:
+            for start, page in sorted(wanted):
+                area, flags, thread = wanted[start, page]
+                if self._states[page] != _READY or self._around or area.tracks:
+                    rest.append((area, page, flags, thread))
+                    continue
+                area.counters.minor += 1
+                area.counters.log.append(page)
+                if runs and runs[-1][0] is area and runs[-1][2] == page:
+                    runs[-1] = (area, runs[-1][1], page + 1)
+                else:
+                    runs.append((area, page, page + 1))
+            for area, first, stop in runs:
+                self._entries.map(area, range(first, stop))
+                for _ in range(first, stop):
+                    area.counters.answered(monotonic_ns() - now)
+        for area, page, flags, thread in rest:
+            if area.alive:
+                self._one(area, page, flags, thread, now)
+
+    # --- under the lock
+
+    def _map(self, area: ServedArea, page: int, write: bool, thread: int) -> None:
+        """A page that is there, and what else is there in its window."""
+        first, stop = page, page + 1
+        if self._around:
+            window, frames = self._windows.of(area, page, thread), self._books.frames
+            first, stop = frames.run_before(page, window.start), frames.run_at(page, window.stop)[1]
+        area.counters.log.append((first, stop))
+        if stop - first > 1:
+            self._entries.map(area, range(first, page))
+            self._entries.map(area, range(page + 1, stop))
+        # The page itself last: its result wakes, and if it had an entry already the thread is woken as well.
+        self._entries.map_one(area, page, write=write)
+
+    def _wait(self, area: ServedArea, page: int, write: bool, now: int) -> None:
+        fill = self._jobs.at(page)
+        if fill is None:
+            raise AssertionError(f"page {page} is being filled by nobody")
+        area.counters.missing += 1
+        area.counters.log.append(page)
+        fill.waiting.append((area, page, write, now))
+
+    def _written(self, area: ServedArea, page: int, now: int) -> None:
+        """A write to a page that is write-protected: the first in an area that tracks, or one while it is evicted."""
+        with self._lock:
+            if self._states[page] == _EVICTING:
+                return  # who evicts wakes it
+            area.counters.write_protect += 1
+            if area.tracks:
+                mark_dirty(area, page)
+            fault_resolution.unprotect(area.fd, area.address(page), self._size)
+        area.counters.answered(monotonic_ns() - now)
+
+    # --- not under the lock
+
+    def _supply(self, area: ServedArea, page: int, write: bool, thread: int, now: int) -> None:
+        """A page that is MISSING, which only the loop changes."""
+        area.counters.missing += 1
+        pages = range(page, page + 1)
+        if self._around:
+            window, frames = self._windows.of(area, page, thread), self._books.frames
+            with self._lock:
+                pages = range(frames.run_before(page, window.start), frames.run_at(page, window.stop)[1])
+            _, pages = self._discards.piece(page, pages)
+        area.counters.log.append((pages.start, pages.stop) if self._around else page)
+        alone = len(pages) == 1
+        fill = Fill(area, pages, access_of(write), single=alone, keep=[], finished=self._filled, around=not alone)
+        fill.waiting.append((area, page, write, now))
+        self._jobs.start(fill)
+
+    def _supply_one(self, area: ServedArea, page: int, flags: int, now: int) -> None:
+        """The same for one page, in the loop and right away, of which nobody else hears: a third of the time of a Fill."""
+        counters = area.counters
+        counters.missing += 1
+        counters.log.append(page)
+        self._states[page] = _FILLING
+        write = flags & UFFD_PAGEFAULT_FLAG_WRITE != 0
+        failure = self._fill_one(area, page, "write" if write else "read", now)
+        with self._lock:
+            self._books.used += 1
+            if failure is None:
+                self._states[page] = _READY
+                self._map_one(area, page, write)
+        if failure is not None:
+            fill = Fill(area, range(page, page + 1), access_of(write), single=True, keep=[], finished=self._filled)
+            fill.waiting.append((area, page, write, now))
+            return self._jobs.failed(fill, failure)
+        counters.supplied_pages += 1
+        counters.latency[min(((monotonic_ns() - now) // 1000).bit_length(), 31)] += 1
+        return None
+
+    def _filled(self, fill: Fill) -> Fill | None:
+        around = not fill.single and fill.done > fill.pages.start and fill.area.alive
+        if around:
+            self._entries.map(fill.area, range(fill.pages.start, fill.done))
+        left = self._entries.answer(fill, around)
+        if left is None:
+            return None
+        # The window could not be supplied. What was touched is one page, which alone may do.
+        area, page, write, now = left
+        alone = Fill(area, range(page, page + 1), access_of(write), single=True, keep=[], finished=self._filled)
+        alone.waiting.append((area, page, write, now))
+        return alone
+
+    def _stray(self, client: Client, address: int) -> None:
+        """Registered, but no area of ours: after Unmap, most likely. Nobody would ever supply it."""
+        unit = self._books.unit
+        result = fault_resolution.poison_run(client.record.userfaultfd, address & -unit, unit, unit)
+        if result.gone:
+            self._entries.gone(client)
+
+
+def _other(messages: bytes, at: int) -> None:
+    """Events that no client of ours asks for; it waits until they are read, which they are."""
+    try:
+        event = decode(messages, at)
+    except OSError:
+        return
+    if isinstance(event, Fork):
+        os.close(event.descriptor)

@@ -1,0 +1,162 @@
+"""Entries in the page tables of clients: made for pages that are READY, under the lock, and in no other way."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from fcntl import ioctl
+from typing import TYPE_CHECKING
+
+from prefault._kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_RUN_ARGUMENT
+from prefault.device.page_states import PageState
+from prefault.device.server import fault_resolution
+from prefault.device.server.eviction import Evictor, mark_dirty
+
+if TYPE_CHECKING:
+    from prefault.device.server.driver_calls import Fill
+    from prefault.device.server.served_areas import Books, Client, ServedArea
+
+
+_RUN = re.compile(b"\\x00+|\\x01+")
+_pack_into = UFFDIO_RUN_ARGUMENT.pack_into
+
+
+class Entries:
+    """Maps and poisons pages in areas.
+
+    Attributes:
+        gone: told of a client that has no memory any more.
+    """
+
+    def __init__(self, books: Books, evictor: Evictor) -> None:
+        self._books = books
+        self._evictor = evictor
+        self._frames = books.frames
+        self._size = books.page_size
+        self._argument = bytearray(UFFDIO_RUN_ARGUMENT.size)
+        self.gone: Callable[[Client], None] = _nothing
+
+    def map(self, area: ServedArea, pages: range, *, write: bool = False) -> fault_resolution.Result:
+        """Entries for pages that are READY, and wake who waits; under the lock.
+
+        An area that tracks gets them write-protected, unless ``write`` says that they are written to at once.
+        """
+        if write or not area.given:
+            return self._map(area, pages, protect=area.tracks and not write, write=write)
+        # A page that had an entry, and lost it, may have been written: protected, it would pass for one that was not.
+        result = fault_resolution.Result()
+        for match in _RUN.finditer(area.given, pages.start - area.first, pages.stop - area.first):
+            piece = range(match.start() + area.first, match.end() + area.first)
+            result.add(self._map(area, piece, protect=not area.given[match.start()], write=False))
+        return result
+
+    def _map(self, area: ServedArea, pages: range, *, protect: bool, write: bool) -> fault_resolution.Result:
+        size = self._frames.page_size
+        if area.tracks and write:
+            for page in pages:
+                mark_dirty(area, page)
+        result = fault_resolution.map_run(area.fd, area.address(pages.start), len(pages) * size, self._frames.unit, protect)
+        if result.present and area.tracks and write:
+            fault_resolution.unprotect(area.fd, area.address(pages.start), len(pages) * size)
+        if result.holes and self._lost(area, result.holes):
+            result.unreachable = True
+        if result.failed:  # no memory for page tables, or the frame's own memory is broken: no use in trying for ever
+            fault_resolution.poison_run(area.fd, area.address(pages.start), len(pages) * size, self._frames.unit)
+        if result.gone:
+            self.gone(area.client)
+        if area.tracks and not write and not protect:
+            for span in result.mapped:
+                for page in self.pages_of(area, span):
+                    mark_dirty(area, page)
+        if area.given:
+            for span in result.mapped:
+                given = self.pages_of(area, span)
+                area.given[given.start - area.first : given.stop - area.first] = b"\x01" * len(given)
+        if area.poisoned and result.mapped:
+            area.poisoned.difference_update(page for span in result.mapped for page in self.pages_of(area, span))
+        return result
+
+    def map_one(self, area: ServedArea, page: int, write: bool) -> None:
+        """The same for one page, which is what a thread waits for: the usual case in as few steps as it takes."""
+        if not area.tracks and not area.poisoned:
+            try:
+                _pack_into(self._argument, 0, area.base + page * self._size, self._size, 0, 0)
+                ioctl(area.fd, UFFDIO_CONTINUE, self._argument, True)
+            except OSError:
+                pass  # what it means, and what is to be done, is known below
+            else:
+                return
+        self.map(area, range(page, page + 1), write=write)
+
+    def pages_of(self, area: ServedArea, span: tuple[int, int]) -> range:
+        """The pages of an area at these addresses."""
+        size = self._frames.page_size
+        return range((span[0] - area.base) // size, -(-(span[1] - area.base) // size))
+
+    def _lost(self, area: ServedArea, holes: list[int]) -> bool:
+        """The kernel finds no frames there: somebody punched them, as who has the memfd can, or it is other memory.
+
+        Frames that were punched are missing, and asked for again. Memory that is not ours is the client's own fault.
+
+        Returns:
+            Whether there was some that is not ours.
+        """
+        size, foreign = self._frames.page_size, False
+        by_page = {(address - area.base) // size: address for address in holes}
+        for page, hole in by_page.items():
+            if self._frames.has(hole - area.base):
+                fault_resolution.poison_run(area.fd, area.address(page), size, self._frames.unit)
+                foreign = True
+                continue
+            if self._frames.states[page] == PageState.READY:
+                self._evictor.punch(range(page, page + 1))
+            fault_resolution.wake(area.fd, area.address(page), size)
+        return foreign
+
+    def wake(self, area: ServedArea, page: int) -> None:
+        """Who waits for it asks again."""
+        fault_resolution.wake(area.fd, area.address(page), self._frames.page_size)
+
+    def poison(self, area: ServedArea, page: int) -> None:
+        """Who touches the page in that area gets SIGBUS, and who waits for it; under the lock."""
+        result = fault_resolution.poison_run(area.fd, area.address(page), self._frames.page_size, self._frames.unit)
+        area.poisoned.add(page)
+        if result.gone:
+            self.gone(area.client)
+
+    def answer(self, fill: Fill, mapped: bool) -> tuple[ServedArea, int, bool, int] | None:
+        """After a fill: who waited for its pages gets an entry, or poison if it was the only page asked for.
+
+        Args:
+            fill: whose pages' states are set.
+            mapped: whether the area that asked has entries by now.
+
+        Returns:
+            The first that could not be answered, if there is one; others were woken, to ask again.
+        """
+        left = None
+        for waiting in fill.waiting:
+            area, page, write, read_ns = waiting
+            if not area.alive:
+                continue
+            if page < fill.done:
+                if not (mapped and area is fill.area):
+                    self.map_one(area, page, write)
+                elif write and area.tracks:
+                    mark_dirty(area, page)
+                    fault_resolution.unprotect(area.fd, area.address(page), self._frames.page_size)
+            elif fill.single:
+                self.poison(area, page)
+            elif left is None:
+                left = waiting
+                continue
+            else:
+                fault_resolution.wake(area.fd, area.address(page), self._frames.page_size)
+                continue
+            area.counters.answered(time.monotonic_ns() - read_ns)
+        return left
+
+
+def _nothing(client: Client) -> None:
+    """Before anybody wants to know."""

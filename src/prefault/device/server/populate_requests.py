@@ -1,0 +1,333 @@
+"""Populate requests: what is READY gets entries in large pieces, what is MISSING is supplied batch by batch."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from prefault.device import protocol
+from prefault.device.page_states import PageState
+from prefault.device.server.driver_calls import Failure, Fill
+from prefault.device.server.eviction import without
+from prefault.device.server.frame_headroom import Room, Short
+
+if TYPE_CHECKING:
+    from prefault.device.server.discards import Discards
+    from prefault.device.server.eviction import Evictor
+    from prefault.device.server.page_tables import Entries
+    from prefault.device.server.served_areas import Books, Client, ServedArea
+    from prefault.device.server.workers import Jobs, Workers
+
+PIECE = 4096
+"""Entries that one UFFDIO_CONTINUE makes: about a millisecond, after which faults and Cancel are looked at."""
+_PAGES_ONE_BY_ONE = 64
+_AGAIN_MOST = 100
+_PROGRESS_NS = 50_000_000
+
+
+class _Populate:
+    """A request under way.
+
+    Attributes:
+        runs: what is left to be looked at.
+        later: what is filled, evicted or discarded just now on behalf of others.
+        later_at: ``books.changes`` when that was seen.
+        mapped, supplied: what was done.
+        filling: batches that are with the driver.
+        failed: why it is to end.
+    """
+
+    def __init__(self, client: Client, area: ServedArea, request: protocol.Populate, runs: list[range]) -> None:
+        self.client = client
+        self.area = area
+        self.request = request
+        self.all = runs
+        self.runs = deque(runs)
+        self.later: list[range] = []
+        self.later_at = -1
+        self.mapped: list[range] = []
+        self.supplied: list[range] = []
+        self.poisoned: list[range] = []
+        self.mapped_pages = self.done_pages = self.again = 0
+        self.filling = self.most_filling = 0
+        self.failed: Failure | Short | tuple[str, int, str] | None = None
+        self.reported_ns = 0
+        self.over = False
+
+
+class Populates:
+    """All requests under way, served in turn.
+
+    Attributes:
+        say: sends a reply to a client.
+    """
+
+    def __init__(
+        self, books: Books, entries: Entries, evictor: Evictor, jobs: Jobs, discards: Discards, workers: Workers, *,
+        page_by_page: bool,
+    ) -> None:  # fmt: skip
+        self._books = books
+        self._frames = books.frames
+        self._entries = entries
+        self._evictor = evictor
+        self._jobs = jobs
+        self._discards = discards
+        self._workers = workers
+        self._room = Room(books)
+        self._active: deque[_Populate] = deque()
+        self._piece_pages = max(1, PIECE * books.unit // books.page_size)
+        self._batch_pages = max(1, books.device.batch // books.page_size)
+        if page_by_page:  # no call would be saved, and faults wait for a batch
+            self._batch_pages = min(self._batch_pages, _PAGES_ONE_BY_ONE)
+        if books.capacity is not None:
+            self._batch_pages = max(1, min(self._batch_pages, books.capacity))
+        self.say: Callable[[Client, protocol.Reply], None]
+
+    def __len__(self) -> int:
+        return len(self._active)
+
+    # --- requests
+
+    def start(self, client: Client, area: ServedArea, request: protocol.Populate) -> None:
+        """Begin; or refuse at once. ValueError: it makes no sense."""
+        runs = self._checked(area, request)
+        populate = _Populate(client, area, request, runs)
+        populate.failed = self._refusal(populate)
+        self._active.append(populate)
+
+    def cancel(self, client: Client, number: int) -> None:
+        """End the request with that id, if there is one."""
+        for populate in self._active:
+            if populate.client is client and populate.request.id == number and populate.failed is None:
+                populate.failed = ("cancelled", errno.ECANCELED, "cancelled")
+
+    def drop(self, area: ServedArea) -> None:
+        """The area is given up: nobody waits for an answer, or only for one that says so."""
+        for populate in self._active:
+            if populate.area is area and populate.failed is None:
+                populate.failed = ("gone", errno.ENODEV, "the area was unmapped while it was populated")
+            if populate.client is not area.client and area.access == "write":  # what was written there is not to be undone
+                populate.supplied = [part for run in populate.supplied for part in without(run, [area.pages])]
+
+    def count(self, client: Client) -> int:
+        """Requests of a client under way."""
+        return sum(populate.client is client for populate in self._active)
+
+    def _checked(self, area: ServedArea, request: protocol.Populate) -> list[range]:
+        if request.access == "write" and area.access == "read":
+            raise ValueError("the area is mapped for reading: its pages cannot be populated for writing")
+        runs: list[range] = []
+        for first, stop in sorted(request.runs):
+            if not area.first <= first < stop <= area.last:
+                raise ValueError(f"pages {first} to {stop} are not pages of the area, {area.first} to {area.last}")
+            if runs and first <= runs[-1].stop:
+                runs[-1] = range(runs[-1].start, max(stop, runs[-1].stop))
+            else:
+                runs.append(range(first, stop))
+        return runs
+
+    def _refusal(self, populate: _Populate) -> Failure | Short | tuple[str, int, str] | None:
+        books = self._books
+        if not books.device.populates:
+            return ("no populate", errno.EOPNOTSUPP, f"device {books.name} declares population as meaningless")
+        pages = sum(map(len, populate.all))
+        if books.capacity is not None and pages > books.capacity:
+            return (
+                "full", errno.ENOSPC,
+                f"{pages} pages were asked for, and the device's capacity is {books.capacity}: populate less at once",
+            )  # fmt: skip
+        if not populate.request.check_headroom:
+            return None
+        missing = sum(self._frames.count(run, PageState.MISSING) for run in populate.all)
+        if books.capacity is not None:
+            missing = min(missing, max(0, books.capacity - books.used))
+        return self._room.short_of(missing, whole=True)
+
+    # --- work
+
+    def step(self) -> bool:
+        """Do one piece of one request; whether there is more to do at once."""
+        for _ in range(len(self._active)):
+            populate = self._active[0]
+            self._active.rotate(-1)
+            worked = self._step(populate)
+            if populate.over:
+                self._active.remove(populate)
+            if worked:
+                return True
+        return False
+
+    def _step(self, populate: _Populate) -> bool:
+        if populate.failed is not None:
+            cancelled = isinstance(populate.failed, tuple) and populate.failed[0] in ("cancelled", "gone")
+            if cancelled or not populate.filling:
+                self._fail(populate)
+            return False
+        if not populate.runs and populate.later and populate.later_at != self._books.changes:
+            populate.runs, populate.later = deque(populate.later), []
+        if not populate.runs:
+            if not populate.later and not populate.filling:
+                self._succeed(populate)
+            return False
+        run = populate.runs[0]
+        with self._books.lock:
+            changes = self._books.changes
+            state, stop = self._frames.run_at(run.start, min(run.stop, run.start + self._piece_pages))
+            if state == PageState.READY:
+                self._take(populate, stop)
+                self._map(populate, range(run.start, stop))
+                return True
+        discarded, piece = self._discards.piece(run.start, range(run.start, stop))
+        stop = piece.stop
+        if state != PageState.MISSING or discarded:
+            self._take(populate, stop)
+            populate.later.append(range(run.start, stop))
+            populate.later_at = changes
+            return True
+        if self._workers.count and self._workers.idle <= 0:
+            return False
+        stop = min(stop, run.start + self._batch_pages)
+        pages = range(run.start, stop)
+        if populate.request.check_headroom:
+            populate.failed = self._room.short_of(self._new_frames(len(pages)), page=run.start)
+            if populate.failed is not None:
+                return True
+        self._take(populate, stop)
+        populate.filling += 1
+        populate.most_filling = max(populate.most_filling, populate.filling)
+        if populate.area.counters.log.maxlen:
+            populate.area.counters.log.append((pages.start, pages.stop))
+        self._jobs.start(
+            Fill(
+                populate.area, pages, populate.request.access, single=False, keep=populate.all,
+                finished=lambda fill: self._filled(populate, fill),
+            )
+        )  # fmt: skip
+        return True
+
+    def _new_frames(self, pages: int) -> int:
+        books = self._books
+        return pages if books.capacity is None else min(pages, max(0, books.capacity - books.used))
+
+    def _take(self, populate: _Populate, stop: int) -> None:
+        run = populate.runs[0]
+        if stop < run.stop:
+            populate.runs[0] = range(stop, run.stop)
+        else:
+            populate.runs.popleft()
+
+    def _filled(self, populate: _Populate, fill: Fill) -> Fill | None:
+        """A batch is back, under the lock."""
+        populate.filling -= 1
+        ready = range(fill.pages.start, fill.done)
+        cancelled = populate.over
+        if len(ready):
+            _extend(populate.supplied, ready)
+            if not cancelled and populate.area.alive:
+                self._map(populate, ready)
+        self._to_fault(fill, mapped=not cancelled)
+        failure, before = fill.failure, populate.failed
+        # Of several that fail at once, in workers, the first page is the one that is told.
+        if failure is not None and (before is None or (isinstance(before, Failure) and failure.page < before.page)):
+            populate.failed = failure
+        if cancelled and populate.request.rollback:
+            self._undo(populate, [ready])
+        return None
+
+    def _to_fault(self, fill: Fill, *, mapped: bool) -> None:
+        left = self._entries.answer(fill, mapped)
+        if left is not None:  # who touched the page asks for it alone, by a new fault
+            area, page, _, _ = left
+            self._entries.wake(area, page)
+
+    def _map(self, populate: _Populate, pages: range) -> None:
+        area = populate.area
+        if not area.alive:
+            return
+        result = self._entries.map(area, pages)
+        for span in result.mapped:
+            mapped = self._entries.pages_of(area, span)
+            _extend(populate.mapped, mapped)
+            populate.mapped_pages += len(mapped)
+        if area.poisoned:
+            for span in result.present:
+                for page in self._entries.pages_of(area, span):
+                    if page in area.poisoned:
+                        area.poisoned.discard(page)
+                        _extend(populate.poisoned, range(page, page + 1))
+        if result.holes and not result.unreachable:
+            again = self._frames.runs(pages, PageState.MISSING)
+            populate.runs.extend(again)
+            populate.again += sum(map(len, again))
+            if populate.again > _AGAIN_MOST + sum(map(len, populate.all)):
+                result.unreachable = True  # it punches them faster than they are supplied
+        if result.busy or result.failed or result.unreachable or result.gone:
+            self._unmappable(populate, pages, result.failed, busy=result.busy)
+        populate.done_pages += len(pages)
+        if populate.request.progress:
+            now = time.monotonic_ns()
+            if now - populate.reported_ns >= _PROGRESS_NS:
+                populate.reported_ns = now
+                self.say(populate.client, protocol.Progress(populate.request.id, populate.done_pages))
+
+    def _unmappable(self, populate: _Populate, pages: range, number: int, *, busy: bool) -> None:
+        if busy:
+            reason, number = "the process keeps changing its mappings (fork, mremap)", errno.EAGAIN
+        elif number:
+            reason = f"the kernel cannot map them: {errno.errorcode.get(number, number)}"
+        else:
+            reason, number = "they are not mapped there, or not registered, any more", errno.ENOENT
+        if populate.failed is None:
+            populate.failed = ("gone", number, f"pages {pages.start} to {pages.stop - 1} were not all mapped: {reason}")
+
+    # --- the end
+
+    def _succeed(self, populate: _Populate) -> None:
+        populate.over = True
+        populate.area.counters.populated_pages += populate.mapped_pages
+        threads = max(1, populate.most_filling)
+        poisoned = tuple((run.start, run.stop) for run in populate.poisoned[: protocol.MAX_RUNS])
+        self.say(populate.client, protocol.Populated(populate.request.id, populate.mapped_pages, threads, poisoned))
+
+    def _fail(self, populate: _Populate) -> None:
+        populate.over = True
+        if populate.request.rollback:
+            with self._books.lock:
+                self._undo(populate, populate.supplied)
+        populate.area.counters.populated_pages += sum(map(len, populate.mapped))
+        mapped = tuple((run.start, run.stop) for run in populate.mapped[: protocol.MAX_RUNS])
+        number, why = populate.request.id, populate.failed
+        page = populate.runs[0].start if populate.runs else populate.all[-1].stop - 1 if populate.all else 0
+        match why:
+            case Failure():
+                reply = protocol.Failed(number, why.kind, why.number, why.message, why.page, mapped, "", 0, 0)
+            case Short():
+                reply = protocol.Failed(
+                    number, "headroom", errno.ENOMEM, why.message, why.page or page, mapped,
+                    why.limit, why.needed_bytes, why.available_bytes,
+                )  # fmt: skip
+            case (kind, code, message):
+                reply = protocol.Failed(number, kind, code, message, page, mapped, "", 0, 0)  # type: ignore[arg-type]
+            case _:
+                raise AssertionError("it did not fail")
+        self.say(populate.client, reply)
+
+    def _undo(self, populate: _Populate, supplied: list[range]) -> None:
+        """Give back what this request brought in, where nobody else can have written to it; under the lock."""
+        for run in supplied:
+            kept: list[range] = []
+            if self._books.device.writable:
+                kept = [area.overlap(run) for area, _, _ in self._books.over(run) if area.client is not populate.client]
+            for piece in without(run, kept):
+                self._evictor.discard(piece)
+                populate.mapped = [part for mapped in populate.mapped for part in without(mapped, [piece])]
+
+
+def _extend(runs: list[range], run: range) -> None:
+    if runs and runs[-1].stop == run.start:
+        runs[-1] = range(runs[-1].start, run.stop)
+    else:
+        runs.append(run)

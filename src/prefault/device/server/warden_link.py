@@ -1,0 +1,173 @@
+"""The server's end of what it tells its warden, and how it gets another one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+
+from prefault.device import handover, spawning
+from prefault.device.driver import Recipe
+from prefault.device.registry import AreaRecord, ClientRecord, Registry
+from prefault.device.server.warden_notifier import Notary
+from prefault.errors import DeviceError
+from prefault.ipc import socket_path
+
+_log = logging.getLogger("prefault.device")
+
+_SEND_S = 2.0
+"""After that long a warden that takes nothing is as good as dead."""
+_HAND_OVER_S = 20.0
+"""How long a fresh warden may take to start: only a handover of hundreds of clients waits for that."""
+_WARDENS_MOST, _WARDENS_WINDOW_S = 5, 10.0
+
+
+class NotaryLink(Notary):
+    """A connection to the warden, and what another warden would have to be given besides the registry.
+
+    Args:
+        link: to the warden.
+        warden: its pidfd, which stays the caller's.
+        recipe: how a fresh warden can make the device; None: it cannot, so that this server is the last one.
+        listener, listens_at, first: how clients come.
+        control: where the process that started all this says that it is over; its pidfd: ``owner``.
+    """
+
+    def __init__(
+        self, link: socket.socket, warden: int, *, recipe: Recipe | None, listener: socket.socket | None,
+        listens_at: socket_path.Place | None, first: socket.socket | None, control: socket.socket | None, owner: int,
+    ) -> None:  # fmt: skip
+        link.settimeout(_SEND_S)
+        self._link = link
+        self._warden = warden
+        self._recipe = recipe
+        self._listener = listener
+        self._place = listens_at
+        self._first = first
+        self._control = control
+        self._owner = owner
+        self._child: int | None = None
+        self._often = handover.Often(_WARDENS_MOST, _WARDENS_WINDOW_S)
+        self._cpus = os.sched_getaffinity(0)
+
+    def started(self) -> None:
+        """The server runs."""
+        self._tell(handover.Started(os.getpid()))
+
+    def admitted(self, client: ClientRecord) -> None:
+        """A client, with duplicates of its descriptors."""
+        self._first = None  # its connection is the client's now
+        self._tell(
+            handover.Admitted(client.number, client.pid, client.uid, handover.held(client)), handover.descriptors_of(client)
+        )
+
+    def added(self, client: ClientRecord, area: AreaRecord) -> None:
+        """An area."""
+        self._tell(handover.Areas(client.number, (handover.area_facts(area),)))
+
+    def removed(self, client_number: int, area_number: int) -> None:
+        """An area less."""
+        self._tell(handover.Removed(client_number, area_number))
+
+    def left(self, client_number: int) -> None:
+        """A client less."""
+        self._tell(handover.Left(client_number))
+
+    def done(self) -> None:
+        """All is over, in an orderly way."""
+        try:
+            self._tell(handover.Done())
+        except OSError:
+            self._end_warden()  # it has died just now
+
+    def _tell(self, message: handover.Message, descriptors: list[int] | None = None) -> None:
+        try:
+            handover.send(self._link, message, descriptors)
+        except TimeoutError as error:
+            raise OSError(error.errno, "the warden takes no messages") from error
+
+    def orphaned(self, registry: Registry) -> int:
+        """Start a fresh warden, and hand everything over; a pidfd of it, or -1."""
+        while True:
+            self._link.close()
+            self._end_warden()
+            if self._often.once_more():
+                _log.error("device %s: its wardens keep dying; its server goes on without one", registry.name)
+                return -1
+            try:
+                return self._another(registry)
+            except (BrokenPipeError, ConnectionResetError, ProcessLookupError):
+                continue  # it died before it had everything
+            except (OSError, DeviceError) as error:
+                _log.error("device %s: its warden has died, and there is no other: %s", registry.name, error)
+                self._link.close()
+                return -1
+
+    def _end_warden(self) -> None:
+        """If it was our child it is reaped; the first was our parent.
+
+        It is dead, as a rule. One that is not, because it takes no messages, would start a second server after this one.
+        """
+        if self._warden >= 0:
+            handover.kill(self._warden)
+            self._warden = -1
+        if self._child is not None:
+            handover.reap(self._child, 1.0)
+            self._child = None
+
+    def _another(self, registry: Registry) -> int:
+        lingers = self._listener is not None and self._control is None
+        if lingers and self._place is not None:
+            # Nobody is in charge of it any more: it goes on for those who use it. Who starts it again finds the path free.
+            socket_path.leave(self._place)
+        self._link, theirs = handover.pair()
+        with theirs:
+            self._child = spawning.spawn(theirs.fileno())
+        # The server may have moved to a client's CPU.
+        os.sched_setaffinity(self._child, self._cpus)
+        pidfd = os.pidfd_open(self._child)
+        self._warden = pidfd
+        try:
+            self._link.settimeout(_HAND_OVER_S)
+            self._hand_over(registry, lingers)
+            self._link.settimeout(_SEND_S)
+        except BaseException:
+            self._end_warden()
+            os.close(pidfd)
+            raise
+        return pidfd
+
+    def _hand_over(self, registry: Registry, lingers: bool) -> None:
+        frames = registry.frames
+        myself = os.pidfd_open(os.getpid())
+        arguments = handover.arguments_file(self._recipe.arguments if self._recipe is not None else {})
+        try:
+            given = {"frames": frames.fd, "states": frames.states_fd, "server": myself, "arguments": arguments}
+            for name, end in (("listener", self._listener), ("first", self._first), ("control", self._control)):
+                if end is not None:
+                    given[name] = end.fileno()
+            if self._owner >= 0:
+                given["owner"] = self._owner
+            handover.send(
+                self._link,
+                handover.Adopt(
+                    handover.VERSION, registry.name, registry.length, registry.page_size, registry.writable,
+                    registry.restartable, registry.timeout_s, registry.generation, frames.huge, frames.notes,
+                    None if self._recipe is None else self._recipe.factory,
+                    handover.place_facts(self._place), lingers, tuple(given),
+                ),
+                list(given.values()),
+            )  # fmt: skip
+        finally:
+            os.close(myself)
+            os.close(arguments)
+        for client in registry.clients.values():
+            areas = [handover.area_facts(area) for area in client.areas.values()]
+            for at in range(0, len(areas), handover.AREAS_A_PACKET):
+                handover.send(self._link, handover.Areas(client.number, tuple(areas[at : at + handover.AREAS_A_PACKET])))
+            handover.send(
+                self._link,
+                handover.Admitted(client.number, client.pid, client.uid, handover.held(client)),
+                handover.descriptors_of(client),
+            )
+        handover.send(self._link, handover.Done())

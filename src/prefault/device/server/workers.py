@@ -1,0 +1,221 @@
+"""What the driver is asked to do: in the loop itself, or in workers that post what is done back to the loop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from prefault.device.frames import RESULTS
+from prefault.device.server.driver_calls import Calls, Failure, Fill
+
+if TYPE_CHECKING:
+    from prefault.device.server.served_areas import Books, ServedArea
+
+_log = logging.getLogger("prefault.device")
+_SOFTWARE = 70  # EX_SOFTWARE
+
+Work = Callable[[int], Callable[[], None]]
+"""Given a slot of the heartbeat, does something, and returns what the loop is to do then."""
+
+
+class Workers:
+    """Threads that run only driver calls. Without any, calls run at once in whoever asks, which is the loop.
+
+    Attributes:
+        count: of threads.
+    """
+
+    def __init__(self, books: Books, count: int) -> None:
+        self.count = count
+        self._books = books
+        self._heartbeat = books.frames.heartbeat
+        self._given: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._waiting: deque[Work] = deque()
+        self._finished: deque[Callable[[], None]] = deque()
+        self._busy = 0
+        self._threads = [
+            threading.Thread(target=self._run, args=(slot,), name=f"prefault-device-{slot}", daemon=True)
+            for slot in range(1, count + 1)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def idle(self) -> int:
+        """How many would start at once with something new."""
+        return self.count - self._busy - len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any works."""
+        return self._busy > 0
+
+    def do(self, work: Work) -> None:
+        """Have it done: before whatever is not handed in yet. In the loop."""
+        if not self.count:
+            work(0)()
+        elif self._busy < self.count:
+            self._busy += 1
+            self._given.put(work)
+        else:
+            self._waiting.append(work)
+
+    def collect(self) -> None:
+        """What is finished goes on in the loop."""
+        self._heartbeat[RESULTS] = 0  # first: a result that comes from now on is taken below, or announced again
+        while self._finished:
+            then = self._finished.popleft()
+            if self._waiting:
+                self._given.put(self._waiting.popleft())
+            else:
+                self._busy -= 1
+            then()
+
+    def stop(self, wait: Callable[[], None]) -> None:
+        """Finish what is under way, and begin no more pages; ``wait`` returns when something may be finished.
+
+        A call that does not end is the warden's affair, as at any time.
+        """
+        self._waiting = deque(work for work in self._waiting if not isinstance(work, _FillWork))
+        while self._busy:
+            wait()
+            self.collect()
+        for _ in self._threads:
+            self._given.put(None)
+
+    def _run(self, slot: int) -> None:
+        try:
+            while (work := self._given.get()) is not None:
+                self._finished.append(work(slot))
+                # Until the loop has it. Should it never hear of it, or be stopped, the warden finds out.
+                self._heartbeat[RESULTS] = time.monotonic_ns()
+                self._books.notify()
+        except BaseException:  # noqa: BLE001  nothing may go on
+            # The loop would wait for this thread, and so would clients. The end of the process is what the warden sees.
+            try:
+                _log.exception("device %s: a worker failed outside of its driver", self._books.name)
+            finally:
+                os._exit(_SOFTWARE)
+
+
+class Jobs:
+    """The fills that are under way, and other calls of the driver.
+
+    Attributes:
+        threaded: the loop does not wait for the driver.
+        when_idle: told of an area that is given up, when no call has it any more.
+    """
+
+    def __init__(self, books: Books, calls: Calls, workers: Workers) -> None:
+        self._books = books
+        self._calls = calls
+        self._workers = workers
+        self.threaded = workers.count > 0
+        self._starts: list[int] = []
+        self._fills: dict[int, Fill] = {}
+        self._starved: list[Fill] = []
+        self.when_idle: Callable[[ServedArea], None] = _nothing
+
+    def at(self, page: int) -> Fill | None:
+        """Which fill a FILLING page belongs to."""
+        index = bisect_right(self._starts, page) - 1
+        return self._fills[self._starts[index]] if index >= 0 else None
+
+    def start(self, fill: Fill) -> None:
+        """Supply pages that are all MISSING. Not under the lock: the driver may be called right here."""
+        fill.area.calls += 1
+        with self._books.lock:
+            self._calls.begin(fill)
+        if not self._workers.count:
+            self._calls.fill(fill, 0)
+            self._finish(fill, listed=False)
+            return
+        insort(self._starts, fill.pages.start)
+        self._fills[fill.pages.start] = fill
+        self._workers.do(_FillWork(self, fill))
+
+    def failed(self, fill: Fill, failure: Failure) -> None:
+        """:meth:`Calls.fill_one` could not supply its page, which counts already."""
+        fill.area.calls += 1
+        fill.reserved = True
+        fill.failure = failure
+        self._finish(fill, listed=False)
+
+    def run(self, fill: Fill, slot: int) -> Callable[[], None]:
+        """Have the driver do it, in a worker."""
+        self._calls.fill(fill, slot)
+        return lambda: self._finish(fill, listed=True)
+
+    def _finish(self, fill: Fill, *, listed: bool) -> None:
+        if listed and fill.failure is not None and fill.failure.no_room:
+            # What others are filling can make room as soon as it is READY: not before is it an error.
+            if len(self._fills) > len(self._starved) + 1:
+                fill.failure = None
+                self._starved.append(fill)
+                return
+            if fill.changes != self._books.changes:  # it became READY since
+                fill.failure = None
+                self._workers.do(_FillWork(self, fill))
+                return
+        if listed:
+            del self._fills[fill.pages.start]
+            del self._starts[bisect_right(self._starts, fill.pages.start) - 1]
+        if fill.failure is not None:
+            fill.area.counters.errors += 1
+        with self._books.lock:
+            self._calls.settle(fill)
+            again = fill.finished(fill)
+            self._books.changes += 1
+        if again is not None:
+            self.start(again)
+        starved, self._starved = self._starved, []
+        for other in starved:
+            self._workers.do(_FillWork(self, other))
+        self._leave(fill.area)
+
+    def call(
+        self, area: ServedArea, name: str, function: Callable[..., object], *arguments: object,
+        then: Callable[[Failure | None], None],
+    ) -> None:  # fmt: skip
+        """Call another method of the driver on behalf of an area, and ``then`` in the loop."""
+        area.calls += 1
+
+        def work(slot: int) -> Callable[[], None]:
+            failure = self._calls.call(slot, name, function, *arguments)
+
+            def finish() -> None:
+                then(failure)
+                self._leave(area)
+
+            return finish
+
+        self._workers.do(work)
+
+    def _leave(self, area: ServedArea) -> None:
+        area.calls -= 1
+        if not area.calls and not area.alive:
+            self.when_idle(area)
+
+
+class _FillWork:
+    """Pages to be supplied, as work of a worker."""
+
+    __slots__ = ("_fill", "_jobs")
+
+    def __init__(self, jobs: Jobs, fill: Fill) -> None:
+        self._jobs = jobs
+        self._fill = fill
+
+    def __call__(self, slot: int) -> Callable[[], None]:
+        return self._jobs.run(self._fill, slot)
+
+
+def _nothing(area: ServedArea) -> None:
+    """Before anybody wants to know."""

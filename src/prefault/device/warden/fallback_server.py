@@ -1,0 +1,178 @@
+"""When there is no server any more: the warden answers, with what there is, and with SIGBUS for the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import selectors
+import socket
+from collections.abc import Callable
+
+from prefault._kernel import userfaultfd
+from prefault.device import handover, protocol
+from prefault.device.page_states import PageState
+from prefault.device.registry import AreaRecord, ClientRecord, Registry
+from prefault.device.server import fault_resolution
+from prefault.ipc.transport import ProtocolError, receive
+
+_WP = userfaultfd.UFFD_PAGEFAULT_FLAG_WP
+
+
+def say(connection: int, message: protocol.Reply) -> None:
+    """Send a message, if that needs no waiting, to whoever is there."""
+    if connection < 0:
+        return
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection)) as link:
+        link.send(protocol.encode(message), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+
+def let_go(client: ClientRecord) -> None:
+    """The end of all answering for a client whose pages are mapped or poisoned: the kernel is to ask nobody any more.
+
+    Otherwise a page that is supplied, and whose entry the kernel takes away to write it to swap, would wait for us for ever.
+    """
+    for area in client.areas.values():
+        with contextlib.suppress(OSError):  # unmapped, or its process is gone
+            userfaultfd.unregister(client.userfaultfd, area.address, area.length)
+    fault_resolution.disarm(client.lifeline_read)
+
+
+class Remains:
+    """What is left of a device without its server.
+
+    Args:
+        registry: its clients and frames; repaired.
+        first: a connection that has no client yet.
+        selector: whose data are functions without arguments.
+        reason: why, for people.
+    """
+
+    def __init__(
+        self, registry: Registry, first: socket.socket | None, selector: selectors.BaseSelector, reason: str
+    ) -> None:
+        self._registry = registry
+        self._selector = selector
+        self._refusal = f"the device's server is gone: {reason}"
+        self._first = first
+        for client in registry.clients.values():
+            self._take_over(client, reason)
+        if first is not None:
+            say(first.fileno(), protocol.Gone(0, reason))
+            self._watch(first.fileno(), self._hear_first)
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody is left who could ask."""
+        return not self._registry.clients and self._first is None
+
+    def _take_over(self, client: ClientRecord, reason: str) -> None:
+        os.set_blocking(client.userfaultfd, False)
+        self._watch(client.userfaultfd, lambda: self._answer(client))
+        self._watch(client.pidfd, lambda: self._drop(client))
+        if client.connection >= 0:
+            self._watch(client.connection, lambda: self._hear(client))
+        for area in client.areas.values():
+            # Whoever waits asks again: what the server had read and not answered is lost.
+            fault_resolution.unprotect(client.userfaultfd, area.address, area.length)
+            fault_resolution.wake(client.userfaultfd, area.address, area.length)
+        say(client.connection, protocol.Gone(0, reason))
+
+    def _watch(self, fd: int, handler: Callable[[], None]) -> None:
+        self._selector.register(fd, selectors.EVENT_READ, handler)
+
+    def _forget(self, fd: int) -> None:
+        # Before it is closed: the client has the same open file.
+        if fd >= 0:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(fd)
+
+    def _drop(self, client: ClientRecord) -> None:
+        if self._registry.clients.pop(client.number, None) is not None:
+            if fault_resolution.is_another_program(client):
+                fault_resolution.disarm(client.lifeline_read)
+            for fd in handover.descriptors_of(client):
+                self._forget(fd)
+            handover.close_client(client)
+
+    # --- faults
+
+    def _answer(self, client: ClientRecord) -> None:
+        try:
+            events = userfaultfd.read_events(client.userfaultfd)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._drop(client)
+            return
+        faults = {(event.address, event.flags & _WP) for event in events if isinstance(event, userfaultfd.PageFault)}
+        for address, protected in sorted(faults):
+            if not self._settle(client, address, bool(protected)):
+                self._drop(client)
+                return
+
+    def _settle(self, client: ClientRecord, address: int, protected: bool) -> bool:
+        """Answer a fault; False if the process is gone."""
+        frames, fd = self._registry.frames, client.userfaultfd
+        area = _area_at(client, address)
+        if area is None:  # unmapped, or never told of
+            start = address - address % frames.unit
+            return not fault_resolution.poison_run(fd, start, frames.unit, frames.unit).gone
+        page = (address - area.address + area.offset) // frames.page_size
+        start = area.address + page * frames.page_size - area.offset
+        if protected:
+            return fault_resolution.unprotect(fd, start, frames.page_size)
+        if frames.states[page] == PageState.READY:
+            result = fault_resolution.map_run(fd, start, frames.page_size, frames.unit, False)
+            if not result.holes:
+                return not result.gone
+        return not fault_resolution.poison_run(fd, start, frames.page_size, frames.unit).gone
+
+    # --- requests
+
+    def _hear(self, client: ClientRecord) -> None:
+        request = self._request(client.connection)
+        if request is None:
+            self._forget(client.connection)
+            with contextlib.suppress(OSError), socket.socket(fileno=client.connection) as link:
+                link.shutdown(socket.SHUT_RDWR)
+            client.connection = -1
+            # With areas it lives, and its pidfd will say; unless it has become another program, which the ioctl knows.
+            if fault_resolution.is_another_program(client):
+                self._drop(client)
+        elif isinstance(request, protocol.Unmap):
+            client.areas.pop(request.area, None)
+            say(client.connection, protocol.Done(request.id))
+        elif not isinstance(request, protocol.Cancel):
+            say(client.connection, protocol.Refused(request.id, "gone", errno.ECONNRESET, self._refusal))
+
+    def _hear_first(self) -> None:
+        assert self._first is not None
+        request = self._request(self._first.fileno())
+        if request is None:
+            self._forget(self._first.fileno())
+            self._first.close()
+            self._first = None
+        else:
+            say(self._first.fileno(), protocol.Refused(request.id, "gone", errno.ECONNRESET, self._refusal))
+
+    def _request(self, connection: int) -> protocol.Request | None:
+        """What came; None at the end of the connection, or where it should end."""
+        descriptors: list[int] = []
+        try:
+            with socket.socket(fileno=os.dup(connection)) as link:
+                link.setblocking(False)
+                packet, descriptors = receive(link, protocol.MAX_MESSAGE, protocol.MAX_DESCRIPTORS)
+            return protocol.decode_request(packet) if packet else None
+        except (OSError, ProtocolError):
+            return None
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+
+def _area_at(client: ClientRecord, address: int) -> AreaRecord | None:
+    for area in client.areas.values():
+        if area.address <= address < area.address + area.length:
+            return area
+    return None

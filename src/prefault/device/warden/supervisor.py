@@ -1,0 +1,471 @@
+"""The warden: it has what outlives a server, forks the server, watches it, and starts another or answers in its place."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from prefault.device import daemon, handover, limit_messages, protocol, recipes
+from prefault.device.driver import Device, Recipe
+from prefault.device.page_states import PageState
+from prefault.device.registry import AreaRecord, Registry
+from prefault.device.server import fault_resolution
+from prefault.device.server.event_loop import run_server
+from prefault.device.server.warden_link import NotaryLink
+from prefault.device.warden import fallback_server
+from prefault.errors import DeviceError
+from prefault.ipc import socket_path
+from prefault.ipc.transport import ProtocolError
+
+_log = logging.getLogger("prefault.device")
+
+RESTARTS_MOST, RESTARTS_WINDOW_S = 5, 10.0
+"""A server that dies more often is not started again."""
+_TIMEOUTS_MOST = 3
+"""The same for drivers that do not come back from a call; in ten times the time that they have for one."""
+_END_S = 5.0
+"""How long a server may take to end, besides the time that its driver has for a call."""
+_START_S = 60.0
+_LATE = 0.25
+"""Of the time that a driver has. Where a look comes later than that nobody ran, and the driver's time begins anew."""
+
+_SOFTWARE = 70  # EX_SOFTWARE
+
+
+class Warden:
+    """One device. Its process does nothing else.
+
+    Args:
+        registry: the device's facts and frames; clients, when the server has some already.
+        device: to be served; None: made by the recipe when a server is to be started.
+        recipe: how to make it, for a warden after this one.
+        first: the connection of a private server's client, until it has said Hello.
+        listener, listens_at: where clients of a shared one connect.
+        control: whose other end says ``End``, or ends.
+        owner: pidfd of a process with which all this ends; -1: there is none.
+        lingers: end with the last client.
+    """
+
+    def __init__(
+        self, registry: Registry, *, device: Device | None, recipe: Recipe | None, first: socket.socket | None = None,
+        listener: socket.socket | None = None, listens_at: socket_path.Place | None = None,
+        control: socket.socket | None = None,
+        owner: int = -1, lingers: bool = False,
+    ) -> None:  # fmt: skip
+        self._registry = registry
+        self._device = device
+        self._recipe = recipe
+        self._first = first
+        self._listener = listener
+        self._place = listens_at
+        self._control = control
+        self._owner = owner
+        self._lingers = lingers
+        self._early: dict[int, dict[int, AreaRecord]] = {}
+        """Areas of clients that are not known yet."""
+        self._remains: fallback_server.Remains | None = None
+        self._over = self._ending = self._orderly = False
+        self._overdue = ""
+        """Why a server was killed that did not go on; else empty."""
+        self._stopped_until: float | None = None
+        """When a server is killed that was found to be stopped, unless it is continued."""
+        self._why_not = ""
+        """What a server said that could not be started."""
+        self.failed = ""
+        """Why there was no server any more, if it ended so."""
+        self._end_by: float | None = None
+        self._next_look = 0.0
+        self._deaths = handover.Often(RESTARTS_MOST, RESTARTS_WINDOW_S)
+        self._timeouts = handover.Often(_TIMEOUTS_MOST, 10 * registry.timeout_s)
+        self._selector = selectors.DefaultSelector()
+        self._signals, self._signal_writer = socket.socketpair()
+        self._link: socket.socket
+        self._server_pidfd = -1
+        self.server_pid: int | None = None
+        """None: the server is not our child."""
+        self._watch(self._signals.fileno(), self._signalled)
+        if control is not None:
+            self._watch(control.fileno(), self._controlled)
+        if owner >= 0:
+            self._watch(owner, self._owner_ended)
+
+    def _watch(self, fd: int, handler: Callable[[], None]) -> None:
+        self._selector.register(fd, selectors.EVENT_READ, handler)
+
+    # --- the loop
+
+    def end_by(self, *signals: signal.Signals) -> None:
+        """Have these signals end it in an orderly way."""
+        for end in (self._signals, self._signal_writer):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
+        for number in signals:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup(1) does
+                signal.signal(number, _wake_only)
+
+    def run(self) -> None:
+        """Until all is over."""
+        while not self._over:
+            for key, _ in self._selector.select(self._patience()):
+                if self._selector.get_map().get(key.fileobj) == key:  # else an earlier event of the same round ended it
+                    key.data()
+            self._look_at_the_clock()
+        self._selector.close()
+
+    def _patience(self) -> float | None:
+        if self._remains is not None:
+            return None
+        until = self._next_look if self._end_by is None else min(self._next_look, self._end_by)
+        return max(0.0, until - time.monotonic())
+
+    def _look_at_the_clock(self) -> None:
+        """Kill a server whose driver does not come back from a call, that stays stopped, or that does not end."""
+        if self._remains is not None or self._over:
+            self._over = self._over or (self._remains is not None and self._remains.over)
+            return
+        now = time.monotonic()
+        if self._end_by is not None and now >= self._end_by:
+            _log.error("device %s: its server does not end, and is killed", self._registry.name)
+            self._kill_server()
+        if now < self._next_look:
+            return
+        # We were stopped, and so was the server: Ctrl-Z, or a frozen container.
+        if now > self._next_look + _LATE * self._registry.timeout_s:
+            self._next_look = now + self._registry.timeout_s
+            self._stopped_until = None
+            return
+        # A call that begins after this look has its time until the next one at least.
+        limit_ns = int(self._registry.timeout_s * 1e9)
+        oldest = min((began for began in self._registry.frames.heartbeat if began), default=0)
+        left_ns = oldest + limit_ns - time.monotonic_ns() if oldest else limit_ns
+        self._next_look = now + (left_ns if left_ns > 0 else limit_ns) / 1e9
+        if left_ns <= 0:
+            self._kill_overdue("did not come back from a call within")
+        elif not handover.is_stopped(self._server_pidfd):
+            self._stopped_until = None
+        elif self._stopped_until is None:
+            # By a thread of the driver, say. Where no call is under way nothing else tells of it.
+            self._stopped_until = self._next_look
+        elif now >= self._stopped_until:
+            self._kill_overdue("was stopped by a signal for")
+
+    def _kill_overdue(self, why: str) -> None:
+        self._overdue = why
+        self._kill_server()
+
+    def _kill_server(self) -> None:
+        handover.kill(self._server_pidfd)
+        self._end_by = None
+
+    # --- its server
+
+    def start_first_server(self) -> None:
+        """Fork it, and wait until it serves.
+
+        Raises:
+            DeviceError: it cannot be started, or it has ended; the message says why.
+        """
+        self.start_server()
+        self._link.settimeout(_START_S)
+        try:
+            taken = handover.take(self._link)
+        except TimeoutError:
+            self._kill_server()
+            taken = None
+        if taken is not None and isinstance(taken[0], handover.Started):
+            return
+        assert self.server_pid is not None
+        status = handover.reap(self.server_pid, _END_S)
+        if taken is not None and isinstance(taken[0], handover.NotStarted):
+            raise DeviceError(taken[0].number, taken[0].message)
+        raise DeviceError(errno.ECONNRESET, self._what_happened(status))
+
+    def start_server(self) -> None:
+        """Fork it."""
+        self._link, theirs = handover.pair()
+        myself = os.pidfd_open(os.getpid())
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            pid = daemon.fork()
+            if not pid:
+                self._be_server(theirs, myself)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+            os.close(myself)
+        self.watch_server(os.pidfd_open(pid), self._link, pid)
+
+    def watch_server(self, pidfd: int, link: socket.socket, pid: int | None) -> None:
+        """A server runs."""
+        self._server_pidfd, self._link, self.server_pid = pidfd, link, pid
+        self._overdue = ""
+        self._stopped_until = None
+        self._next_look = time.monotonic() + self._registry.timeout_s
+        self._watch(pidfd, self._server_ended)
+        self._watch(link.fileno(), self._hear)
+
+    def adopt(self, pidfd: int, link: socket.socket) -> None:
+        """Take over a server whose warden has died: it says who its clients are."""
+        link.settimeout(_START_S)
+        while (taken := handover.take(link)) is not None:  # None: it has died as well; what is known by now is answered for
+            if isinstance(taken[0], handover.Done):
+                break
+            self._note(*taken)
+        self.watch_server(pidfd, link, None)
+        if self._lingers and not self._registry.clients:
+            self.end()
+
+    def _be_server(self, link: socket.socket, warden: int) -> NoReturn:
+        status = _SOFTWARE
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number in (signal.SIGINT, signal.SIGHUP):  # sent to the whole process group: the warden says what follows
+                signal.signal(number, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            daemon.be_called(daemon.SERVER)
+            with limit_messages.explained(f"the server of {self._registry.name} cannot be started"):
+                daemon.settle()
+            self._selector.close()
+            for end in (self._signals, self._signal_writer, self._link):
+                end.close()
+            first = None if self._registry.clients else self._first
+            os.register_at_fork(after_in_child=lambda: _forget_clients(self._registry, link, self._listener, self._control))
+            notary = NotaryLink(
+                link, warden, recipe=self._recipe, listener=self._listener, listens_at=self._place, first=first,
+                control=self._control, owner=self._owner,
+            )  # fmt: skip
+            if self._device is None:
+                assert self._recipe is not None
+                # Clients wait already: should it not return, the warden sees that. It has as long as at the first start.
+                heartbeat = self._registry.frames.heartbeat
+                heartbeat[0] = time.monotonic_ns() + int(max(0.0, _START_S - self._registry.timeout_s) * 1e9)
+                self._device = recipes.follow(self._recipe)
+                heartbeat[0] = 0
+            run_server(self._device, self._registry, notary, self._listener, first, warden)
+            notary.done()
+            status = 0
+        except DeviceError as error:
+            why = handover.NotStarted(error.errno or errno.EIO, error.strerror or str(error))
+            try:
+                handover.send(link, why)
+            except OSError:  # the warden is gone
+                _log.error("%s", error)
+        except BaseException:  # noqa: BLE001  nothing of the warden may run in here
+            _log.exception("device %s: its server failed", self._registry.name)
+        finally:
+            try:
+                for stream in (sys.stdout, sys.stderr):
+                    stream.flush()
+            finally:
+                os._exit(status)
+
+    def _hear(self) -> None:
+        """What the server says."""
+        try:
+            for message, descriptors in handover.take_all(self._link):
+                self._note(message, descriptors)
+            if not _is_open(self._link):
+                self._selector.unregister(self._link.fileno())
+        except ProtocolError as error:  # the driver wrote into its descriptors, say
+            _log.error("device %s: its server is killed: %s", self._registry.name, error)
+            self._kill_server()
+            self._selector.unregister(self._link.fileno())
+
+    def _note(self, message: handover.Message, descriptors: list[int]) -> None:
+        clients = self._registry.clients
+        match message:
+            case handover.Admitted():
+                if len(descriptors) != len(message.descriptors):
+                    self._refuse(message, descriptors)
+                    return
+                client = handover.client_record(message, descriptors)
+                client.areas = self._early.pop(client.number, {})
+                clients[client.number] = client
+                self._forget_first()
+            case handover.Areas():
+                areas = (
+                    clients[message.client].areas
+                    if message.client in clients
+                    else self._early.setdefault(message.client, {})
+                )
+                areas.update((facts.number, AreaRecord(*facts)) for facts in message.areas)
+            case handover.Removed():
+                if message.client in clients:
+                    clients[message.client].areas.pop(message.area, None)
+            case handover.Left():
+                client_left = clients.pop(message.client, None)
+                self._early.pop(message.client, None)  # one that could not be taken: its number will be another's
+                if client_left is not None:
+                    handover.close_client(client_left)
+                if self._lingers and not clients:
+                    self.end()
+            case handover.Done():
+                self._orderly = True
+            case handover.Started():
+                self._why_not = ""
+            case handover.NotStarted():
+                self._why_not = message.message
+            case _:
+                raise ProtocolError(f"a server does not say {type(message).__name__}")
+
+    def _refuse(self, message: handover.Admitted, descriptors: list[int]) -> None:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        _log.error(
+            "device %s: process %d ends by SIGBUS if the server dies, as its warden takes no more descriptors: %s",
+            self._registry.name,
+            message.pid,
+            limit_messages.no_descriptor(),
+        )
+
+    def _forget_first(self) -> None:
+        """It is a client's connection by now, or is over."""
+        if self._first is not None:
+            self._first.close()
+            self._first = None
+
+    def _server_ended(self) -> None:
+        status = None if self.server_pid is None else handover.reap(self.server_pid, 1.0)
+        # All that it said is in the socket, though it is dead.
+        if self._link.fileno() in self._selector.get_map():
+            self._hear()
+        if self._link.fileno() in self._selector.get_map():
+            self._selector.unregister(self._link.fileno())
+        self._selector.unregister(self._server_pidfd)
+        os.close(self._server_pidfd)
+        self._link.close()
+        self._server_pidfd = -1
+        if self._over:
+            return
+        if self._orderly or self._ending:
+            self._finish()
+            return
+        what = self._what_happened(status)
+        # Killed from outside it says nothing about the driver.
+        blame = bool(self._overdue) or (status is not None and status not in (-signal.SIGKILL, -signal.SIGTERM))
+        filling = self._registry.frames.runs(range(self._registry.frames.pages), PageState.FILLING)
+        self._registry.frames.repair()
+        if self._can_start_another():
+            _log.warning("device %s: %s; another is started", self._registry.name, what)
+            self._registry.generation += 1
+            if blame:
+                self._registry.blamed = {page: what for run in filling for page in run}
+            if self._first is not None:  # Hello may have gone with the server
+                fallback_server.say(self._first.fileno(), protocol.Restarted(0, self._registry.generation))
+            try:
+                self.start_server()
+            except OSError as error:
+                what = f"{what}; no other can be started: {limit_messages.reason(error.errno) or error.strerror}"
+            else:
+                self._registry.blamed = {}
+                return
+        self._go_on_alone(what)
+
+    def _what_happened(self, status: int | None) -> str:
+        if self._overdue:
+            return f"the driver {self._overdue} {self._registry.timeout_s:g} s, and its process was killed"
+        if self._why_not:
+            return f"the driver's process could not be started again: {self._why_not}"
+        if status is None:
+            return "the driver's process ended"
+        if status < 0:
+            return f"the driver's process was ended by {signal.Signals(-status).name}"
+        return f"the driver's process ended by itself, with exit status {status}"
+
+    def _can_start_another(self) -> bool:
+        if not self._registry.restartable or (self._device is None and self._recipe is None):
+            return False
+        too_often = self._timeouts.once_more() if self._overdue else self._deaths.once_more()
+        return not too_often
+
+    def _go_on_alone(self, what: str) -> None:
+        _log.error("device %s: %s; pages that were not supplied are SIGBUS from now on", self._registry.name, what)
+        self.failed = what
+        self._stop_listening()
+        self._remains = fallback_server.Remains(self._registry, self._first, self._selector, what)
+        self._over = self._remains.over
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        if self._place is not None:
+            try:
+                socket_path.leave(self._place)
+            except OSError as error:
+                _log.warning("%s cannot be removed: %s", self._place.path, error.strerror)
+            self._place = None
+
+    # --- the end
+
+    def _signalled(self) -> None:
+        self._signals.recv(64)
+        if self._ending and self._server_pidfd >= 0:  # asked twice
+            self._kill_server()
+        self.end()
+
+    def _controlled(self) -> None:
+        assert self._control is not None
+        self._selector.unregister(self._control.fileno())  # there is only one thing to say
+        self.end()
+
+    def _owner_ended(self) -> None:
+        self._selector.unregister(self._owner)
+        self.end()
+
+    def end(self) -> None:
+        """End in an orderly way: the server first, which closes the areas at its driver."""
+        if self._server_pidfd < 0:
+            self._finish()
+        elif not self._ending:
+            self._ending = True
+            self._end_by = time.monotonic() + self._registry.timeout_s + _END_S
+            handover.kill(self._server_pidfd, signal.SIGTERM)
+
+    def _finish(self) -> None:
+        """Nobody is to wait for us any more: pages that are supplied stay, all others are SIGBUS."""
+        self._over = True
+        self._stop_listening()
+        frames = self._registry.frames
+        if not self._orderly:
+            frames.repair()
+        for client in self._registry.clients.values():
+            if not self._orderly:
+                fault_resolution.give_up(frames, client)
+                fallback_server.say(
+                    client.connection, protocol.Gone(0, f"device {self._registry.name} is not served any more")
+                )
+            fallback_server.let_go(client)
+            handover.close_client(client)
+
+
+def _is_open(link: socket.socket) -> bool:
+    """Whether the other side can still say something."""
+    try:
+        return bool(link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def _wake_only(*_: object) -> None:
+    """The signal's number is in the socket that wakes the loop."""
+
+
+def _forget_clients(registry: Registry, *ends: socket.socket | None) -> None:
+    """In a process that the driver forked: it must not keep a client from seeing that the server has died."""
+    for client in registry.clients.values():
+        handover.close_client(client)
+    for end in ends:
+        if end is not None:
+            end.close()

@@ -1,0 +1,71 @@
+"""How much memory one system call should populate."""
+
+from __future__ import annotations
+
+from resource import RUSAGE_THREAD, getrusage
+from time import perf_counter_ns, thread_time_ns
+
+from prefault.sizes import KIB, MIB
+
+# A system call is neither interruptible nor does it let go of the mmap lock, so each gets a chunk of some milliseconds:
+# Ctrl-C, progress and other threads' mmap() wait no longer than that. The size follows what the memory turns out to cost.
+FIRST_CHUNK = 4 * MIB
+SMALLEST_CHUNK = 1 * MIB
+FIRST_CHUNK_OF_A_DISK = 16 * KIB
+"""Little, in case that it is read page by page (prefault.engine.readahead)."""
+LARGEST_CHUNK = 64 * MIB
+_CALL_NS = 2_000_000, 6_000_000
+_CALL_NS_WITHOUT_GIL = 8_000_000, 20_000_000
+# Beside several threads that compute the GIL comes back after several switch intervals. Ctrl-C waits as long as a call.
+_LONGEST_CALL_NS = 64_000_000
+_LARGEST_CHUNK_WITHOUT_GIL = 1024 * MIB
+
+
+class Pace:
+    """How large the next chunk should be, for one thread: each call is to take some milliseconds of its CPU time."""
+
+    __slots__ = ("_cpu_ns", "_on_disk", "_sleeps", "_threads", "_wall_ns", "size")
+
+    def __init__(self, *, on_disk: bool, threads: int = 1) -> None:
+        self.size = FIRST_CHUNK_OF_A_DISK if on_disk else FIRST_CHUNK
+        self._on_disk = on_disk
+        self._threads = threads
+        self._sleeps = getrusage(RUSAGE_THREAD).ru_nvcsw
+        self.start()
+
+    def start(self) -> None:
+        """A chunk begins."""
+        self._wall_ns, self._cpu_ns = perf_counter_ns(), thread_time_ns()
+
+    def finish(self) -> None:
+        """The chunk is done: adjust ``size``."""
+        wall_ns, cpu_ns = perf_counter_ns() - self._wall_ns, thread_time_ns() - self._cpu_ns
+        shortest, longest = _CALL_NS
+        if self._on_disk:
+            if self.size < SMALLEST_CHUNK:
+                self.size = FIRST_CHUNK
+                return
+            shortest = 0  # a disk's time is not CPU time: its chunks stay small
+        elif wall_ns - cpu_ns > cpu_ns // 4 and self._slept():
+            # Not for want of a CPU: another thread computes and gives the GIL back after sys.getswitchinterval(), 5 ms,
+            # only. To wait that long after every 2 ms of work makes it several times slower.
+            # Shared among the threads: one that wants the mmap lock for writing, and may hold the GIL meanwhile (mmap.mmap
+            # does), waits for all of their calls, which looks the same from here.
+            waited_ns = min(2 * (wall_ns - cpu_ns), _LONGEST_CALL_NS)
+            shortest, longest = (
+                max(a, max(b, waited_ns) // self._threads) for a, b in zip(_CALL_NS, _CALL_NS_WITHOUT_GIL, strict=True)
+            )
+            # At once, since each step on the way would wait as long.
+            while 2 * cpu_ns < shortest and self.size < _LARGEST_CHUNK_WITHOUT_GIL:
+                self.size, cpu_ns = 2 * self.size, 2 * cpu_ns
+            if cpu_ns <= longest:
+                return
+        if cpu_ns > longest:
+            self.size = max(self.size // 2, SMALLEST_CHUNK)
+        elif cpu_ns < shortest:
+            self.size = max(self.size, min(self.size * 2, LARGEST_CHUNK))
+
+    def _slept(self) -> bool:
+        """Whether this thread gave up its CPU by itself since we last asked; being preempted does not count."""
+        before, self._sleeps = self._sleeps, getrusage(RUSAGE_THREAD).ru_nvcsw
+        return self._sleeps > before

@@ -1,0 +1,146 @@
+"""lock: populate, and keep it from being swapped out or written back and dropped."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from prefault._kernel import mman
+from prefault._system.capabilities import MLOCK_ONFAULT
+from prefault.engine.methods import Access
+from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
+from prefault.errors import HeadroomError, HoleError, OutOfMemoryError
+from prefault.limits import locked_memory_limit
+from prefault.memory.borrowing import borrow
+from prefault.memory.vma import vm_flags, vmas
+from prefault.ranges import PageRange
+from prefault.sizes import Size, format_size
+
+
+class LockResult(NamedTuple):
+    """All pages of the range are present, and stay.
+
+    Attributes:
+        bytes: locked now, whole pages; those that were locked before included.
+        populated: what had to be brought in first.
+        seconds: the call took.
+    """
+
+    bytes: int
+    populated: PopulateResult
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{format_size(self.bytes)} locked in {self.seconds:.2g} s; {self.populated}"
+
+
+def lock(
+    buffer: Any,
+    *,
+    access: Access | None = None,
+    offset: Size = 0,
+    length: Size | None = None,
+    progress: Progress | bool = False,
+    headroom: HeadroomChoice = "check",
+) -> LockResult:
+    """Make every page of ``buffer`` present, as :func:`prefault.populate` does, and lock it: it is not swapped out.
+
+    Locks do not add up: one :func:`unlock` ends them all, also those of a neighbour in the same page. ``discard`` works on
+    locked memory. The driver of device memory may take its pages back all the same; they are locked when they return.
+
+    Args:
+        buffer: any buffer, as for :func:`prefault.populate`; rounded outward to whole pages.
+        access: ``"read"``, ``"write"`` or None: how it is populated.
+        offset: where to start, in bytes from the start of the buffer.
+        length: how far; None: to its end.
+        progress: True draws a bar on stderr; a function is called with the bytes done and in all.
+        headroom: ``"check"`` looks at RLIMIT_MEMLOCK and the limits of populating before the start; ``"ignore"`` does not.
+
+    Raises:
+        HeadroomError: RLIMIT_MEMLOCK leaves less than that; nothing was populated.
+        OutOfMemoryError: the kernel refuses to lock it, though it is populated.
+        PopulateError, PopulateInterrupted, TypeError, ValueError: as :func:`prefault.populate`. Nothing is locked then.
+
+    Source: mlock2(2), MLOCK_ONFAULT (Linux 4.4).
+    """
+    began = perf_counter()
+    with borrow(buffer) as memory:
+        span = memory.select(offset, length)
+        pages = PageRange.outward(span.start, span.stop)
+        if headroom == "check":
+            _ensure_allowed(pages, memory.address)
+        populated = populate(
+            buffer, access=access, offset=offset, length=length, progress=progress, headroom=headroom
+        )  # fmt: skip
+        if pages:
+            try:
+                # On fault: what is present is locked. Without, the kernel populates once more, and hides failures.
+                mman.mlock2(pages.start, pages.length, mman.MLOCK_ONFAULT if MLOCK_ONFAULT.available else 0)
+            except OSError as error:
+                raise OutOfMemoryError(
+                    error.errno or errno.ENOMEM,
+                    f"{format_size(pages.length)} are populated, but cannot be locked: {_why_not(pages, error)}",
+                    address=pages.start, offset=pages.start - memory.address,
+                ) from error  # fmt: skip
+    return LockResult(pages.length, populated, perf_counter() - began)
+
+
+def unlock(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> int:
+    """Let the kernel do with the pages of ``buffer`` as it likes. They stay present until it wants the memory.
+
+    Returns:
+        Bytes in whole pages. Those that were not locked are counted as well: it makes no difference.
+
+    Raises:
+        HoleError: a part of it is not mapped.
+        TypeError, ValueError: not a buffer; an offset or length outside.
+
+    Source: munlock(2).
+    """
+    with borrow(buffer) as memory:
+        span = memory.select(offset, length)
+        pages = PageRange.outward(span.start, span.stop)
+        if pages:
+            try:
+                mman.munlock(pages.start, pages.length)
+            except OSError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
+                raise HoleError(
+                    errno.ENOMEM, "a part of the range is not mapped; what lies before it is unlocked",
+                    address=pages.start, offset=pages.start - memory.address,
+                ) from error  # fmt: skip
+    return pages.length
+
+
+def _ensure_allowed(pages: PageRange, origin: int) -> None:
+    limit = locked_memory_limit()
+    if limit is None or pages.length <= limit.available_bytes:
+        return
+    locked = sum(
+        min(vma.stop, pages.stop) - max(vma.start, pages.start)
+        for vma in vmas(pages.start, pages.stop)
+        if "lo" in vm_flags(vma.start)
+    )
+    needed = pages.length - locked
+    if needed > limit.available_bytes:
+        raise HeadroomError(
+            errno.ENOMEM,
+            f"locking takes {format_size(needed)} more, and {limit.name} leaves {format_size(limit.available_bytes)} of"
+            f" {format_size(limit.limit_bytes)}: {limit.remedy}",
+            address=pages.start, offset=pages.start - origin,
+            limit=limit.name, needed_bytes=needed, available_bytes=limit.available_bytes,
+        )  # fmt: skip
+
+
+def _why_not(pages: PageRange, error: OSError) -> str:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    allowed = "not limited" if soft == resource.RLIM_INFINITY else format_size(soft)
+    if error.errno in (errno.ENOMEM, errno.EPERM, errno.EAGAIN):
+        return (
+            f"RLIMIT_MEMLOCK is {allowed} for all locked memory of this process (ulimit -l), and vm.max_map_count bounds the"
+            " number of its parts"
+        )
+    return f"the kernel refuses it at {pages.start:#x}: {error.strerror}"

@@ -1,0 +1,253 @@
+"""Taking back what a populate call brought in, without losing a byte that was there before."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from itertools import chain
+
+from prefault._kernel import mman
+from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from prefault._kernel.fiemap import holes
+from prefault._system import thp
+from prefault.engine.discarding import drop
+from prefault.engine.methods import FallocateThen, best
+from prefault.engine.planning import Segment
+from prefault.errors import PopulateError
+from prefault.inspection.scan import PageState, mapped_by_others, residency_of, resident
+from prefault.memory.vma import Backing, file_descriptor, vma_at
+from prefault.ranges import PageRange, RangeSet
+from prefault.sizes import MIB, PAGE_SIZE
+
+
+class Rollback:
+    """What has to be known before a populate call in order to undo it.
+
+    Private pages were empty, the zero page, or pages of the file: dropping them restores what was. Pages whose content is
+    nowhere else stay. A file in memory (memfd, tmpfs, hugetlb) gets pages by every access to a hole, also by a read and also
+    through a private mapping. Such a page may be what another process has populated or written meanwhile: only pages of
+    nothing but zeros that were not in memory before, and that nobody else maps, are taken from the file; the others just
+    leave our page tables. On a disk, the holes that fallocate filled and nobody wrote to become holes again.
+
+    A huge page may reach beyond the range. The part outside stays, for another thread may have written there.
+    """
+
+    def __init__(self, segments: tuple[Segment, ...]) -> None:
+        self._segments = segments
+        self._kept = RangeSet(pages for segment in segments for pages in _of_its_own(segment))
+        self._resident = RangeSet(
+            item for s in segments if _is_memory_file(s) for item in resident(PageRange(s.start, s.stop))
+        )
+        self._holes = {segment: holes_before(segment) for segment in segments if _allocates_on_disk(segment)}
+        self._beyond: RangeSet | None = None
+
+    @classmethod
+    def knowing(cls, segment: Segment, kept: RangeSet, resident: RangeSet, holes: RangeSet) -> Rollback:
+        """For one segment of which all was found out before, by a caller who has faster ways for many small ranges.
+
+        Args:
+            segment: all of what is populated, and perhaps more.
+            kept: pages whose content is nowhere else.
+            resident: pages of shared memory that were in memory, whether this process had mapped them or not. What lies
+                behind a private mapping is not among them: it is left alone.
+            holes: those of a file on a disk; see :func:`holes_before`.
+        """
+        known = cls.__new__(cls)
+        if not segment.target.shared:
+            resident = RangeSet([PageRange(segment.start, segment.stop)])
+        known._segments, known._kept, known._resident, known._holes = (segment,), kept, resident, {segment: holes}
+        known._beyond = None
+        return known
+
+    def undo(self, brought_in: RangeSet, taken: RangeSet) -> RangeSet:
+        """Discard the pages, and what fallocate set aside in the chunks that were ``taken`` up; those that had to stay.
+
+        Pages stay in the page tables, or only in the file's own memory.
+        """
+        if self._beyond is None:  # else this is another try: the huge pages are split by now
+            self._beyond = RangeSet(_beyond(self._segments, brought_in))
+        stayed = [*(brought_in & self._kept), *self._beyond]
+        for segment in self._segments:
+            whole = RangeSet([PageRange(segment.start, segment.stop)])
+            mine = (brought_in & whole) - self._kept
+            if _is_memory_file(segment):
+                # fallocate may have come further than the page tables.
+                allocated = mine | (taken & whole) if isinstance(segment.method, FallocateThen) else mine
+                allocated -= self._resident
+                if not segment.target.shared:
+                    stayed += _drop(mine)  # the copies hide the pages of the file
+                stayed += _punch_unshared(allocated, _with_descriptor(segment))
+                mine |= allocated  # mapped in order to look who else does
+            stayed += _drop(mine)
+            stayed += _punch_zeros(self._holes.get(segment, RangeSet()) & taken, segment)
+        return RangeSet(stayed)
+
+
+def _drop(pages: RangeSet) -> Iterator[PageRange]:
+    """Empty the page tables; the pages that the kernel does not let go of."""
+    for item in pages:
+        try:
+            drop(item.start, item.length)
+        except OSError:  # locked, before Linux 5.18
+            yield item
+
+
+def _of_its_own(segment: Segment) -> Iterator[PageRange]:
+    """Pages whose content is nowhere else: in swap, under migration, or present and neither the file's nor the zero page.
+
+    One look at each entry decides: between two looks a page could be swapped out or migrate, and be in neither answer.
+    """
+    found = residency_of(PageRange(segment.start, segment.stop))
+    if found.source == "mincore":
+        # Nobody knows then which pages were there before, and to discard those would lose what they hold.
+        raise PopulateError(
+            errno.EOPNOTSUPP,
+            "rollback is not possible here: /proc/self/pagemap cannot be read, so the pages that a call brings in"
+            " cannot be told from those before; nothing was populated",
+            address=segment.start,
+        )
+    copies = segment.method.access == "write" and not segment.target.shared
+    for start, stop, state in found.runs:
+        present = bool(state & PageState.PRESENT)
+        if present and copies:
+            zero = PageState.ALLOCATED not in found.unknown and not state & PageState.ALLOCATED
+            present = not zero and not state & PageState.FILE
+        if present or state & PageState.SWAPPED:
+            yield PageRange(start, stop)
+
+
+def _is_memory_file(segment: Segment) -> bool:
+    """Whether populating allocates in a file that is nothing but memory. Private hugetlb pages are never the file's."""
+    backing = segment.backing
+    return backing is not None and (backing.is_shmem or (backing is Backing.HUGETLB and segment.target.shared))
+
+
+def _with_descriptor(segment: Segment) -> Segment:
+    """The segment with a descriptor of its file, where the mapping itself does not permit to punch holes into it."""
+    target = segment.target
+    if target.fd is not None or (target.shared and target.writable):
+        return segment
+    vma = vma_at(segment.start)
+    fd = None if vma is None or vma.start > segment.start or not vma.inode else file_descriptor(vma)
+    if vma is None or fd is None:
+        return segment
+    return segment._replace(target=target._replace(fd=fd, file_base=vma.file_offset - vma.start))
+
+
+def _beyond(segments: tuple[Segment, ...], brought_in: RangeSet) -> Iterator[PageRange]:
+    """The parts of huge pages that were brought in and that lie outside of all segments."""
+    size = thp.pmd_size()
+    for segment in segments:
+        if size is None or segment.target.page_size > PAGE_SIZE:
+            continue
+        before = PageRange(segment.start - segment.start % size, segment.start)
+        after = PageRange(segment.stop, segment.stop + -segment.stop % size)
+        for outside, edge in ((before, segment.start), (after, segment.stop - PAGE_SIZE)):
+            page = PageRange(edge, edge + PAGE_SIZE)
+            # One entry maps all of a huge page: what came with this page came at once.
+            if outside and page in brought_in and any(run.state & PageState.HUGE for run in residency_of(page).runs):
+                yield from RangeSet([outside]) - RangeSet(PageRange(other.start, other.stop) for other in segments)
+
+
+def _allocates_on_disk(segment: Segment) -> bool:
+    return segment.backing is Backing.FILE and isinstance(segment.method, FallocateThen)
+
+
+def holes_before(segment: Segment) -> RangeSet:
+    """The holes that fallocate is about to fill; none where it does not."""
+    return RangeSet(_holes(segment)) if _allocates_on_disk(segment) else RangeSet()
+
+
+def _holes(segment: Segment) -> Iterator[PageRange]:
+    """The parts of the file under a segment that have no blocks, as addresses; none where the file system cannot tell."""
+    target = segment.target
+    assert target.fd is not None
+    at, stop = segment.start + target.file_base, min(segment.stop + target.file_base, target.file_size)
+    stop += -stop % PAGE_SIZE  # the last page of the file, in whole
+    for first, end in holes(target.fd, at, stop):
+        yield PageRange.inward(first - target.file_base, end - target.file_base)
+
+
+_FEW = 16 * PAGE_SIZE
+"""Others may map the pages at any moment, so that few are looked at and taken away at once."""
+
+
+def _punch_unshared(pages: RangeSet, segment: Segment) -> Iterator[PageRange]:
+    """As :func:`_punch_zeros`, but for pages that others map too: to them they are populated."""
+    read = best("read", allocate=False)
+    for item in pages:
+        # Of what fallocate alone brought in, and of the file behind a private mapping, only our page tables tell whether
+        # others map it too.
+        for there in resident(item):
+            with contextlib.suppress(OSError):
+                read.run(there.start, there.length, segment.target)
+        for few in item.chunks(max(_FEW, segment.target.page_size)):
+            zeros, unread = _look(few, segment)
+            # Last, so that as little time as can be lies between the look and the hole.
+            yield from _punch_all(zeros - mapped_by_others(few), segment)
+            for page in unread:
+                yield from resident(page)
+
+
+def _punch_zeros(pages: RangeSet, segment: Segment) -> Iterator[PageRange]:
+    """Take the pages that hold nothing but zeros from the file; those that the kernel does not let go of."""
+    for item in pages:
+        for part in item.chunks(max(MIB, segment.target.page_size)):
+            yield from _punch_all(_look(part, segment)[0], segment)
+
+
+def _punch_all(pages: RangeSet, segment: Segment) -> Iterator[PageRange]:
+    for item in pages:
+        try:
+            _punch(item, segment)
+        except OSError:
+            yield from _punch_each(item, segment)
+
+
+def _punch_each(pages: PageRange, segment: Segment) -> Iterator[PageRange]:
+    """Page by page: some are locked, and there is no descriptor to go round that; or the memfd is sealed."""
+    for page in pages.chunks(segment.target.page_size):
+        try:
+            _punch(page, segment)
+        except OSError:
+            yield page
+
+
+def _punch(pages: PageRange, segment: Segment) -> None:
+    target = segment.target
+    if target.fd is not None:
+        fallocate(target.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, pages.start + target.file_base, pages.length)
+    else:
+        mman.madvise(pages.start, pages.length, mman.MADV_REMOVE)
+
+
+def _look(pages: PageRange, segment: Segment) -> tuple[RangeSet, RangeSet]:
+    """The pages that hold nothing but zeros, and those that cannot be read."""
+    step = segment.target.page_size
+    content = _read(pages, segment)
+    if len(content) < pages.length and pages.length > step:
+        parts = [_look(page, segment) for page in pages.chunks(step)]
+        zeros, unread = zip(*parts, strict=True)
+        return RangeSet(chain.from_iterable(zeros)), RangeSet(chain.from_iterable(unread))
+    if not content:
+        return RangeSet(), RangeSet([pages])
+    return RangeSet(
+        PageRange(pages.start + offset, pages.start + offset + step)
+        for offset in range(0, len(content), step)
+        if not content[offset : offset + step].strip(b"\0")
+    ), RangeSet()
+
+
+def _read(part: PageRange, segment: Segment) -> bytes:
+    """Its bytes as far as they can be read, by the kernel: a guard page, or a file that shrinks meanwhile, is no signal."""
+    target = segment.target
+    with contextlib.suppress(OSError):
+        if target.fd is not None:
+            return os.pread(target.fd, part.length, part.start + target.file_base)
+        # Not process_vm_readv: this reads memory that is mapped for writing only, too.
+        with open("/proc/self/mem", "rb", buffering=0) as memory:
+            content = os.pread(memory.fileno(), part.length, part.start)
+            return content if len(content) == part.length else b""
+    return b""

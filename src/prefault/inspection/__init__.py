@@ -1,0 +1,1 @@
+"""What is populated now: the result, and the ways to scan."""

@@ -1,0 +1,171 @@
+"""The limits at which the OOM killer comes: of the memory cgroups, and the machine's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from prefault._system import cgroups
+from prefault._system.kept_files import KeptFile
+from prefault._system.memory_cgroups import Bound, MemoryCgroup
+from prefault.limits.limit import Limit
+from prefault.sizes import KIB, MIB, PAGE_SIZE
+
+_RESERVE = 1 * MIB, 32 * MIB
+_RESERVE_SHARE = 32
+
+# memory.stat is gathered once this many pages a CPU have changed (MEMCG_CHARGE_BATCH), or every two seconds.
+_STATISTICS_LAG = 64 * PAGE_SIZE * (os.cpu_count() or 1)
+
+_meminfo_file = KeptFile("/proc/meminfo")
+_own_cgroups_file = KeptFile("/proc/self/cgroup")
+
+
+class _OwnCgroups(NamedTuple):
+    """The memory cgroups of this process, its own first, and the lines of /proc/self/cgroup that they were found by."""
+
+    lines: bytes
+    levels: tuple[MemoryCgroup, ...]
+    counts_hugetlb: bool
+
+
+_own_cgroups = _OwnCgroups(b"", (), False)
+
+
+def _cgroups() -> _OwnCgroups:
+    """Looked up again when the process was moved: finding the directories takes 200 us, asking whether it was moved 6."""
+    global _own_cgroups
+    known = _own_cgroups
+    try:
+        lines = _own_cgroups_file.read()
+        if lines != known.lines:
+            governing = cgroups.governing("memory")
+            levels = tuple(MemoryCgroup(directory, governing.version) for directory in governing.directories)
+            counts = "memory_hugetlb_accounting" in governing.options.split(",")  # Linux 6.7
+            known = _own_cgroups = _OwnCgroups(lines, _counting(levels), counts)
+    except OSError:
+        return _OwnCgroups(b"", (), False)  # no /proc, or it is filtered: nothing is known
+    return known
+
+
+def _counting(levels: tuple[MemoryCgroup, ...]) -> tuple[MemoryCgroup, ...]:
+    """Without the parents that do not count their children."""
+    for index, level in enumerate(levels[1:], 1):
+        if not level.hierarchical():
+            return levels[:index]
+    return levels
+
+
+def counts_hugetlb() -> bool:
+    """Whether huge pages of hugetlb are charged to the memory cgroup as well (cgroup v2, memory_hugetlb_accounting)."""
+    return _cgroups().counts_hugetlb
+
+
+def memory_limits(levels: Sequence[MemoryCgroup] | None = None) -> list[Limit]:
+    """The limits on memory: of every cgroup from our own upward, and the machine's."""
+    levels = _cgroups().levels if levels is None else levels
+    text = meminfo_text()
+    found = [_cgroup_limit(levels, index, bound, text) for index, bound in _bounds(levels)]
+    machine = _machine_limit(text)
+    return found if machine is None else [*found, machine]
+
+
+class MemoryAnswer(NamedTuple):
+    """The limit that does not leave what was asked for, if there is one; else about how much the tightest leaves."""
+
+    short: Limit | None
+    left_bytes: int
+
+
+def ask_for_memory(
+    needed: int, *, reserve: float = 1.0, only_cgroups: bool = False, levels: Sequence[MemoryCgroup] | None = None
+) -> MemoryAnswer:
+    """Whether ``needed`` bytes of memory may be taken. Statistics are read only where limit and usage do not do.
+
+    Args:
+        needed: bytes.
+        reserve: how much of each limit's reserve must be left, from 0 to 1.
+        only_cgroups: look at the limits of the cgroups that this process was in when it was last asked, which can shrink
+            all at once, and at nothing else. A third of the cost.
+        levels: the cgroups, instead of this process' own.
+    """
+    left = _NO_LIMIT
+    if levels is None:
+        levels = (_own_cgroups if only_cgroups else _cgroups()).levels
+    for index, bound in _bounds(levels):
+        room = bound.limit - bound.usage - int(reserve * _reserve(bound.limit))
+        if room < needed:
+            limit = _cgroup_limit(levels, index, bound, meminfo_text())
+            room = _room(limit, reserve)
+            if room < needed:
+                return MemoryAnswer(limit, max(0, room))
+        left = min(left, room)
+    machine = None if only_cgroups else _machine_limit(meminfo_text())
+    if machine is not None:
+        room = _room(machine, reserve)
+        if room < needed:
+            return MemoryAnswer(machine, max(0, room))
+        left = min(left, room)
+    return MemoryAnswer(None, left)
+
+
+_NO_LIMIT = 1 << 62
+
+
+def _room(limit: Limit, reserve: float) -> int:
+    return limit.limit_bytes - limit.used_bytes + limit.reclaimable_bytes - int(reserve * limit.reserve_bytes)
+
+
+def _bounds(levels: Sequence[MemoryCgroup]) -> Iterator[tuple[int, Bound]]:
+    for index, level in enumerate(levels):
+        for bound in level.bounds():
+            yield index, bound
+
+
+def _cgroup_limit(levels: Sequence[MemoryCgroup], index: int, bound: Bound, text: bytes) -> Limit:
+    statistics = levels[index].statistics()
+    clean = max(0, statistics.file - statistics.dirty - statistics.writeback - _STATISTICS_LAG)
+    reclaimable = clean + statistics.slab_reclaimable // 2
+    if bound.counts != "memory+swap":
+        free_swap = field(text, "SwapFree") or 0
+        reclaimable += min([free_swap, *(left for level in levels if (left := level.swap_left()) is not None)])
+    directory, name = os.path.split(bound.file)
+    high = bound.counts == "high"
+    return Limit(
+        f"{name} of {directory}", "memory", bound.limit, bound.usage, reclaimable, _reserve(bound.limit),
+        "every thread of the cgroup is slowed down to a crawl" if high else "the OOM killer ends a process of the cgroup",
+        bound.file,
+        f"raise it (write to {bound.file}, or the memory limit of the container), or use less memory in the cgroup",
+    )  # fmt: skip
+
+
+def _machine_limit(text: bytes) -> Limit | None:
+    """MemAvailable is what may be taken without swapping; free swap comes on top."""
+    available, total = field(text, "MemAvailable"), field(text, "MemTotal")
+    if available is None or total is None:
+        return None
+    return Limit(
+        "MemAvailable", "memory", total, total - available, field(text, "SwapFree") or 0, _reserve(total),
+        "the OOM killer ends a process of the machine", "/proc/meminfo", "free memory, or add swap",
+    )  # fmt: skip
+
+
+def meminfo_text() -> bytes:
+    """/proc/meminfo; empty where it cannot be read."""
+    try:
+        return _meminfo_file.read()
+    except OSError:
+        return b""
+
+
+def field(text: bytes, key: str) -> int | None:
+    """Bytes of a line such as ``MemTotal:   24684096 kB``."""
+    _, found, rest = (b"\n" + text).partition(b"\n%b:" % key.encode())
+    return int(rest.split(None, 1)[0]) * KIB if found else None
+
+
+def _reserve(limit: int) -> int:
+    """A thirty-second of the limit, from 1 to 32 MiB."""
+    least, most = _RESERVE
+    return min(most, max(least, limit // _RESERVE_SHARE))

@@ -1,0 +1,1 @@
+"""Memory that prefault maps and unmaps itself."""

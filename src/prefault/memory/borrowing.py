@@ -1,0 +1,384 @@
+"""Any buffer, and the address range that it is: borrowed for the length of a call, never unmapped by us."""
+
+from __future__ import annotations
+
+import abc
+import bisect
+import ctypes
+import math
+import os
+import re
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple, NoReturn, SupportsIndex
+
+from prefault.sizes import Size, parse_size
+
+
+class Span(NamedTuple):
+    """The bytes of memory that a call is about: addresses ``[start, stop)``, not rounded to pages."""
+
+    start: int
+    stop: int
+
+
+class Borrowed:
+    """A buffer's memory, held in place until :meth:`release`.
+
+    Attributes:
+        address: of its first byte.
+        length: bytes from the first to the last, gaps of a strided array included.
+        readonly: whether the buffer's owner forbids writing through it (the pages may be writable all the same).
+        contiguous: whether every byte between first and last belongs to the buffer.
+        fd: a descriptor of the file behind it, if the owner has one, else None. Borrowed as well.
+        huge: whether the owner asked for transparent huge pages.
+        gate: what the owner wants to be asked before pages come and go, if anything.
+        supplier: who supplies the pages, if the kernel does not.
+    """
+
+    __slots__ = ("_hold", "address", "contiguous", "fd", "gate", "huge", "length", "readonly", "supplier")
+
+    def __init__(
+        self, address: int, length: int, *, readonly: bool, contiguous: bool = True, fd: int | None = None,
+        huge: bool = False, gate: Gate | None = None, supplier: Supplier | None = None, hold: Hold | None = None,
+    ) -> None:  # fmt: skip
+        self.address = address
+        self.length = length
+        self.readonly = readonly
+        self.contiguous = contiguous
+        self.fd = fd
+        self.huge = huge
+        self.gate = gate
+        self.supplier = supplier if supplier is not None else _suppliers.at(address, length)
+        self._hold = hold
+
+    def release(self) -> None:
+        """Let the owner move or free the memory again. A second call does nothing."""
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.release()
+
+    def __enter__(self) -> Borrowed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def select(self, offset: Size, length: Size | None) -> Span:
+        """The addresses of ``length`` bytes from ``offset`` on (None: to the end).
+
+        Raises:
+            ValueError: negative, or not inside the buffer.
+        """
+        start = 0 if type(offset) is int and offset == 0 else parse_size(offset)
+        if start > self.length:
+            raise ValueError(f"offset {start} lies outside the buffer of {self.length} bytes")
+        count = self.length - start if length is None else parse_size(length)
+        if count > self.length - start:
+            raise ValueError(
+                f"offset {start} and length {count} end at {start + count}, outside the buffer of {self.length} bytes"
+            )
+        return Span(self.address + start, self.address + start + count)
+
+
+class Hold(abc.ABC):
+    """What keeps borrowed memory in place."""
+
+    @abc.abstractmethod
+    def release(self) -> None:
+        """Give it back to its owner."""
+
+
+class Gate(abc.ABC):
+    """What an owner puts before its memory, to be passed by whoever populates or discards.
+
+    Sparse memory has two reasons for one: what is not populated may be fenced off, and a pool keeps books of what is. It has
+    a block size of its own, so that it answers with the spans that are to be worked on: whole blocks.
+    """
+
+    @abc.abstractmethod
+    def populating(self, spans: Sequence[Span]) -> AbstractContextManager[Sequence[Span]]:
+        """Around populating: entering admits the spans, rounded outward to blocks, or raises before anything is touched.
+
+        Leaving with an exception takes back the admission of what was not admitted before. The pages that were brought in
+        have been discarded by then: behind a gate every populate is all or nothing.
+        """
+
+    @abc.abstractmethod
+    def discarding(self, spans: Sequence[Span]) -> AbstractContextManager[Sequence[Span]]:
+        """Around discarding: entering shuts the spans, rounded inward to blocks; leaving gives up their admission."""
+
+
+class Supplied(NamedTuple):
+    """What a supplier did: the bytes that it brought in, and those that were there before."""
+
+    bytes: int
+    present_bytes: int
+    threads: int = 1
+    notes: tuple[str, ...] = ()
+
+
+class Supplier(abc.ABC):
+    """Who supplies the pages of device memory, which the kernel could populate only fault by fault.
+
+    Every route that asks for population comes here (requirement C3): at map time, :func:`prefault.populate`,
+    :func:`prefault.lock` and a change of protection.
+    """
+
+    @abc.abstractmethod
+    def populate(
+        self, span: Span, origin: int, access: Literal["read", "write"], *, rollback: bool,
+        progress: Callable[[int, int], None] | None, check_headroom: bool,
+    ) -> Supplied:  # fmt: skip
+        """Make the pages of ``span``, which lies inside the memory, present; PopulateError with offsets from ``origin``."""
+
+    @abc.abstractmethod
+    def discard(self, span: Span) -> tuple[int, int]:
+        """Give the whole pages inside ``span`` back to the device: their bytes, and how many of them were supplied."""
+
+
+class _Suppliers:
+    """Where there is memory with a supplier: a view of such memory, an ndarray say, does not know by itself."""
+
+    def __init__(self) -> None:
+        self._all: tuple[tuple[int, int, weakref.ref[Supplier]], ...] = ()  # sorted; replaced as a whole, so read unlocked
+        self._lock = threading.RLock()  # reentrant: a finalizer withdraws
+
+    def at(self, address: int, length: int) -> Supplier | None:
+        everything = self._all
+        if not everything:
+            return None
+        index = bisect.bisect_right(everything, address, key=itemgetter(0)) - 1
+        if index < 0 or address + length > everything[index][1]:
+            return None
+        return everything[index][2]()
+
+    def add(self, address: int, length: int, supplier: Supplier) -> None:
+        with self._lock:
+            entry = (address, address + length, weakref.ref(supplier))
+            self._all = tuple(sorted((*self._all, entry), key=itemgetter(0)))
+
+    def remove(self, address: int) -> None:
+        with self._lock:
+            self._all = tuple(entry for entry in self._all if entry[0] != address)
+
+    def forget_threads(self) -> None:
+        self._lock = threading.RLock()
+
+
+_suppliers = _Suppliers()
+os.register_at_fork(after_in_child=_suppliers.forget_threads)
+
+
+def add_supplier(address: int, length: int, supplier: Supplier) -> None:
+    """From now on these addresses are populated by ``supplier``, which is referred to weakly."""
+    _suppliers.add(address, length, supplier)
+
+
+def remove_supplier(address: int) -> None:
+    """No longer, before the memory is unmapped. Without one it does nothing."""
+    _suppliers.remove(address)
+
+
+class MemoryOwner(abc.ABC):
+    """An object whose memory can be borrowed without the buffer protocol (which a Python class has only since 3.12)."""
+
+    @abc.abstractmethod
+    def _borrow(self) -> Borrowed:
+        """Its memory, pinned. ValueError when it is closed."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        # What copy and pickle ask. Two owners of one mapping would both unmap it, or both believe to be alone.
+        raise TypeError(
+            f"a {type(self).__name__} cannot be copied or pickled: copy its bytes, or share its memory by fork or, where it"
+            " has a file, by its descriptor (fd, prefault.Descriptor)"
+        )
+
+
+class _PyBuffer(ctypes.Structure):
+    """``Py_buffer`` (Include/cpython/object.h); the layout is part of the stable ABI since Python 3.11."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.c_void_p),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.POINTER(ctypes.c_ssize_t)),
+        ("strides", ctypes.POINTER(ctypes.c_ssize_t)),
+        ("suboffsets", ctypes.POINTER(ctypes.c_ssize_t)),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+# INDIRECT | STRIDES | ND. Not FORMAT: numpy refuses it for dates and for whatever else has no letter in struct.
+_PYBUF_ANY_LAYOUT = 0x0100 | 0x0010 | 0x0008
+
+# PyDLL functions: they need the GIL, and raise the exception that CPython set.
+_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
+_get_buffer.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int)
+_release_buffer = ctypes.pythonapi.PyBuffer_Release
+_release_buffer.argtypes = (ctypes.c_void_p,)
+_release_buffer.restype = None
+_is_contiguous = ctypes.pythonapi.PyBuffer_IsContiguous
+_is_contiguous.argtypes = (ctypes.c_void_p, ctypes.c_char)
+
+
+class _Export(Hold):
+    """An export of the buffer protocol: until its release the owner refuses to resize, close or free the memory."""
+
+    __slots__ = ("_released", "view")
+
+    def __init__(self, view: _PyBuffer) -> None:
+        self.view = view
+        self._released = False
+
+    def release(self) -> None:
+        if not self._released:
+            self._released = True
+            _release_buffer(ctypes.addressof(self.view))
+
+    def __del__(self) -> None:
+        # An asynchronous exception (Ctrl-C) can strike between the borrowing and the caller's `try`.
+        self.release()
+
+
+class _Reference(Hold):
+    """Keeps an object alive that has no exports to count."""
+
+    __slots__ = ("_object",)
+
+    def __init__(self, held: object) -> None:
+        self._object: object = held
+
+    def release(self) -> None:
+        self._object = None
+
+
+def borrow(buffer: Any) -> Borrowed:
+    """The memory of ``buffer``, in place until released.
+
+    Args:
+        buffer: a :class:`~prefault.Mapping`; anything with the buffer protocol (ndarray, mmap, memoryview, bytearray,
+            array.array, Arrow buffers, ctypes objects; read-only ones too); ``SharedMemory``; anything with
+            ``__array_interface__`` or, on the CPU, ``__dlpack__`` (tensors of every item type; a Parameter too). A tensor
+            whose library exports DLPack without a version counts as read-only, as numpy has it: populate it with
+            ``access="write"``.
+
+    Raises:
+        TypeError: none of these, or an object that fails to say where its memory is.
+        BufferError: a tensor in the memory of another device, or one that its library does not lend.
+        ValueError: a closed mapping or a released memoryview.
+    """
+    if isinstance(buffer, MemoryOwner):
+        return buffer._borrow()
+    view = _PyBuffer()
+    pointer = ctypes.addressof(view)
+    try:
+        _get_buffer(buffer, pointer, _PYBUF_ANY_LAYOUT)
+    except TypeError:
+        return _borrow_otherwise(buffer)
+    export = _Export(view)
+    if view.ndim > 0 and not _is_contiguous(pointer, b"A"):
+        (first, stop), dense = _span_of_strides(view)
+        return Borrowed((view.buf or 0) + first, stop - first, readonly=bool(view.readonly), contiguous=dense, hold=export)
+    return Borrowed(view.buf or 0, view.len, readonly=bool(view.readonly), hold=export)
+
+
+def _span_of_strides(view: _PyBuffer) -> tuple[Span, bool]:
+    """The bytes that a strided array spans, from ``buf`` on, and whether all are its own; see :func:`_layout`."""
+    if view.suboffsets:
+        for dimension in range(view.ndim):
+            if view.suboffsets[dimension] >= 0:
+                raise ValueError("an array of pointers (PIL style suboffsets) has no one address range")
+    return _layout(view.itemsize, [view.shape[i] for i in range(view.ndim)], [view.strides[i] for i in range(view.ndim)])
+
+
+def _layout(itemsize: int, shape: list[int], strides: list[int]) -> tuple[Span, bool]:
+    """The bytes from the lowest item to the highest, counted from the first item, and whether there is no gap.
+
+    Negative strides reach below the first item. Reversed and transposed arrays have no gap.
+    """
+    if 0 in shape:
+        return Span(0, 0), True
+    dense, expected = True, itemsize
+    for stride, count in sorted((abs(stride), count) for count, stride in zip(shape, strides, strict=True) if count > 1):
+        dense = dense and stride == expected
+        expected *= count
+    reach = [(count - 1) * stride for count, stride in zip(shape, strides, strict=True)]
+    return Span(sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + itemsize), dense
+
+
+def _borrow_otherwise(buffer: Any) -> Borrowed:
+    inner = getattr(buffer, "buf", None)  # multiprocessing.shared_memory.SharedMemory; None once it is closed
+    if isinstance(inner, memoryview):
+        return borrow(inner)
+    interface = getattr(buffer, "__array_interface__", None)
+    if isinstance(interface, dict):
+        return _borrow_array_interface(buffer, interface)
+    if hasattr(buffer, "__dlpack__"):
+        return _borrow_tensor(buffer)
+    if isinstance(buffer, str | os.PathLike):
+        raise TypeError(
+            f"{buffer!r} is a path, not memory: map it first, with prefault.Mapping(backing=prefault.File(path))"
+        )
+    if hasattr(buffer, "buf") and inner is None:
+        raise ValueError(f"the {type(buffer).__name__} is closed")
+    raise TypeError(
+        f"{type(buffer).__name__} has no memory to work on: give a buffer (ndarray, mmap, memoryview, bytearray, ...),"
+        " a SharedMemory, a prefault.Mapping, or an object with __array_interface__"
+    )
+
+
+def _borrow_tensor(buffer: Any) -> Borrowed:
+    from prefault.memory.dlpack import export
+
+    tensor = export(buffer)
+    (first, stop), dense = _extent(tensor.itemsize, tensor.shape, tensor.strides)
+    return Borrowed(
+        tensor.address + first, stop - first, readonly=tensor.readonly, contiguous=dense, hold=_Reference(tensor.capsule)
+    )
+
+
+def _extent(itemsize: int, shape: list[int], strides: list[int] | None) -> tuple[Span, bool]:
+    """As :func:`_layout`; without strides there is no gap."""
+    if strides is None:
+        return Span(0, itemsize * math.prod(shape)), True
+    return _layout(itemsize, shape, strides)
+
+
+_TYPESTR = re.compile(r"[<>|=]?(?P<letter>[a-zA-Z])(?P<size>[0-9]+)")
+
+
+def _borrow_array_interface(buffer: Any, interface: dict[str, Any]) -> Borrowed:
+    """The array interface of NumPy, version 3: a dictionary with address, shape, type and strides."""
+    data = interface.get("data")
+    if data is None:
+        raise TypeError(f"the __array_interface__ of {type(buffer).__name__} gives no address")
+    kind = _TYPESTR.match(str(interface.get("typestr")))
+    if kind is None:
+        raise TypeError(
+            f"the __array_interface__ of {type(buffer).__name__} has an unknown type {interface.get('typestr')!r}"
+        )
+    itemsize = int(kind["size"]) * (4 if kind["letter"] == "U" else 1)  # of text it counts characters
+    strides = interface.get("strides")
+    (first, stop), dense = _extent(itemsize, list(interface["shape"]), None if strides is None else list(strides))
+    if isinstance(data, tuple):
+        address, readonly = data
+        return Borrowed(
+            address + first, stop - first, readonly=bool(readonly), contiguous=dense, hold=_Reference(buffer)
+        )  # fmt: skip
+    # An object with the buffer protocol, in which the array starts at `offset`.
+    inner = borrow(data)
+    try:
+        inner.address, stop = inner.select(interface.get("offset", 0) + first, stop - first)
+    except BaseException:
+        inner.release()
+        raise
+    inner.length, inner.contiguous = stop - inner.address, inner.contiguous and dense
+    return inner

@@ -1,0 +1,336 @@
+"""What is mapped where in this process: virtual memory areas (VMAs), one by one and cheaply."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import fcntl
+import functools
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from ctypes import addressof, create_string_buffer, sizeof
+from typing import TypeAlias
+
+from prefault._kernel import mman, procmap
+from prefault._system import capabilities, proc
+from prefault._system.self_files import SelfFile
+from prefault.sizes import PAGE_SIZE
+
+
+class Backing(enum.Enum):
+    """What supplies the pages of a mapping."""
+
+    ANONYMOUS = "private anonymous memory"
+    SHARED_ANONYMOUS = "shared anonymous memory"
+    MEMFD = "a memfd"
+    TMPFS = "a file on tmpfs"
+    FILE = "a file"
+    HUGETLB = "huge pages of hugetlb"
+    SPECIAL = "special memory"
+
+    @property
+    def is_shmem(self) -> bool:
+        """Memory of the kernel's shmem: it has no place on a disk, and holes are allocated on first touch."""
+        return self in (Backing.SHARED_ANONYMOUS, Backing.MEMFD, Backing.TMPFS)
+
+
+class Vma:
+    """One virtual memory area, as it was when it was asked about.
+
+    ``start`` and ``stop`` are addresses, ``page_size`` is the kernel's page size for it (2 MiB or 1 GiB for hugetlb),
+    ``file_offset`` is the offset in the file that ``start`` maps, ``device`` and ``inode`` name that file (0 without one).
+    """
+
+    __slots__ = (
+        "_backing", "_name", "device", "executable", "file_offset", "inode", "page_size", "readable", "shared",
+        "start", "stop", "writable",
+    )  # fmt: skip
+
+    def __init__(
+        self, start: int, stop: int, flags: int, page_size: int, file_offset: int, device: int, inode: int,
+        name: str | None = None,
+    ) -> None:  # fmt: skip
+        self.start = start
+        self.stop = stop
+        self.readable = bool(flags & procmap.PROCMAP_QUERY_VMA_READABLE)
+        self.writable = bool(flags & procmap.PROCMAP_QUERY_VMA_WRITABLE)
+        self.executable = bool(flags & procmap.PROCMAP_QUERY_VMA_EXECUTABLE)
+        self.shared = bool(flags & procmap.PROCMAP_QUERY_VMA_SHARED)
+        self.page_size = page_size
+        self.file_offset = file_offset
+        self.device = device
+        self.inode = inode
+        self._name = name
+        self._backing: Backing | None = None
+
+    @property
+    def name(self) -> str:
+        """The path or the ``[name]`` that ``/proc/self/maps`` shows. Looked up when it is first asked for."""
+        if self._name is None:
+            again = _query(self.start, with_name=True)
+            self._name = again._name or "" if again is not None and again.start <= self.start else ""
+        return self._name
+
+    @property
+    def backing(self) -> Backing:
+        """What supplies the pages."""
+        if self._backing is None:
+            self._backing = self._classify()
+        return self._backing
+
+    def _classify(self) -> Backing:
+        if self.page_size > PAGE_SIZE:
+            return Backing.HUGETLB
+        if not self.inode:
+            if self.shared and self.name.startswith("/SYSV"):  # its inode is the segment's id, of which 0 is the first
+                return Backing.SHARED_ANONYMOUS
+            # [vvar], [vdso], [vsyscall]. Only looked at where a name can matter: anonymous memory is nearly always nameless.
+            return Backing.SPECIAL if self.name.startswith("[v") else Backing.ANONYMOUS
+        if self.device == _shmem_device():
+            return Backing.MEMFD if self.name.startswith("/memfd:") else Backing.SHARED_ANONYMOUS
+        filesystem = _filesystem(self.device)
+        if filesystem is None:
+            # Of the kernel's own mounts, or of one that this process does not see: then it is taken for a disk, as nothing
+            # is ever taken away from files on disks.
+            own = self.name.startswith(("/secretmem", "/dmabuf:", "anon_inode:", "socket:"))
+            return Backing.SPECIAL if own else Backing.FILE
+        if _is_device(self):
+            # Private mappings of /dev/zero are anonymous memory (zero(4)).
+            return Backing.ANONYMOUS if self.name == "/dev/zero" and not self.shared else Backing.SPECIAL
+        return Backing.TMPFS if filesystem in ("tmpfs", "ramfs", "devtmpfs", "rootfs") else Backing.FILE
+
+    def describe(self) -> str:
+        """A few words for messages: ``"shared, writable: a file (/data/x)"``."""
+        letters = "".join(
+            letter if there else "-"
+            for letter, there in (("r", self.readable), ("w", self.writable), ("x", self.executable))
+        )
+        name = f" ({self.name})" if self.name else ""
+        return f"{letters}{'s' if self.shared else 'p'} {self.backing.value}{name}"
+
+    def __repr__(self) -> str:
+        return f"Vma([{self.start:#x}, {self.stop:#x}) {self.describe()})"
+
+
+_maps = SelfFile("maps")
+_NAME_BYTES = 4096 + 64  # PATH_MAX and " (deleted)"
+_QUERY_BYTES = sizeof(procmap.ProcmapQuery)
+
+
+def vma_at(address: int) -> Vma | None:
+    """The VMA that holds ``address``, or else the next one above it; None above the last.
+
+    One ioctl where the kernel has PROCMAP_QUERY (Linux 6.11), else a read of all of ``/proc/self/maps``.
+    """
+    if capabilities.PROCMAP_QUERY.available:
+        return _query(address, with_name=False)
+    return next((vma for vma in _read_all() if vma.stop > address), None)
+
+
+def vmas(start: int, stop: int) -> Iterator[Vma]:
+    """The VMAs that share a byte with ``[start, stop)``, in order. Between two that do not touch is a hole."""
+    if capabilities.PROCMAP_QUERY.available:
+        for row in _query_all(start, stop):
+            yield _vma_of(row)
+    else:
+        yield from (vma for vma in _read_all() if vma.stop > start and vma.start < stop)
+
+
+def vmas_by_kind(start: int, stop: int) -> Iterator[tuple[int, int, Vma]]:
+    """Yield start, stop and kind of each VMA that shares a byte with ``[start, stop)``, in order.
+
+    The kind is the first such VMA with the same permissions, page size and file, and in a file with the same distance
+    between address and offset. What is found out about it, its backing above all, holds for all of its kind: finding out
+    takes several system calls, and an object for each of thousands of VMAs takes longer than to populate it.
+    """
+    if not capabilities.PROCMAP_QUERY.available:
+        yield from ((vma.start, vma.stop, vma) for vma in vmas(start, stop))
+        return
+    known: dict[tuple[int, ...], Vma] = {}
+    for row in _query_all(start, stop):
+        first, last, flags, page_size, offset, inode, major, minor = row
+        kind = flags, page_size, inode, major, minor, offset - first if inode else 0
+        vma = known.get(kind)
+        if vma is None:
+            vma = _vma_of(row)
+            # Without a file the name matters: [vdso] and its neighbours are special memory.
+            if inode or not (vma.shared or _may_be_special(first, last)):
+                known[kind] = vma
+        elif not inode and _may_be_special(first, last):
+            vma = _vma_of(row)
+        yield first, last, vma
+
+
+_ROW = struct.Struct("QQQQQQII")
+"""What PROCMAP_QUERY answers: start, stop, flags, page size, offset in the file, inode, major and minor device number."""
+_Row: TypeAlias = tuple[int, int, int, int, int, int, int, int]
+
+
+def _query_all(start: int, stop: int) -> Iterator[_Row]:
+    """Ask for one VMA after the other by one structure: with thousands of VMAs its making would take most of the time."""
+    query = procmap.ProcmapQuery(_QUERY_BYTES, procmap.PROCMAP_QUERY_COVERING_OR_NEXT_VMA)
+    answer, ioctl, unpack = memoryview(query).cast("B"), _maps.ioctl, _ROW.unpack_from
+    at = start
+    while at < stop:
+        query.query_addr = at
+        try:
+            ioctl(procmap.PROCMAP_QUERY, query, quick=True)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return
+            raise
+        row = unpack(answer, procmap.ProcmapQuery.vma_start.offset)
+        if row[0] >= stop:
+            return
+        yield row
+        at = row[1]
+
+
+def _vma_of(row: _Row) -> Vma:
+    start, stop, flags, page_size, offset, inode, major, minor = row
+    return Vma(start, stop, flags, page_size, offset, os.makedev(major, minor) if inode else 0, inode)
+
+
+def _may_be_special(start: int, stop: int) -> bool:
+    """Whether the addresses are among those where [vdso] and its neighbours lay when this process asked first."""
+    first, last = _special_span()
+    return start < last and first < stop
+
+
+@functools.cache
+def _special_span() -> tuple[int, int]:
+    found = [line for line in proc.read_maps() if line.name.startswith("[v") and line.end >> 63 == 0]
+    return (found[0].start, found[-1].end) if found else (0, 0)
+
+
+def _query(address: int, *, with_name: bool) -> Vma | None:
+    if with_name and not capabilities.PROCMAP_QUERY.available:
+        return next((vma for vma in _read_all() if vma.stop > address), None)
+    query = procmap.ProcmapQuery(_QUERY_BYTES, procmap.PROCMAP_QUERY_COVERING_OR_NEXT_VMA, address)
+    name_buffer = None
+    if with_name:
+        name_buffer = create_string_buffer(_NAME_BYTES)
+        query.vma_name_size, query.vma_name_addr = _NAME_BYTES, addressof(name_buffer)
+    try:
+        _maps.ioctl(procmap.PROCMAP_QUERY, query, quick=True)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        if error.errno == errno.ENAMETOOLONG:  # a path deeper than PATH_MAX
+            return _query(address, with_name=False)
+        raise
+    name = None if name_buffer is None else os.fsdecode(name_buffer.value)
+    inode = query.inode
+    return Vma(
+        query.vma_start,
+        query.vma_end,
+        query.vma_flags,
+        query.vma_page_size,
+        query.vma_offset,
+        os.makedev(query.dev_major, query.dev_minor) if inode else 0,
+        inode,
+        name,
+    )
+
+
+def _read_all() -> Iterator[Vma]:
+    mounts = {mount.device: mount.filesystem for mount in proc.read_mounts()}
+    page_sizes: dict[int, int] | None = None
+    for line in proc.read_maps():
+        flags = sum(bit for letter, bit in zip(line.permissions, (1, 2, 4), strict=False) if letter != "-") | (
+            procmap.PROCMAP_QUERY_VMA_SHARED if line.permissions[3] == "s" else 0
+        )
+        device = line.device if line.inode else 0
+        page_size = PAGE_SIZE
+        if line.device and mounts.get(line.device, "hugetlbfs") == "hugetlbfs":
+            # maps does not tell, and the walk that smaps does is slow: only where it may be hugetlb (the kernel's own mount
+            # of it is not among those of this process).
+            if page_sizes is None:
+                page_sizes = {found.start: found.fields.get("KernelPageSize", PAGE_SIZE) for found in proc.read_smaps()}
+            page_size = page_sizes.get(line.start, PAGE_SIZE)
+        yield Vma(line.start, line.end, flags, page_size, line.offset, device, line.inode, line.name)
+
+
+def vm_flags(address: int) -> frozenset[str]:
+    """The VmFlags of the VMA at ``address`` (two letters each, proc_pid_smaps(5)). Slow: for explaining a failure."""
+    return next((line.vm_flags for line in proc.read_smaps() if line.start <= address < line.end), frozenset())
+
+
+def _filesystem(device: int) -> str | None:
+    """The type of the file system with this device number; None for mounts that this process does not see."""
+    # Not cached: the number of an unmounted tmpfs goes to the next file system without a disk of its own, perhaps a network
+    # file system, and discarding takes the bytes of tmpfs files.
+    return next((mount.filesystem for mount in proc.read_mounts() if mount.device == device), None)
+
+
+@functools.cache
+def _shmem_device() -> int:
+    """The device number of the kernel's own tmpfs, where memfds, shared anonymous memory and SysV segments live."""
+    address = mman.mmap(0, PAGE_SIZE, mman.PROT_READ, mman.MAP_SHARED | mman.MAP_ANONYMOUS)
+    try:
+        vma = vma_at(address)
+        assert vma is not None
+        return vma.device
+    finally:
+        mman.munmap(address, PAGE_SIZE)
+
+
+def mount_directory(vma: Vma) -> str | None:
+    """Where the file system of the file behind ``vma`` is mounted; None where this process does not see it."""
+    return next((mount.directory for mount in proc.read_mounts() if mount.device == vma.device), None)
+
+
+def _is_device(vma: Vma) -> bool:
+    try:
+        mode = os.stat(vma.name).st_mode
+    except OSError:
+        return False  # deleted or out of sight, so nothing that udev made
+    return stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+
+
+def file_descriptor(vma: Vma) -> int | None:
+    """A descriptor of ours that is open for reading and writing on the file of ``vma``, or None.
+
+    Borrowed: never to be closed or kept. No new descriptor is opened, because closing *any* descriptor of a file drops the
+    POSIX locks that this process holds on it (fcntl(2)), a database's for example.
+    """
+    for fd in proc.own_descriptors():
+        try:
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) == (vma.device, vma.inode) and _is_read_write(fd):
+                return fd
+        except OSError as error:
+            if error.errno != errno.EBADF:  # closed by another thread since we listed it
+                raise
+    return None
+
+
+def any_descriptor(vma: Vma) -> int | None:
+    """Return a descriptor of ours on the file of ``vma``, however it was opened, or None. Borrowed: never to be closed."""
+    for fd in proc.own_descriptors():
+        with contextlib.suppress(OSError):  # closed by another thread since they were listed
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) == (vma.device, vma.inode):
+                return fd
+    return None
+
+
+def file_size(vma: Vma) -> int | None:
+    """The size of the file behind ``vma`` in bytes; None where it cannot be found out."""
+    fd = any_descriptor(vma)
+    if fd is not None:
+        with contextlib.suppress(OSError):
+            return os.fstat(fd).st_size
+    for path in (vma.name, f"/proc/self/map_files/{vma.start:x}-{vma.stop:x}"):
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            if (status.st_dev, status.st_ino) == (vma.device, vma.inode):
+                return status.st_size
+    return None
+
+
+def _is_read_write(fd: int) -> bool:
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR

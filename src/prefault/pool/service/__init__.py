@@ -1,0 +1,1 @@
+"""A pool shared between processes: its server, its clients and their protocol."""

@@ -1,0 +1,418 @@
+"""A client of a pool that another process serves."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+from prefault._kernel.peer import peer_credentials
+from prefault.errors import PoolGoneError
+from prefault.ipc import socket_path, transport
+from prefault.ipc.transport import ProtocolError, may_talk_to
+from prefault.memory.backings import Descriptor
+from prefault.pool.block_charges import Account, Member
+from prefault.pool.high_water import Notifier, OnHighWater
+from prefault.pool.members import check_name, extent, round_up
+from prefault.pool.pool_statistics import PoolStatistics
+from prefault.pool.service import pool_protocol
+from prefault.sizes import Size, format_size, parse_size
+from prefault.sparse import SparseMemory
+from prefault.sparse.sparse_memory import Unpopulated
+
+if TYPE_CHECKING:
+    from prefault.mapping.mapping import HugeAdvice
+
+_READ = 1 << 16
+_UNANSWERED_MOST = 64
+"""Requests that may wait for an answer at once: more could fill the socket, both ways."""
+
+_R = TypeVar("_R", pool_protocol.Welcome, pool_protocol.Created, pool_protocol.Done, pool_protocol.Statistics)
+
+
+class PoolClient:
+    """A pool in another process; made by :func:`prefault.pool.connect`. A context manager.
+
+    When the server ends, the memory stays what it is; it can be used, discarded and closed, and populating it raises
+    :class:`~prefault.PoolGoneError`. No answer is waited for longer than the timeout: a request that is not answered in
+    time raises :class:`~prefault.PoolGoneError` with ETIMEDOUT, and once the server goes on (after SIGCONT, say) the client
+    can be used as before. A fork of this process shares the memory and not the connection: it connects for itself.
+
+    Attributes:
+        capacity: of the pool, bytes.
+        block: of the pool, bytes.
+        notes: of the pool.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, timeout: float, on_high_water: OnHighWater | None) -> None:
+        if not timeout > 0:
+            raise ValueError(f"a timeout is a positive number of seconds, not {timeout}")
+        self._link = _Link(path, timeout)
+        try:
+            welcome = self._link.greet(events=False)
+            self.capacity, self.block, self.notes = welcome.capacity, welcome.block, welcome.notes
+            self._events = None if on_high_water is None else _Events(path, timeout, on_high_water)
+        except BaseException:
+            self._link.close()
+            raise
+        self._members: set[_There] = set()
+
+    def sparse(
+        self,
+        size: Size,
+        *,
+        reserved: Size = 0,
+        limit: Size | None = None,
+        unpopulated: Unpopulated = "fault",
+        reservation: Size | None = None,
+        huge: HugeAdvice = "auto",
+        name: str | None = None,
+    ) -> SparseMemory:
+        """Sparse memory of this process that draws from the pool: see :meth:`Pool.sparse`.
+
+        Raises:
+            PoolGoneError: the server cannot be asked.
+        """
+        wanted, whole = extent(size, reservation)
+        check_name(name)  # what is no name would be no message either, and end the connection
+        most = None if limit is None else parse_size(limit)
+        request = pool_protocol.Create(0, whole, parse_size(reserved), most, name)
+        created, fd = self._link.ask(request, pool_protocol.Created)
+        if fd is None:
+            raise PoolGoneError(errno.EPROTO, "the pool's server sent no descriptor with a new member")
+        account = _There(self, created.member, fd)
+        self._members.add(account)
+        try:
+            books = Member(account, created.size, self.block, created.name)
+            return SparseMemory(
+                round_up(wanted, self.block), reservation=created.size, backing=Descriptor(fd), block=self.block,
+                unpopulated=unpopulated, huge=huge, books=books,
+            )  # fmt: skip
+        except BaseException:
+            account.close()
+            raise
+
+    def statistics(self) -> PoolStatistics:
+        """Of the whole pool.
+
+        Raises:
+            PoolGoneError: the server cannot be asked.
+        """
+        return self._link.ask(pool_protocol.Ask(0), pool_protocol.Statistics)[0].statistics
+
+    def close(self) -> None:
+        """End the connection. A second call does nothing.
+
+        Raises:
+            BufferError: memory from this pool is still open. Close that first: the server empties what a client leaves.
+                Not raised while the server does not answer.
+        """
+        if self._members and self._link.usable and not self._link.late:
+            count = len(self._members)
+            raise BufferError(f"{count} sparse memor{'y is' if count == 1 else 'ies are'} still open: close them first")
+        if self._events is not None:
+            self._events.close()
+        self._link.close()
+
+    def __enter__(self) -> PoolClient:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except BufferError:
+            if kind is None:
+                raise
+
+    def __repr__(self) -> str:
+        state = "connected" if self._link.usable else "not connected"
+        return f"<PoolClient of {format_size(self.capacity)} at {self._link.path}, {state}>"
+
+
+class _There(Account):
+    """An account with a pool in another process."""
+
+    def __init__(self, client: PoolClient, number: int, fd: int) -> None:
+        self._client = client  # which so lives as long as its memory
+        self._number = number
+        self._fd: int | None = fd
+        self._charged = 0
+
+    def settle(self, charged: int) -> None:
+        link, request = self._client._link, pool_protocol.Settle(0, self._number, charged)
+        if charged > self._charged:
+            try:
+                link.ask(request, pool_protocol.Done)
+            except PoolGoneError:
+                # The server may still carry it out when it goes on: what is charged in the end follows right behind.
+                with contextlib.suppress(PoolGoneError):
+                    link.tell(pool_protocol.Settle(0, self._number, self._charged))
+                raise
+        else:
+            link.tell(request)
+        self._charged = charged
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is None:
+            return
+        try:
+            # Here, as it can take a while: the server then finds the file empty.
+            os.ftruncate(fd, 0)
+        finally:
+            os.close(fd)
+            self._client._members.discard(self)
+            with contextlib.suppress(PoolGoneError):
+                self._client._link.tell(pool_protocol.Close(0, self._number))
+
+
+class _Link:
+    """A connection: one request at a time, each answered before its deadline."""
+
+    def __init__(self, path: str | os.PathLike[str], timeout: float) -> None:
+        self.path = os.fspath(path)
+        self._timeout = timeout
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._received = bytearray()
+        self._descriptors: list[int] = []
+        self._later: dict[int, pool_protocol.Settle | pool_protocol.Close] = {}
+        """The last word on each member, to be sent: of a finalizer amid a request, or to a server that is late."""
+        self._requests = 0
+        self._answered = 0
+        """The id of the last request that was answered: replies come in the order of requests."""
+        self.late = False
+        """Whether a request was not answered in time, and the answer has not come since."""
+        self._reading = False
+        self._why: str | None = None
+        """Why it can be used no more."""
+        self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._connect()
+        except BaseException:
+            self.connection.close()
+            raise
+
+    def _connect(self) -> None:
+        try:
+            socket_path.connect_to(self.connection, self.path, self._timeout)
+        except TimeoutError:
+            raise PoolGoneError(errno.ETIMEDOUT, f"no server answers at {self.path} within {self._timeout} s") from None
+        except OSError as error:
+            hint = {
+                errno.ENOENT: "there is no such socket",
+                errno.ECONNREFUSED: "no server is alive there",
+                errno.EACCES: "it belongs to another user",
+            }.get(error.errno or 0, error.strerror)
+            raise OSError(error.errno, f"no pool at {self.path}: {hint}") from error
+        peer = peer_credentials(self.connection)
+        if not may_talk_to(peer.uid):
+            raise PermissionError(
+                errno.EPERM,
+                f"the server at {self.path} runs as user {peer.uid}: memory is taken only from one's own, or root",
+            )
+
+    @property
+    def usable(self) -> bool:
+        return self._why is None and os.getpid() == self._pid
+
+    def greet(self, *, events: bool) -> pool_protocol.Welcome:
+        return self.ask(pool_protocol.Hello(0, pool_protocol.VERSION, events), pool_protocol.Welcome)[0]
+
+    def ask(self, request: pool_protocol.Request, kind: type[_R]) -> tuple[_R, int | None]:
+        """Send a request; its answer, and the descriptor that came with it.
+
+        Raises:
+            PoolGoneError: there will be no answer.
+            PoolFullError, MappingError, ValueError, OSError: the answer is an error.
+            RuntimeError: this very thread waits for an answer already.
+        """
+        self._check_process()
+        if self._is_asking():
+            raise RuntimeError(
+                "a signal handler or a finalizer cannot ask the pool now: the thread that it interrupted waits for an answer"
+            )
+        with self._lock:
+            if self._why is not None:
+                raise PoolGoneError(errno.ENOTCONN, self._why)
+            deadline = time.monotonic() + self._timeout
+            self._catch_up(deadline)
+            number = self._send(request)
+            while True:
+                reply, fd = self._take(deadline)
+                if reply.id == number or (not reply.id and isinstance(reply, pool_protocol.Refused)):
+                    break
+                self._discard(reply, fd)
+            self._send_later()
+        if isinstance(reply, kind):
+            return reply, fd
+        if fd is not None:
+            os.close(fd)
+        if not isinstance(reply, pool_protocol.Refused):
+            self._fail(f"the pool's server at {self.path} answered a {type(request).__name__} with a {type(reply).__name__}")
+        error = pool_protocol.error_of(reply)
+        if not reply.id or reply.kind == "protocol":
+            self._end(str(error))
+        raise error
+
+    def tell(self, request: pool_protocol.Settle | pool_protocol.Close) -> None:
+        """Ask for what cannot be refused; from a finalizer in the middle of a request, as soon as that is answered.
+
+        A server that is late is told without waiting for its answer.
+
+        Raises:
+            PoolGoneError: there will be no answer.
+        """
+        self._check_process()
+        if self._is_asking():
+            self._later[request.member] = request
+            return
+        with self._lock:
+            if self.late and self._why is None:
+                self._later[request.member] = request
+                with contextlib.suppress(PoolGoneError):  # it is still late
+                    self._catch_up(time.monotonic())
+                return
+        self.ask(request, pool_protocol.Done)
+
+    def _is_asking(self) -> bool:
+        """Whether this very thread is in the middle of a request: we are a signal handler or a finalizer."""
+        return bool(self._lock._is_owned())  # type: ignore[attr-defined]
+
+    def _check_process(self) -> None:
+        # Before the lock: another thread may have held it at the time of the fork.
+        if os.getpid() != self._pid:
+            raise PoolGoneError(
+                errno.ENOTCONN, f"the pool at {self.path} is connected to process {self._pid}, of which this one is a fork:"
+                " connect again here",
+            )  # fmt: skip
+
+    def _send_later(self) -> None:
+        while self._later and self._requests - self._answered < _UNANSWERED_MOST:
+            self._send(self._later.popitem()[1])
+
+    def _catch_up(self, deadline: float) -> None:
+        """Send what is left to be said, and take the answers to all earlier requests; PoolGoneError if they do not come."""
+        self._send_later()
+        while self._answered < self._requests:
+            self._discard(*self._take(deadline))
+            self._send_later()
+        self.late = False
+
+    def _take(self, deadline: float) -> tuple[pool_protocol.Reply, int | None]:
+        """The next reply, before the deadline, and the descriptor that came with it."""
+        reply = self.receive(deadline)
+        self._answered = max(self._answered, reply.id)
+        descriptors, self._descriptors = self._descriptors, []
+        fd = descriptors.pop(0) if descriptors and isinstance(reply, pool_protocol.Created) else None
+        for unexpected in descriptors:
+            os.close(unexpected)
+        return reply, fd
+
+    def _discard(self, reply: pool_protocol.Reply, fd: int | None) -> None:
+        """Forget the answer to a request that Ctrl-C interrupted, that was only told, or that was given up as late."""
+        if fd is not None:
+            os.close(fd)
+        if isinstance(reply, pool_protocol.Created):
+            self._later[reply.member] = pool_protocol.Close(0, reply.member)
+        if isinstance(reply, pool_protocol.Refused) and (not reply.id or reply.kind == "protocol"):
+            self._fail(str(pool_protocol.error_of(reply)))
+
+    def _send(self, request: pool_protocol.Request) -> int:
+        self._requests += 1
+        data = pool_protocol.encode(pool_protocol.numbered(request, self._requests))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have said why before it hung up
+            # Never partly: it is short, and few answers are outstanding.
+            if self.connection.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) != len(data):
+                self._fail(f"the pool's server at {self.path} takes no requests")
+        return self._requests
+
+    def receive(self, deadline: float | None) -> pool_protocol.Reply:
+        """The next message, before the deadline."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN)
+        try:
+            while (body := pool_protocol.take_message(self._received, pool_protocol.MAX_REPLY)) is None:
+                if self._reading:
+                    self._fail(f"an answer of the pool's server at {self.path} was interrupted half way")
+                left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+                # Waiting apart from receiving: Ctrl-C while waiting loses nothing.
+                if not poll.poll(left):
+                    self.late = True
+                    raise PoolGoneError(
+                        errno.ETIMEDOUT, f"the pool's server at {self.path} did not answer within {self._timeout} s"
+                    )
+                self._reading = True
+                data, descriptors = transport.receive(self.connection, _READ)
+                self._received += data
+                self._descriptors += descriptors
+                self._reading = False
+                if not data:
+                    self._fail(f"the pool's server at {self.path} is gone")
+            return pool_protocol.decode_reply(body)
+        except ProtocolError as error:
+            self._fail(f"what the server at {self.path} says is no answer of a pool: {error}")
+        except PoolGoneError:
+            raise
+        except OSError as error:
+            self._fail(f"the pool's server at {self.path} is gone: {error.strerror}")
+
+    def _fail(self, reason: str, number: int = errno.ECONNRESET) -> NoReturn:
+        self._end(reason)
+        raise PoolGoneError(number, reason)
+
+    def _end(self, reason: str) -> None:
+        self._why = reason
+        self.connection.close()
+        descriptors, self._descriptors = self._descriptors, []
+        for fd in descriptors:
+            os.close(fd)
+
+    def hang_up(self) -> None:
+        """Wake whoever waits in :meth:`receive`."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close it here; in the process that connected it is the end for its forks too."""
+        if os.getpid() != self._pid:
+            self.connection.close()
+            return
+        with self._lock:
+            if self._why is None:
+                self.hang_up()
+                self._end("the pool's client is closed")
+
+
+class _Events:
+    """A connection of its own on which the server tells of the high-water mark, and the thread that listens."""
+
+    def __init__(self, path: str | os.PathLike[str], timeout: float, callback: OnHighWater) -> None:
+        self._link = _Link(path, timeout)
+        try:
+            self._link.greet(events=True)
+        except BaseException:
+            self._link.close()
+            raise
+        self._notifier = Notifier(callback)
+        self._thread = threading.Thread(target=self._run, name="prefault-pool-events", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(PoolGoneError):
+            while True:
+                message = self._link.receive(None)
+                if isinstance(message, pool_protocol.HighWater):
+                    self._notifier.notify(message.statistics)
+
+    def close(self) -> None:
+        if self._link.usable:
+            self._link.hang_up()
+            if threading.current_thread() is not self._thread:
+                self._thread.join()
+        self._link.close()

@@ -1,0 +1,198 @@
+"""What is said between a pool's server and its clients: typed messages in MessagePack, each with its length before it.
+
+A request is answered by exactly one reply, in order, with the same ``id``. On a connection that asked to be told of the
+high-water mark the server sends :class:`HighWater` from then on, and nothing else is said. The only descriptor that ever
+travels is that of a new member's file, with the first byte of :class:`Created`.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import Annotated, TypeAlias
+
+try:
+    import msgspec
+except ImportError:
+    raise ImportError(
+        "a pool that processes share needs msgspec, which is not installed: pip install msgspec", name="msgspec"
+    ) from None
+
+from prefault.errors import HugePagesError, MappingError, PoolFullError, PoolGoneError
+from prefault.ipc import encoding
+from prefault.ipc.transport import ProtocolError
+from prefault.pool.pool_statistics import PoolStatistics
+
+VERSION = 1
+
+MAX_REQUEST = 4096
+"""Bytes in the longest message of a client. A charge says how much, not which blocks, so that all are short."""
+
+MAX_REPLY = 4 << 20
+"""Bytes in the longest message of a server: statistics of some ten thousand members."""
+
+_LENGTH = struct.Struct("<I")
+
+Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1000)]
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.lower, array_like=True):
+    id: Number
+
+
+class Hello(_Message, frozen=True):
+    """The first message of a client. ``events``: this connection is there to be told of the high-water mark."""
+
+    version: Number
+    events: bool
+
+
+class Create(_Message, frozen=True):
+    """Have a member made."""
+
+    size: Number
+    reserved: Number
+    limit: Number | None
+    name: _Text | None
+
+
+class Settle(_Message, frozen=True):
+    """Have so many bytes charged to a member of this connection, in all."""
+
+    member: Number
+    charged: Number
+
+
+class Close(_Message, frozen=True):
+    """Empty a member of this connection, and forget it."""
+
+    member: Number
+
+
+class Ask(_Message, frozen=True):
+    """Ask for the statistics."""
+
+
+class Welcome(_Message, frozen=True):
+    """To Hello: what the pool is."""
+
+    capacity: Number
+    block: Number
+    notes: tuple[str, ...]
+
+
+class Created(_Message, frozen=True):
+    """To Create; the descriptor of the file comes with it."""
+
+    member: Number
+    name: str
+    size: Number
+
+
+class Done(_Message, frozen=True):
+    """To Settle and Close."""
+
+
+class Statistics(_Message, frozen=True):
+    """To Ask."""
+
+    statistics: PoolStatistics
+
+
+class HighWater(_Message, frozen=True):
+    """The charge has come to the high-water mark."""
+
+    statistics: PoolStatistics
+
+
+class Refused(_Message, frozen=True):
+    """To anything: why not. ``kind`` is a key of :data:`ERRORS`; after ``"protocol"`` the server closes the connection."""
+
+    kind: str
+    number: int
+    message: str
+
+
+Request: TypeAlias = Hello | Create | Settle | Close | Ask
+Reply: TypeAlias = Welcome | Created | Done | Statistics | HighWater | Refused
+
+# What travels by name, most special first: the first that fits is sent.
+ERRORS: dict[str, type[Exception]] = {
+    "full": PoolFullError,
+    "gone": PoolGoneError,
+    "huge pages": HugePagesError,
+    "mapping": MappingError,
+    "value": ValueError,
+    "system": OSError,
+    "protocol": ConnectionError,
+}
+
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+# The tag of a union is decoded outside of what msgspec makes a DecodeError of.
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+def encode(message: Request | Reply) -> bytes:
+    """A message with its length before it."""
+    body = encoding.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def numbered(request: Request, number: int) -> Request:
+    """The same request with another ``id``."""
+    return msgspec.structs.replace(request, id=number)
+
+
+def decode_request(body: bytes | bytearray) -> Request:
+    """A message of a client; ProtocolError if it is none."""
+    try:
+        return _requests.decode(body)
+    except _UNREADABLE as error:
+        raise ProtocolError(f"not a message: {error}") from None
+
+
+def decode_reply(body: bytes | bytearray) -> Reply:
+    """A message of a server; ProtocolError if it is none."""
+    try:
+        return _replies.decode(body)
+    except _UNREADABLE as error:
+        raise ProtocolError(f"not a message: {error}") from None
+
+
+def take_message(received: bytearray, most: int) -> bytearray | None:
+    """Take the first message off what was received; None while it is not complete.
+
+    Raises:
+        ProtocolError: it claims to be empty or longer than ``most``.
+    """
+    if len(received) < _LENGTH.size:
+        return None
+    (length,) = _LENGTH.unpack_from(received)
+    if not 0 < length <= most:
+        raise ProtocolError(f"a message of {length} bytes; 1 to {most} are allowed")
+    if len(received) < _LENGTH.size + length:
+        return None
+    body = received[_LENGTH.size : _LENGTH.size + length]
+    del received[: _LENGTH.size + length]
+    return body
+
+
+def refusal(request: int, error: Exception) -> Refused:
+    """An error as a message."""
+    kind = next(kind for kind, of in ERRORS.items() if isinstance(error, of))
+    number = error.errno if isinstance(error, OSError) else None
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return Refused(request, kind, number or 0, text)
+
+
+def error_of(refused: Refused) -> Exception:
+    """The error that a message tells of."""
+    kind = ERRORS.get(refused.kind, OSError)
+    if kind is ValueError:
+        return ValueError(refused.message)
+    if kind is ConnectionError:
+        return PoolGoneError(errno.ECONNABORTED, f"the pool's server refuses: {refused.message}")
+    return kind(refused.number or errno.EIO, refused.message)

@@ -1,0 +1,381 @@
+"""SparseMemory: a large reservation of which parts are populated and discarded at will."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from array import array
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from prefault._kernel import mman
+from prefault.engine.discarding import DiscardResult, discard, drop
+from prefault.engine.methods import Access, Target, best
+from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
+from prefault.inspection.scan import occupied
+from prefault.mapping.mapping import HugeAdvice, MappedMemory, OwnedMemory, Pin
+from prefault.memory.backings import (
+    Anonymous,
+    BackingSource,
+    Hugetlb,
+    Opened,
+    TemporaryFile,
+    parse_backing,
+)
+from prefault.memory.borrowing import Borrowed
+from prefault.memory.vma import Backing, vma_at
+from prefault.ranges import PageRange, RangeSet
+from prefault.sizes import MIB, PAGE_SIZE, Size, format_size, parse_size
+from prefault.sparse.accounting import Books
+from prefault.sparse.layout import ensure_length, lay_out, size_of, to_share
+from prefault.sparse.operations import SparseGate
+from prefault.sparse.protection import Fence
+from prefault.sparse.transfer import copy
+
+if TYPE_CHECKING:
+    import numpy
+    import numpy.typing
+
+Unpopulated: TypeAlias = Literal["zeros", "fault"]
+
+Ranges: TypeAlias = "Iterable[tuple[int, int]] | Iterable[PageRange] | RangeSet | numpy.ndarray[Any, Any]"
+"""Pairs of offset and length, :class:`PageRange`, a :class:`RangeSet`, or an integer array of shape ``(n, 2)``."""
+
+_ACCESSIBLE = mman.PROT_READ | mman.PROT_WRITE
+
+
+class SparseMemory(MappedMemory):
+    """A reserved range of addresses in which blocks are populated and discarded, without ever being mapped anew.
+
+    ::
+
+        with prefault.SparseMemory("1 TiB", block="2 MiB", unpopulated="fault") as memory:
+            memory.populate("10 GiB", "64 MiB")  # real now, or an exception and nothing has changed
+            view = memory.view("10 GiB", "64 MiB")
+            ...
+            memory.discard("10 GiB", "64 MiB")  # the memory is given back; the view stays, touching it is a SIGSEGV
+
+    A reservation takes no memory (MAP_NORESERVE), only addresses. All calls may come from several threads at once; those
+    that concern a common block wait for each other. Offsets and sizes are bytes, or texts such as ``"2 MiB"``.
+
+    Args:
+        size: rounded up to whole blocks. None: as long as the file of a :class:`File` or :class:`Descriptor`.
+        reservation: how far :meth:`resize` may go; default: ``size``. What lies between is not accessible.
+        backing: as for :class:`Mapping`. A file that is given by name or descriptor keeps its length; the others grow.
+        shared: MAP_SHARED or MAP_PRIVATE, as for :class:`Mapping`. Shared anonymous memory is a memfd here.
+        block: the granularity, a multiple of the page size of the backing, which is the default; with ``huge="advise"`` of
+            a huge page, 2 MiB.
+        unpopulated: what touching a block that is not populated does. ``"zeros"``: it faults pages in, as ordinary memory.
+            ``"fault"``: a SIGSEGV, in this process and in its forks; another process has fences of its own.
+        huge: transparent huge pages, as for :class:`Mapping`; never where a block is smaller than one.
+        books: what is asked before blocks are populated, and told when they are gone: a pool's account.
+
+    Raises:
+        MappingError: the backing or the addresses cannot be had. Nothing is left behind.
+        ValueError, TypeError: a wrong size, backing or option.
+    """
+
+    def __init__(
+        self,
+        size: Size | None,
+        *,
+        reservation: Size | None = None,
+        backing: BackingSource | str = "anonymous",
+        shared: bool | None = None,
+        block: Size | None = None,
+        unpopulated: Unpopulated = "zeros",
+        huge: HugeAdvice = "auto",
+        books: Books | None = None,
+    ) -> None:
+        source = parse_backing(backing)
+        if huge not in ("auto", "advise", "never"):
+            raise ValueError(f"huge is 'auto', 'advise' or 'never', not {huge!r}")
+        if unpopulated not in ("zeros", "fault"):
+            raise ValueError(f"unpopulated is 'zeros' or 'fault', not {unpopulated!r}")
+        wanted = None if size is None else size_of(size, "size")
+        reserved = None if reservation is None else size_of(reservation, "reservation")
+        self.backing = source
+        self.shared = not isinstance(source, Anonymous | Hugetlb) if shared is None else shared
+        self.unpopulated = unpopulated
+        opened = to_share(source, self.shared).open(wanted, writable=self.shared)
+        memory = OwnedMemory(opened.fd)  # from here on it closes the descriptor
+        try:
+            self.page_size = opened.page_size
+            self.block, self._size, self._reservation, self.huge = lay_out(
+                source, opened, wanted, reserved, None if block is None else parse_size(block), huge
+            )
+            if opened.fd is not None:
+                ensure_length(source, opened.fd, opened.offset, self._size, opened.page_size)
+            fenced = unpopulated == "fault"
+            memory.map(
+                self._reservation, opened, shared=self.shared, prot=mman.PROT_NONE if fenced else _ACCESSIBLE,
+                huge=self.huge, noreserve=True,
+            )  # fmt: skip
+            fence = self._fence(memory, opened) if fenced else None
+            if not fenced and self._reservation > self._size:
+                mman.mprotect(memory.address + self._size, self._reservation - self._size, mman.PROT_NONE)
+            self._gate = self._make_gate(memory, source, fence, books)
+        except BaseException:
+            memory.unmap()
+            raise
+        if books is not None:
+            memory.at_unmap = _Closing(books)
+        self._memory = memory
+
+    def _fence(self, memory: OwnedMemory, opened: Opened) -> Fence:
+        merges = opened.page_size == PAGE_SIZE
+        if merges and not self.shared:
+            # Give all of the mapping one anon_vma. Parts that get one each, at their first fault, are never joined again.
+            mman.mprotect(memory.address, PAGE_SIZE, _ACCESSIBLE)
+            with contextlib.suppress(OSError):  # no memory: it is for the sake of fewer mappings only
+                best("write", allocate=False).run(memory.address, PAGE_SIZE, Target())
+            mman.mprotect(memory.address, PAGE_SIZE, mman.PROT_NONE)
+        fence = Fence(memory.address, self._reservation, self.block, merges=merges)
+        if merges:
+            # With the page goes its page table (since Linux 6.14), which would keep a huge page out.
+            drop(memory.address, min(self._reservation, 2 * MIB))
+        return fence
+
+    def _make_gate(
+        self, memory: OwnedMemory, source: BackingSource, fence: Fence | None, books: Books | None
+    ) -> SparseGate:  # fmt: skip
+        vma = vma_at(memory.address)
+        assert vma is not None
+        on_disk = vma.backing is Backing.FILE
+        return SparseGate(
+            memory.address, self.block, fence, books, file_offset=memory.file_offset,
+            memory_file=memory.fd if self.shared and not on_disk else None,
+            scratch_file=memory.fd if self.shared and on_disk and isinstance(source, TemporaryFile) else None,
+        )  # fmt: skip
+
+    # --- pages come and go
+
+    def populate(
+        self,
+        offset: Size = 0,
+        length: Size | None = None,
+        *,
+        access: Access | None = None,
+        threads: int | None = None,
+        progress: Progress | bool = False,
+        headroom: HeadroomChoice = "check",
+    ) -> PopulateResult:
+        """Make blocks present, all or none: the same as :func:`prefault.populate` of this object, which see.
+
+        Rounded outward to whole blocks. On failure or Ctrl-C the pages that this call brought in are discarded again, and
+        whatever was there before keeps its bytes.
+
+        Args:
+            offset: where to start.
+            length: how far; None: to the end.
+            access: ``"read"``, ``"write"`` or None, the better one.
+            threads: how many at once; None: as it pays.
+            progress: True draws a bar on stderr; a function is called with the bytes done and in all.
+            headroom: ``"check"`` looks at the limits before the start and on the way, ``"ignore"`` does not.
+
+        Raises:
+            PopulateError: one of its subclasses says why; of a pool also PoolFullError.
+            PopulateInterrupted: Ctrl-C.
+            ValueError, TypeError: outside of the memory; closed; an unknown option.
+        """
+        return populate(
+            self, access=access, offset=offset, length=length, threads=threads, progress=progress, headroom=headroom
+        )
+
+    def discard(self, offset: Size = 0, length: Size | None = None) -> DiscardResult:
+        """Give blocks back, and shut them: the same as :func:`prefault.discard` of this object, which see.
+
+        Rounded **inward** to whole blocks. What is read next, where it may be read, is zeros; of private mappings of a file
+        it is the file's bytes. Memory files lose the pages for every process; of files on a disk only a
+        :class:`TemporaryFile` of this memory's own loses them, other files are never changed.
+
+        Raises:
+            DiscardError: the kernel refuses; blocks that were not discarded are as before.
+            ValueError, TypeError: outside of the memory; closed.
+        """
+        return discard(self, offset=offset, length=length)
+
+    def populate_many(
+        self, ranges: Ranges, *, access: Access | None = None, headroom: HeadroomChoice = "check"
+    ) -> PopulateResult:
+        """Populate many ranges in few system calls, all or none, each rounded outward to whole blocks.
+
+        Args:
+            ranges: pairs of offset and length, :class:`PageRange`, a :class:`RangeSet`, or an integer array of shape
+                ``(n, 2)``, in any order; overlapping and touching ones are merged, empty ones left out.
+            access: as for :meth:`populate`.
+            headroom: as for :meth:`populate`; but for the space of a disk, which is looked at by nobody.
+
+        Raises:
+            ValueError: one of them is no range inside the memory; the message has its index. Nothing was populated.
+            PopulateError, PopulateInterrupted: as :meth:`populate`.
+        """
+        from prefault.sparse import batch, range_arguments
+
+        with self._borrow() as memory:
+            blocks = range_arguments.outward(range_arguments.parse_ranges(ranges, memory.length), self.block)
+            return batch.populate_many(memory, self._gate, blocks, access, headroom)
+
+    def discard_many(self, ranges: Ranges) -> DiscardResult:
+        """Discard many ranges, merged as for :meth:`populate_many` and then rounded inward to whole blocks.
+
+        Raises:
+            ValueError: one of them is no range inside the memory; the message has its index. Nothing was discarded.
+            DiscardError: as :meth:`discard`.
+        """
+        from prefault.sparse import batch, range_arguments
+
+        with self._borrow() as memory:
+            blocks = range_arguments.inward(range_arguments.parse_ranges(ranges, memory.length), self.block)
+            return batch.discard_many(memory, self._gate, blocks)
+
+    @property
+    def populated(self) -> RangeSet:
+        """The offsets of all pages that are present or swapped out, asked of the kernel."""
+        with self._borrow() as memory:
+            return self._populated(memory)
+
+    def _populated(self, memory: Borrowed) -> RangeSet:
+        from prefault.sparse import range_arguments
+
+        spans = [memory.address, memory.address + memory.length]
+        if self._gate.fence is not None:
+            # What is shut has no pages, but perhaps page tables full of guards, which take their time to walk and look
+            # like swapped pages before Linux 6.15.
+            self._gate.ask_for_change()
+            with self._gate.lock:
+                spans = [memory.address + at for at in self._gate.fence.runs()]
+        rows = occupied(spans, how=False)
+        return range_arguments.as_set(range_arguments.merged(rows[:, 0], rows[:, 1]) - memory.address)
+
+    # --- bytes
+
+    def read(self, offset: Size, length: Size) -> bytes:
+        """The bytes at ``offset``, read by the kernel: what cannot be had is an exception, and no signal.
+
+        Raises:
+            NotPopulatedError: a block is not populated, and unpopulated memory faults here.
+            PopulateError: the memory for it cannot be had (tmpfs full, hugetlb pool empty, a poisoned page, ...).
+            ValueError: outside of the memory; closed.
+        """
+        with self._borrow() as memory:
+            span = memory.select(offset, length)
+            content = array("B", bytes(span.stop - span.start))
+            if content:
+                copy(memory, self._gate, span.start, content, "read")
+            return content.tobytes()
+
+    def write(self, offset: Size, data: Any) -> None:
+        """Write bytes at ``offset``; see :meth:`read`. Nothing is written where a block of them is not populated."""
+        source = memoryview(data).cast("B")
+        with self._borrow() as memory:
+            span = memory.select(offset, len(source))
+            if len(source):
+                copy(memory, self._gate, span.start, array("B", bytes(source)), "write")
+
+    def view(self, offset: Size = 0, length: Size | None = None) -> memoryview:
+        """The bytes as memory. It keeps the memory; :meth:`close` refuses while it lives, :meth:`resize` does not mind.
+
+        Reading or writing what is not populated is what ``unpopulated`` says, SIGBUS where the memory for it cannot be had.
+        """
+        with self._borrow() as memory:
+            span = memory.select(offset, length)
+            # Always of the whole reservation, so that one exporter does for all sizes.
+            whole = memoryview(self._open_memory().exporter(self._reservation)).cast("B")
+            return whole[span.start - memory.address : span.stop - memory.address]
+
+    def ndarray(
+        self, dtype: numpy.typing.DTypeLike = "uint8", shape: int | tuple[int, ...] | None = None, *, offset: Size = 0
+    ) -> numpy.ndarray[Any, Any]:
+        """The memory from ``offset`` on as an array, without a copy.
+
+        Args:
+            dtype: anything that numpy takes for one, but no Python objects.
+            shape: default: one dimension, as many items as fit.
+            offset: of the first item, in bytes.
+        """
+        return self._array(self.view(offset), dtype, shape)
+
+    # --- the object
+
+    def resize(self, size: Size) -> None:
+        """Make it longer, up to the reservation. Views that were made before stay valid, and as long as they are.
+
+        Raises:
+            ValueError: shorter than it is, or longer than the reservation.
+            MappingError: the file behind it is too short, or cannot be made longer.
+        """
+        wanted = size_of(size, "size")
+        memory = self._open_memory()
+        rounded = wanted + -wanted % self.block
+        self._gate.ask_for_change()
+        with self._gate.lock:
+            if wanted < self._size and rounded < self._size:
+                raise ValueError(f"{wanted} bytes are fewer than the {self._size} that there are: memory only grows")
+            if rounded > self._reservation:
+                raise ValueError(f"{wanted} bytes are more than the reservation of {self._reservation} bytes")
+            if memory.fd is not None:
+                ensure_length(self.backing, memory.fd, memory.file_offset, rounded, self.page_size)
+            if self._gate.fence is None and rounded > self._size:
+                mman.mprotect(memory.address + self._size, rounded - self._size, _ACCESSIBLE)
+            self._size = rounded
+
+    @property
+    def reservation(self) -> int:
+        """Bytes of addresses that are reserved."""
+        return self._reservation
+
+    @property
+    def range(self) -> PageRange:
+        """The addresses of the memory, as far as its present size."""
+        address = self._open_memory().address
+        return PageRange(address, address + self._size)
+
+    def __len__(self) -> int:
+        """Bytes, in whole blocks."""
+        return self._size
+
+    def _borrow(self) -> Borrowed:
+        memory = self._open_memory()
+        pin = Pin(memory)
+        return Borrowed(
+            memory.address, self._size, readonly=False, fd=memory.fd, huge=self.huge == "advise", gate=self._gate, hold=pin
+        )
+
+    def _open_memory(self) -> OwnedMemory:
+        memory = super()._open_memory()
+        if not memory.mapped:  # closed by another thread since we looked
+            raise ValueError(f"the {self._what} is closed")
+        return memory
+
+    _what = "sparse memory"
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"at {self._open_memory().address:#x}"
+        sharing = "shared" if self.shared else "private"
+        return (
+            f"<SparseMemory of {format_size(self._size)} ({format_size(self._reservation)} reserved), blocks of"
+            f" {format_size(self.block)}, {sharing}, {self.backing!r}, {state}>"
+        )
+
+
+class _Closing:
+    """Tells the books that the memory is gone; not those of the parent when a forked child closes its own copy."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        self._process = os.getpid()
+
+    def __call__(self) -> None:
+        if os.getpid() == self._process:
+            self._books.close()
+
+
+def _before_fork() -> None:
+    # What another thread is loading at the moment of the fork would stay locked in the child for ever.
+    if threading.active_count() > 1:
+        import numpy  # noqa: F401
+
+
+os.register_at_fork(before=_before_fork)

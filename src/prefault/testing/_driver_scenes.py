@@ -1,0 +1,279 @@
+"""The test bench of a driver: a recording device around it, client processes, and the cause of each failure."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from prefault.device.driver import Device
+from prefault.sizes import MIB, PAGE_SIZE
+from prefault.testing._client_processes import (
+    ClientDiedError,
+    ClientHangsError,
+    ClientProcess,
+    ClientProcesses,
+    RefusedError,
+)
+from prefault.testing._recording_device import FACTS, Call, Journal, RecordingDevice
+
+AfterDiscard: TypeAlias = Literal["same", "zeros", "any"]
+
+_SAMPLE = 64
+_SAMPLE_HUGE = 6
+"""Numbers of pages to read, of 4 KiB and of 2 MiB. Of a larger device these are its ends and a random choice between."""
+
+_RESTARTED = "another is started"
+
+HANG_S = 10.0
+"""Seconds that the framework may take on top of the driver's own time limit."""
+
+
+class ContractError(AssertionError):
+    """A driver breaks its contract; the message says how, with the page and the seed."""
+
+
+class Bench:
+    """A driver under test; the arguments are those of ``check_device``.
+
+    Attributes:
+        at_first: what the pages hold when they are touched for the first time.
+        sample: pages that are looked at.
+        passed: what was done with it so far, and it passed.
+        size, pages: bytes of a page, and how many there are.
+        random: the source of all random choices.
+    """
+
+    processes: ClientProcesses
+
+    def __init__(
+        self, factory: Callable[[], Device], directory: Path, seed: int, expected: Callable[[int], bytes] | None,
+        failing: frozenset[int], after_discard: AfterDiscard, delay_s: float, patience_s: float | None,
+    ) -> None:  # fmt: skip
+        self._factory = factory
+        self.directory = directory
+        self._seed = seed
+        self.expected = expected
+        self.failing = failing
+        self.after_discard = after_discard
+        self._delay_s = delay_s
+        self.patience_s = patience_s
+        self.random = random.Random(seed)
+        self._served = 0
+        self.passed: list[str] = []
+        self.at_first: dict[int, bytes] = {}
+        self.device = self._make()
+        self._facts = {name: getattr(self.device, name, None) for name in FACTS}
+        self._check_facts(self.device)
+        self.size = self.device.page_size
+        self.pages = -(-self.device.length // self.size)
+        self.sample = self._choose_sample()
+
+    # --- failures
+
+    def wrong(self, what: str) -> ContractError:
+        return ContractError(f"{what} (seed {self._seed})")
+
+    def _make(self) -> Device:
+        try:
+            device = self._factory()
+        except Exception as error:
+            raise self.wrong(f"the factory raises {type(error).__name__}: {error}") from error
+        if not isinstance(device, Device):
+            raise self.wrong(f"the factory makes a {type(device).__name__}, which is no Device")
+        return device
+
+    def _check_facts(self, device: Device) -> None:
+        length = getattr(device, "length", None)
+        if type(length) is not int or length <= 0:
+            raise self.wrong(f"the device has length {length!r}, and must have a positive number of bytes")
+        if device.page_size not in (PAGE_SIZE, 2 * MIB):
+            raise self.wrong(f"the device has page_size {device.page_size}, and must have {PAGE_SIZE} or {2 * MIB}")
+        for name, value in self._facts.items():
+            if getattr(device, name) != value:
+                other = getattr(device, name)
+                raise self.wrong(f"the factory makes devices that differ: one has {name} {value}, another {other}")
+
+    # --- the pages to read
+
+    def _choose_sample(self) -> list[int]:
+        most = _SAMPLE if self.size == PAGE_SIZE else _SAMPLE_HUGE
+        if self.pages <= most:
+            chosen = set(range(self.pages))
+        else:
+            window = most // 4
+            starts = [0, self.pages - window, *(self.random.randrange(self.pages - window) for _ in range(2))]
+            chosen = {page for start in starts for page in range(start, start + window)}
+        chosen.update(page for page in self.failing if page < self.pages)
+        return sorted(chosen)
+
+    def good(self) -> list[int]:
+        return [page for page in self.sample if page not in self.failing]
+
+    def runs(self, pages: list[int]) -> list[range]:
+        """Group the pages into runs, none longer than half of the capacity."""
+        most = self.pages if self.device.capacity is None else max(1, self.device.capacity // self.size // 2)
+        found: list[range] = []
+        for page in pages:
+            if found and found[-1].stop == page and len(found[-1]) < most:
+                found[-1] = range(found[-1].start, page + 1)
+            else:
+                found.append(range(page, page + 1))
+        return found
+
+    # --- serving
+
+    @contextmanager
+    def serving(
+        self, what: str, *, delayed: bool = False, fails: tuple[int, ...] = (), kills: bool = False
+    ) -> Iterator[Scene]:
+        """Serve a fresh device, record its calls, and judge at the end what the driver did.
+
+        What the check provokes is not logged: a driver that passes leaves no message. ``kills``: it ends the server.
+        """
+        from prefault.device import serve
+
+        device = self._make()
+        self._check_facts(device)
+        self._served += 1
+        journal = Journal(self.directory / f"journal-{self._served}")
+        recording = RecordingDevice(
+            device, journal, seed=self._seed + self._served, delay_s=self._delay_s if delayed else 0.0, fails=fails,
+            failing=self.failing,
+        )  # fmt: skip
+        path = str(self.directory / f"server-{self._served}")
+        scene = Scene(self.processes, journal, path, what)
+        try:
+            try:
+                with _filtered(lambda log: recording.is_news(log) and not (kills and _RESTARTED in log.getMessage())):
+                    server = serve(recording, path)
+            except (ValueError, TypeError) as refusal:
+                raise self.wrong(f"the device cannot be served: {refusal}") from refusal
+            with server:
+                try:
+                    yield scene
+                except (ClientDiedError, ClientHangsError, RefusedError) as failure:
+                    raise self._explain(scene, failure, device) from failure
+                except ContractError as failure:
+                    raise self._deeper(scene, failure, device) from failure
+                for client in scene.clients:
+                    client.close()
+            self._judge(scene, device)
+            self.passed.append(what)
+        finally:
+            journal.close()
+
+    def _judge(self, scene: Scene, device: Device) -> None:
+        """Raise ContractError for a breach of the contract that no client could see."""
+        cause = self._cause(scene, device)
+        if cause:
+            raise self.wrong(f"{cause}, when {scene.what}")
+
+    def _cause(self, scene: Scene, device: Device) -> str:
+        """Return the driver's part in a failure, by its journal; empty where it has none."""
+        for complaint in scene.journal.complaints():
+            return complaint
+        for call in scene.journal.unfinished():
+            if not _alive(call.pid) and call.pid not in scene.killed:
+                if time.monotonic() - call.began >= device.timeout_s * 0.9:
+                    return f"{call} does not return within timeout_s, {device.timeout_s:g} s, and its process was killed"
+                return f"{call} ends its process"
+        for raised in scene.journal.raised():
+            if not self._may_raise(raised.call):
+                if raised.call.kind == "fault":
+                    return f"page {raised.call.pages[0]} cannot be supplied: {raised.call} raises {raised.what}"
+                return f"{raised.call} raises {raised.what}"
+        return ""
+
+    def _may_raise(self, call: Call) -> bool:
+        supplies = call.kind in ("fault", "populate")
+        return supplies and any(page in self.failing for page in range(*call.pages))
+
+    def _explain(self, scene: Scene, failure: Exception, device: Device) -> ContractError:
+        cause = self._settled_cause(scene, device)
+        about = f"a client {failure}" if not isinstance(failure, RefusedError) else f"a client was refused ({failure})"
+        return self.wrong(f"{cause}, when {scene.what}: {about}" if cause else f"when {scene.what}, {about}")
+
+    def _deeper(self, scene: Scene, failure: ContractError, device: Device) -> ContractError:
+        """Add the cause of wrong bytes, where the journal has one."""
+        cause = self._settled_cause(scene, device)
+        return self.wrong(f"{cause}, and so {str(failure).rpartition(' (seed')[0]}") if cause else failure
+
+    def _settled_cause(self, scene: Scene, device: Device) -> str:
+        # A client may learn of the server's death before the server's process is gone.
+        for _ in range(50):
+            cause = self._cause(scene, device)
+            if cause or not scene.journal.unfinished():
+                return cause
+            time.sleep(0.02)
+        return ""
+
+    # --- comparing
+
+    def compare(self, scene: Scene, found: dict[int, bytes], wanted: dict[int, bytes], how: str) -> None:
+        for page, content in found.items():
+            if content != wanted[page]:
+                raise self.wrong(f"page {page} holds {_describe(content, wanted[page])} {how}, when {scene.what}")
+
+
+class Scene:
+    """A server with clients.
+
+    Attributes:
+        what: the circumstances; completes "when ...".
+        killed: servers that the check ended itself.
+        discarded: pages that were discarded since the device was made.
+    """
+
+    def __init__(self, processes: ClientProcesses, journal: Journal, path: str, what: str) -> None:
+        self.journal = journal
+        self.what = what
+        self.clients: list[ClientProcess] = []
+        self.killed: set[int] = set()
+        self.discarded: set[int] = set()
+        self._processes = processes
+        self._path = path
+
+    def client(self, **areas: dict[str, Any]) -> ClientProcess:
+        """Start a client process, connect it and map its areas."""
+        client = self._processes.client()
+        self.clients.append(client)
+        client.ask("connect", path=self._path)
+        for area, options in areas.items():
+            client.ask("map", area=area, **options)
+        return client
+
+    def quiet(self) -> None:
+        """Wait a moment, so that a driver that writes too late does so."""
+        time.sleep(0.1)
+
+
+@contextmanager
+def _filtered(is_news: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    """Filter the log of processes that are forked inside the block."""
+    log = logging.getLogger("prefault.device")
+    log.addFilter(is_news)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_news)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in ("Z", "X")
+
+
+def _describe(found: bytes, wanted: bytes) -> str:
+    """Describe how two contents of a page differ."""
+    if not any(found):
+        return "zeros"
+    at = next(index for index in range(len(wanted)) if found[index : index + 1] != wanted[index : index + 1])
+    return f"{found[at : at + 8].hex(' ')} instead of {wanted[at : at + 8].hex(' ')} at byte {at}"

@@ -1,0 +1,230 @@
+"""What was discarded does not come back, whatever fills or saves its pages at the time."""
+
+from __future__ import annotations
+
+import mmap
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prefault.device import protocol
+from prefault.device.driver import Access, Device, DeviceArea, FaultAround, Supplied
+from prefault.device.page_states import PageState
+from prefault.sizes import PAGE_SIZE
+from support import processes
+from support.children import Child
+from support.device_server import Handmade, HandmadeArea, Running, listening, served
+from support.devices import Saved
+
+PAGES = 16
+PAGE = 3
+"""What is discarded."""
+_WAIT_S = 0.3
+"""How long it is waited for what must not come."""
+
+
+class Gates:
+    """Points at which the driver waits, in memory that the test shares with the server. All are open in the beginning."""
+
+    def __init__(self) -> None:
+        self._bytes = mmap.mmap(-1, PAGE_SIZE)
+
+    def _index(self, name: str) -> int:
+        return 2 * ["save", "fill", "discard", "close"].index(name)
+
+    def shut(self, name: str) -> None:
+        self._bytes[self._index(name)] = 1
+
+    def open(self, name: str) -> None:
+        self._bytes[self._index(name)] = 0
+
+    def reached(self, name: str) -> bool:
+        return self._bytes[self._index(name) + 1] == 1
+
+    def pass_through(self, name: str) -> None:
+        """By the driver."""
+        self._bytes[self._index(name) + 1] = 1
+        assert processes.eventually(lambda: not self._bytes[self._index(name)])
+
+
+class Stored(Device):
+    """Reads first and then waits, saves and discards after it waited; the page is evicted by a thread of its own."""
+
+    length = PAGES * PAGE_SIZE
+    evicts = True
+
+    def __init__(self, *, workers: int = 2, fault_around: FaultAround | None = None, save_fails: bool = False) -> None:
+        self.workers = workers
+        self.fault_around = fault_around
+        self.gates = Gates()
+        self._store = mmap.mmap(-1, self.length)
+        self._told = mmap.mmap(-1, PAGE_SIZE)
+        self._save_fails = save_fails
+
+    def hold(self, value: int) -> None:
+        """By the test: what the store has of the page."""
+        self._store[PAGE * PAGE_SIZE] = value
+
+    def evict(self) -> None:
+        """By the test."""
+        self._told[0] = 1
+
+    def open(self, area: DeviceArea) -> None:
+        threading.Thread(target=self._evict, args=(area,), daemon=True).start()
+
+    def _evict(self, area: DeviceArea) -> None:
+        while not self._told[0]:
+            time.sleep(0.001)
+        area.evict(range(PAGE, PAGE + 1), self._save)
+
+    def _save(self, run: range, content: memoryview) -> None:
+        self.gates.pass_through("save")
+        if self._save_fails:
+            raise OSError("the disk is full")
+        self._store[run.start * PAGE_SIZE : run.stop * PAGE_SIZE] = content
+
+    def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
+        content = self._store[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+        if page == PAGE:
+            self.gates.pass_through("fill")
+        area.frame(page)[:] = content
+        return None
+
+    def discard(self, area: DeviceArea, pages: range) -> None:
+        self.gates.pass_through("discard")
+        self._store[pages.start * PAGE_SIZE : pages.stop * PAGE_SIZE] = bytes(len(pages) * PAGE_SIZE)
+
+    def close(self, area: DeviceArea) -> None:
+        self.gates.pass_through("close")
+
+
+def _discard(client: Handmade, area: HandmadeArea) -> None:
+    client.send(protocol.Discard(next(client.numbers), area.number, PAGE, PAGE + 1))
+
+
+def _evicting(device: Stored, running: Running, area: HandmadeArea) -> None:
+    area.view[PAGE * PAGE_SIZE] = 77
+    device.gates.shut("save")
+    device.evict()
+    assert processes.eventually(lambda: device.gates.reached("save"))
+    assert running.frames.states[PAGE] == PageState.EVICTING
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("save_fails", [False, True])
+def test_a_discard_waits_for_the_eviction_of_its_pages_and_faults_do_not(workers: int, save_fails: bool) -> None:
+    device = Stored(workers=workers, save_fails=save_fails)
+    with served(device) as (running, client):
+        area = client.map(device.length)
+        _evicting(device, running, area)
+        _discard(client, area)
+        area.view[(PAGE + 1) * PAGE_SIZE] = 1
+        assert area.statistics().missing == 2  # it is answered, and the discard is not yet
+        device.gates.open("save")
+        assert isinstance(client.receive(), protocol.Discarded)
+        assert area.view[PAGE * PAGE_SIZE] == 0
+
+
+def test_a_discard_waits_for_pages_that_are_being_filled() -> None:
+    device = Stored()
+    device.hold(77)
+    device.gates.shut("fill")
+    with served(device) as (_, client):
+        area = client.map(device.length)
+        client.send(area.populate_request((PAGE, PAGE + 1)))
+        assert processes.eventually(lambda: device.gates.reached("fill"))
+        _discard(client, area)
+        area.statistics()
+        device.gates.open("fill")
+        assert {type(client.receive()) for _ in range(2)} == {protocol.Populated, protocol.Discarded}
+        assert area.view[PAGE * PAGE_SIZE] == 0
+
+
+def test_a_populate_supplies_no_page_before_the_driver_has_discarded_it() -> None:
+    device = Stored()
+    device.hold(77)
+    device.gates.shut("discard")
+    with served(device) as (running, client):
+        area = client.map(device.length)
+        _discard(client, area)
+        assert processes.eventually(lambda: device.gates.reached("discard"))
+        client.send(area.populate_request((0, PAGES)))
+        others = [page for page in range(PAGES) if page != PAGE]
+        assert processes.eventually(lambda: all(running.frames.states[page] == PageState.READY for page in others))
+        device.gates.open("discard")
+        assert {type(client.receive()) for _ in range(2)} == {protocol.Populated, protocol.Discarded}
+        assert area.view[PAGE * PAGE_SIZE] == 0
+
+
+@pytest.mark.parametrize("around", [None, FaultAround(PAGES * PAGE_SIZE, PAGES * PAGE_SIZE)], ids=["alone", "around"])
+def test_a_fault_waits_until_the_driver_has_discarded_its_page(tmp_path: Path, around: FaultAround | None) -> None:
+    device = Stored(fault_around=around)
+    device.hold(77)
+    device.gates.shut("discard")
+    with listening(device, tmp_path) as connect, connect() as client:
+        area = client.map(device.length)
+        _discard(client, area)
+        assert processes.eventually(lambda: device.gates.reached("discard"))
+
+        def other() -> tuple[int, int]:
+            with connect() as elsewhere:
+                view = elsewhere.map(device.length).view
+                return view[(PAGE - 1) * PAGE_SIZE], view[PAGE * PAGE_SIZE]
+
+        with Child(other) as child:
+            time.sleep(_WAIT_S)
+            device.gates.open("discard")
+            assert child.result() == (0, 0)
+        assert isinstance(client.receive(), protocol.Discarded)
+        assert area.view[PAGE * PAGE_SIZE] == 0
+
+
+def test_a_discard_that_waits_ends_with_its_area_which_is_closed_at_the_driver() -> None:
+    device = Stored()
+    with served(device) as (running, client):
+        area, other = client.map(device.length), client.map(device.length)
+        _evicting(device, running, other)
+        _discard(client, area)
+        client.send(protocol.Unmap(next(client.numbers), area.number))
+        refused = client.receive()
+        assert isinstance(refused, protocol.Refused)
+        assert "was unmapped" in refused.message
+        assert isinstance(client.receive(), protocol.Done)
+        assert processes.eventually(lambda: device.gates.reached("close"))
+        device.gates.open("save")
+        assert other.view[PAGE * PAGE_SIZE] == 77  # it was evicted, and not discarded
+        assert not device.gates.reached("discard")
+
+
+def _writes_discards_reads(connect: Callable[[], Handmade], pages: range, seed: int, duration_s: float) -> tuple[int, int]:
+    """How often, and how often the old bytes came back."""
+    generator = random.Random(seed)
+    count = wrong = 0
+    with connect() as client:
+        area = client.map(pages.stop * PAGE_SIZE)
+        until = time.monotonic() + duration_s
+        while time.monotonic() < until:
+            page = generator.choice(pages)
+            area.view[page * PAGE_SIZE] = 1
+            area.discard(page, page + 1)
+            wrong += area.view[page * PAGE_SIZE] != 0
+            count += 1
+    return count, wrong
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_with_a_pool_that_is_too_small_no_old_bytes_come_back(tmp_path: Path, workers: int) -> None:
+    device = Saved(str(tmp_path / "store"), 48, capacity_pages=8, workers=workers)
+    with (
+        listening(device, tmp_path) as connect,
+        Child(lambda: _writes_discards_reads(connect, range(16), 1, 1.0)) as one,
+        Child(lambda: _writes_discards_reads(connect, range(16, 32), 2, 1.0)) as two,
+        Child(lambda: _writes_discards_reads(connect, range(32, 48), 3, 1.0)) as three,
+    ):
+        found = [child.result() for child in (one, two, three)]
+    assert all(count > 10 for count, _ in found)
+    assert [wrong for _, wrong in found] == [0, 0, 0]

@@ -1,0 +1,320 @@
+"""What a populate call is counted to need, and the watch over it: against made-up answers of the limits."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import prefault
+from prefault._kernel import mman
+from prefault.engine import admission
+from prefault.engine.admission import Shortage, Watch
+from prefault.engine.allowance import _Spare, spare
+from prefault.engine.demand import Part, missing_from
+from prefault.engine.methods import Access
+from prefault.errors import HeadroomError
+from prefault.inspection.scan import populated_before
+from prefault.limits import Limit, MemoryAnswer
+from prefault.sizes import GIB, MIB, PAGE_SIZE
+from prefault.testing import without
+from support.children import in_child
+from support.regions import Region
+
+# The module, not the function of the same name that the package exports.
+PLANNING = sys.modules["prefault.engine.planning"]
+PAGES = 64
+LENGTH = PAGES * PAGE_SIZE
+LIMIT = Limit("a limit", "memory", GIB, 0, 0, 0, "consequence", "source", "remedy")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_spare() -> Iterator[None]:
+    spare.empty()
+    yield
+    spare.empty()
+
+
+def part_of(mapping: prefault.Mapping, access: Access | None = None) -> Part:
+    """The whole mapping as one part."""
+    plan = prefault.plan(mapping, access=access)
+    (segment,) = plan.segments
+    write, private = segment.method.access == "write", not segment.target.shared
+    present = populated_before(segment.start, segment.stop, write=write, private=private)
+    return Part(segment, missing_from(segment.start, segment.stop, present), mapping.fd)
+
+
+def needed(mapping: prefault.Mapping, access: Access | None = None) -> int:
+    """Pages of memory, page tables not counted, that populating it is said to take."""
+    part = part_of(mapping, access)
+    start, stop = mapping.range
+    memory = part.memory(start, stop)
+    assert memory + part.overhead(start, stop) <= part.at_most(start, stop)
+    # The same, piece by piece.
+    cut = start + 24 * PAGE_SIZE
+    assert part.memory(start, cut) + part.memory(cut, stop) == memory
+    return memory // PAGE_SIZE
+
+
+# --- what is counted -----------------------------------------------------------------------------------------------------
+
+
+def test_private_memory() -> None:
+    with prefault.Mapping(LENGTH, huge="never") as mapping:
+        assert (needed(mapping), needed(mapping, "read")) == (PAGES, 0)
+        prefault.populate(mapping, access="read")
+        assert (needed(mapping), needed(mapping, "read")) == (PAGES, 0)  # the zero page
+        prefault.populate(mapping, offset=8 * PAGE_SIZE, length=4 * PAGE_SIZE)
+        assert needed(mapping) == PAGES - 4
+        prefault.populate(mapping)
+        assert (needed(mapping), needed(mapping, "read")) == (0, 0)
+        assert in_child(lambda: needed(mapping)) == PAGES  # to be copied from the parent
+        assert needed(mapping) == 0
+
+
+@pytest.mark.parametrize("access", ["read", "write"])
+def test_shared_memory(access: Access) -> None:
+    with prefault.Mapping(LENGTH, backing="memfd", huge="never") as mapping:
+        assert mapping.fd is not None
+        assert needed(mapping, access) == PAGES
+        os.pwrite(mapping.fd, b"x", 9 * PAGE_SIZE)
+        os.posix_fallocate(mapping.fd, 16 * PAGE_SIZE, 8 * PAGE_SIZE)  # allocated, not touched by anybody
+        assert needed(mapping, access) == PAGES - 9
+        assert part_of(mapping, access).unallocated() == (PAGES - 9) * PAGE_SIZE
+        with without("cachestat"):
+            assert needed(mapping, access) == PAGES - 1  # more than is needed: what was not touched cannot be told
+        prefault.populate(mapping, access="read")
+        assert needed(mapping, access) == 0
+
+
+def test_shared_memory_of_which_only_a_child_has_pages() -> None:
+    with prefault.Mapping(LENGTH, shared=True, huge="never") as mapping:
+        in_child(lambda: prefault.populate(mapping, length=LENGTH // 2).bytes)
+        assert needed(mapping) == PAGES // 2
+
+
+def test_private_mappings_of_files() -> None:
+    """A hole of a memfd is filled, and copied where it is written; both count."""
+    with prefault.Mapping(LENGTH, backing="memfd", shared=False, huge="never") as mapping:
+        assert (needed(mapping, "read"), needed(mapping, "write")) == (PAGES, 2 * PAGES)
+        prefault.populate(mapping, access="read")
+        assert (needed(mapping, "read"), needed(mapping, "write")) == (0, PAGES)
+        prefault.populate(mapping, access="write")
+        assert needed(mapping, "write") == 0
+
+
+def test_files_on_a_disk(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("disk") / "file"
+    path.write_bytes(bytes(LENGTH))
+    cases: tuple[tuple[bool, Access, int], ...] = (
+        (True, "read", 0), (True, "write", 0), (False, "read", 0), (False, "write", PAGES),
+    )  # fmt: skip
+    for shared, access, pages in cases:
+        with prefault.Mapping(backing=prefault.File(path), shared=shared) as mapping:
+            assert needed(mapping, access) == pages
+
+
+def test_no_further_than_the_file() -> None:
+    with prefault.Mapping(LENGTH, backing="memfd", huge="never") as mapping:
+        assert mapping.fd is not None
+        os.ftruncate(mapping.fd, 10 * PAGE_SIZE - 1)
+        assert needed(mapping) == 10
+
+
+def test_memory_that_may_not_be_written_or_is_not_there() -> None:
+    with Region(PAGES, mman.PROT_NONE) as region:
+        for access in ("read", "write"):
+            segments = prefault.plan(region, access=access).segments
+            part = Part(segments[0], array("Q", [region.address, region.address + LENGTH]))
+            assert part.memory(region.address, region.address + LENGTH) == 0
+    with Region(PAGES) as region:
+        region.punch(0, PAGES)
+        (segment,) = prefault.plan(region).segments
+        part = Part(segment, array("Q", [region.address, region.address + LENGTH]))
+        assert part.at_most(region.address, region.address + LENGTH) == 0
+
+
+def test_without_pagemap() -> None:
+    with prefault.Mapping(LENGTH, huge="never") as mapping, without("pagemap", "pagemap_scan"):
+        assert needed(mapping) == PAGES
+        prefault.populate(mapping, length=LENGTH // 4)
+        assert needed(mapping) == PAGES - PAGES // 4
+        assert needed(mapping, "read") == 0
+
+
+def test_the_missing_pages_of_a_stretch() -> None:
+    with prefault.Mapping(LENGTH, huge="never") as mapping:
+        start = mapping.range.start
+        for page in (0, 1, 5, 9, 63):
+            prefault.populate(mapping, offset=page * PAGE_SIZE, length=PAGE_SIZE)
+        part = part_of(mapping)
+        populated = {0, 1, 5, 9, 63}
+        for first in range(12):
+            for last in range(first, PAGES + 1):
+                expected = sum(page not in populated for page in range(first, last))
+                assert part.missing_bytes(start + first * PAGE_SIZE, start + last * PAGE_SIZE) == expected * PAGE_SIZE
+
+
+# --- the watch -----------------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """Instead of the machine's memory: so many bytes are left, however often one asks."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+        self.asked: list[tuple[int, float, bool]] = []
+
+    def __call__(self, needed: int, *, reserve: float = 1.0, only_cgroups: bool = False) -> MemoryAnswer:
+        self.asked.append((needed, reserve, only_cgroups))
+        return MemoryAnswer(LIMIT if self.left < needed else None, self.left)
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Answers]:
+    def make(left: int) -> Answers:
+        made = Answers(left)
+        monkeypatch.setattr(admission, "ask_for_memory", made)
+        return made
+
+    return make
+
+
+def test_all_of_it_at_the_start_and_what_is_ahead_later(answers: Callable[[int], Answers]) -> None:
+    with prefault.Mapping("32 MiB", huge="never") as mapping:
+        start, stop = mapping.range
+        watch = Watch([part_of(mapping)], start)
+        made = answers(33 * MIB)
+        watch.start()
+        assert 32 * MIB < made.asked[0][0] < 33 * MIB
+        assert made.asked[0][1] == 1.0
+        made.left = 5 * MIB
+        with watch.ahead(start, start + 4 * MIB):
+            pass
+        made.left = 3 * MIB
+        with pytest.raises(HeadroomError, match="stopped at offset 8388608") as caught, watch.ahead(start + 8 * MIB, stop):
+            raise AssertionError("not to be reached")
+        assert (caught.value.offset, caught.value.limit, caught.value.available_bytes) == (8 * MIB, "a limit", 3 * MIB)
+        with pytest.raises(HeadroomError, match=r"cannot populate 32\.0 MiB: .*; nothing was populated"):
+            watch.start()
+        made.left = 0
+        prefault.populate(mapping, headroom="ignore")
+        Watch([part_of(mapping)]).start()  # nothing is missing any more
+
+
+def test_page_tables_may_come_out_of_the_reserve(answers: Callable[[int], Answers]) -> None:
+    made = answers(0)
+    with prefault.Mapping("32 MiB", huge="never") as mapping:
+        assert Watch([part_of(mapping, "read")]).whole() is not None
+        assert [reserve for _, reserve, _ in made.asked] == [1.0, 0.0]
+        made.asked.clear()
+        assert Watch([part_of(mapping, "write")]).whole() is not None
+        assert [reserve for _, reserve, _ in made.asked] == [1.0, 1.0]
+
+
+def test_chunks_are_small_where_little_is_left(answers: Callable[[int], Answers]) -> None:
+    with prefault.Mapping("8 MiB", huge="never") as mapping:
+        sizes = []
+        for left in (10 * MIB, 60 * MIB, 8 * GIB):
+            answers(left)
+            watch = Watch([part_of(mapping)])
+            watch.start()
+            sizes.append(watch.largest_chunk)
+        assert sizes == [MIB, 7 * MIB, GIB]  # the pace sets the size then
+
+
+def test_a_thread_waits_for_what_others_have_ahead(answers: Callable[[int], Answers]) -> None:
+    """They may have been charged for it already or not: only when they are done it is known."""
+    made = answers(6 * MIB)
+    with prefault.Mapping("8 MiB", huge="never") as mapping:
+        start, stop = mapping.range
+        watch = Watch([part_of(mapping)])
+        admitted = threading.Event()
+        results: list[Shortage | None] = []
+
+        def other() -> None:
+            results.append(watch.admit(start + 4 * MIB, stop))
+            admitted.set()
+            watch.release()
+
+        assert watch.admit(start, start + 4 * MIB) is None
+        thread = threading.Thread(target=other)
+        thread.start()
+        deadline = time.monotonic() + 30
+        while len(made.asked) < 3 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert not admitted.is_set()
+        watch.release()
+        thread.join(30)
+        assert results == [None]
+        made.left = 2 * MIB
+        assert watch.admit(start, start + 4 * MIB) is not None  # nobody to wait for
+
+
+def test_ctrl_c_just_after_being_admitted_keeps_no_helper_waiting(
+    answers: Callable[[int], Answers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chunk is never populated, and the others wait for its end."""
+    made = answers(GIB)
+    mine, waiting, admit = threading.get_ident(), threading.Event(), Watch.admit
+
+    def interrupted(self: Watch, start: int, stop: int) -> Shortage | None:
+        shortage = admit(self, start, stop)
+        if threading.get_ident() == mine:
+            made.left = 3 * MIB
+            made.asked.clear()
+            while len(made.asked) < 2:  # the helper asks for its next chunk, and again
+                time.sleep(0.001)
+            waiting.set()
+            raise KeyboardInterrupt
+        return shortage
+
+    monkeypatch.setattr(Watch, "admit", interrupted)
+    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
+    with prefault.Mapping("512 MiB", huge="never") as mapping:
+        with pytest.raises(prefault.PopulateInterrupted):
+            prefault.populate(mapping, threads=2)
+        assert waiting.is_set()
+
+
+def test_a_small_call_asks_once_in_a_while(answers: Callable[[int], Answers]) -> None:
+    made = answers(64 * GIB)
+    with prefault.Mapping("4 MiB", huge="never") as mapping:
+        for page in range(1000):
+            prefault.populate(mapping, offset=page * PAGE_SIZE, length=PAGE_SIZE)
+    assert 1 <= len(made.asked) < 500  # each answer holds for 20 ms
+    made = answers(8 * MIB)
+    spare.empty()
+    with prefault.Mapping("4 MiB", huge="never") as mapping:
+        for page in range(100):
+            prefault.populate(mapping, offset=page * PAGE_SIZE, length=PAGE_SIZE)
+    assert len(made.asked) == 100  # a tight one does not hold at all
+    made.asked.clear()
+    with prefault.SparseMemory("4 MiB", unpopulated="fault", huge="never") as memory:
+        for page in range(100):
+            memory.populate(page * PAGE_SIZE, PAGE_SIZE)
+    assert len(made.asked) == 100  # nor is the only chunk looked at twice where it could be undone
+
+
+def test_what_is_spare() -> None:
+    fresh = _Spare()
+    assert not fresh.spend(0, 0)
+    fresh.fill(GIB, 1000)
+    until = 1000 + GIB // 128
+    assert fresh.spend(GIB // 8, 1001)
+    assert not fresh.spend(GIB // 8 + 1, 1001)
+    assert fresh.spend(GIB // 8, until - 1)
+    assert not fresh.spend(1, until - 1)
+    fresh.fill(1 << 60, 0)
+    assert fresh.spend(1, 19_999_999)
+    assert not fresh.spend(1, 20_000_000)
+    fresh.fill(15 * MIB, 0)
+    assert not fresh.spend(1, 0)
+    fresh.fill(GIB, 0)
+    fresh.empty()
+    assert not fresh.spend(1, 0)

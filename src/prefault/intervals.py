@@ -93,7 +93,7 @@ def total(edges: Numbers) -> int:
     return int((edges[1::2] - edges[::2]).sum())
 
 
-class Ruler:
+class IntervalMeasure:
     """How much of a set lies where, without going through it each time."""
 
     def __init__(self, edges: Numbers) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 
 from prefault.bench.grid import Cell
-from prefault.bench.machine import Machine
+from prefault.bench.machine import BenchMachine
 from prefault.bench.results import BenchRun, CellResult, Status
 
 MIB = 1 << 20
 
-MACHINE = Machine(
+MACHINE = BenchMachine(
     kernel="Linux 6.1.0 #1",
     architecture="x86_64",
     cpu="A processor",

@@ -19,7 +19,7 @@ from prefault._system import capabilities, hugetlb
 from prefault._system.capabilities import UFFD_KERNEL_FAULTS
 from prefault.bench.grid_report import console_for
 from prefault.bench.jsonfile import SchemaError
-from prefault.bench.machine import Machine
+from prefault.bench.machine import BenchMachine
 from prefault.bench.results import Status
 from prefault.bench.routes import device_json, device_routes, device_runner
 from prefault.bench.routes.device_driver import BenchDevice
@@ -44,7 +44,7 @@ MIB = 1 << 20
 SIZE = 2 * MIB
 PAGES = SIZE // 4096
 
-MACHINE = Machine(
+MACHINE = BenchMachine(
     kernel="Linux 6.1.0 #1", architecture="x86_64", cpu="A processor", cpus=4, usable_cpus=2, memory_bytes=8 << 30,
     page_bytes=4096, virtual=True, thp={"enabled": "madvise"}, hugetlb_pages={"2097152": 0}, python="3.11.0",
     numpy="2.0.0", prefault="0.1.0",

@@ -14,14 +14,14 @@ from prefault.bench import jsonfile
 from prefault.bench.grid import Cell
 from prefault.bench.jsonfile import SchemaError
 from prefault.bench.ratios import DifferentMachinesError, compare, ratios
-from prefault.bench.results import BenchRun, CellResult, Statistics, Status
+from prefault.bench.results import BenchRun, CellResult, CellStatistics, Status
 
 Make = Callable[..., BenchRun]
 Measured = Callable[..., CellResult]
 
 
 def test_statistics() -> None:
-    figures = Statistics.of((40, 10, 20, 30))
+    figures = CellStatistics.of((40, 10, 20, 30))
     assert (figures.repetitions, figures.best_ns, figures.median_ns, figures.mean_ns, figures.worst_ns) == (
         4,
         10,
@@ -42,7 +42,7 @@ def test_statistics() -> None:
     ],
 )
 def test_doubtful_figures_say_so(values: tuple[int, ...], doubtful: bool) -> None:
-    assert bool(Statistics.of(values).doubts) is doubtful
+    assert bool(CellStatistics.of(values).doubts) is doubtful
 
 
 def test_ratios_are_to_writing_by_hand_in_the_same_group(measured: Measured) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from prefault.device.frames import HUGE_PAGE, SLOTS, Frames
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 from prefault.errors import DeviceError
 from prefault.sizes import MIB
 
@@ -47,19 +47,19 @@ def test_the_memfds_can_neither_shrink_nor_grow(frames: Frames) -> None:
 
 
 def test_states_and_runs(frames: Frames) -> None:
-    frames.mark(range(3, 7), PageState.READY)
-    frames.mark(range(7, 8), PageState.EVICTING)
-    frames.mark(range(12, 12), PageState.READY)
-    frames.mark(range(19, 20), PageState.READY)
+    frames.mark(range(3, 7), DevicePageState.READY)
+    frames.mark(range(7, 8), DevicePageState.EVICTING)
+    frames.mark(range(12, 12), DevicePageState.READY)
+    frames.mark(range(19, 20), DevicePageState.READY)
     everything = range(20)
-    assert frames.runs(everything, PageState.READY) == [range(3, 7), range(19, 20)]
-    assert frames.runs(everything, PageState.READY, PageState.EVICTING) == [range(3, 8), range(19, 20)]
-    assert frames.runs(range(4, 6), PageState.READY) == [range(4, 6)]
-    assert frames.runs(range(5, 5), PageState.READY) == []
-    assert frames.count(everything, PageState.MISSING) == 14
-    assert frames.run_at(3, 20) == (PageState.READY, 7)
-    assert frames.run_at(4, 6) == (PageState.READY, 6)
-    assert frames.run_at(8, 20) == (PageState.MISSING, 19)
+    assert frames.runs(everything, DevicePageState.READY) == [range(3, 7), range(19, 20)]
+    assert frames.runs(everything, DevicePageState.READY, DevicePageState.EVICTING) == [range(3, 8), range(19, 20)]
+    assert frames.runs(range(4, 6), DevicePageState.READY) == [range(4, 6)]
+    assert frames.runs(range(5, 5), DevicePageState.READY) == []
+    assert frames.count(everything, DevicePageState.MISSING) == 14
+    assert frames.run_at(3, 20) == (DevicePageState.READY, 7)
+    assert frames.run_at(4, 6) == (DevicePageState.READY, 6)
+    assert frames.run_at(8, 20) == (DevicePageState.MISSING, 19)
     assert frames.run_before(6, 0) == 3
     assert frames.run_before(6, 5) == 5
     assert frames.run_before(8, 0) == 8
@@ -69,20 +69,20 @@ def test_states_and_runs(frames: Frames) -> None:
 def test_runs_of_a_large_device_are_found_without_allocating_its_states(no_leaks: None) -> None:
     frames = Frames.create(1 << 40, PAGE)
     everything = range(frames.pages)
-    assert frames.runs(everything, PageState.MISSING) == [everything]
+    assert frames.runs(everything, DevicePageState.MISSING) == [everything]
     expected = [range(3), range(4095, 8200), range(1 << 20, (1 << 20) + 1), range(frames.pages - 2, frames.pages)]
     for run in expected:
-        frames.mark(run, PageState.READY)
-    frames.mark(range(5000, 5001), PageState.MISSING)
+        frames.mark(run, DevicePageState.READY)
+    frames.mark(range(5000, 5001), DevicePageState.MISSING)
     expected[1:2] = [range(4095, 5000), range(5001, 8200)]
-    assert frames.runs(everything, PageState.READY) == expected
-    assert frames.runs(range(2, frames.pages - 1), PageState.READY) == [
+    assert frames.runs(everything, DevicePageState.READY) == expected
+    assert frames.runs(range(2, frames.pages - 1), DevicePageState.READY) == [
         range(2, 3), *expected[1:-1], range(frames.pages - 2, frames.pages - 1),
     ]  # fmt: skip
     between = [range(a.stop, b.start) for a, b in itertools.pairwise(expected)]
-    assert frames.runs(everything, PageState.MISSING) == between
-    assert frames.runs(everything, PageState.MISSING, PageState.READY) == [everything]
-    assert frames.count(everything, PageState.MISSING) == frames.pages - sum(map(len, expected))
+    assert frames.runs(everything, DevicePageState.MISSING) == between
+    assert frames.runs(everything, DevicePageState.MISSING, DevicePageState.READY) == [everything]
+    assert frames.count(everything, DevicePageState.MISSING) == frames.pages - sum(map(len, expected))
     frames.repair()
     assert _allocated(frames.states_fd) < MIB
     frames.close()
@@ -92,9 +92,9 @@ def test_all_who_have_the_descriptors_see_the_same(frames: Frames) -> None:
     other = Frames(os.dup(frames.fd), os.dup(frames.states_fd), 20 * PAGE - 100, PAGE, False)
     frames.secure(range(1, 2))
     frames.view(range(1, 2))[:3] = b"abc"
-    frames.mark(range(1, 2), PageState.READY)
+    frames.mark(range(1, 2), DevicePageState.READY)
     frames.heartbeat[SLOTS - 1] = 12345
-    assert other.states[1] == PageState.READY
+    assert other.states[1] == DevicePageState.READY
     assert bytes(other.view(range(1, 2))[:4]) == b"abc\0"
     assert other.heartbeat[SLOTS - 1] == 12345
     assert os.pread(frames.fd, 3, PAGE) == b"abc"
@@ -156,14 +156,26 @@ def test_behind_the_end_of_the_device_there_are_zeros(frames: Frames) -> None:
 
 
 def test_repair_ends_what_was_in_the_middle(frames: Frames) -> None:
-    states = [PageState.MISSING, PageState.FILLING, PageState.READY, PageState.EVICTING, PageState.PUNCHING]
+    states = [
+        DevicePageState.MISSING,
+        DevicePageState.FILLING,
+        DevicePageState.READY,
+        DevicePageState.EVICTING,
+        DevicePageState.PUNCHING,
+    ]
     for page, state in enumerate(states):
         frames.view(range(page, page + 1))[:] = b"x" * PAGE
         frames.mark(range(page, page + 1), state)
     frames.heartbeat[3] = 99
     frames.repair()
-    found = [PageState(frames.states[page]) for page in range(5)]
-    assert found == [PageState.MISSING, PageState.MISSING, PageState.READY, PageState.READY, PageState.MISSING]
+    found = [DevicePageState(frames.states[page]) for page in range(5)]
+    assert found == [
+        DevicePageState.MISSING,
+        DevicePageState.MISSING,
+        DevicePageState.READY,
+        DevicePageState.READY,
+        DevicePageState.MISSING,
+    ]
     kept = [os.pread(frames.fd, 1, page * PAGE) for page in range(1, 5)]
     assert kept == [b"\0", b"x", b"x", b"\0"]
     assert not any(frames.heartbeat)

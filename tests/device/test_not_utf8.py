@@ -111,7 +111,7 @@ def test_such_text_is_escaped_in_messages(message: Any) -> None:
 
 
 def test_such_text_is_escaped_in_messages_of_a_pool() -> None:
-    frame = pool_protocol.encode(pool_protocol.Refused(1, "value", 22, f"{NAME} is no name"))
+    frame = pool_protocol.encode(pool_protocol.PoolRefused(1, "value", 22, f"{NAME} is no name"))
     reply = pool_protocol.decode_reply(frame[4:])
-    assert isinstance(reply, pool_protocol.Refused)
+    assert isinstance(reply, pool_protocol.PoolRefused)
     assert reply.message == r"caf\udce9 is no name"

@@ -21,7 +21,18 @@ import pytest
 import prefault
 from prefault import doctor
 from prefault._system import capabilities, cgroups
-from prefault.doctor import Advice, CapabilityAnswer, Machine, Pool, Reading, Record, advise, collect, examine, to_json
+from prefault.doctor import (
+    Advice,
+    CapabilityAnswer,
+    HugetlbPoolFacts,
+    MachineFacts,
+    Reading,
+    Record,
+    advise,
+    collect,
+    examine,
+    to_json,
+)
 from prefault.doctor.record import NOT_MOUNTED
 from prefault.doctor.words import MEANINGS, WITHOUT
 from prefault.testing import without
@@ -36,8 +47,8 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "doctor-json.md"
 # --- machines that were made up
 
 
-def machine(**changes: Any) -> Machine:
-    known = Machine("6.18.0", "x86_64", "a CPU", False, 4096, "3.11.7", "0.1.0", "2026-01-01T00:00:00+00:00", 1000, 0)
+def machine(**changes: Any) -> MachineFacts:
+    known = MachineFacts("6.18.0", "x86_64", "a CPU", False, 4096, "3.11.7", "0.1.0", "2026-01-01T00:00:00+00:00", 1000, 0)
     return replace(known, **changes)
 
 
@@ -71,13 +82,18 @@ HEALTHY_NUMBERS = {
     "cpus_affinity": 8,
     "cpus_usable": 8,
 }
-POOL = Pool(2 * MIB, total=64, free=64, reserved=0, surplus=0, overcommit=0)
+POOL = HugetlbPoolFacts(2 * MIB, total=64, free=64, reserved=0, surplus=0, overcommit=0)
 
 
 def record(
-    *, missing: dict[str, str] | None = None, pools: tuple[Pool, ...] = (POOL,), cgroups: tuple[Reading, ...] = (),
-    unknown: tuple[Reading, ...] = (), on: Machine | None = None, **values: float | str | None,
-) -> Record:  # fmt: skip
+    *,
+    missing: dict[str, str] | None = None,
+    pools: tuple[HugetlbPoolFacts, ...] = (POOL,),
+    cgroups: tuple[Reading, ...] = (),
+    unknown: tuple[Reading, ...] = (),
+    on: MachineFacts | None = None,
+    **values: float | str | None,
+) -> Record:
     """A machine with nothing to say of, but for the changes. ``missing``: capabilities with their refusal."""
     hidden = {reading.name for reading in unknown}
     readings = [
@@ -152,7 +168,8 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
         {"dev_shm_huge": "never"}, "dev-shm-huge", "tip", "without huge=", "mount -o remount,huge=within_size /dev/shm",
     ),
     "hugetlb pools empty": (
-        {"pools": (Pool(2 * MIB, 0, 0, 0, 0, 0), Pool(GIB, 0, 0, 0, 0, 0))}, "hugetlb-empty", "tip", "pools are empty",
+        {"pools": (HugetlbPoolFacts(2 * MIB, 0, 0, 0, 0, 0), HugetlbPoolFacts(GIB, 0, 0, 0, 0, 0))},
+        "hugetlb-empty", "tip", "pools are empty",
         "echo 512 > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages  # sets 1.0 GiB aside",
     ),
     "hugetlb pool used up": (
@@ -299,7 +316,7 @@ QUIET: dict[str, dict[str, Any]] = {
     "the size's own setting overrides enabled": {"enabled": "never", "enabled_pmd": "always"},
     "the size's own setting overrides shmem_enabled": {"shmem_enabled": "never", "shmem_enabled_pmd": "advise"},
     "an old kernel has no setting for the size": {"enabled_pmd": None, "shmem_enabled_pmd": None},
-    "hugetlb pages come on demand": {"pools": (Pool(2 * MIB, 0, 0, 0, 0, overcommit=100),)},
+    "hugetlb pages come on demand": {"pools": (HugetlbPoolFacts(2 * MIB, 0, 0, 0, 0, overcommit=100),)},
     "a kernel without hugetlb": {"pools": (), "missing": {"hugetlb_pages": "no"}},
     "root may lock": {"rlimit_memlock": 8 * MIB, "memlock_enforced": 0},
     "a cgroup larger than memory": {"cgroups": memory_cgroup("/c", 64 * GIB, GIB)},
@@ -353,7 +370,7 @@ def test_a_container_in_full() -> None:
             rlimit_memlock=8 * MIB,
             rlimit_memlock_hard=8 * MIB,
             memlock_enforced=1,
-            pools=(Pool(2 * MIB, 0, 0, 0, 0, 0),),
+            pools=(HugetlbPoolFacts(2 * MIB, 0, 0, 0, 0, 0),),
         )
     )  # fmt: skip
     assert [advice.rule for advice in found if advice.severity == "warning"] == [
@@ -557,10 +574,10 @@ def test_json_round_trip() -> None:
     assert again == to_json(report)
     assert (again["schema"], again["kind"]) == (doctor.SCHEMA, "prefault-doctor") == (1, "prefault-doctor")
     rebuilt = Record(
-        Machine(**again["machine"]),
+        MachineFacts(**again["machine"]),
         tuple(CapabilityAnswer(**item) for item in again["capabilities"]),
         tuple(Reading(**item) for item in again["transparent_huge_pages"]),
-        tuple(Pool(**item) for item in again["hugetlb_pools"]),
+        tuple(HugetlbPoolFacts(**item) for item in again["hugetlb_pools"]),
         tuple(Reading(**item) for item in again["limits"]),
     )
     assert rebuilt == report.record
@@ -573,7 +590,7 @@ def test_json_round_trip() -> None:
 def test_json_is_documented() -> None:
     text = DOCUMENT.read_text()
     keys = set(to_json(examine())) | {
-        field.name for kind in (Machine, CapabilityAnswer, Reading, Pool, Advice) for field in fields(kind)
+        field.name for kind in (MachineFacts, CapabilityAnswer, Reading, HugetlbPoolFacts, Advice) for field in fields(kind)
     }
     named = {reading.name for reading in (*collect().settings, *collect().limits)}
     named |= {"commit_limit", "committed", "memory_cgroup_high", "memlock_enforced"}

@@ -14,9 +14,9 @@ import pytest
 import prefault
 from prefault._kernel import mman
 from prefault.engine import admission
-from prefault.engine.admission import Shortage, Watch
-from prefault.engine.allowance import _Spare, spare
-from prefault.engine.demand import Part, missing_from
+from prefault.engine.admission import AdmissionControl, Shortfall
+from prefault.engine.allowance import _Allowance, allowance
+from prefault.engine.demand import Demand, missing_from
 from prefault.engine.methods import Access
 from prefault.errors import HeadroomError
 from prefault.inspection.scan import populated_before
@@ -35,18 +35,18 @@ LIMIT = Limit("a limit", "memory", GIB, 0, 0, 0, "consequence", "source", "remed
 
 @pytest.fixture(autouse=True)
 def _nothing_spare() -> Iterator[None]:
-    spare.empty()
+    allowance.empty()
     yield
-    spare.empty()
+    allowance.empty()
 
 
-def part_of(mapping: prefault.Mapping, access: Access | None = None) -> Part:
+def part_of(mapping: prefault.Mapping, access: Access | None = None) -> Demand:
     """The whole mapping as one part."""
     plan = prefault.plan(mapping, access=access)
     (segment,) = plan.segments
     write, private = segment.method.access == "write", not segment.target.shared
     present = populated_before(segment.start, segment.stop, write=write, private=private)
-    return Part(segment, missing_from(segment.start, segment.stop, present), mapping.fd)
+    return Demand(segment, missing_from(segment.start, segment.stop, present), mapping.fd)
 
 
 def needed(mapping: prefault.Mapping, access: Access | None = None) -> int:
@@ -130,12 +130,12 @@ def test_memory_that_may_not_be_written_or_is_not_there() -> None:
     with Region(PAGES, mman.PROT_NONE) as region:
         for access in ("read", "write"):
             segments = prefault.plan(region, access=access).segments
-            part = Part(segments[0], array("Q", [region.address, region.address + LENGTH]))
+            part = Demand(segments[0], array("Q", [region.address, region.address + LENGTH]))
             assert part.memory(region.address, region.address + LENGTH) == 0
     with Region(PAGES) as region:
         region.punch(0, PAGES)
         (segment,) = prefault.plan(region).segments
-        part = Part(segment, array("Q", [region.address, region.address + LENGTH]))
+        part = Demand(segment, array("Q", [region.address, region.address + LENGTH]))
         assert part.at_most(region.address, region.address + LENGTH) == 0
 
 
@@ -188,7 +188,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Answers]:
 def test_all_of_it_at_the_start_and_what_is_ahead_later(answers: Callable[[int], Answers]) -> None:
     with prefault.Mapping("32 MiB", huge="never") as mapping:
         start, stop = mapping.range
-        watch = Watch([part_of(mapping)], start)
+        watch = AdmissionControl([part_of(mapping)], start)
         made = answers(33 * MIB)
         watch.start()
         assert 32 * MIB < made.asked[0][0] < 33 * MIB
@@ -204,16 +204,16 @@ def test_all_of_it_at_the_start_and_what_is_ahead_later(answers: Callable[[int],
             watch.start()
         made.left = 0
         prefault.populate(mapping, headroom="ignore")
-        Watch([part_of(mapping)]).start()  # nothing is missing any more
+        AdmissionControl([part_of(mapping)]).start()  # nothing is missing any more
 
 
 def test_page_tables_may_come_out_of_the_reserve(answers: Callable[[int], Answers]) -> None:
     made = answers(0)
     with prefault.Mapping("32 MiB", huge="never") as mapping:
-        assert Watch([part_of(mapping, "read")]).whole() is not None
+        assert AdmissionControl([part_of(mapping, "read")]).whole() is not None
         assert [reserve for _, reserve, _ in made.asked] == [1.0, 0.0]
         made.asked.clear()
-        assert Watch([part_of(mapping, "write")]).whole() is not None
+        assert AdmissionControl([part_of(mapping, "write")]).whole() is not None
         assert [reserve for _, reserve, _ in made.asked] == [1.0, 1.0]
 
 
@@ -222,7 +222,7 @@ def test_chunks_are_small_where_little_is_left(answers: Callable[[int], Answers]
         sizes = []
         for left in (10 * MIB, 60 * MIB, 8 * GIB):
             answers(left)
-            watch = Watch([part_of(mapping)])
+            watch = AdmissionControl([part_of(mapping)])
             watch.start()
             sizes.append(watch.largest_chunk)
         assert sizes == [MIB, 7 * MIB, GIB]  # the pace sets the size then
@@ -233,9 +233,9 @@ def test_a_thread_waits_for_what_others_have_ahead(answers: Callable[[int], Answ
     made = answers(6 * MIB)
     with prefault.Mapping("8 MiB", huge="never") as mapping:
         start, stop = mapping.range
-        watch = Watch([part_of(mapping)])
+        watch = AdmissionControl([part_of(mapping)])
         admitted = threading.Event()
-        results: list[Shortage | None] = []
+        results: list[Shortfall | None] = []
 
         def other() -> None:
             results.append(watch.admit(start + 4 * MIB, stop))
@@ -261,9 +261,9 @@ def test_ctrl_c_just_after_being_admitted_keeps_no_helper_waiting(
 ) -> None:
     """The chunk is never populated, and the others wait for its end."""
     made = answers(GIB)
-    mine, waiting, admit = threading.get_ident(), threading.Event(), Watch.admit
+    mine, waiting, admit = threading.get_ident(), threading.Event(), AdmissionControl.admit
 
-    def interrupted(self: Watch, start: int, stop: int) -> Shortage | None:
+    def interrupted(self: AdmissionControl, start: int, stop: int) -> Shortfall | None:
         shortage = admit(self, start, stop)
         if threading.get_ident() == mine:
             made.left = 3 * MIB
@@ -274,7 +274,7 @@ def test_ctrl_c_just_after_being_admitted_keeps_no_helper_waiting(
             raise KeyboardInterrupt
         return shortage
 
-    monkeypatch.setattr(Watch, "admit", interrupted)
+    monkeypatch.setattr(AdmissionControl, "admit", interrupted)
     monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
     with prefault.Mapping("512 MiB", huge="never") as mapping:
         with pytest.raises(prefault.PopulateInterrupted):
@@ -289,7 +289,7 @@ def test_a_small_call_asks_once_in_a_while(answers: Callable[[int], Answers]) ->
             prefault.populate(mapping, offset=page * PAGE_SIZE, length=PAGE_SIZE)
     assert 1 <= len(made.asked) < 500  # each answer holds for 20 ms
     made = answers(8 * MIB)
-    spare.empty()
+    allowance.empty()
     with prefault.Mapping("4 MiB", huge="never") as mapping:
         for page in range(100):
             prefault.populate(mapping, offset=page * PAGE_SIZE, length=PAGE_SIZE)
@@ -302,7 +302,7 @@ def test_a_small_call_asks_once_in_a_while(answers: Callable[[int], Answers]) ->
 
 
 def test_what_is_spare() -> None:
-    fresh = _Spare()
+    fresh = _Allowance()
     assert not fresh.spend(0, 0)
     fresh.fill(GIB, 1000)
     until = 1000 + GIB // 128

@@ -23,9 +23,9 @@ from prefault import PAGE_SIZE, PageRange, PageState, RangeSet
 from prefault._kernel import mman
 from prefault._system import capabilities
 from prefault._system.kept_files import KeptFile
-from prefault.engine.allowance import spare
-from prefault.engine.chunking import Pace
-from prefault.engine.demand import Part, SpreadPart, missing_from, parts_of
+from prefault.engine.allowance import allowance
+from prefault.engine.chunking import ChunkSize
+from prefault.engine.demand import Demand, ScatteredDemand, demands_of, missing_from
 from prefault.inspection.scan import populated_before, residency_of
 from prefault.memory import vma
 from prefault.sizes import GIB, MIB
@@ -68,10 +68,10 @@ def test_many_mappings_take_few_calls(alternating: Region, monkeypatch: pytest.M
     needs.capability(capabilities.PAGEMAP_SCAN)
     prefault.populate(alternating)  # asks once what this kernel can do
     mman.madvise(alternating.address, alternating.length, mman.MADV_DONTNEED)
-    spare.empty()
+    allowance.empty()
     vectors = Counter(monkeypatch, mman, "process_madvise_vector")
     singles = Counter(monkeypatch, mman, "madvise")
-    bounds = Counter(monkeypatch, Part, "at_most")
+    bounds = Counter(monkeypatch, Demand, "at_most")
     scans = Counter(monkeypatch, RESIDENCY._Scanner, "scan")
     result = prefault.populate(alternating)
     assert (result.bytes, result.present_bytes, result.method) == (
@@ -173,15 +173,15 @@ def test_what_kinds_need_is_what_their_segments_need(
         start, stop = sorted(region.page(page) for page in cut)
         spans = [(s, max(s.start, start), min(s.stop, stop)) for s in segments if s.start < stop and s.stop > start]
         naive = [
-            (Part(s, missing_from(s.start, s.stop, module._populated((s,)))), first, last) for s, first, last in spans
+            (Demand(s, missing_from(s.start, s.stop, module._populated((s,)))), first, last) for s, first, last in spans
         ]  # fmt: skip
         kinds = [
             (part, max(start, part.segment.start), min(stop, part.segment.stop))
-            for part in parts_of(segments, together, None)
+            for part in demands_of(segments, together, None)
             if part.segment.start < stop and part.segment.stop > start
         ]  # fmt: skip
-        assert len(segments) == 1 or all(isinstance(part, SpreadPart) for part, _, _ in kinds)
-        for ask in (Part.missing_bytes, Part.memory):
+        assert len(segments) == 1 or all(isinstance(part, ScatteredDemand) for part, _, _ in kinds)
+        for ask in (Demand.missing_bytes, Demand.memory):
             name = ask.__name__
             assert sum(getattr(part, name)(a, b) for part, a, b in kinds) == sum(
                 getattr(part, name)(a, b) for part, a, b in naive
@@ -239,10 +239,10 @@ def test_a_kept_file_is_read_without_giving_up_the_gil(tmp_path: Path, monkeypat
 
 
 def test_a_far_too_large_range_is_refused_after_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    spare.empty()
+    allowance.empty()
     for shared in (False, True):
         with prefault.Mapping(4096 * GIB, shared=shared, noreserve=True, huge="never") as mapping:
-            looks = Counter(monkeypatch, Part, "memory")
+            looks = Counter(monkeypatch, Demand, "memory")
             with pytest.raises(prefault.HeadroomError) as caught:
                 prefault.populate(mapping)
             assert caught.value.needed_bytes >= 4096 * GIB
@@ -256,7 +256,7 @@ def test_what_is_empty_is_not_read_entry_by_entry(monkeypatch: pytest.MonkeyPatc
     with prefault.Mapping(8 * GIB, noreserve=True, huge="never") as mapping:
         prefault.populate(mapping, offset=3 * GIB, length=MIB)
         (segment,) = prefault.plan(mapping).segments
-        part = Part(segment, missing_from(*mapping.range, array("Q")))
+        part = Demand(segment, missing_from(*mapping.range, array("Q")))
         read: list[int] = []
         module = sys.modules["prefault.engine.demand"]
         original = module.pagemap.read_pagemap
@@ -276,7 +276,7 @@ def test_what_is_empty_is_not_read_entry_by_entry(monkeypatch: pytest.MonkeyPatc
 def test_chunks_grow_at_once_beside_several_busy_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     from engine.test_populate import FakeTimes
 
-    times, one = FakeTimes(monkeypatch), Pace(on_disk=False)
+    times, one = FakeTimes(monkeypatch), ChunkSize(on_disk=False)
     assert times.chunk(one, 2, waited_ms=40, sleeps=1) == 64 * MIB  # 32 ms
     assert times.chunk(one, 32, waited_ms=40, sleeps=1) == 64 * MIB
     assert times.chunk(one, 80, waited_ms=40, sleeps=1) == 32 * MIB

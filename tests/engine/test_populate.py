@@ -582,7 +582,7 @@ class FakeTimes:
     def ru_nvcsw(self) -> int:
         return self.sleeps
 
-    def chunk(self, one: chunking.Pace, cpu_ms: float, waited_ms: float = 0, *, sleeps: int = 0) -> int:
+    def chunk(self, one: chunking.ChunkSize, cpu_ms: float, waited_ms: float = 0, *, sleeps: int = 0) -> int:
         one.start()
         self.cpu += int(cpu_ms * 1e6)
         self.wall += int((cpu_ms + waited_ms) * 1e6)
@@ -592,20 +592,20 @@ class FakeTimes:
 
 
 def test_chunks_grow_and_shrink_with_their_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    times, one = FakeTimes(monkeypatch), chunking.Pace(on_disk=False)
+    times, one = FakeTimes(monkeypatch), chunking.ChunkSize(on_disk=False)
     assert [times.chunk(one, 0.1) for _ in range(6)] == [8 * MIB, 16 * MIB, 32 * MIB, 64 * MIB, 64 * MIB, 64 * MIB]
     assert times.chunk(one, 3) == 64 * MIB
     assert [times.chunk(one, 50) for _ in range(7)][-1] == chunking.SMALLEST_CHUNK
 
 
 def test_chunks_grow_while_another_thread_has_the_gil_but_not_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    times, one = FakeTimes(monkeypatch), chunking.Pace(on_disk=False)
+    times, one = FakeTimes(monkeypatch), chunking.ChunkSize(on_disk=False)
     assert times.chunk(one, 3, waited_ms=5, sleeps=0) == 4 * MIB
     assert times.chunk(one, 3, waited_ms=5, sleeps=1) == 8 * MIB
 
 
 def test_chunks_of_a_disk_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    times, one = FakeTimes(monkeypatch), chunking.Pace(on_disk=True)
+    times, one = FakeTimes(monkeypatch), chunking.ChunkSize(on_disk=True)
     assert times.chunk(one, 0.1, waited_ms=30, sleeps=3) == 4 * MIB
 
 

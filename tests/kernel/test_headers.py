@@ -57,7 +57,7 @@ C_NAMES = {
     "futex._ADD_ZERO": "FUTEX_OP(FUTEX_OP_ADD, 0, FUTEX_OP_CMP_EQ, -2048)",
     "mman.IOV_MAX": "UIO_MAXIOV",
     "userfaultfd.MESSAGE_BYTES": "sizeof(struct uffd_msg)",
-    **{f"userfaultfd.Ioctl.{name}": f"1ULL << _UFFDIO_{name}" for name in userfaultfd.Ioctl.__members__},
+    **{f"userfaultfd.UffdIoctl.{name}": f"1ULL << _UFFDIO_{name}" for name in userfaultfd.UffdIoctl.__members__},
 }
 
 # Constants that no header of the kernel has.
@@ -91,7 +91,7 @@ C_STRUCTS = {
 }
 C_FIELDS = {"mman.IoVec.base": "iov_base", "mman.IoVec.length": "iov_len"}
 
-C_PREFIXES = {"pagemap.PageCategory": "PAGE_IS_", "userfaultfd.Feature": "UFFD_FEATURE_"}
+C_PREFIXES = {"pagemap.PageCategory": "PAGE_IS_", "userfaultfd.UffdFeature": "UFFD_FEATURE_"}
 
 # Structures that are packed with `struct`: for each, the module's format and the fields that it stands for, in order.
 _RUN = ("range.start", "range.len", "mode")
@@ -401,7 +401,7 @@ def test_pagemap_guard() -> None:
 
 def test_pagemap_swap() -> None:
     """A marker in the page table where the page is not present is a swap entry to pagemap; no swap space is needed."""
-    with Region(2) as region, opened(userfaultfd.Feature.POISON) as watcher:
+    with Region(2) as region, opened(userfaultfd.UffdFeature.POISON) as watcher:
         watcher.register(region.address, region.length)
         watcher.poison(region.address)
         assert entry(region.address) & (pagemap.PM_SWAP | pagemap.PM_PRESENT) == pagemap.PM_SWAP

@@ -25,7 +25,7 @@ from prefault.engine.methods import Access
 from prefault.errors import HeadroomError
 from prefault.limits import headroom, memory_limits
 from prefault.sizes import MIB, PAGE_SIZE
-from prefault.sparse.advice_vector import Vector
+from prefault.sparse.advice_vector import AdviceVector
 from support import needs, oracle
 from support.cgroups import Group, groups, leave
 from support.children import Child, in_child
@@ -607,21 +607,21 @@ def test_taking_back_many_ranges_at_the_limit_is_no_kill(cgroups: Make, monkeypa
     ranges = 60_000
     with prefault.SparseMemory(PAGE_SIZE) as memory:
         memory.populate_many([(0, PAGE_SIZE)])  # modules are loaded outside of the group
-    advise = Vector.advise
+    advise = AdviceVector.advise
     group = cgroups(512 * MIB)
 
     def scattered() -> bool:
         with prefault.SparseMemory(ranges * 2 * PAGE_SIZE, unpopulated="zeros") as memory:
             calls = 0
 
-            def advise_and_meet_a_neighbour(self: Vector, *arguments: int) -> int:
+            def advise_and_meet_a_neighbour(self: AdviceVector, *arguments: int) -> int:
                 nonlocal calls
                 calls += 1
                 if calls == 10:
                     group.limit(group.usage + 8 * MIB)
                 return advise(self, *arguments)
 
-            monkeypatch.setattr(Vector, "advise", advise_and_meet_a_neighbour)
+            monkeypatch.setattr(AdviceVector, "advise", advise_and_meet_a_neighbour)
             offsets = numpy.arange(ranges) * 2 * PAGE_SIZE
             with pytest.raises(prefault.HeadroomError, match="discarded again"):
                 memory.populate_many(numpy.stack([offsets, numpy.full(ranges, PAGE_SIZE)], axis=1))

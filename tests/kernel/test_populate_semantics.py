@@ -404,7 +404,7 @@ def test_poisoned_page(way: Way, access: Access) -> None:
 
     The fallbacks get EFAULT for it and cannot tell it from swap that cannot be read; they say that much.
     """
-    with Region(PAGES) as region, userfaultfd.opened(userfaultfd.Feature.POISON) as watcher:
+    with Region(PAGES) as region, userfaultfd.opened(userfaultfd.UffdFeature.POISON) as watcher:
         # Only the page itself is registered: the other pages of registered memory would not be populated at all.
         watcher.register(region.page(5), PAGE)
         watcher.poison(region.page(5))

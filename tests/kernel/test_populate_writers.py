@@ -92,7 +92,7 @@ def test_a_write_that_comes_during_the_fault(method: str, kept: bool, memfd: int
     """
     if method == "populate_write":
         needs.capability(capabilities.MADV_POPULATE)
-    features = userfaultfd.Feature.WP_HUGETLBFS_SHMEM
+    features = userfaultfd.UffdFeature.WP_HUGETLBFS_SHMEM
     userfaultfd.opened(features, user_mode_only=False).close()
 
     def race() -> bytes:
@@ -121,7 +121,7 @@ def test_a_write_that_comes_during_the_fault(method: str, kept: bool, memfd: int
 
 
 def test_futex_add_does_not_wait_and_writes_nothing(memfd: int) -> None:
-    features = userfaultfd.Feature.WP_HUGETLBFS_SHMEM
+    features = userfaultfd.UffdFeature.WP_HUGETLBFS_SHMEM
     with Region(1, fd=memfd, shared=True) as ours, userfaultfd.opened(features) as watcher:
         ours.fill(0, b"old")
         watcher.register(ours.address, ours.length, userfaultfd.UFFDIO_REGISTER_MODE_WP)

@@ -18,7 +18,7 @@ import pytest
 
 from prefault._kernel import fallocate, mman, pagemap
 from prefault._kernel import userfaultfd as u
-from prefault._kernel.userfaultfd import Feature, Ioctl, PageFault, Remap, Remove, Unmap
+from prefault._kernel.userfaultfd import PageFault, RemapEvent, RemoveEvent, UffdFeature, UffdIoctl, UnmapEvent
 from prefault._system import capabilities, hugetlb
 from prefault._system.capabilities import UFFD_KERNEL_FAULTS
 from support import needs, oracle
@@ -79,12 +79,14 @@ def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
     """Eight pages, none of which the file has yet, registered for everything."""
     if request.param == "hugetlb":
         request.getfixturevalue("hugetlb_pool")(PAGES)
-    yield from _shared(request.param == "hugetlb", Feature.THREAD_ID | Feature.POISON | Feature.WP_HUGETLBFS_SHMEM)
+    yield from _shared(
+        request.param == "hugetlb", UffdFeature.THREAD_ID | UffdFeature.POISON | UffdFeature.WP_HUGETLBFS_SHMEM
+    )
 
 
 @pytest.fixture
 def shmem() -> Iterator[Shared]:
-    yield from _shared(False, Feature.THREAD_ID | Feature.POISON | Feature.WP_HUGETLBFS_SHMEM)
+    yield from _shared(False, UffdFeature.THREAD_ID | UffdFeature.POISON | UffdFeature.WP_HUGETLBFS_SHMEM)
 
 
 def _shared(huge: bool, features: int, mode: int = ALL_MODES) -> Iterator[Shared]:
@@ -119,8 +121,8 @@ def test_api_tells_features_and_may_be_asked_again_after_a_refusal() -> None:
         refused(errno.EINVAL, u.read_events, fd)
         refused(errno.EINVAL, u.api, fd, 1 << 40)
         features, ioctls = u.api(fd)
-        assert Feature.MISSING_SHMEM in features
-        assert ioctls == Ioctl.API | Ioctl.REGISTER | Ioctl.UNREGISTER
+        assert UffdFeature.MISSING_SHMEM in features
+        assert ioctls == UffdIoctl.API | UffdIoctl.REGISTER | UffdIoctl.UNREGISTER
         refused(errno.EINVAL, u.api, fd)  # twice
         with pytest.raises(BlockingIOError):
             u.read_events(fd)
@@ -160,8 +162,8 @@ def test_from_the_device_it_needs_no_privilege_of_its_own() -> None:
 def test_register_tells_what_may_be_done() -> None:
     with opened() as watcher, Region(2) as region:
         found = watcher.register(region.address, region.length)
-        assert found >= Ioctl.COPY | Ioctl.ZEROPAGE | Ioctl.WAKE
-        assert not found & Ioctl.CONTINUE
+        assert found >= UffdIoctl.COPY | UffdIoctl.ZEROPAGE | UffdIoctl.WAKE
+        assert not found & UffdIoctl.CONTINUE
         refused(errno.EINVAL, u.register, watcher.fd, region.address, region.length, MINOR)  # private memory
         refused(errno.EINVAL, u.register, watcher.fd, region.address, region.length, 0)
         refused(errno.EINVAL, u.register, watcher.fd, region.address + 1, PAGE, MISSING)
@@ -243,7 +245,7 @@ def test_neither_filling_nor_a_page_that_is_there_already_wakes(shared: Shared) 
 
 
 def test_minor_mode_alone_lets_the_kernel_fill_holes_with_zeros() -> None:
-    for shared in _shared(False, Feature.MINOR_SHMEM, MINOR):
+    for shared in _shared(False, UffdFeature.MINOR_SHMEM, MINOR):
         assert Toucher(shared.at(0)).finish() == b"\0"
         assert shared.watcher.silent(0)
 
@@ -290,13 +292,13 @@ def test_continue_of_wrong_ranges(shared: Shared) -> None:
 
 def test_eagain_with_nothing_done_is_an_error_and_not_zero_bytes() -> None:
     """While the process changes its mappings nothing is done: the caller must read the event first."""
-    for shared in _shared(False, Feature.EVENT_REMOVE | Feature.MINOR_SHMEM):
+    for shared in _shared(False, UffdFeature.EVENT_REMOVE | UffdFeature.MINOR_SHMEM):
         shared.fill(0, b"f")
         discarder = threading.Thread(target=mman.madvise, args=(shared.at(0), PAGE, mman.MADV_DONTNEED), daemon=True)
         discarder.start()
         assert not shared.watcher.silent(30)
         refused(errno.EAGAIN, shared.go_on, 0)
-        assert shared.watcher.events() == [Remove(shared.at(0), shared.at(1))]
+        assert shared.watcher.events() == [RemoveEvent(shared.at(0), shared.at(1))]
         discarder.join(30)
         assert shared.go_on(0) == 1
 
@@ -334,7 +336,7 @@ def test_poison_goes_with_madv_dontneed_and_outlives_unregister(shared: Shared) 
 def test_poison_answers_a_thread_that_waits() -> None:
     """In a system call, which fails; a load would be answered with SIGBUS and end the process."""
     needs.capability(capabilities.UFFD_POISON)
-    with Region(1) as region, opened(Feature.POISON, user_mode_only=False) as watcher:
+    with Region(1) as region, opened(UffdFeature.POISON, user_mode_only=False) as watcher:
         watcher.register(region.address, PAGE)
         reader, writer = os.pipe()
         got: list[int | None] = []
@@ -435,7 +437,7 @@ def test_protection_leaves_poison_alone(shared: Shared) -> None:
 
 def test_asynchronous_write_protection_needs_no_answer() -> None:
     needs.capability(capabilities.UFFD_WP_ASYNC)
-    for shared in _shared(False, Feature.WP_ASYNC | Feature.MINOR_SHMEM):
+    for shared in _shared(False, UffdFeature.WP_ASYNC | UffdFeature.MINOR_SHMEM):
         shared.fill(0, b"f")
         shared.go_on(0, mode=u.UFFDIO_CONTINUE_MODE_WP)
         assert shared.entry(0) == PRESENT | MARKED
@@ -484,7 +486,7 @@ def test_copy_onto_shared_memory(shared: Shared) -> None:
 
 
 def test_move_takes_the_pages_away() -> None:
-    with Region(6) as region, Region(6) as source, opened(Feature.MOVE) as watcher:
+    with Region(6) as region, Region(6) as source, opened(UffdFeature.MOVE) as watcher:
         watcher.register(region.address, region.length)
         fd = watcher.fd
         source.fill(0, b"m" * 2 * PAGE)
@@ -534,7 +536,7 @@ def test_user_mode_only_fails_the_kernel_at_once(shared: Shared) -> None:
 
 
 def test_remap_and_unmap_events() -> None:
-    features = Feature.EVENT_REMAP | Feature.EVENT_UNMAP | Feature.EVENT_REMOVE
+    features = UffdFeature.EVENT_REMAP | UffdFeature.EVENT_UNMAP | UffdFeature.EVENT_REMOVE
     libc = ctypes.CDLL(None)
     libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
     # Closed first: nobody would read the events of the unmapping.
@@ -553,13 +555,15 @@ def test_remap_and_unmap_events() -> None:
 
         may_move_fixed = 3
         moved = during(libc.mremap, region.page(1), PAGE, PAGE, may_move_fixed, target.address)
-        assert Remap(region.page(1), target.address, PAGE) in moved
+        assert RemapEvent(region.page(1), target.address, PAGE) in moved
         toucher = Toucher(target.address)
         assert watcher.wait().address == target.address, "it is registered at its new place"
         watcher.zeropage(target.address)
         toucher.finish()
-        assert during(mman.munmap, region.page(3), PAGE) == [Unmap(region.page(3), region.page(4))]
-        assert during(mman.madvise, region.page(2), PAGE, mman.MADV_DONTNEED) == [Remove(region.page(2), region.page(3))]
+        assert during(mman.munmap, region.page(3), PAGE) == [UnmapEvent(region.page(3), region.page(4))]
+        assert during(mman.madvise, region.page(2), PAGE, mman.MADV_DONTNEED) == [
+            RemoveEvent(region.page(2), region.page(3))
+        ]
 
 
 def test_fork_event_brings_a_descriptor_for_the_child() -> None:
@@ -567,11 +571,11 @@ def test_fork_event_brings_a_descriptor_for_the_child() -> None:
     needs.root("be told of forks (CAP_SYS_PTRACE)")
 
     def client() -> bool:
-        with Region(2) as region, Userfaultfd(Feature.EVENT_FORK, user_mode_only=False) as watcher:
+        with Region(2) as region, Userfaultfd(UffdFeature.EVENT_FORK, user_mode_only=False) as watcher:
 
             def handle() -> list[Any]:
                 (event,) = watcher.events()
-                assert isinstance(event, u.Fork)
+                assert isinstance(event, u.ForkEvent)
                 child = Userfaultfd.__new__(Userfaultfd)
                 child.fd = event.descriptor
                 fault = child.wait()

@@ -21,7 +21,7 @@ import prefault
 from prefault import PAGE_SIZE, File, Mapping, MappingError, TemporaryFile
 from prefault._kernel import mman
 from prefault._system import thp
-from prefault.mapping.mapping import Pin
+from prefault.mapping.mapping import MemoryPin
 from support import needs, oracle
 from support.children import in_child
 
@@ -384,7 +384,7 @@ def test_a_view_that_is_asked_for_while_another_thread_closes() -> None:
     with pytest.raises(ValueError, match="the mapping is closed"):
         memory.exporter(PAGE_SIZE)
     with pytest.raises(ValueError, match="the mapping is closed"):
-        Pin(memory)
+        MemoryPin(memory)
 
 
 # --- fork

@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from prefault import PAGE_SIZE, PageRange, RangeSet
 from prefault.errors import PoolFullError
-from prefault.pool.block_charges import Account as Remote
-from prefault.pool.block_charges import Member
-from prefault.pool.ledger import Account, Ledger
+from prefault.pool.block_charges import BlockCharges
+from prefault.pool.block_charges import PoolAccount as Remote
+from prefault.pool.ledger import Ledger, MemberAccount
 
 _CAPACITY = 24
 
@@ -66,9 +66,9 @@ class LedgerMachine(RuleBasedStateMachine):
         limit = None if above is None else reserved + above
         if self.model.put(self.number, _Share(0, reserved, limit)) is None:
             with pytest.raises(PoolFullError):
-                self.ledger.open(self.number, Account("m", 0, reserved, limit))
+                self.ledger.open(self.number, MemberAccount("m", 0, reserved, limit))
         else:
-            self.ledger.open(self.number, Account("m", 0, reserved, limit))
+            self.ledger.open(self.number, MemberAccount("m", 0, reserved, limit))
 
     @precondition(lambda self: self.model.shares)
     @rule(data=st.data(), charged=st.integers(0, _CAPACITY + 2))
@@ -118,7 +118,7 @@ def test_every_promise_can_be_kept_whatever_the_others_do(reserved: list[int], s
     members = []
     for number, promise in enumerate(reserved):
         if promise <= ledger.available:
-            ledger.open(number, Account("m", 0, promise, None))
+            ledger.open(number, MemberAccount("m", 0, promise, None))
             members.append(number)
     rng = random.Random(seed)
     for _ in range(30):
@@ -132,8 +132,8 @@ def test_every_promise_can_be_kept_whatever_the_others_do(reserved: list[int], s
 
 def test_the_refusal_names_all_numbers() -> None:
     ledger = Ledger(100 << 20)
-    ledger.open(1, Account("guest", 0, 0, 64 << 20))
-    ledger.open(2, Account("cache", 0, 30 << 20, None))
+    ledger.open(1, MemberAccount("guest", 0, 0, 64 << 20))
+    ledger.open(2, MemberAccount("cache", 0, 30 << 20, None))
     ledger.settle(1, 60 << 20)
     with pytest.raises(PoolFullError) as limit:
         ledger.settle(1, 70 << 20)
@@ -144,11 +144,11 @@ def test_the_refusal_names_all_numbers() -> None:
         "cache (with no limit of its own) needs 50.0 MiB more: of a capacity of 100.0 MiB, 60.0 MiB are charged (0 bytes to"
         " cache), which leaves 10.0 MiB, 30.0 MiB for itself; discard, close members or make the pool larger"
     )
-    ledger.open(3, Account("third", 0, 0, None))
+    ledger.open(3, MemberAccount("third", 0, 0, None))
     with pytest.raises(PoolFullError, match=r"30\.0 MiB are reserved for others, which leaves 10\.0 MiB; discard"):
         ledger.settle(3, 20 << 20)
     with pytest.raises(PoolFullError, match=r"cannot reserve 11\.0 MiB for fourth: .* leaves 10\.0 MiB"):
-        ledger.open(4, Account("fourth", 0, 11 << 20, None))
+        ledger.open(4, MemberAccount("fourth", 0, 11 << 20, None))
     assert full.value.populated_bytes == 0
     assert len(ledger) == 3
 
@@ -182,7 +182,7 @@ def _set(numbers: set[int]) -> RangeSet:
 @given(st.lists(st.tuples(st.booleans(), st.sets(st.integers(0, _BLOCKS - 1))), max_size=20))
 def test_blocks_against_a_set_of_numbers(steps: list[tuple[bool, set[int]]]) -> None:
     paper = _Paper(12 * _BLOCK)
-    member = Member(paper, _BLOCKS * _BLOCK, _BLOCK, "m")
+    member = BlockCharges(paper, _BLOCKS * _BLOCK, _BLOCK, "m")
     model: set[int] = set()
     for charging, numbers in steps:
         if not charging:
@@ -207,7 +207,7 @@ def test_an_interrupted_charge_is_taken_back() -> None:
                 raise KeyboardInterrupt
 
     paper = Interrupted(1 << 30)
-    member = Member(paper, _BLOCKS * _BLOCK, _BLOCK, "m")
+    member = BlockCharges(paper, _BLOCKS * _BLOCK, _BLOCK, "m")
     with pytest.raises(KeyboardInterrupt):
         member.charge(_set({3}))
     assert member.charged == paper.charged == 0
@@ -216,7 +216,7 @@ def test_an_interrupted_charge_is_taken_back() -> None:
 
 def test_a_closed_member() -> None:
     paper = _Paper(1 << 30)
-    member = Member(paper, _BLOCKS * _BLOCK, _BLOCK, "guest")
+    member = BlockCharges(paper, _BLOCKS * _BLOCK, _BLOCK, "guest")
     member.charge(_set({1}))
     member.close()
     member.close()

@@ -27,12 +27,12 @@ from prefault.ipc.transport import ProtocolError
 from prefault.pool import Pool
 from prefault.pool import connect as connect_to_pool
 from prefault.pool.service import pool_protocol
-from prefault.pool.service.pool_client import _Link
+from prefault.pool.service.pool_client import _PoolConnection
 from prefault.pool.service.pool_server import PoolServer
 from support import needs, oracle
 from support.children import Child, in_child
 
-_HELLO = pool_protocol.Hello(1, pool_protocol.VERSION, False)
+_HELLO = pool_protocol.PoolHello(1, pool_protocol.VERSION, False)
 _NOBODY = 65534
 
 
@@ -71,7 +71,7 @@ def _replies(connection: socket.socket, count: int | None = None) -> list[pool_p
     return replies
 
 
-def _member(link: _Link) -> tuple[int, int]:
+def _member(link: _PoolConnection) -> tuple[int, int]:
     created, fd = link.ask(pool_protocol.Create(0, 64 * PAGE_SIZE, 0, None, None), pool_protocol.Created)
     assert fd is not None
     return created.member, fd
@@ -80,18 +80,18 @@ def _member(link: _Link) -> tuple[int, int]:
 @contextmanager
 def _neighbour(path: str | Path) -> Iterator[None]:
     """A client of good conduct, who is served before and after, and has what it had."""
-    link = _Link(path, 10.0)
+    link = _PoolConnection(path, 10.0)
     link.greet(events=False)
     member, fd = _member(link)
-    link.ask(pool_protocol.Settle(0, member, 2 * PAGE_SIZE), pool_protocol.Done)
+    link.ask(pool_protocol.Settle(0, member, 2 * PAGE_SIZE), pool_protocol.PoolDone)
     os.pwrite(fd, b"mine" * 1024, 0)
     yield
-    link.ask(pool_protocol.Settle(0, member, 3 * PAGE_SIZE), pool_protocol.Done)
-    statistics = link.ask(pool_protocol.Ask(0), pool_protocol.Statistics)[0].statistics
+    link.ask(pool_protocol.Settle(0, member, 3 * PAGE_SIZE), pool_protocol.PoolDone)
+    statistics = link.ask(pool_protocol.Ask(0), pool_protocol.StatisticsReply)[0].statistics
     mine = [found for found in statistics.members if found.pid == os.getpid()]
     assert [found.charged for found in mine if found.allocated_bytes] == [3 * PAGE_SIZE]
     assert os.pread(fd, 8, 0) == b"minemine"
-    link.ask(pool_protocol.Close(0, member), pool_protocol.Done)
+    link.ask(pool_protocol.Close(0, member), pool_protocol.PoolDone)
     os.close(fd)
     link.close()
 
@@ -124,7 +124,7 @@ def _packed(*values: Any) -> bytes:
         (_packed("ask", 1), "Hello comes first"),
         (pool_protocol.encode(_HELLO) * 2, "Hello comes first, and once"),
         (
-            pool_protocol.encode(pool_protocol.Hello(1, 1, True)) + pool_protocol.encode(pool_protocol.Ask(2)),
+            pool_protocol.encode(pool_protocol.PoolHello(1, 1, True)) + pool_protocol.encode(pool_protocol.Ask(2)),
             "asks for nothing",
         ),
     ],
@@ -133,7 +133,7 @@ def test_nonsense_is_answered_and_hung_up_on(tmp_path: Path, no_descriptors: Non
     with _served(tmp_path) as (_, server), _neighbour(server.path), _raw(server.path) as connection:
         connection.sendall(said)
         last = _replies(connection)[-1]
-        assert isinstance(last, pool_protocol.Refused)
+        assert isinstance(last, pool_protocol.PoolRefused)
         assert last.kind == "protocol"
         assert complaint in last.message
 
@@ -151,7 +151,7 @@ def test_nonsense_is_answered_and_hung_up_on(tmp_path: Path, no_descriptors: Non
 def test_half_a_message_has_its_time_and_no_more(tmp_path: Path, no_descriptors: None, said: bytes) -> None:
     with _served(tmp_path, timeout=0.5) as (_, server), _neighbour(server.path), _raw(server.path) as connection:
         connection.sendall(said)
-        assert all(isinstance(reply, pool_protocol.Welcome) for reply in _replies(connection))  # until it hangs up
+        assert all(isinstance(reply, pool_protocol.PoolWelcome) for reply in _replies(connection))  # until it hangs up
 
 
 def test_a_byte_now_and_then_does_not_buy_time(tmp_path: Path) -> None:
@@ -172,24 +172,24 @@ def test_who_is_silent_after_hello_is_left_alone(tmp_path: Path) -> None:
         _replies(connection, 1)
         time.sleep(0.8)
         connection.sendall(pool_protocol.encode(pool_protocol.Ask(2)))
-        assert isinstance(_replies(connection, 1)[0], pool_protocol.Statistics)
+        assert isinstance(_replies(connection, 1)[0], pool_protocol.StatisticsReply)
 
 
 def test_members_belong_to_their_connection(tmp_path: Path, no_leaks: None) -> None:
     with _served(tmp_path) as (pool, server), _neighbour(server.path):
         (other,) = pool.statistics().members
-        link = _Link(server.path, 10.0)
+        link = _PoolConnection(server.path, 10.0)
         link.greet(events=False)
         for number in (1, 2, 0, 1 << 62):
             with pytest.raises(ValueError, match=f"member {number} is none of this connection"):
-                link.ask(pool_protocol.Settle(0, number, 0), pool_protocol.Done)
+                link.ask(pool_protocol.Settle(0, number, 0), pool_protocol.PoolDone)
             with pytest.raises(ValueError, match=f"member {number} is none of this connection"):
-                link.ask(pool_protocol.Close(0, number), pool_protocol.Done)
+                link.ask(pool_protocol.Close(0, number), pool_protocol.PoolDone)
         assert pool.statistics().members == (other,)
         mine, fd = _member(link)
-        link.ask(pool_protocol.Close(0, mine), pool_protocol.Done)
+        link.ask(pool_protocol.Close(0, mine), pool_protocol.PoolDone)
         with pytest.raises(ValueError, match="none of this connection"):  # closed is gone
-            link.ask(pool_protocol.Settle(0, mine, PAGE_SIZE), pool_protocol.Done)
+            link.ask(pool_protocol.Settle(0, mine, PAGE_SIZE), pool_protocol.PoolDone)
         os.close(fd)
         link.close()
 
@@ -213,14 +213,14 @@ def test_wishes_that_are_not_granted(
     tmp_path: Path, no_descriptors: None, wish: pool_protocol.Create, error: type[Exception]
 ) -> None:
     with _served(tmp_path) as (pool, server):
-        link = _Link(server.path, 10.0)
+        link = _PoolConnection(server.path, 10.0)
         link.greet(events=False)
         with pytest.raises(error):
             link.ask(wish, pool_protocol.Created)
         member, fd = _member(link)
         for charged in (1, PAGE_SIZE - 1, 65 * PAGE_SIZE, 1 << 62):
             with pytest.raises(ValueError, match="cannot have"):
-                link.ask(pool_protocol.Settle(0, member, charged), pool_protocol.Done)
+                link.ask(pool_protocol.Settle(0, member, charged), pool_protocol.PoolDone)
         assert pool.statistics().charged == 0
         os.close(fd)
         link.close()
@@ -235,7 +235,7 @@ def test_descriptors_that_a_client_sends_never_arrive(tmp_path: Path, no_leaks: 
                 socket.send_fds(connection, [pool_protocol.encode(_HELLO)], [writer] * 200)
                 os.close(writer)
                 last = _replies(connection)[-1]
-                assert isinstance(last, pool_protocol.Refused)
+                assert isinstance(last, pool_protocol.PoolRefused)
                 assert "sends no descriptors" in last.message
             assert os.read(reader, 1) == b""  # nobody holds the other end
             os.close(reader)
@@ -248,7 +248,7 @@ def test_one_connection_too_many_is_told_so(tmp_path: Path, no_leaks: None) -> N
             _replies(two, 1)
             with _raw(server.path) as three:
                 (refused,) = _replies(three)
-                assert isinstance(refused, pool_protocol.Refused)
+                assert isinstance(refused, pool_protocol.PoolRefused)
                 assert "has 3 connections, the most that it takes" in refused.message
             with pytest.raises(PoolGoneError, match="the pool's server refuses: it has 3 connections"):
                 connect_to_pool(server.path)
@@ -312,7 +312,7 @@ def test_no_descriptors_left(tmp_path: Path, no_leaks: None) -> None:
             connection.close()
             with connect_to_pool(server.path) as client:
                 served = client.capacity == 1 << 20
-            assert isinstance(refused, pool_protocol.Refused)
+            assert isinstance(refused, pool_protocol.PoolRefused)
             return refused.message, served
 
     message, served = in_child(exhausted)
@@ -351,12 +351,12 @@ def test_an_event_of_a_connection_that_is_gone(tmp_path: Path, no_leaks: None) -
 
 def test_members_have_a_limit_too(tmp_path: Path, no_leaks: None) -> None:
     with _served(tmp_path, max_members=3) as (_, server):
-        link = _Link(server.path, 10.0)
+        link = _PoolConnection(server.path, 10.0)
         link.greet(events=False)
         held = [_member(link) for _ in range(3)]
         with pytest.raises(PoolFullError, match="given out 3 members"):
             _member(link)
-        link.ask(pool_protocol.Close(0, held[0][0]), pool_protocol.Done)
+        link.ask(pool_protocol.Close(0, held[0][0]), pool_protocol.PoolDone)
         held.append(_member(link))
         for _, fd in held:
             os.close(fd)
@@ -367,7 +367,7 @@ def test_members_that_a_connection_left_count_as_well(tmp_path: Path, no_leaks: 
     """Each holds a descriptor of the server: connecting again and again does not get a process more of them."""
     with _served(tmp_path, max_members=3) as (pool, server), ExitStack() as stack:
         for _ in range(3):
-            link = _Link(server.path, 10.0)
+            link = _PoolConnection(server.path, 10.0)
             link.greet(events=False)
             stack.callback(os.close, _member(link)[1])
             link.close()
@@ -431,7 +431,7 @@ def test_another_user_is_refused_by_its_credentials(tmp_path: Path) -> None:
     with _served(tmp_path) as (_, server), _neighbour(server.path):
         os.chmod(server.path, 0o666)
         (refused,) = in_child(as_nobody)
-        assert isinstance(refused, pool_protocol.Refused)
+        assert isinstance(refused, pool_protocol.PoolRefused)
         assert refused.message == f"it serves user {os.geteuid()}, not user {_NOBODY}"
 
 
@@ -519,7 +519,7 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 
 _VALID: list[Callable[[random.Random], pool_protocol.Request]] = [
-    lambda rng: pool_protocol.Hello(rng.randrange(9), pool_protocol.VERSION, rng.random() < 0.1),
+    lambda rng: pool_protocol.PoolHello(rng.randrange(9), pool_protocol.VERSION, rng.random() < 0.1),
     lambda rng: pool_protocol.Create(rng.randrange(9), rng.choice((PAGE_SIZE, 1 << 20, 1 << 40)), 0, None, None),
     lambda rng: pool_protocol.Settle(rng.randrange(9), rng.randrange(40), rng.randrange(80) * PAGE_SIZE),
     lambda rng: pool_protocol.Close(rng.randrange(9), rng.randrange(40)),
@@ -635,7 +635,7 @@ def _impostor(path: Path, *said: bytes, fds: tuple[int, ...] = ()) -> Iterator[N
         listener.close()
 
 
-_WELCOME = pool_protocol.encode(pool_protocol.Welcome(1, 1 << 20, PAGE_SIZE, ()))
+_WELCOME = pool_protocol.encode(pool_protocol.PoolWelcome(1, 1 << 20, PAGE_SIZE, ()))
 
 
 @pytest.mark.parametrize(
@@ -646,8 +646,8 @@ _WELCOME = pool_protocol.encode(pool_protocol.Welcome(1, 1 << 20, PAGE_SIZE, ())
         ((_WELCOME,), "did not answer within 0.5 s"),
         ((b"\xff\xff\xff\xff",), "is no answer of a pool: a message of 4294967295 bytes"),
         ((_frame(b"\xc1"),), "is no answer of a pool"),
-        ((pool_protocol.encode(pool_protocol.Done(1)),), "answered a Hello with a Done"),
-        ((_WELCOME, pool_protocol.encode(pool_protocol.Done(2))), "answered a Ask with a Done"),
+        ((pool_protocol.encode(pool_protocol.PoolDone(1)),), "answered a Hello with a Done"),
+        ((_WELCOME, pool_protocol.encode(pool_protocol.PoolDone(2))), "answered a Ask with a Done"),
     ],
 )
 def test_a_client_of_an_impostor_does_not_wait_for_ever(

@@ -25,7 +25,7 @@ from prefault._system import hugetlb
 from prefault.errors import PoolFullError, PoolGoneError
 from prefault.ipc import transport
 from prefault.pool import Pool, PoolStatistics, connect
-from prefault.pool.members import Register
+from prefault.pool.members import MemberTable
 from prefault.pool.service import pool_protocol
 from prefault.pool.service.pool_client import PoolClient
 from prefault.pool.service.pool_server import PoolServer
@@ -289,9 +289,9 @@ def test_emptying_what_a_dead_process_left_keeps_nobody_waiting(
     tmp_path: Path, no_leaks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many GiB take seconds. Nor does a client that closes a member without emptying its file."""
-    dismiss, slow, begun = Register.dismiss, threading.Event(), threading.Semaphore(0)
+    dismiss, slow, begun = MemberTable.dismiss, threading.Event(), threading.Semaphore(0)
 
-    def slowly(self: Register, number: int) -> None:
+    def slowly(self: MemberTable, number: int) -> None:
         if number in self._members and self.allocated(number):
             begun.release()
             assert slow.wait(30)
@@ -303,7 +303,7 @@ def test_emptying_what_a_dead_process_left_keeps_nobody_waiting(
         memory.populate(0, 8 * _BLOCK)
         return client, memory
 
-    monkeypatch.setattr(Register, "dismiss", slowly)
+    monkeypatch.setattr(MemberTable, "dismiss", slowly)
     try:
         with _shared(tmp_path) as (pool, path), connect(path, timeout=20) as client, client.sparse(64 * _BLOCK) as memory:
             with _Held(member) as held:
@@ -315,7 +315,7 @@ def test_emptying_what_a_dead_process_left_keeps_nobody_waiting(
             created, fd = client._link.ask(pool_protocol.Create(0, _BLOCK, 0, None, None), pool_protocol.Created)
             assert fd is not None
             os.pwrite(fd, b"x", 0)
-            client._link.ask(pool_protocol.Close(0, created.member), pool_protocol.Done)
+            client._link.ask(pool_protocol.Close(0, created.member), pool_protocol.PoolDone)
             os.close(fd)
             assert client.statistics().charged == 10 * _BLOCK
             slow.set()
@@ -339,7 +339,7 @@ def test_no_descriptor_to_watch_an_orphan_with(tmp_path: Path, no_leaks: None, m
         client._link.hang_up()
         return client, memory
 
-    monkeypatch.setattr(Register, "orphan", exhausted)
+    monkeypatch.setattr(MemberTable, "orphan", exhausted)
     with _shared(tmp_path) as (pool, path), connect(path) as client:
         with _Held(member):
             _until(lambda: len(pool._servers[0]._disconnected) == 1, "the server sees the hang-up")
@@ -353,7 +353,7 @@ def test_no_descriptor_for_a_new_member(tmp_path: Path, no_leaks: None, monkeypa
 
     with _shared(tmp_path) as (pool, path), connect(path) as client:
         with monkeypatch.context() as patched:
-            patched.setattr(Register, "descriptor", exhausted)
+            patched.setattr(MemberTable, "descriptor", exhausted)
             with pytest.raises(OSError, match="Too many open files"):
                 client.sparse(64 * _BLOCK, reserved=16 * _BLOCK)
         assert pool.statistics().members == ()
@@ -651,10 +651,10 @@ def test_clients_are_told_of_the_high_water_mark(tmp_path: Path, no_leaks: None)
 
 
 def test_a_subscriber_that_never_listens_holds_nobody_up(tmp_path: Path, no_leaks: None) -> None:
-    from prefault.pool.service.pool_client import _Link
+    from prefault.pool.service.pool_client import _PoolConnection
 
     with _shared(tmp_path, 2 * PAGE_SIZE, block=PAGE_SIZE, high_water=1) as (pool, path):
-        deaf = _Link(path, 10)
+        deaf = _PoolConnection(path, 10)
         deaf.greet(events=True)
         with pool.sparse(PAGE_SIZE) as memory, connect(path) as client:
             for _ in range(1000):

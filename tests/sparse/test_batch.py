@@ -27,7 +27,7 @@ from prefault.testing import without
 from support import needs, oracle
 from support.children import in_child
 from support.sparse import KINDS, PAGE, SparseKind, present_blocks
-from support.userfaultfd import Feature, opened
+from support.userfaultfd import UffdFeature, opened
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 both = pytest.mark.parametrize("unpopulated", ["zeros", "fault"])
@@ -181,7 +181,7 @@ def test_hugetlb_empty_in_the_middle(unpopulated: Any, backing: str, hugetlb_poo
 def test_a_poisoned_page_in_the_middle() -> None:
     def poisoned() -> list[int]:
         with SparseMemory(4096 * PAGE, huge="never") as memory:
-            uffd = opened(Feature.POISON)
+            uffd = opened(UffdFeature.POISON)
             try:
                 uffd.register(memory.range.start + 2998 * PAGE, 4 * PAGE)
                 uffd.poison(memory.range.start + 3000 * PAGE)
@@ -196,7 +196,7 @@ def test_a_poisoned_page_in_the_middle() -> None:
                 uffd.close()
             return found
 
-    with opened(Feature.POISON):  # or a skip
+    with opened(UffdFeature.POISON):  # or a skip
         pass
     assert in_child(poisoned) == [10]
 

@@ -62,7 +62,9 @@ def test_blocks(ranges: list[tuple[int, int]], block: int) -> None:
 @given(pairs, st.integers(0, 80), st.integers(0, 40), st.integers(0, 8))
 def test_measuring(ranges: list[tuple[int, int]], start: int, length: int, gap: int) -> None:
     every, some = _numbers(ranges), _of(ranges)
-    assert range_arguments.Ruler(some).within(start, start + length) == len(every & set(range(start, start + length)))
+    assert range_arguments.IntervalMeasure(some).within(start, start + length) == len(
+        every & set(range(start, start + length))
+    )
     bridged = _members(range_arguments.bridged(some, gap))
     assert every <= bridged
     for number in bridged - every:

@@ -21,7 +21,7 @@ from prefault.errors import NotPopulatedError, PoolFullError
 from prefault.memory.backings import TemporaryFile
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB
-from prefault.sparse import Books, SparseMemory
+from prefault.sparse import Accounting, SparseMemory
 from support import oracle
 from support.children import in_child
 from support.sparse import PAGE, faults, mappings, present_blocks, status_kib
@@ -284,7 +284,7 @@ def test_ctrl_c_at_any_moment(unpopulated: Any) -> None:
 # --- books
 
 
-class _Account(Books):
+class _Account(Accounting):
     """Books that keep a set, and check that all is in order."""
 
     def __init__(self, capacity: int) -> None:

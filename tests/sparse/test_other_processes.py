@@ -22,7 +22,7 @@ from prefault.memory.backings import Descriptor, TemporaryFile
 from prefault.memory.borrowing import Span
 from prefault.ranges import RangeSet
 from prefault.sizes import MIB
-from prefault.sparse import Books, SparseMemory
+from prefault.sparse import Accounting, SparseMemory
 from support import oracle
 from support.children import in_child
 from support.sparse import PAGE, faults, present_blocks
@@ -82,7 +82,7 @@ def test_a_fork_takes_nothing_from_a_scratch_file(unpopulated: Any, tmp_path: Pa
             assert _allocated(memory) == 16 * PAGE
 
 
-class _BadBooks(Books):
+class _BadBooks(Accounting):
     def __init__(self) -> None:
         self.refunding = False
 

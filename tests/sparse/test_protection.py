@@ -18,7 +18,7 @@ from prefault.errors import OutOfMemoryError
 from prefault.memory.backings import Descriptor, TemporaryFile
 from prefault.sizes import GIB, KIB, MIB
 from prefault.sparse import SparseMemory
-from prefault.sparse.protection import Fence
+from prefault.sparse.protection import BlockProtection
 from prefault.testing import without
 from support import needs, oracle
 from support.children import in_child
@@ -335,4 +335,4 @@ def test_extents() -> None:
         (1 << 40, 3 * PAGE, 3 * PAGE << 14),
         (1 << 46, PAGE, 8 * GIB),
     ):
-        assert Fence(0, size, block, merges=False)._extent == extent
+        assert BlockProtection(0, size, block, merges=False)._extent == extent

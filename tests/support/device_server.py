@@ -21,7 +21,7 @@ from prefault.device.driver import Device
 from prefault.device.frames import Frames
 from prefault.device.registry import AreaRecord, ClientRecord, Registry
 from prefault.device.server.event_loop import run_server
-from prefault.device.server.warden_notifier import Notary
+from prefault.device.server.warden_notifier import WardenNotifier
 from prefault.memory.borrowing import borrow
 from support import needs
 
@@ -30,7 +30,7 @@ PAGE = mmap.PAGESIZE
 TIMEOUT_S = 20.0
 
 
-class Nobody(Notary):
+class Nobody(WardenNotifier):
     """A notary that forgets. With ``fails`` every call fails, as when the warden is gone."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Running:
     """The child process, and our end of the private connection. Killed on leaving the ``with`` if it still runs."""
 
     def __init__(
-        self, device: Device, *, notary: Notary | None = None, listener: socket.socket | None = None,
+        self, device: Device, *, notary: WardenNotifier | None = None, listener: socket.socket | None = None,
         registry: Registry | None = None, descriptors: int | None = None, keep: bool = False,
         connection: socket.socket | None = None, other: socket.socket | None = None,
     ) -> None:  # fmt: skip
@@ -123,9 +123,14 @@ class Handmade:
     def __init__(self, connection: socket.socket, *, features: int | None = None, greet: bool = True) -> None:
         self.connection = connection
         connection.settimeout(TIMEOUT_S)
-        wanted = uffd.Feature.MISSING_SHMEM | uffd.Feature.MINOR_SHMEM | uffd.Feature.POISON | uffd.Feature.THREAD_ID
-        wanted |= uffd.Feature.PAGEFAULT_FLAG_WP | uffd.Feature.WP_HUGETLBFS_SHMEM
-        wanted |= uffd.Feature.MISSING_HUGETLBFS | uffd.Feature.MINOR_HUGETLBFS
+        wanted = (
+            uffd.UffdFeature.MISSING_SHMEM
+            | uffd.UffdFeature.MINOR_SHMEM
+            | uffd.UffdFeature.POISON
+            | uffd.UffdFeature.THREAD_ID
+        )
+        wanted |= uffd.UffdFeature.PAGEFAULT_FLAG_WP | uffd.UffdFeature.WP_HUGETLBFS_SHMEM
+        wanted |= uffd.UffdFeature.MISSING_HUGETLBFS | uffd.UffdFeature.MINOR_HUGETLBFS
         refusal = None
         try:
             self.fd = uffd.userfaultfd(os.O_CLOEXEC | os.O_NONBLOCK | uffd.UFFD_USER_MODE_ONLY)

@@ -16,12 +16,12 @@ from prefault._kernel.userfaultfd import (
     UFFDIO_REGISTER_MODE_MISSING,
     UFFDIO_REGISTER_MODE_WP,
     UFFDIO_WRITEPROTECT_MODE_WP,
-    Feature,
+    UffdFeature,
 )
 from prefault.sizes import PAGE_SIZE
 from support import needs
 
-__all__ = ["UFFDIO_REGISTER_MODE_WP", "Fault", "Feature", "Toucher", "Userfaultfd", "opened"]
+__all__ = ["UFFDIO_REGISTER_MODE_WP", "Fault", "Toucher", "UffdFeature", "Userfaultfd", "opened"]
 
 
 class Fault(NamedTuple):
@@ -44,7 +44,7 @@ class Userfaultfd:
             os.close(self.fd)
             raise
 
-    def register(self, address: int, length: int, mode: int = UFFDIO_REGISTER_MODE_MISSING) -> kernel.Ioctl:
+    def register(self, address: int, length: int, mode: int = UFFDIO_REGISTER_MODE_MISSING) -> kernel.UffdIoctl:
         return kernel.register(self.fd, address, length, mode)
 
     def poison(self, address: int, length: int = PAGE_SIZE) -> None:
@@ -101,7 +101,7 @@ def opened(features: int = 0, *, user_mode_only: bool = True) -> Userfaultfd:
         found = refusal
     if isinstance(found, OSError):
         what = "userfaultfd" if user_mode_only else "userfaultfd for faults raised by the kernel (CAP_SYS_PTRACE)"
-        needs.missing(f"{what} with features {Feature(features)!r} cannot be had: {found}")
+        needs.missing(f"{what} with features {UffdFeature(features)!r} cannot be had: {found}")
     return found
 
 

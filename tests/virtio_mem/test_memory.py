@@ -14,7 +14,7 @@ from prefault import BackingSource, RangeSet, TemporaryFile
 from prefault.errors import NotPopulatedError, PoolFullError
 from prefault.memory.backings import Descriptor
 from prefault.sizes import GIB, MIB
-from prefault.sparse import Books, SparseMemory
+from prefault.sparse import Accounting, SparseMemory
 from prefault.virtio_mem import BlockState, Feature, Request, RequestType, Response, ResponseType, VirtioMem
 from support import oracle
 
@@ -120,7 +120,7 @@ def test_an_empty_pool_of_huge_pages_is_busy(hugetlb_pool: Callable[[int], None]
         run_out(VirtioMem(memory, addr=ADDR, requested_size="64 MiB"), memory, 3)
 
 
-class FourBlocks(Books):
+class FourBlocks(Accounting):
     """A pool that has four blocks."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from prefault import PAGE_SIZE, RangeSet
 from prefault.errors import PoolFullError
-from prefault.sparse import Books, SparseMemory
+from prefault.sparse import Accounting, SparseMemory
 from prefault.virtio_mem import Config, VirtioMem
 from support.regions import data_pages
 
@@ -83,7 +83,7 @@ ODD = st.builds(
 GARBAGE = st.binary(min_size=24, max_size=24)
 
 
-class Shop(Books):
+class Shop(Accounting):
     """Where the memory is drawn from: as much as the model says."""
 
     def __init__(self, model: Model) -> None:

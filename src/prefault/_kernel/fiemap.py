@@ -44,10 +44,10 @@ def fiemap(fd: int, offset: int, length: int, extents: int) -> list[FiemapExtent
         OSError: EOPNOTSUPP where the file system cannot tell (tmpfs, NFS).
     """
 
-    class Request(ctypes.Structure):
+    class FiemapRequest(ctypes.Structure):
         _fields_ = (("head", Fiemap), ("extents", FiemapExtent * extents))
 
-    request = Request(Fiemap(offset, length, 0, 0, extents))
+    request = FiemapRequest(Fiemap(offset, length, 0, 0, extents))
     fcntl.ioctl(fd, FS_IOC_FIEMAP, request, True)
     return list(request.extents[: request.head.fm_mapped_extents])
 

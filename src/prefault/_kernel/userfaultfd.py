@@ -24,7 +24,7 @@ DEVICE = "/dev/userfaultfd"
 USERFAULTFD_IOC_NEW = 0xAA00  # Linux 6.1
 
 
-class Feature(enum.IntFlag):
+class UffdFeature(enum.IntFlag):
     """``UFFD_FEATURE_*``: the features that a kernel has, and that a userfaultfd is asked for."""
 
     PAGEFAULT_FLAG_WP = 1 << 0  # Linux 5.7
@@ -46,7 +46,7 @@ class Feature(enum.IntFlag):
     MOVE = 1 << 16  # Linux 6.8
 
 
-class Ioctl(enum.IntFlag):
+class UffdIoctl(enum.IntFlag):
     """``1 << _UFFDIO_*``: the ioctls that :func:`api` and :func:`register` say may be used."""
 
     REGISTER = 1 << 0x00
@@ -109,7 +109,7 @@ UFFDIO_TRANSFER_ARGUMENT = struct.Struct("=QQQQq")
 """``struct uffdio_copy`` and ``_move``: dst, src, len, mode, and the kernel's answer."""
 
 MESSAGE = struct.Struct("=B7xQQI4x")
-"""``struct uffd_msg`` of a page fault: event, flags, address, thread id (0 without ``Feature.THREAD_ID``)."""
+"""``struct uffd_msg`` of a page fault: event, flags, address, thread id (0 without ``UffdFeature.THREAD_ID``)."""
 MESSAGE_BYTES = MESSAGE.size
 _FORK = struct.Struct("=B7xI20x")
 _THREE = struct.Struct("=B7xQQQ")
@@ -145,7 +145,7 @@ def userfaultfd_from_device(flags: int) -> int:
         os.close(device)
 
 
-def api(fd: int, features: int = 0) -> tuple[Feature, Ioctl]:
+def api(fd: int, features: int = 0) -> tuple[UffdFeature, UffdIoctl]:
     """Ask for ``features``, once and before any other ioctl; return what the kernel has. UFFDIO_API.
 
     Returns:
@@ -158,10 +158,10 @@ def api(fd: int, features: int = 0) -> tuple[Feature, Ioctl]:
     argument = bytearray(UFFDIO_API_ARGUMENT.pack(UFFD_API, features, 0))
     fcntl.ioctl(fd, UFFDIO_API, argument, True)
     _, found, ioctls = UFFDIO_API_ARGUMENT.unpack(argument)
-    return Feature(found), Ioctl(ioctls)
+    return UffdFeature(found), UffdIoctl(ioctls)
 
 
-def register(fd: int, start: int, length: int, mode: int) -> Ioctl:
+def register(fd: int, start: int, length: int, mode: int) -> UffdIoctl:
     """Register the range, so that its faults are reported; return the ioctls that it takes. UFFDIO_REGISTER.
 
     Raises:
@@ -170,7 +170,7 @@ def register(fd: int, start: int, length: int, mode: int) -> Ioctl:
     """
     argument = bytearray(UFFDIO_RUN_ARGUMENT.pack(start, length, mode, 0))
     fcntl.ioctl(fd, UFFDIO_REGISTER, argument, True)
-    return Ioctl(_ANSWER.unpack_from(argument, _RUN_ANSWER_AT)[0])
+    return UffdIoctl(_ANSWER.unpack_from(argument, _RUN_ANSWER_AT)[0])
 
 
 def unregister(fd: int, start: int, length: int) -> None:
@@ -258,20 +258,20 @@ def _partial(fd: int, request: int, argument: bytearray, answer_at: int) -> int:
 
 
 class PageFault(NamedTuple):
-    """A thread waits for the page at ``address``. ``thread_id`` is 0 without ``Feature.THREAD_ID``."""
+    """A thread waits for the page at ``address``. ``thread_id`` is 0 without ``UffdFeature.THREAD_ID``."""
 
     flags: int
     address: int
     thread_id: int
 
 
-class Fork(NamedTuple):
+class ForkEvent(NamedTuple):
     """The process forked. ``descriptor`` is the userfaultfd of the child; the reader owns it."""
 
     descriptor: int
 
 
-class Remap(NamedTuple):
+class RemapEvent(NamedTuple):
     """mremap(2) moved registered memory."""
 
     start: int
@@ -279,21 +279,21 @@ class Remap(NamedTuple):
     length: int
 
 
-class Remove(NamedTuple):
+class RemoveEvent(NamedTuple):
     """MADV_DONTNEED or MADV_REMOVE in ``[start, end)``: the pages are missing again."""
 
     start: int
     end: int
 
 
-class Unmap(NamedTuple):
+class UnmapEvent(NamedTuple):
     """``[start, end)`` is not mapped any more."""
 
     start: int
     end: int
 
 
-Event: TypeAlias = PageFault | Fork | Remap | Remove | Unmap
+Event: TypeAlias = PageFault | ForkEvent | RemapEvent | RemoveEvent | UnmapEvent
 
 
 def read_events(fd: int, most: int = 64) -> list[Event]:
@@ -308,11 +308,11 @@ def decode(data: bytes | bytearray | memoryview, at: int = 0) -> Event:
     if event == UFFD_EVENT_PAGEFAULT:
         return PageFault(*MESSAGE.unpack_from(data, at)[1:])
     if event == UFFD_EVENT_FORK:
-        return Fork(_FORK.unpack_from(data, at)[1])
+        return ForkEvent(_FORK.unpack_from(data, at)[1])
     if event == UFFD_EVENT_REMAP:
-        return Remap(first, second, third)
+        return RemapEvent(first, second, third)
     if event == UFFD_EVENT_REMOVE:
-        return Remove(first, second)
+        return RemoveEvent(first, second)
     if event == UFFD_EVENT_UNMAP:
-        return Unmap(first, second)
+        return UnmapEvent(first, second)
     raise OSError(errno.EPROTO, f"unknown userfaultfd event {event:#x}")

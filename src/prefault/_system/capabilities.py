@@ -303,25 +303,25 @@ def _shared_page() -> Iterator[int]:
 
 
 def _uffd_minor_shmem() -> None:
-    with _userfaultfd(userfaultfd.Feature.MINOR_SHMEM) as fd, _shared_page() as address:
+    with _userfaultfd(userfaultfd.UffdFeature.MINOR_SHMEM) as fd, _shared_page() as address:
         userfaultfd.register(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_MINOR)
         userfaultfd.continue_(fd, address, PAGE_SIZE)
 
 
 def _uffd_wp_shmem() -> None:
-    with _userfaultfd(userfaultfd.Feature.WP_HUGETLBFS_SHMEM) as fd, _shared_page() as address:
+    with _userfaultfd(userfaultfd.UffdFeature.WP_HUGETLBFS_SHMEM) as fd, _shared_page() as address:
         userfaultfd.register(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_WP)
         userfaultfd.writeprotect(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_WRITEPROTECT_MODE_WP)
 
 
 def _uffd_poison() -> None:
-    with _userfaultfd(userfaultfd.Feature.POISON) as fd, _page() as address:
+    with _userfaultfd(userfaultfd.UffdFeature.POISON) as fd, _page() as address:
         userfaultfd.register(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_MISSING)
         userfaultfd.poison(fd, address, PAGE_SIZE)
 
 
 def _uffd_wp_async() -> None:
-    features = userfaultfd.Feature.WP_ASYNC | userfaultfd.Feature.WP_UNPOPULATED
+    features = userfaultfd.UffdFeature.WP_ASYNC | userfaultfd.UffdFeature.WP_UNPOPULATED
     with _userfaultfd(features) as fd, _shared_page() as address:
         userfaultfd.register(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_WP)
         userfaultfd.writeprotect(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_WRITEPROTECT_MODE_WP)

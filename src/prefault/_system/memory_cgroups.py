@@ -24,7 +24,7 @@ class Bound(NamedTuple):
     usage: int
 
 
-class Statistics(NamedTuple):
+class MemoryStat(NamedTuple):
     """The memory of a cgroup by kind, children included; in bytes, from ``memory.stat``.
 
     ``file`` is the page cache on the LRU lists. Shmem is not in it, as it is on the anonymous lists, and neither are locked
@@ -59,7 +59,7 @@ class MemoryCgroup:
                 found.append(Bound(os.path.join(self.directory, limit_file), counts, limit, usage))
         return found
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> MemoryStat:
         """Read ``memory.stat``. The kernel gathers it from every CPU, and may be behind by 64 pages for each."""
         values = {}
         for line in self._read("memory.stat").splitlines():
@@ -74,7 +74,7 @@ class MemoryCgroup:
         inactive_file, active_file, inactive_anon, active_anon = (
             values.get(lists + name, 0) for name in ("inactive_file", "active_file", "inactive_anon", "active_anon")
         )
-        return Statistics(
+        return MemoryStat(
             inactive_file + active_file, values.get(dirty, 0), values.get(writeback, 0), inactive_anon + active_anon,
             values.get("slab_reclaimable", 0),
         )  # fmt: skip

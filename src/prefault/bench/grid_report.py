@@ -13,9 +13,9 @@ from rich.text import Text
 from prefault.bench import published
 from prefault.bench.findings import findings
 from prefault.bench.grid import Cell, Group
-from prefault.bench.machine import Machine
+from prefault.bench.machine import BenchMachine
 from prefault.bench.ratios import Ratios, ratios
-from prefault.bench.results import BenchRun, CellResult, Statistics, Status
+from prefault.bench.results import BenchRun, CellResult, CellStatistics, Status
 from prefault.sizes import MIB, format_size
 
 PIPED_WIDTH = 100
@@ -62,7 +62,7 @@ def render(run: BenchRun, console: Console) -> None:
         console.print(Text(" ".join(sentences)))
 
 
-def machine_lines(machine: Machine) -> list[str]:
+def machine_lines(machine: BenchMachine) -> list[str]:
     """Describe the machine in four lines."""
     thp = ", ".join(f"{name}={value or 'absent'}" for name, value in machine.thp.items())
     pools = ", ".join(f"{pages} x {format_size(int(size))}" for size, pages in machine.hugetlb_pages.items()) or "none"
@@ -168,7 +168,7 @@ def _milliseconds(nanoseconds: float) -> str:
     return f"{value:.3f}" if value < 100 else f"{value:.1f}"
 
 
-def _spread(figures: Statistics) -> str:
+def _spread(figures: CellStatistics) -> str:
     text = "" if figures.spread is None else f"{figures.spread:.0%}"
     return f"{text}?" if figures.doubts else text
 

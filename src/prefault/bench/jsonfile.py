@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefault.bench import published
 from prefault.bench.grid import Cell
-from prefault.bench.machine import Machine
+from prefault.bench.machine import BenchMachine
 from prefault.bench.ratios import Ratios, ratios
 from prefault.bench.results import BenchRun, CellResult, Status
 
@@ -126,8 +126,8 @@ def read_run(
         head = {
             field.name: document[field.name] for field in dataclasses.fields(run) if field.name not in ("machine", "results")
         }
-        machine = {field.name: document["machine"][field.name] for field in dataclasses.fields(Machine)}
-        head["machine"] = Machine(**machine)
+        machine = {field.name: document["machine"][field.name] for field in dataclasses.fields(BenchMachine)}
+        head["machine"] = BenchMachine(**machine)
         head["results"] = tuple(read_result(entry) for entry in document["cells"])
     except (KeyError, TypeError, ValueError) as error:
         raise SchemaError(f"damaged: {type(error).__name__}: {error}") from error

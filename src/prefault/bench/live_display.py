@@ -10,7 +10,7 @@ from typing import TextIO
 
 from prefault.bench.grid import Cell
 from prefault.bench.published import expected_ms
-from prefault.bench.runner import Event, Finished, Repeated, Started
+from prefault.bench.runner import CellStarted, Event, Finished, Repeated
 
 _LINE_SECONDS = 10.0
 
@@ -43,7 +43,7 @@ def progress(cells: Sequence[Cell], repeats: int, stream: TextIO | None = None) 
 
         def show(event: Event) -> None:
             work.add(event)
-            if isinstance(event, Started):
+            if isinstance(event, CellStarted):
                 display.update(task, description=str(event.cell))
             display.update(task, completed=work.done, count=work.count)
 

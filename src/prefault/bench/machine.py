@@ -17,7 +17,7 @@ _THP_SETTINGS = ("enabled", "defrag", "shmem_enabled")
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class BenchMachine:
     """The machine that figures come from. It has no name of a host, user or path.
 
     Attributes:
@@ -48,7 +48,7 @@ class Machine:
     numpy: str
     prefault: str
 
-    def differences(self, other: Machine) -> list[str]:
+    def differences(self, other: BenchMachine) -> list[str]:
         """List the differences that make times of the two machines incomparable, each in a few words."""
         pairs = (
             ("kernel", self.kernel, other.kernel),
@@ -62,11 +62,11 @@ class Machine:
         return [f"{name}: {mine} and {others}" for name, mine, others in pairs if mine != others]
 
 
-def this_machine() -> Machine:
+def this_machine() -> BenchMachine:
     """Describe this machine as it is now."""
     uname = os.uname()
     cpuinfo = _cpuinfo()
-    return Machine(
+    return BenchMachine(
         kernel=f"{uname.sysname} {uname.release} {uname.version}",
         architecture=uname.machine,
         cpu=cpuinfo.get("model name") or cpuinfo.get("Processor") or uname.machine,

@@ -8,7 +8,7 @@ from prefault._system import capabilities
 from prefault.bench.grid import PREFAULT, Cell
 from prefault.bench.kinds import HUGE_PAGE_BYTES, KINDS, Places
 from prefault.bench.machine import available_memory_bytes
-from prefault.bench.places import MARGIN_BYTES, Hugetlbfs, Pool, filesystem_of, in_memory
+from prefault.bench.places import MARGIN_BYTES, Hugetlbfs, TemporaryHugetlbPool, filesystem_of, in_memory
 from prefault.sizes import format_size
 
 
@@ -27,7 +27,7 @@ def pool_pages(cell: Cell) -> int:
     return -(-cell.size_bytes // HUGE_PAGE_BYTES) if KINDS[cell.backing].room == "pool" else 0
 
 
-def obstacle(cell: Cell, places: Places, pool: Pool, mounted: Hugetlbfs) -> str | None:
+def obstacle(cell: Cell, places: Places, pool: TemporaryHugetlbPool, mounted: Hugetlbfs) -> str | None:
     """Return why the cell cannot run now; None where it can."""
     if "populate" in cell.method and cell.method != PREFAULT and not capabilities.MADV_POPULATE.available:
         return f"this kernel has no MADV_POPULATE_READ and _WRITE (Linux 5.14): {capabilities.MADV_POPULATE.refusal}"
@@ -43,7 +43,7 @@ def obstacle(cell: Cell, places: Places, pool: Pool, mounted: Hugetlbfs) -> str 
     return found or _memory_obstacle(cell)
 
 
-def _pool_obstacle(cell: Cell, pool: Pool, mounted: Hugetlbfs) -> str | None:
+def _pool_obstacle(cell: Cell, pool: TemporaryHugetlbPool, mounted: Hugetlbfs) -> str | None:
     needed = pool_pages(cell)
     if pool.available_pages < needed:
         return f"the hugetlb pool has {pool.available_pages} free of {needed} pages: {pool.refusal}"

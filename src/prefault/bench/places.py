@@ -23,7 +23,7 @@ _MOUNT_SECONDS = 30
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class TemporaryHugetlbPool:
     """The hugetlb pool of 2 MiB pages while the cells that need it run.
 
     Attributes:
@@ -36,15 +36,15 @@ class Pool:
 
 
 @contextmanager
-def hugetlb_pool(pages: int) -> Iterator[Pool]:
+def hugetlb_pool(pages: int) -> Iterator[TemporaryHugetlbPool]:
     """Grow the pool to ``pages`` free pages and a few more, as far as possible. Restore its size afterwards."""
     if HUGE_PAGE_BYTES not in hugetlb.page_sizes():
-        yield Pool(0, "this kernel has no huge pages of 2 MiB")
+        yield TemporaryHugetlbPool(0, "this kernel has no huge pages of 2 MiB")
         return
     before = hugetlb.read_pool(HUGE_PAGE_BYTES)
     missing = pages + _SPARE_PAGES - before.available
     if before.available >= pages:
-        yield Pool(before.available)
+        yield TemporaryHugetlbPool(before.available)
         return
     room = (available_memory_bytes() - MARGIN_BYTES) // HUGE_PAGE_BYTES
     grown = False
@@ -54,7 +54,7 @@ def hugetlb_pool(pages: int) -> Iterator[Pool]:
         if refusal is None and room < missing:
             refusal = f"only {format_size(max(0, room) * HUGE_PAGE_BYTES)} of memory could be given to it"
         now = hugetlb.read_pool(HUGE_PAGE_BYTES).available
-        yield Pool(now, None if now >= pages else refusal)
+        yield TemporaryHugetlbPool(now, None if now >= pages else refusal)
     finally:
         # Surplus pages go away by themselves. A pool that this function did not grow is left as it is.
         if grown:

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 
 from prefault.bench.grid import Cell
-from prefault.bench.machine import Machine
+from prefault.bench.machine import BenchMachine
 
 DOUBTFUL_SPREAD = 0.10
 """A standard deviation of more than this part of the mean makes a figure doubtful (as for pyperf)."""
@@ -44,15 +44,15 @@ class CellResult:
     note: str | None = None
 
     @property
-    def statistics(self) -> Statistics | None:
+    def statistics(self) -> CellStatistics | None:
         """The statistics of the times; None without a time, and for a failed cell: its times are incomplete."""
         if not self.values_ns or self.status is Status.FAILED:
             return None
-        return Statistics.of(self.values_ns)
+        return CellStatistics.of(self.values_ns)
 
 
 @dataclass(frozen=True, slots=True)
-class Statistics:
+class CellStatistics:
     """The statistics of the repetitions of one cell.
 
     Attributes:
@@ -70,7 +70,7 @@ class Statistics:
     stdev_ns: float | None
 
     @classmethod
-    def of(cls, values_ns: tuple[int, ...]) -> Statistics:
+    def of(cls, values_ns: tuple[int, ...]) -> CellStatistics:
         """Compute the statistics of at least one value."""
         return cls(
             repetitions=len(values_ns),
@@ -114,7 +114,7 @@ class BenchRun:
         results: one per cell, in the order of the grid.
     """
 
-    machine: Machine
+    machine: BenchMachine
     started: str
     seconds: float
     quick: bool

@@ -13,7 +13,7 @@ from prefault.bench.grid import Cell
 from prefault.bench.kinds import Places
 from prefault.bench.machine import available_memory_bytes, this_machine
 from prefault.bench.obstacles import memory_bytes, obstacle, pool_pages
-from prefault.bench.places import MARGIN_BYTES, Hugetlbfs, Pool, hugetlb_pool, hugetlbfs
+from prefault.bench.places import MARGIN_BYTES, Hugetlbfs, TemporaryHugetlbPool, hugetlb_pool, hugetlbfs
 from prefault.bench.results import BenchRun, CellResult, Status
 from prefault.bench.stopping import StopRequest
 from prefault.bench.worker_process import CellFailedError, StoppedError, Worker, WorkerError
@@ -34,7 +34,7 @@ class WarmedUp:
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
+class CellStarted:
     """A cell begins."""
 
     cell: Cell
@@ -55,7 +55,7 @@ class Finished:
     result: CellResult
 
 
-Event: TypeAlias = WarmedUp | Started | Repeated | Finished
+Event: TypeAlias = WarmedUp | CellStarted | Repeated | Finished
 
 
 def run(
@@ -69,16 +69,16 @@ def run(
     ordinary = [cell for cell in cells if not pool_pages(cell)]
     huge = [cell for cell in cells if pool_pages(cell)]
     if ordinary:
-        session = _Session(repeats, places, Pool(0), Hugetlbfs(None), stop)
+        session = _GridSession(repeats, places, TemporaryHugetlbPool(0), Hugetlbfs(None), stop)
         yield from session.run(ordinary)
     if huge:
         with ExitStack() as stack:
-            pool, mounted = Pool(0), Hugetlbfs(None)
+            pool, mounted = TemporaryHugetlbPool(0), Hugetlbfs(None)
             if stop is None or not stop.requested:
                 pool = stack.enter_context(hugetlb_pool(max(map(pool_pages, huge))))
                 if any(cell.backing == "hugetlbfs" for cell in huge):
                     mounted = stack.enter_context(hugetlbfs())
-            session = _Session(repeats, replace(places, hugetlbfs=mounted.directory), pool, mounted, stop)
+            session = _GridSession(repeats, replace(places, hugetlbfs=mounted.directory), pool, mounted, stop)
             yield from session.run(huge)
 
 
@@ -109,10 +109,12 @@ def measure_all(
     )
 
 
-class _Session:
+class _GridSession:
     """Cells that share a pool and a hugetlbfs, run by one worker after another."""
 
-    def __init__(self, repeats: int, places: Places, pool: Pool, mounted: Hugetlbfs, stop: StopRequest | None) -> None:
+    def __init__(
+        self, repeats: int, places: Places, pool: TemporaryHugetlbPool, mounted: Hugetlbfs, stop: StopRequest | None
+    ) -> None:
         self._repeats = repeats
         self._places = places
         self._pool = pool
@@ -163,7 +165,7 @@ class _Session:
         if reason is not None:
             yield Finished(CellResult(cell, Status.UNAVAILABLE, reason=reason))
             return
-        yield Started(cell)
+        yield CellStarted(cell)
         values: list[int] = []
         note: str | None = None
         status, reason = Status.MEASURED, None

@@ -11,7 +11,7 @@ if _typing.TYPE_CHECKING:
     from prefault.device.access_log import AccessLog
     from prefault.device.client.area import Area, AreaStatistics
     from prefault.device.opening import DeviceClient, connect, map  # noqa: A004
-    from prefault.device.process.serving import Server, serve
+    from prefault.device.process.serving import DeviceServer, serve
 
 __all__ = [
     "ZERO",
@@ -21,9 +21,9 @@ __all__ = [
     "Device",
     "DeviceArea",
     "DeviceClient",
+    "DeviceServer",
     "FaultAround",
     "Recipe",
-    "Server",
     "connect",
     "map",
     "serve",
@@ -35,7 +35,7 @@ _LATER = {
     "Area": "prefault.device.client.area",
     "AreaStatistics": "prefault.device.client.area",
     "DeviceClient": "prefault.device.opening",
-    "Server": "prefault.device.process.serving",
+    "DeviceServer": "prefault.device.process.serving",
     "connect": "prefault.device.opening",
     "map": "prefault.device.opening",
     "serve": "prefault.device.process.serving",

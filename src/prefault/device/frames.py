@@ -15,7 +15,7 @@ from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from prefault._kernel.memfd import MFD_ALLOW_SEALING, MFD_CLOEXEC, MFD_HUGETLB, huge_page_flag, memfd_create
 from prefault._system import hugetlb
 from prefault.device import limit_messages
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 from prefault.errors import DeviceError
 from prefault.memory.borrowing import borrow
 from prefault.sizes import MIB, PAGE_SIZE, format_size
@@ -59,7 +59,7 @@ class Frames:
         length: in whole pages, in bytes.
         pages: how many.
         unit: what a page-table entry of a client maps, in bytes: the page size, but 4 KiB for 2 MiB pages without hugetlb.
-        states: a byte a page, :class:`PageState`.
+        states: a byte a page, :class:`DevicePageState`.
         heartbeat: by slot, since when the warden waits (CLOCK_MONOTONIC, ns): for a call into the driver to return, or for
             the loop to take results; 0: it does not.
         tail: bytes of the last page that lie behind the end of the device.
@@ -236,7 +236,7 @@ class Frames:
 
     # --- the states
 
-    def mark(self, pages: range, state: PageState) -> None:
+    def mark(self, pages: range, state: DevicePageState) -> None:
         """Set the state of pages that follow each other."""
         count = pages.stop - pages.start
         if count == 1:
@@ -244,11 +244,11 @@ class Frames:
         elif count > 1:
             self.states[pages.start : pages.stop] = bytes((state,)) * count
 
-    def runs(self, pages: range, *states: PageState) -> list[range]:
+    def runs(self, pages: range, *states: DevicePageState) -> list[range]:
         """The pages that are in one of these states, in runs."""
         return list(self._matches(pages, states))
 
-    def count(self, pages: range, *states: PageState) -> int:
+    def count(self, pages: range, *states: DevicePageState) -> int:
         """How many of the pages are in one of these states."""
         return sum(len(run) for run in self._matches(pages, states))
 
@@ -259,7 +259,7 @@ class Frames:
         # Of a large device most states were never written: to look at them would allocate them, and take its time.
         before = range(pages.start, pages.start)
         for piece, written in self._pieces(pages):
-            found = self._matches_in(piece, states) if written else [piece] if PageState.MISSING in states else []
+            found = self._matches_in(piece, states) if written else [piece] if DevicePageState.MISSING in states else []
             for run in found:
                 if run.start != before.stop:
                     if len(before):
@@ -304,11 +304,11 @@ class Frames:
     def repair(self) -> None:
         """After a server died: no page is in the middle of something, and no call runs."""
         everything = range(self.pages)
-        for run in self.runs(everything, PageState.FILLING, PageState.PUNCHING):
+        for run in self.runs(everything, DevicePageState.FILLING, DevicePageState.PUNCHING):
             self.punch(run)
-            self.mark(run, PageState.MISSING)
-        for run in self.runs(everything, PageState.EVICTING):
-            self.mark(run, PageState.READY)
+            self.mark(run, DevicePageState.MISSING)
+        for run in self.runs(everything, DevicePageState.EVICTING):
+            self.mark(run, DevicePageState.READY)
         for slot in range(SLOTS):
             self.heartbeat[slot] = 0
 

@@ -32,7 +32,7 @@ AREAS_A_PACKET = 1000
 _MAX_ARGUMENTS = 64 << 20
 
 
-class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.lower, array_like=True):
+class _HandoverMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.lower, array_like=True):
     pass
 
 
@@ -58,7 +58,7 @@ class AreaFacts(NamedTuple):
 # --- to a fresh warden
 
 
-class Start(_Message, frozen=True):
+class Start(_HandoverMessage, frozen=True):
     """Make the device and serve it; with two descriptors: the arguments of the recipe, a pidfd of the process that asks.
 
     Without a path, the connection that this comes on is that of the only client afterwards.
@@ -69,11 +69,12 @@ class Start(_Message, frozen=True):
     path: bytes | None
 
 
-class Adopt(_Message, frozen=True):
+class Adopt(_HandoverMessage, frozen=True):
     """A server lives whose warden has died. ``descriptors`` names what comes with it, in order.
 
     After it come the areas and the clients, each client after its areas: its descriptors arrive when all is known that is
-    needed to answer for it, and not before, so that its lifeline ends it if that never happens. The last is :class:`Done`.
+    needed to answer for it, and not before, so that its lifeline ends it if that never happens. The last is
+    :class:`HandoverDone`.
     """
 
     version: int
@@ -96,7 +97,7 @@ class Adopt(_Message, frozen=True):
 # --- from the server to its warden
 
 
-class Admitted(_Message, frozen=True):
+class Admitted(_HandoverMessage, frozen=True):
     """A client; ``descriptors`` names what comes with it, in order: fields of its record."""
 
     number: int
@@ -105,54 +106,56 @@ class Admitted(_Message, frozen=True):
     descriptors: tuple[str, ...]
 
 
-class Areas(_Message, frozen=True):
+class Areas(_HandoverMessage, frozen=True):
     """These areas of a client are mapped, besides those that were."""
 
     client: int
     areas: tuple[AreaFacts, ...]
 
 
-class Removed(_Message, frozen=True):
+class Removed(_HandoverMessage, frozen=True):
     """An area was unmapped."""
 
     client: int
     area: int
 
 
-class Left(_Message, frozen=True):
+class Left(_HandoverMessage, frozen=True):
     """A client is gone."""
 
     client: int
 
 
-class Done(_Message, frozen=True):
+class HandoverDone(_HandoverMessage, frozen=True):
     """That was all: of what is handed over, or at the end of a server."""
 
 
 # --- to a server from its warden, and to a warden from who started it
 
 
-class End(_Message, frozen=True):
+class End(_HandoverMessage, frozen=True):
     """End in an orderly way."""
 
 
 # --- from a server to its warden, and from a warden to the process that started it
 
 
-class Started(_Message, frozen=True):
+class ServerStarted(_HandoverMessage, frozen=True):
     """The server runs."""
 
     server: int
 
 
-class NotStarted(_Message, frozen=True):
+class ServerNotStarted(_HandoverMessage, frozen=True):
     """It does not, and why."""
 
     number: int
     message: str
 
 
-Message: TypeAlias = Start | Adopt | Admitted | Areas | Removed | Left | Done | End | Started | NotStarted
+Message: TypeAlias = (
+    Start | Adopt | Admitted | Areas | Removed | Left | HandoverDone | End | ServerStarted | ServerNotStarted
+)
 
 CLIENT_DESCRIPTORS: Final = ("connection", "pidfd", "userfaultfd", "lifeline_write", "lifeline_read")
 
@@ -330,7 +333,7 @@ def reap(pid: int, timeout: float) -> int | None:
     return os.waitstatus_to_exitcode(status)
 
 
-class Often:
+class RateLimit:
     """Tells a mishap from one that keeps happening: more than ``most`` times in ``window_s`` seconds."""
 
     def __init__(self, most: int, window_s: float) -> None:

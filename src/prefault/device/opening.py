@@ -15,9 +15,9 @@ from prefault._kernel.peer import peer_credentials
 from prefault.device import limit_messages, this_server
 from prefault.device.client import mapped_area
 from prefault.device.client.area import Area
-from prefault.device.client.connection import Link
+from prefault.device.client.connection import DeviceConnection
 from prefault.device.client.fault_descriptor import open_userfaultfd
-from prefault.device.client.page_provider import AreaMemory
+from prefault.device.client.page_provider import AreaPageProvider
 from prefault.device.driver import Access, Device
 from prefault.device.recipes import check_device_facts
 from prefault.errors import DeviceError, DeviceGoneError
@@ -28,7 +28,7 @@ from prefault.sizes import Size, format_size, parse_size
 PopulateChoice: TypeAlias = bool | Access
 
 _starting = threading.RLock()
-_running: weakref.WeakValueDictionary[int, Link] = weakref.WeakValueDictionary()
+_running: weakref.WeakValueDictionary[int, DeviceConnection] = weakref.WeakValueDictionary()
 """The links to private servers, by the id of the device object, which the link keeps alive."""
 
 
@@ -116,7 +116,7 @@ class DeviceClient:
             raise ValueError(f"a timeout is a positive number of seconds, not {timeout}")
         self.path = os.path.abspath(os.fsdecode(path))
         self._timeout = timeout
-        self._tracking: Link | None = None
+        self._tracking: DeviceConnection | None = None
         self._lock = threading.RLock()
         self._link = self._connected(tracking=False)
         self._ends = weakref.finalize(self, _release_all, [self._link])
@@ -125,7 +125,7 @@ class DeviceClient:
         self.name, self.length, self.page_size = facts.name, facts.length, facts.page_size
         self.writable, self.notes = facts.writable, facts.notes
 
-    def _connected(self, *, tracking: bool) -> Link:
+    def _connected(self, *, tracking: bool) -> DeviceConnection:
         try:
             with limit_messages.explained(f"the device at {self.path} cannot be connected to"):
                 connection = _connection(self.path, self._timeout)
@@ -134,7 +134,7 @@ class DeviceClient:
                 except BaseException:
                     connection.close()
                     raise
-                link = Link(connection, opened)
+                link = DeviceConnection(connection, opened)
         except DeviceGoneError as gone:  # it does not take us, and says why, or ends just now
             raise DeviceGoneError(gone.errno or 0, f"no device at {self.path}: {gone.strerror}") from gone
         link.hold()
@@ -203,7 +203,7 @@ class DeviceClient:
         return f"<DeviceClient of {self.name}, {format_size(self.length)}, at {self.path}, {state}>"
 
 
-def _release_all(links: list[Link]) -> None:
+def _release_all(links: list[DeviceConnection]) -> None:
     for link in links:
         link.release()
 
@@ -211,7 +211,7 @@ def _release_all(links: list[Link]) -> None:
 # --- links
 
 
-def _private_link(device: Device) -> Link:
+def _private_link(device: Device) -> DeviceConnection:
     """A link to the server of this device object, held; started if there is none."""
     from prefault.device.process.launching import launch
 
@@ -228,7 +228,7 @@ def _private_link(device: Device) -> Link:
             except BaseException:
                 os.close(opened.fd)
                 raise
-            link = Link(launched.connection, opened, launched, device)
+            link = DeviceConnection(launched.connection, opened, launched, device)
         link.hold()
         _running[id(device)] = link
         return link
@@ -266,11 +266,16 @@ def _connection(path: str, timeout: float) -> socket.socket:
 
 
 def _map(
-    link: Link, length: Size | None, offset: Size, populate: PopulateChoice, access: Access | None, track_dirty: bool,
+    link: DeviceConnection,
+    length: Size | None,
+    offset: Size,
+    populate: PopulateChoice,
+    access: Access | None,
+    track_dirty: bool,
     colocate: bool,
-) -> Area:  # fmt: skip
+) -> Area:
     """An area of a link that is held for it."""
-    memory: AreaMemory | None = None
+    memory: AreaPageProvider | None = None
     at_end: Callable[[], None] = link.release
     try:
         facts = link.facts
@@ -290,7 +295,7 @@ def _map(
                 undo()
                 link.release()
 
-        memory = AreaMemory(link, start, chosen, track_dirty=track_dirty, at_end=at_end)
+        memory = AreaPageProvider(link, start, chosen, track_dirty=track_dirty, at_end=at_end)
         memory.attach(count, cpu)
         area = Area(memory, count)
         if populate is not False:

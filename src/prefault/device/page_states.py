@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 
 
-class PageState(enum.IntEnum):
+class DevicePageState(enum.IntEnum):
     """Of a page of a device; a byte in memory that the warden and all servers share."""
 
     MISSING = 0

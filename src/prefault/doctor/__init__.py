@@ -12,7 +12,16 @@ from typing import Any
 
 from prefault.doctor.advice import advise
 from prefault.doctor.collect import collect
-from prefault.doctor.record import Advice, CapabilityAnswer, Machine, Pool, Reading, Record, Report, Severity
+from prefault.doctor.record import (
+    Advice,
+    CapabilityAnswer,
+    HugetlbPoolFacts,
+    MachineFacts,
+    Reading,
+    Record,
+    Report,
+    Severity,
+)
 
 SCHEMA = 1
 """The version of :func:`to_json`'s layout, described in ``docs/doctor-json.md``."""
@@ -21,8 +30,8 @@ __all__ = [
     "SCHEMA",
     "Advice",
     "CapabilityAnswer",
-    "Machine",
-    "Pool",
+    "HugetlbPoolFacts",
+    "MachineFacts",
     "Reading",
     "Record",
     "Report",

@@ -15,7 +15,7 @@ from prefault._kernel import mman, userfaultfd
 from prefault._system import capabilities, cgroups, hugetlb, proc, thp
 from prefault._system.cpus import usable_cpus
 from prefault._version import __version__
-from prefault.doctor.record import NOT_MOUNTED, CapabilityAnswer, Machine, Pool, Reading, Record, Unit
+from prefault.doctor.record import NOT_MOUNTED, CapabilityAnswer, HugetlbPoolFacts, MachineFacts, Reading, Record, Unit
 from prefault.doctor.words import MEANINGS, WITHOUT
 from prefault.sizes import PAGE_SIZE
 
@@ -47,12 +47,12 @@ def _reason(error: Exception) -> str:
 # --- machine and capabilities
 
 
-def _machine() -> Machine:
+def _machine() -> MachineFacts:
     uname = os.uname()
     cpu = _fields("/proc/cpuinfo")
     seccomp = _fields("/proc/self/status").get("Seccomp")
     flags = cpu.get("flags")
-    return Machine(
+    return MachineFacts(
         kernel=uname.release,
         architecture=uname.machine,
         cpu_model=cpu.get("model name"),
@@ -142,11 +142,11 @@ def _huge_option_of_shm() -> str:
     return next((option.removeprefix("huge=") for option in options if option.startswith("huge=")), "never")
 
 
-def _pools() -> Iterator[Pool]:
+def _pools() -> Iterator[HugetlbPoolFacts]:
     try:
         for size in hugetlb.page_sizes():
             pool = hugetlb.read_pool(size)
-            yield Pool(size, pool.total, pool.free, pool.reserved, pool.surplus, pool.overcommit)
+            yield HugetlbPoolFacts(size, pool.total, pool.free, pool.reserved, pool.surplus, pool.overcommit)
     except _UNREADABLE:
         return  # the capability hugetlb_pages says so
 

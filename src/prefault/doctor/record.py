@@ -37,7 +37,7 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class MachineFacts:
     """The machine and the time of the examination.
 
     Attributes:
@@ -87,7 +87,7 @@ class CapabilityAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class HugetlbPoolFacts:
     """The hugetlb pool of one page size; all but ``page_size`` (bytes) are counts of such pages.
 
     Attributes:
@@ -116,10 +116,10 @@ class Pool:
 class Record:
     """All findings: machine, capabilities, settings of transparent huge pages, hugetlb pools, limits."""
 
-    machine: Machine
+    machine: MachineFacts
     capabilities: tuple[CapabilityAnswer, ...]
     settings: tuple[Reading, ...]
-    pools: tuple[Pool, ...]
+    pools: tuple[HugetlbPoolFacts, ...]
     limits: tuple[Reading, ...]
 
     def readings(self, name: str) -> tuple[Reading, ...]:

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from time import perf_counter_ns, sleep
 from typing import NamedTuple
 
-from prefault.engine.allowance import spare
-from prefault.engine.demand import Part, SpreadPart
-from prefault.engine.space_demand import space_needs
+from prefault.engine.allowance import allowance
+from prefault.engine.demand import Demand, ScatteredDemand
+from prefault.engine.space_demand import space_demand
 from prefault.errors import HeadroomError
 from prefault.limits import Limit, ask_for_memory
 from prefault.ranges import RangeSet
 from prefault.sizes import MIB, format_size
 
 
-class Shortage(NamedTuple):
+class Shortfall(NamedTuple):
     """A limit that leaves less than is needed."""
 
     limit: Limit
@@ -48,7 +48,7 @@ class Shortage(NamedTuple):
         )  # fmt: skip
 
 
-class Watch:
+class AdmissionControl:
     """Looks at the limits before a populate call, and between its chunks.
 
     populate() uses it, and so does whoever populates in other ways, such as vectors of ranges::
@@ -68,11 +68,11 @@ class Watch:
         origin: the address that offsets in errors are counted from.
     """
 
-    def __init__(self, parts: Sequence[Part], origin: int = 0) -> None:
+    def __init__(self, parts: Sequence[Demand], origin: int = 0) -> None:
         self._parts = parts
         # Those of single segments follow each other and are found by address; of the others there are few.
-        self._spread = [part for part in parts if isinstance(part, SpreadPart)]
-        self._single = [part for part in parts if not isinstance(part, SpreadPart)]
+        self._spread = [part for part in parts if isinstance(part, ScatteredDemand)]
+        self._single = [part for part in parts if not isinstance(part, ScatteredDemand)]
         self._starts = [part.segment.start for part in self._single]
         self._origin = origin
         self._lock = threading.Lock()
@@ -97,24 +97,24 @@ class Watch:
                 address=first, offset=first - self._origin,
             )  # fmt: skip
 
-    def whole(self) -> Shortage | None:
+    def whole(self) -> Shortfall | None:
         """What is short for all of it, if anything."""
         spans = [(part, part.segment.start, part.segment.stop) for part in self._parts]
         bound = sum(part.at_most(start, stop) for part, start, stop in spans)
         shortage = None
-        if bound and not (bound <= _SMALL and spare.spend(bound, perf_counter_ns())):
+        if bound and not (bound <= _SMALL and allowance.spend(bound, perf_counter_ns())):
             shortage = self._ask(bound, spans, 1.0)
         return shortage or self._short_of_space()
 
-    def ahead(self, start: int, stop: int) -> _Ahead:
+    def ahead(self, start: int, stop: int) -> _ChunkAhead:
         """A context manager around populating ``[start, stop)``.
 
         Raises:
             HeadroomError: memory for it is not there any more, on entering.
         """
-        return _Ahead(self, start, stop)
+        return _ChunkAhead(self, start, stop)
 
-    def admit(self, start: int, stop: int) -> Shortage | None:
+    def admit(self, start: int, stop: int) -> Shortfall | None:
         """What is short for ``[start, stop)``, on top of what other threads have ahead of them; None admits it.
 
         :meth:`release` must follow where it is admitted. Where it would fit but for the others, it waits for them: how much
@@ -138,7 +138,7 @@ class Watch:
             # Not a Condition: Ctrl-C between two of its steps leaves its lock taken, and the others wait for ever.
             sleep(_PAUSE_S)
 
-    def _within(self, start: int, stop: int) -> list[tuple[Part, int, int]]:
+    def _within(self, start: int, stop: int) -> list[tuple[Demand, int, int]]:
         """The parts that share a byte with a range, each with what they share at most."""
         index = max(0, bisect_right(self._starts, start) - 1)
         near = [*self._single[index : bisect_left(self._starts, stop)], *self._spread]
@@ -149,12 +149,12 @@ class Watch:
         """This thread is done with what was admitted, if anything was. A second call does nothing."""
         self._ahead.pop(threading.get_ident(), None)
 
-    def _ask(self, bound: int, spans: list[tuple[Part, int, int]], reserve: float, others: int = 0) -> Shortage | None:
+    def _ask(self, bound: int, spans: list[tuple[Demand, int, int]], reserve: float, others: int = 0) -> Shortfall | None:
         """By the bound first; a look at the pages only where that does not fit."""
         now_ns = perf_counter_ns()
         needed = bound
         # Limits of cgroups can shrink from one moment to the next; the machine's memory is only used up.
-        lately = reserve < 1 and spare.spend(bound, now_ns)
+        lately = reserve < 1 and allowance.spend(bound, now_ns)
         answer = ask_for_memory(needed + others, reserve=reserve, only_cgroups=lately)
         if answer.short is not None:
             memory, overhead = _counted(spans, answer.left_bytes)
@@ -164,22 +164,22 @@ class Watch:
             # Page tables alone may come out of the reserve.
             answer = ask_for_memory(needed + others, reserve=reserve if memory else 0.0)
             if answer.short is not None:
-                spare.empty()
-                return Shortage(answer.short, needed, max(0, answer.left_bytes - others))
+                allowance.empty()
+                return Shortfall(answer.short, needed, max(0, answer.left_bytes - others))
         if not lately:
-            spare.fill(answer.left_bytes - needed - others, now_ns)
+            allowance.fill(answer.left_bytes - needed - others, now_ns)
         self.largest_chunk = min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, (answer.left_bytes - others) // 8 & -MIB))
         return None
 
-    def _short_of_space(self) -> Shortage | None:
+    def _short_of_space(self) -> Shortfall | None:
         for part in self._parts:
-            for limit, needed in space_needs(part):
+            for limit, needed in space_demand(part):
                 if needed > limit.available_bytes:
-                    return Shortage(limit, needed, limit.available_bytes)
+                    return Shortfall(limit, needed, limit.available_bytes)
         return None
 
 
-def _counted(spans: list[tuple[Part, int, int]], left: int) -> tuple[int, int]:
+def _counted(spans: list[tuple[Demand, int, int]], left: int) -> tuple[int, int]:
     """Count the memory that spans need, and the overhead, by a look at the pages.
 
     Where more is needed than ``left``, and the reserve on top, the rest is not looked at, and counted as needed: a look at
@@ -206,10 +206,10 @@ _SMALLEST_CHUNK = 1 * MIB
 _LARGEST_CHUNK = 1024 * MIB
 
 
-class _Ahead:
+class _ChunkAhead:
     __slots__ = ("_start", "_stop", "_watch")
 
-    def __init__(self, watch: Watch, start: int, stop: int) -> None:
+    def __init__(self, watch: AdmissionControl, start: int, stop: int) -> None:
         self._watch, self._start, self._stop = watch, start, stop
 
     def __enter__(self) -> None:

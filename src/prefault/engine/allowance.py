@@ -10,7 +10,7 @@ _BYTES_A_NS = 64
 _LEAST = 16 * MIB
 
 
-class _Spare:
+class _Allowance:
     """What the last answer left over: spent by small calls, instead of asking for each of them.
 
     It holds for as long as all CPUs together need to clear half of what was left, at most 20 ms, and is a quarter of it.
@@ -40,5 +40,5 @@ class _Spare:
         self._bytes = 0
 
 
-spare = _Spare()
+allowance = _Allowance()
 """Of this process."""

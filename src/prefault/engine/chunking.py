@@ -21,7 +21,7 @@ _LONGEST_CALL_NS = 64_000_000
 _LARGEST_CHUNK_WITHOUT_GIL = 1024 * MIB
 
 
-class Pace:
+class ChunkSize:
     """How large the next chunk should be, for one thread: each call is to take some milliseconds of its CPU time."""
 
     __slots__ = ("_cpu_ns", "_on_disk", "_sleeps", "_threads", "_wall_ns", "size")

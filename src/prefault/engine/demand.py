@@ -16,7 +16,7 @@ from prefault._system import capabilities
 from prefault.engine.methods import POPULATE_READ, POPULATE_WRITE
 from prefault.engine.planning import Segment
 from prefault.inspection.scan import occupied
-from prefault.intervals import Ruler, bridged, common, merged, window, without
+from prefault.intervals import IntervalMeasure, bridged, common, merged, window, without
 from prefault.limits import counts_hugetlb
 from prefault.memory.vma import Backing, file_descriptor, vma_at
 from prefault.sizes import MIB, PAGE_SIZE
@@ -39,7 +39,7 @@ _IS_OURS = bytes(byte & (_PRESENT | _FILE | _EXCLUSIVE) == _PRESENT | _EXCLUSIVE
 _IS_SWAPPED = bytes(byte & (_PRESENT | _SWAPPED) == _SWAPPED for byte in range(256))
 
 
-class Part:
+class Demand:
     """A segment of the plan and what of it is missing, which says what populating it takes.
 
     Args:
@@ -144,21 +144,21 @@ class Part:
         return vma.writable if self.segment.method.access == "write" else vma.readable
 
 
-class SpreadPart(Part):
+class ScatteredDemand(Demand):
     """Many stretches of one kind, between which other memory lies: only they count.
 
     Args:
         segment: from the first of them to the last.
         pages: the stretches.
         missing: what of them is not populated.
-        fd: see :class:`Part`.
+        fd: see :class:`Demand`.
     """
 
     __slots__ = ("_lacking", "_pages", "_stretches")
 
     def __init__(self, segment: Segment, pages: Numbers, missing: Numbers, fd: int | None = None) -> None:
         super().__init__(segment, array("Q", missing.tobytes()), fd)
-        self._stretches, self._pages, self._lacking = pages, Ruler(pages), Ruler(missing)
+        self._stretches, self._pages, self._lacking = pages, IntervalMeasure(pages), IntervalMeasure(missing)
 
     @property
     def length(self) -> int:
@@ -181,7 +181,7 @@ class SpreadPart(Part):
 
     def memory(self, start: int, stop: int) -> int:
         """Memory that populating the stretches takes: by a look at every page."""
-        return sum(super(SpreadPart, self).memory(first, last) for first, last in self._clipped(start, stop))
+        return sum(super(ScatteredDemand, self).memory(first, last) for first, last in self._clipped(start, stop))
 
     def unallocated(self) -> int:
         """Bytes of the missing pages that the files do not have, in memory or in swap."""
@@ -194,33 +194,33 @@ class SpreadPart(Part):
             yield max(first, start), min(last, stop)
 
 
-def parts_of(segments: Sequence[Segment], populated: array[int], fd: int | None) -> list[Part]:
+def demands_of(segments: Sequence[Segment], populated: array[int], fd: int | None) -> list[Demand]:
     """Make the parts of a plan: one for each segment, or for each kind of many segments of few kinds.
 
     Args:
         segments: in order of address, without gaps.
         populated: what of them needs no population, as :func:`prefault.inspection.scan.populated_before` gives it.
-        fd: see :class:`Part`.
+        fd: see :class:`Demand`.
     """
     if len(segments) == 1:
         (segment,) = segments
-        return [Part(segment, missing_from(segment.start, segment.stop, populated), fd)]
+        return [Demand(segment, missing_from(segment.start, segment.stop, populated), fd)]
     import numpy
 
     whole = numpy.array([segments[0].start, segments[-1].stop], numpy.int64)
     there = numpy.array(populated, numpy.int64)
     missing = without(whole, merged(there[::2], there[1::2]))
     kinds: dict[tuple[object, ...], list[Segment]] = {}
-    parts: list[Part] = []
+    parts: list[Demand] = []
     for segment in segments:
         if _is_like_its_kind(segment):
             kinds.setdefault(segment[2:5], []).append(segment)
         else:
-            parts.append(Part(segment, array("Q", window(missing, segment.start, segment.stop).tobytes()), fd))
+            parts.append(Demand(segment, array("Q", window(missing, segment.start, segment.stop).tobytes()), fd))
     for alike in kinds.values():
         starts, stops = (numpy.fromiter((item[at] for item in alike), numpy.int64, len(alike)) for at in (0, 1))
         pages = merged(starts, stops)
-        parts.append(SpreadPart(alike[0]._replace(stop=alike[-1].stop), pages, common(missing, pages), fd))
+        parts.append(ScatteredDemand(alike[0]._replace(stop=alike[-1].stop), pages, common(missing, pages), fd))
     return parts
 
 

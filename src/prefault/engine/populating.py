@@ -14,10 +14,10 @@ from time import perf_counter_ns
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from prefault._kernel.rwlock import Attendance
-from prefault.engine.admission import Shortage, Watch
-from prefault.engine.allowance import spare
-from prefault.engine.chunking import FIRST_CHUNK, Pace
-from prefault.engine.demand import parts_of
+from prefault.engine.admission import AdmissionControl, Shortfall
+from prefault.engine.allowance import allowance
+from prefault.engine.chunking import FIRST_CHUNK, ChunkSize
+from prefault.engine.demand import demands_of
 from prefault.engine.diagnosis import diagnose
 from prefault.engine.methods import Access
 from prefault.engine.planning import NO_FALLOCATE, Plan, Segment, make_plan, without_fallocate
@@ -26,7 +26,7 @@ from prefault.engine.rollback import Rollback
 from prefault.engine.vectors import LONG, can_advise, populate_long, populate_whole
 from prefault.errors import OutOfMemoryError, PopulateError, PopulateInterrupted
 from prefault.inspection.scan import populated_among, populated_before
-from prefault.memory.borrowing import Borrowed, Supplier, borrow
+from prefault.memory.borrowing import Borrowed, PageProvider, borrow
 from prefault.memory.vma import Backing
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import Size, format_size
@@ -172,14 +172,14 @@ def _carry_out(
     is_small = what.length <= FIRST_CHUNK and len(what.segments) == 1
     watch = None
     if headroom == "check" and not (is_small and _surely_fits(what.segments[0], began)):
-        watch = Watch(parts_of(what.segments, before, memory.fd), memory.address)
+        watch = AdmissionControl(demands_of(what.segments, before, memory.fd), memory.address)
         watch.start()
         if is_small:
             watch = None  # its only chunk has just been looked at
     if progress is False:
         if is_small and undo is None:
             return _run_small(what, memory.address, began, before)
-        return _Run(what, None, memory.address, before, undo, watch).run(began)
+        return _Execution(what, None, memory.address, before, undo, watch).run(began)
     with ExitStack() as stack:
         if callable(progress):
             report = progress
@@ -187,11 +187,11 @@ def _carry_out(
             from prefault.engine.progress import bar
 
             report = stack.enter_context(bar("populate"))
-        return _Run(what, report, memory.address, before, undo, watch).run(began)
+        return _Execution(what, report, memory.address, before, undo, watch).run(began)
 
 
 def _have_supplied(
-    supplier: Supplier, memory: Borrowed, access: Access | None, offset: Size, length: Size | None, rollback: bool,
+    supplier: PageProvider, memory: Borrowed, access: Access | None, offset: Size, length: Size | None, rollback: bool,
     progress: Progress | bool, headroom: HeadroomChoice, began: int,
 ) -> PopulateResult:  # fmt: skip
     if access not in (None, "read", "write"):
@@ -216,22 +216,22 @@ def _have_supplied(
 def _surely_fits(segment: Segment, now_ns: int) -> bool:
     """Whether the last look at the limits left so much that a small call needs none of its own."""
     # An upper bound for page tables and all. Other memory has limits of its own as well.
-    return segment.backing is Backing.ANONYMOUS and spare.spend(segment.length + segment.length // 256 + 65536, now_ns)
+    return segment.backing is Backing.ANONYMOUS and allowance.spend(segment.length + segment.length // 256 + 65536, now_ns)
 
 
 def _run_small(plan: Plan, origin: int, began: int, before: array[int]) -> PopulateResult:
-    """One chunk in this thread, without the machinery of :class:`_Run`, which costs more than populating a page."""
+    """One chunk in this thread, without the machinery of :class:`_Execution`, which costs more than populating a page."""
     segment = plan.segments[0]
     start, length = segment.start, segment.stop - segment.start
     if segment.method.hint or segment.backing is Backing.FILE:
-        return _Run(plan, None, origin, before).run(began)
+        return _Execution(plan, None, origin, before).run(began)
     try:
         failed = _attempt(segment, start, length) is not None
     except BaseException as interruption:
-        _Run(plan, None, origin, before).interrupted(interruption, PageRange(start, segment.stop))
+        _Execution(plan, None, origin, before).interrupted(interruption, PageRange(start, segment.stop))
         raise
     if failed:
-        return _Run(plan, None, origin, before).run(began)  # does it again, and finds the page
+        return _Execution(plan, None, origin, before).run(began)  # does it again, and finds the page
     present = _length(before)
     took = (perf_counter_ns() - began) / 1e9
     return PopulateResult(length - present, present, took, segment.method.access, segment.method.name, 1, plan.notes)
@@ -250,18 +250,18 @@ def _attempt(segment: Segment, start: int, length: int) -> OSError | None:
     return None
 
 
-class _Failure(NamedTuple):
+class _ChunkFailure(NamedTuple):
     address: int
     segment: Segment
-    error: OSError | Shortage
+    error: OSError | Shortfall
 
 
-class _Run:
+class _Execution:
     """One populate call at work. Threads take chunks in order of address from one cursor."""
 
     def __init__(
         self, plan: Plan, progress: Progress | None, origin: int, before: array[int],
-        rollback: Rollback | None = None, watch: Watch | None = None,
+        rollback: Rollback | None = None, watch: AdmissionControl | None = None,
     ) -> None:  # fmt: skip
         self._plan = plan
         self._progress = progress
@@ -279,7 +279,7 @@ class _Run:
         self._joins_segments = len(plan.segments) >= _MANY_SEGMENTS and all(can_advise(method) for method in methods)
         self._stops = [segment.stop for segment in plan.segments]
         self._done_bytes = 0
-        self._failures: list[_Failure] = []
+        self._failures: list[_ChunkFailure] = []
         self._defect: BaseException | None = None
         self._stop = False
         self._before = before
@@ -344,7 +344,7 @@ class _Run:
 
     def _work(self, progress: Progress | None) -> None:
         on_disk = any(segment.backing is Backing.FILE for segment in self._plan.segments)
-        pace = Pace(on_disk=on_disk, threads=self._plan.threads)
+        pace = ChunkSize(on_disk=on_disk, threads=self._plan.threads)
         ahead = ReadAhead(PageRange(self._plan.segments[0].start, self._plan.segments[-1].stop)) if on_disk else None
         while not self._stop:
             taken = self._next(pace.size)
@@ -367,18 +367,18 @@ class _Run:
             if progress is not None:
                 progress(self._done_bytes, self._plan.length)
 
-    def _populate(self, chunk: PageRange, segments: tuple[Segment, ...]) -> _Failure | None:
+    def _populate(self, chunk: PageRange, segments: tuple[Segment, ...]) -> _ChunkFailure | None:
         if self._watch is None:
             return self._populate_chunk(chunk, segments)
         shortage = self._watch.admit(chunk.start, chunk.stop)
         if shortage is not None:
-            return _Failure(chunk.start, segments[0], shortage)
+            return _ChunkFailure(chunk.start, segments[0], shortage)
         try:
             return self._populate_chunk(chunk, segments)
         finally:
             self._watch.release()
 
-    def _populate_chunk(self, chunk: PageRange, segments: tuple[Segment, ...]) -> _Failure | None:
+    def _populate_chunk(self, chunk: PageRange, segments: tuple[Segment, ...]) -> _ChunkFailure | None:
         """Populate a part of one segment, or all of several; the first page that cannot be populated, if there is one."""
         if len(segments) == 1:
             return self._populate_part(chunk, segments[0])
@@ -390,13 +390,13 @@ class _Run:
                 return failure
         return None
 
-    def _populate_part(self, part: PageRange, segment: Segment) -> _Failure | None:
+    def _populate_part(self, part: PageRange, segment: Segment) -> _ChunkFailure | None:
         if part.length > LONG and can_advise(segment.method) and populate_long(segment, *part):
             return None
         if _attempt(segment, part.start, part.length) is None:
             return None
         failure = locate(part, segment)
-        if failure is None or isinstance(failure.error, Shortage):
+        if failure is None or isinstance(failure.error, Shortfall):
             return failure
         without = without_fallocate(segment, failure.error)
         if without is None:
@@ -455,17 +455,19 @@ class _Run:
         new = max(0, after - present)
         return PopulateResult(new, present, (perf_counter_ns() - began) / 1e9, plan.access, plan.method, threads, plan.notes)
 
-    def _failed(self, failure: _Failure) -> PopulateError:
+    def _failed(self, failure: _ChunkFailure) -> PopulateError:
         """The exception for the lowest page that failed."""
         segment, error = failure.segment, failure.error
         # By what is there now, so before anything is discarded.
-        cause = error if isinstance(error, Shortage) else diagnose(failure.address, segment.method, error, segment.target.fd)
+        cause = (
+            error if isinstance(error, Shortfall) else diagnose(failure.address, segment.method, error, segment.target.fd)
+        )
         brought_in, kept = self._settle()
         offset = failure.address - self._origin
         where = f"offset {offset} ({failure.address:#x}) of {format_size(self._plan.length)}"
         # Other threads may have populated some of it behind the page that failed.
         done = f"{format_size(brought_in.length)} populated in all{self._and_undone(kept)}"
-        if isinstance(cause, Shortage):
+        if isinstance(cause, Shortfall):
             message = f"stopped at {where}: for the next part {cause.sentence}; {done}"
             return cause.error(message, address=failure.address, offset=offset, populated=kept)
         result = cause.error(
@@ -546,7 +548,7 @@ def _length(pairs: array[int]) -> int:
     return sum(pairs[1::2]) - sum(pairs[::2])
 
 
-def locate(chunk: PageRange, segment: Segment) -> _Failure | None:
+def locate(chunk: PageRange, segment: Segment) -> _ChunkFailure | None:
     """The first page of a chunk that cannot be populated; None where by now all of it can be.
 
     Methods go from the first page on and may be run again on what is populated, so halving finds the page in at most some
@@ -559,7 +561,7 @@ def locate(chunk: PageRange, segment: Segment) -> _Failure | None:
         if error is None:
             low, length = low + length, chunk.stop - low - length
         elif length == step:
-            return _Failure(low, segment, error)
+            return _ChunkFailure(low, segment, error)
         else:
             length = max(step, length // 2 // step * step)
     return None

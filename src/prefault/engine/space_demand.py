@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from prefault._kernel import fiemap
-from prefault.engine.demand import Part
+from prefault.engine.demand import Demand
 from prefault.engine.methods import FALLOCATE, MLOCK, FallocateThen
 from prefault.engine.planning import Segment
 from prefault.limits import (
@@ -24,7 +24,7 @@ from prefault.limits import (
 from prefault.memory.vma import Backing, Vma, mount_directory, vm_flags, vma_at
 
 
-def space_needs(part: Part) -> Iterator[tuple[Limit, int]]:
+def space_demand(part: Demand) -> Iterator[tuple[Limit, int]]:
     """Each limit with the bytes that are needed from it: exact where an upper bound would not fit."""
     segment = part.segment
     start, stop, backing = segment.start, segment.stop, segment.backing
@@ -48,7 +48,7 @@ def space_needs(part: Part) -> Iterator[tuple[Limit, int]]:
             yield locked, part.length
 
 
-def _space_left(part: Part, bounds: Literal["tmpfs space", "disk space"]) -> Iterator[Limit]:
+def _space_left(part: Demand, bounds: Literal["tmpfs space", "disk space"]) -> Iterator[Limit]:
     segment, fd = part.segment, part.fd
     limit = None if fd is None else space_limit(fd, bounds)
     if fd is None or (limit is not None and part.length > limit.available_bytes):
@@ -59,7 +59,7 @@ def _space_left(part: Part, bounds: Literal["tmpfs space", "disk space"]) -> Ite
         yield limit
 
 
-def _huge_pages(part: Part) -> Iterator[tuple[Limit, int]]:
+def _huge_pages(part: Demand) -> Iterator[tuple[Limit, int]]:
     segment = part.segment
     missing = part.missing_bytes(segment.start, segment.stop)
     if not missing:
@@ -78,7 +78,7 @@ def _huge_pages(part: Part) -> Iterator[tuple[Limit, int]]:
             yield limit, missing
 
 
-def _unallocated(part: Part) -> int:
+def _unallocated(part: Demand) -> int:
     """Bytes that the file behind a part does not have; 0 where that cannot be told, so that nothing is refused."""
     segment = part.segment
     holes = _holes(part)
@@ -88,7 +88,7 @@ def _unallocated(part: Part) -> int:
     return needed if holes is None else min(needed, holes)
 
 
-def _holes(part: Part) -> int | None:
+def _holes(part: Demand) -> int | None:
     """Bytes that the whole file is short of its size; None where it cannot be looked at."""
     fd, page_size = part.fd, part.segment.target.page_size
     try:

@@ -52,7 +52,7 @@ class PageState(enum.IntFlag):
     """A guard region: any access is a SIGSEGV."""
 
 
-class Run(NamedTuple):
+class PageRun(NamedTuple):
     """Neighbouring pages of the same state: addresses ``[start, stop)``."""
 
     start: int
@@ -91,11 +91,11 @@ class Residency:
         self._words = words
 
     @functools.cached_property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[PageRun]:
         """Neighbouring pages of the same state, in order of address."""
         words, make = self._words, tuple.__new__
         rows = zip(words[::3], words[1::3], map(_PAGE_STATES.__getitem__, words[2::3]), strict=True)
-        return [make(Run, row) for row in rows]
+        return [make(PageRun, row) for row in rows]
 
     @functools.cached_property
     def _bytes_by_state(self) -> dict[int, int]:

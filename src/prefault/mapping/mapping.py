@@ -16,8 +16,8 @@ from prefault._kernel import mman
 from prefault._system import hugetlb, thp
 from prefault.errors import HugePagesError, MappingError
 from prefault.limits.mmap_refusal import why_no_room
-from prefault.memory.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Opened, parse_backing
-from prefault.memory.borrowing import Borrowed, Hold, MemoryOwner
+from prefault.memory.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, OpenedBacking, parse_backing
+from prefault.memory.borrowing import Borrowed, MemoryOwner, Pin
 from prefault.ranges import PageRange
 from prefault.sizes import MAX_SIZE, MIB, PAGE_SIZE, Size, format_size, parse_size
 
@@ -207,7 +207,7 @@ class Mapping(MappedMemory):
 
     def _borrow(self) -> Borrowed:
         memory = self._open_memory()
-        pin = Pin(memory)
+        pin = MemoryPin(memory)
         return Borrowed(
             memory.address, self._length,
             readonly=not self.writable, fd=memory.fd, huge=self.huge == "advise", hold=pin,
@@ -233,16 +233,23 @@ class OwnedMemory:
         self.file_offset = 0
         # Reentrant: a signal handler or a finalizer may come by in this very thread.
         self._lock = threading.RLock()
-        self._pins: weakref.WeakSet[Pin] = weakref.WeakSet()
+        self._pins: weakref.WeakSet[MemoryPin] = weakref.WeakSet()
         self._exporter: weakref.ref[Any] | None = None
         self.at_unmap: Callable[[], None] | None = None
         """Called once the memory is gone."""
         _all.add(self)
 
     def map(
-        self, length: int, opened: Opened, *, shared: bool, prot: int, huge: HugeAdvice = "auto", noreserve: bool = False,
+        self,
+        length: int,
+        opened: OpenedBacking,
+        *,
+        shared: bool,
+        prot: int,
+        huge: HugeAdvice = "auto",
+        noreserve: bool = False,
         align: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Map ``length`` bytes of what was opened, rounded up to its pages. The file may end before that."""
         length += -length % opened.page_size
         if align is None:
@@ -282,14 +289,14 @@ class OwnedMemory:
                 self._exporter = weakref.ref(array)
             return array
 
-    def pin(self, pin: Pin) -> None:
+    def pin(self, pin: MemoryPin) -> None:
         """Stay, for as long as that object lives or until :meth:`unpin`."""
         with self._lock:
             if not self.mapped:
                 raise ValueError("the mapping is closed")
             self._pins.add(pin)
 
-    def unpin(self, pin: Pin) -> None:
+    def unpin(self, pin: MemoryPin) -> None:
         """It is done. A second call does nothing."""
         self._pins.discard(pin)
 
@@ -328,7 +335,7 @@ class OwnedMemory:
             self.unmap()
 
 
-class Pin(Hold):
+class MemoryPin(Pin):
     """A thread at work on the memory.
 
     The memory knows it weakly: wherever an asynchronous exception (Ctrl-C) strikes, the pin ends with this object.
@@ -380,7 +387,7 @@ def _map_aligned(length: int, prot: int, flags: int, fd: int, offset: int, align
     raise OSError(errno.EAGAIN, "other threads took every free place first")
 
 
-def _explain(error: OSError, length: int, opened: Opened, align: int, *, data: bool, noreserve: bool) -> MappingError:
+def _explain(error: OSError, length: int, opened: OpenedBacking, align: int, *, data: bool, noreserve: bool) -> MappingError:
     what = f"{format_size(length)} cannot be mapped"
     if error.errno == errno.ENOMEM and opened.page_size > PAGE_SIZE and not noreserve:
         pool = hugetlb.read_pool(opened.page_size)

@@ -19,7 +19,7 @@ from prefault.sizes import MIB, PAGE_SIZE, Size, format_size, parse_size
 # generated source, 0.8 ms each, and its module imports inspect. Together that was a third of `import prefault`.
 
 
-class Opened(NamedTuple):
+class OpenedBacking(NamedTuple):
     """What mmap(2) needs to know of a backing.
 
     ``fd`` is None for anonymous memory; ``flags`` are added to the call; ``size`` is the size of the file from ``offset``
@@ -36,9 +36,9 @@ class Opened(NamedTuple):
 class Anonymous(NamedTuple):
     """Memory without a file. Private by default; shared, it is shared with children of fork."""
 
-    def open(self, length: int | None, *, writable: bool) -> Opened:  # noqa: ARG002
+    def open(self, length: int | None, *, writable: bool) -> OpenedBacking:  # noqa: ARG002
         """Nothing to open."""
-        return Opened(None, flags=mman.MAP_ANONYMOUS)
+        return OpenedBacking(None, flags=mman.MAP_ANONYMOUS)
 
 
 class Hugetlb(NamedTuple):
@@ -46,11 +46,11 @@ class Hugetlb(NamedTuple):
 
     page_size: Size = 2 * MIB
 
-    def open(self, length: int | None, *, writable: bool) -> Opened:  # noqa: ARG002
+    def open(self, length: int | None, *, writable: bool) -> OpenedBacking:  # noqa: ARG002
         """Nothing to open; the kernel must know the page size."""
         page_size = check_huge_page_size(self.page_size)
         flags = mman.MAP_ANONYMOUS | mman.MAP_HUGETLB | huge_page_flag(page_size, mman.MAP_HUGE_SHIFT)
-        return Opened(None, page_size, flags=flags)
+        return OpenedBacking(None, page_size, flags=flags)
 
 
 class Memfd(NamedTuple):
@@ -59,7 +59,7 @@ class Memfd(NamedTuple):
     name: str = "prefault"
     page_size: Size | None = None
 
-    def open(self, length: int | None, *, writable: bool) -> Opened:  # noqa: ARG002
+    def open(self, length: int | None, *, writable: bool) -> OpenedBacking:  # noqa: ARG002
         """Create the memfd and give it its size."""
         flags, page_size = MFD_CLOEXEC, PAGE_SIZE
         if self.page_size is not None:
@@ -81,7 +81,7 @@ class TemporaryFile(NamedTuple):
 
     directory: str | os.PathLike[str] = "/dev/shm"
 
-    def open(self, length: int | None, *, writable: bool) -> Opened:  # noqa: ARG002
+    def open(self, length: int | None, *, writable: bool) -> OpenedBacking:  # noqa: ARG002
         """Create the file, unlink it and give it its size."""
         import tempfile  # here, as it takes longer to import than all of this package's own modules
 
@@ -113,7 +113,7 @@ class File(NamedTuple):
     path: str | os.PathLike[str]
     offset: Size = 0
 
-    def open(self, length: int | None, *, writable: bool) -> Opened:
+    def open(self, length: int | None, *, writable: bool) -> OpenedBacking:
         """Open it, for writing if the mapping writes through to it."""
         path, offset = os.fspath(self.path), parse_size(self.offset)
         # O_NONBLOCK: opening a FIFO must not wait for its other end. It means nothing to a regular file.
@@ -143,7 +143,7 @@ class Descriptor(NamedTuple):
     fd: int
     offset: Size = 0
 
-    def open(self, length: int | None, *, writable: bool) -> Opened:
+    def open(self, length: int | None, *, writable: bool) -> OpenedBacking:
         """Duplicate it."""
         offset = parse_size(self.offset)
         if isinstance(self.fd, bool) or not isinstance(self.fd, int):
@@ -215,16 +215,16 @@ def _required(length: int | None, what: str) -> int:
     return length
 
 
-def _sized(fd: int, size: int, page_size: int) -> Opened:
+def _sized(fd: int, size: int, page_size: int) -> OpenedBacking:
     try:
         os.ftruncate(fd, size)
     except OSError as error:
         os.close(fd)
         raise MappingError(error.errno, f"the file cannot be made {format_size(size)} long: {error.strerror}") from error
-    return Opened(fd, page_size, size=size)
+    return OpenedBacking(fd, page_size, size=size)
 
 
-def _existing(fd: int, name: str, offset: int, length: int | None) -> Opened:
+def _existing(fd: int, name: str, offset: int, length: int | None) -> OpenedBacking:
     """``length`` bytes of a file that is open already, if it has them; else it is closed."""
     page_size = os.fstatvfs(fd).f_bsize if _is_hugetlbfs(fd) else PAGE_SIZE
     available = os.fstat(fd).st_size - offset
@@ -243,7 +243,7 @@ def _existing(fd: int, name: str, offset: int, length: int | None) -> Opened:
             f"{name} is too short: it holds {max(0, available)} bytes from offset {offset} on,"
             f" {'some' if length is None else length} are needed (os.truncate makes it longer)",
         )
-    return Opened(fd, page_size, offset, size=available)
+    return OpenedBacking(fd, page_size, offset, size=available)
 
 
 def _round_up(size: int, page_size: int) -> int:

@@ -43,7 +43,7 @@ class Borrowed:
 
     def __init__(
         self, address: int, length: int, *, readonly: bool, contiguous: bool = True, fd: int | None = None,
-        huge: bool = False, gate: Gate | None = None, supplier: Supplier | None = None, hold: Hold | None = None,
+        huge: bool = False, gate: AccessGuard | None = None, supplier: PageProvider | None = None, hold: Pin | None = None,
     ) -> None:  # fmt: skip
         self.address = address
         self.length = length
@@ -52,7 +52,7 @@ class Borrowed:
         self.fd = fd
         self.huge = huge
         self.gate = gate
-        self.supplier = supplier if supplier is not None else _suppliers.at(address, length)
+        self.supplier = supplier if supplier is not None else _page_providers.at(address, length)
         self._hold = hold
 
     def release(self) -> None:
@@ -84,7 +84,7 @@ class Borrowed:
         return Span(self.address + start, self.address + start + count)
 
 
-class Hold(abc.ABC):
+class Pin(abc.ABC):
     """What keeps borrowed memory in place."""
 
     @abc.abstractmethod
@@ -92,7 +92,7 @@ class Hold(abc.ABC):
         """Give it back to its owner."""
 
 
-class Gate(abc.ABC):
+class AccessGuard(abc.ABC):
     """What an owner puts before its memory, to be passed by whoever populates or discards.
 
     Sparse memory has two reasons for one: what is not populated may be fenced off, and a pool keeps books of what is. It has
@@ -112,7 +112,7 @@ class Gate(abc.ABC):
         """Around discarding: entering shuts the spans, rounded inward to blocks; leaving gives up their admission."""
 
 
-class Supplied(NamedTuple):
+class ProvidedPages(NamedTuple):
     """What a supplier did: the bytes that it brought in, and those that were there before."""
 
     bytes: int
@@ -121,7 +121,7 @@ class Supplied(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-class Supplier(abc.ABC):
+class PageProvider(abc.ABC):
     """Who supplies the pages of device memory, which the kernel could populate only fault by fault.
 
     Every route that asks for population comes here (requirement C3): at map time, :func:`prefault.populate`,
@@ -132,7 +132,7 @@ class Supplier(abc.ABC):
     def populate(
         self, span: Span, origin: int, access: Literal["read", "write"], *, rollback: bool,
         progress: Callable[[int, int], None] | None, check_headroom: bool,
-    ) -> Supplied:  # fmt: skip
+    ) -> ProvidedPages:  # fmt: skip
         """Make the pages of ``span``, which lies inside the memory, present; PopulateError with offsets from ``origin``."""
 
     @abc.abstractmethod
@@ -140,14 +140,16 @@ class Supplier(abc.ABC):
         """Give the whole pages inside ``span`` back to the device: their bytes, and how many of them were supplied."""
 
 
-class _Suppliers:
+class _PageProviders:
     """Where there is memory with a supplier: a view of such memory, an ndarray say, does not know by itself."""
 
     def __init__(self) -> None:
-        self._all: tuple[tuple[int, int, weakref.ref[Supplier]], ...] = ()  # sorted; replaced as a whole, so read unlocked
+        self._all: tuple[
+            tuple[int, int, weakref.ref[PageProvider]], ...
+        ] = ()  # sorted; replaced as a whole, so read unlocked
         self._lock = threading.RLock()  # reentrant: a finalizer withdraws
 
-    def at(self, address: int, length: int) -> Supplier | None:
+    def at(self, address: int, length: int) -> PageProvider | None:
         everything = self._all
         if not everything:
             return None
@@ -156,7 +158,7 @@ class _Suppliers:
             return None
         return everything[index][2]()
 
-    def add(self, address: int, length: int, supplier: Supplier) -> None:
+    def add(self, address: int, length: int, supplier: PageProvider) -> None:
         with self._lock:
             entry = (address, address + length, weakref.ref(supplier))
             self._all = tuple(sorted((*self._all, entry), key=itemgetter(0)))
@@ -169,18 +171,18 @@ class _Suppliers:
         self._lock = threading.RLock()
 
 
-_suppliers = _Suppliers()
-os.register_at_fork(after_in_child=_suppliers.forget_threads)
+_page_providers = _PageProviders()
+os.register_at_fork(after_in_child=_page_providers.forget_threads)
 
 
-def add_supplier(address: int, length: int, supplier: Supplier) -> None:
+def add_page_provider(address: int, length: int, supplier: PageProvider) -> None:
     """From now on these addresses are populated by ``supplier``, which is referred to weakly."""
-    _suppliers.add(address, length, supplier)
+    _page_providers.add(address, length, supplier)
 
 
-def remove_supplier(address: int) -> None:
+def remove_page_provider(address: int) -> None:
     """No longer, before the memory is unmapped. Without one it does nothing."""
-    _suppliers.remove(address)
+    _page_providers.remove(address)
 
 
 class MemoryOwner(abc.ABC):
@@ -229,7 +231,7 @@ _is_contiguous = ctypes.pythonapi.PyBuffer_IsContiguous
 _is_contiguous.argtypes = (ctypes.c_void_p, ctypes.c_char)
 
 
-class _Export(Hold):
+class _Export(Pin):
     """An export of the buffer protocol: until its release the owner refuses to resize, close or free the memory."""
 
     __slots__ = ("_released", "view")
@@ -248,7 +250,7 @@ class _Export(Hold):
         self.release()
 
 
-class _Reference(Hold):
+class _Reference(Pin):
     """Keeps an object alive that has no exports to count."""
 
     __slots__ = ("_object",)

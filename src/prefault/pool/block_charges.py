@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 
 from prefault.errors import PoolGoneError
 from prefault.ranges import PageRange, RangeSet
-from prefault.sparse.accounting import Books
+from prefault.sparse.accounting import Accounting
 
 
-class Account(abc.ABC):
+class PoolAccount(abc.ABC):
     """What a pool, here or in another process, keeps of a member: how much is charged."""
 
     @abc.abstractmethod
@@ -31,7 +31,7 @@ class Account(abc.ABC):
         """Empty the member's file and give everything back. Raises nothing when the pool cannot be asked."""
 
 
-class Member(Books):
+class BlockCharges(Accounting):
     """Which blocks of a member are charged. The pool knows how many; which ones is the member's own affair.
 
     A forked child shares the memory and not the account: there :meth:`charge` raises, and the rest does nothing.
@@ -43,7 +43,7 @@ class Member(Books):
         name: for messages.
     """
 
-    def __init__(self, account: Account, size: int, block: int, name: str) -> None:
+    def __init__(self, account: PoolAccount, size: int, block: int, name: str) -> None:
         self._account = account
         self._block = block
         self._name = name

@@ -10,7 +10,7 @@ from prefault.errors import HugePagesError
 from prefault.pool.store import Store
 
 
-class HugeReserve:
+class HugePageReserve:
     """A hugetlb file of which no page is ever used: mapping it made the kernel reserve them, unmapping did not undo that.
 
     The reservation of a shared hugetlb mapping belongs to the file (Documentation/mm/hugetlbfs_reserv.rst). It is given up

@@ -9,7 +9,7 @@ from prefault.errors import PoolFullError
 from prefault.sizes import format_size
 
 
-class Account(NamedTuple):
+class MemberAccount(NamedTuple):
     """What a member has, may have, and is promised; bytes.
 
     Attributes:
@@ -51,21 +51,21 @@ class Ledger:
         self.peak = 0
         self.high_water = high_water
         self._above = False
-        self._accounts: dict[int, Account] = {}
+        self._accounts: dict[int, MemberAccount] = {}
 
     @property
     def available(self) -> int:
         """Neither charged nor promised: what any member may take on top of its own promise."""
         return self.capacity - self.charged - self.kept_free
 
-    def __getitem__(self, member: int) -> Account:
+    def __getitem__(self, member: int) -> MemberAccount:
         return self._accounts[member]
 
     def __len__(self) -> int:
         """How many members there are."""
         return len(self._accounts)
 
-    def open(self, member: int, account: Account) -> None:
+    def open(self, member: int, account: MemberAccount) -> None:
         """Add a member, with nothing charged.
 
         Raises:
@@ -100,7 +100,7 @@ class Ledger:
         del self._accounts[member]
         self._crossed()
 
-    def _replace(self, member: int, account: Account) -> None:
+    def _replace(self, member: int, account: MemberAccount) -> None:
         before = self._accounts[member]
         self.charged += account.charged - before.charged
         self.kept_free += account.kept_free - before.kept_free
@@ -111,7 +111,7 @@ class Ledger:
         was_above, self._above = self._above, self.high_water is not None and self.charged >= self.high_water
         return self._above and not was_above
 
-    def _check(self, account: Account, charged: int) -> None:
+    def _check(self, account: MemberAccount, charged: int) -> None:
         more = charged - account.charged
         if account.limit is not None and charged > account.limit:
             raise PoolFullError(
@@ -128,7 +128,7 @@ class Ledger:
                 " discard, close members or make the pool larger",
             )
 
-    def _situation(self, account: Account | None = None) -> str:
+    def _situation(self, account: MemberAccount | None = None) -> str:
         others = self.kept_free - (account.kept_free if account is not None else 0)
         mine = "" if account is None else f" ({format_size(account.charged)} to {account.name})"
         reserved = f" and {format_size(others)} are reserved for others" if others else ""

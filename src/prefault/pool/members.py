@@ -14,8 +14,8 @@ from typing import NamedTuple
 from prefault.errors import PoolGoneError
 from prefault.memory.backings import BackingSource
 from prefault.pool.high_water import OnHighWater
-from prefault.pool.huge_page_reserve import HugeReserve
-from prefault.pool.ledger import Account, Ledger
+from prefault.pool.huge_page_reserve import HugePageReserve
+from prefault.pool.ledger import Ledger, MemberAccount
 from prefault.pool.pool_statistics import MemberStatistics, PoolStatistics
 from prefault.pool.store import open_store
 from prefault.sizes import MAX_SIZE, PAGE_SIZE, Size, format_size, parse_size
@@ -27,7 +27,7 @@ MAX_NAME = 100
 """Characters in the name of a member."""
 
 
-class Wish(NamedTuple):
+class MemberRequest(NamedTuple):
     """What a member is to be: bytes, checked and in whole blocks."""
 
     name: str
@@ -36,14 +36,14 @@ class Wish(NamedTuple):
     limit: int | None
 
 
-class _Member(NamedTuple):
+class _MemberRecord(NamedTuple):
     name: str
     pid: int
     fd: int
     size: int
 
 
-class Register:
+class MemberTable:
     """The members by number, and the ledger. All calls may come from any thread.
 
     Attributes:
@@ -66,11 +66,11 @@ class Register:
         self.store = open_store(backing, self.capacity)
         if self.block % self.store.page_size:
             raise ValueError(f"a block is a multiple of the page of {self.store.page_size} bytes, not {self.block}")
-        self._reserve = HugeReserve(self.store, self.capacity) if self.store.page_size > PAGE_SIZE else None
+        self._reserve = HugePageReserve(self.store, self.capacity) if self.store.page_size > PAGE_SIZE else None
         self.closed = False
         self._ledger = Ledger(self.capacity, mark)
         self._listeners: tuple[OnHighWater, ...] = ()
-        self._members: dict[int, _Member] = {}
+        self._members: dict[int, _MemberRecord] = {}
         self._leaving: set[int] = set()
         """Members whose files are being emptied; who does that closes them."""
         self._orphans: dict[int, frozenset[int]] = {}
@@ -84,7 +84,7 @@ class Register:
         """How many members there are."""
         return len(self._members)
 
-    def wish(self, size: Size, *, reserved: Size = 0, limit: Size | None = None, name: str | None = None) -> Wish:
+    def wish(self, size: Size, *, reserved: Size = 0, limit: Size | None = None, name: str | None = None) -> MemberRequest:
         """Check what a member is to be, and round it to blocks."""
         length = round_up(parse_size(size), self.block)
         promise = round_up(parse_size(reserved), self.block)
@@ -104,22 +104,22 @@ class Register:
                 raise ValueError(f"{promise} bytes are to be reserved for a member whose limit is {most} bytes")
         check_name(name)
         with self._lock:
-            return Wish(name or f"member {self._next}", length, promise, most)
+            return MemberRequest(name or f"member {self._next}", length, promise, most)
 
-    def open(self, wish: Wish, pid: int) -> int:
+    def open(self, wish: MemberRequest, pid: int) -> int:
         """Enter a member into the books and make its file; its number."""
         self._check_process()
         with self._lock:
             self._check_open()
             number, self._next = self._next, self._next + 1
-            self._ledger.open(number, Account(wish.name, 0, wish.reserved, wish.limit))
+            self._ledger.open(number, MemberAccount(wish.name, 0, wish.reserved, wish.limit))
             try:
                 fd = self.store.backing.open(wish.size, writable=True).fd
                 assert fd is not None
             except BaseException:
                 self._ledger.close(number)
                 raise
-            self._members[number] = _Member(wish.name, pid, fd, wish.size)
+            self._members[number] = _MemberRecord(wish.name, pid, fd, wish.size)
             return number
 
     def descriptor(self, number: int) -> int:
@@ -251,7 +251,7 @@ class Register:
             0 if self._reserve is None else free - self._reserve.held,
         )  # fmt: skip
 
-    def _describe(self, number: int, found: _Member) -> MemberStatistics:
+    def _describe(self, number: int, found: _MemberRecord) -> MemberStatistics:
         account = self._ledger[number]
         return MemberStatistics(
             found.name, found.pid, found.size, account.charged, account.reserved, account.limit,

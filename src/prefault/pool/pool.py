@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from prefault.mapping.mapping import HugeAdvice
 from prefault.memory.backings import BackingSource, Descriptor
-from prefault.pool.block_charges import Account, Member
+from prefault.pool.block_charges import BlockCharges, PoolAccount
 from prefault.pool.high_water import Notifier, OnHighWater
-from prefault.pool.members import Register, extent, round_up
+from prefault.pool.members import MemberTable, extent, round_up
 from prefault.pool.pool_statistics import PoolStatistics
 from prefault.sizes import Size, format_size
 from prefault.sparse import SparseMemory
@@ -63,7 +63,7 @@ class Pool:
     ) -> None:
         if on_high_water is not None and high_water is None:
             raise ValueError("on_high_water needs a mark: high_water=0.9, or a size")
-        self._register = Register(capacity, backing, block, high_water)
+        self._register = MemberTable(capacity, backing, block, high_water)
         if on_high_water is not None:
             self._register.listen(Notifier(on_high_water).notify)
         self._servers: list[PoolServer] = []
@@ -116,9 +116,9 @@ class Pool:
         wish = self._register.wish(whole, reserved=reserved, limit=limit, name=name)
         self._register.bury()
         number = self._register.open(wish, os.getpid())
-        account = _Here(self._register, number)
+        account = _LocalAccount(self._register, number)
         try:
-            books = Member(account, wish.size, self.block, wish.name)
+            books = BlockCharges(account, wish.size, self.block, wish.name)
             fd = self._register.descriptor(number)
             try:
                 return SparseMemory(
@@ -185,10 +185,10 @@ class Pool:
         return f"<Pool of {format_size(self.capacity)}, {self._register.store.backing!r}, {state}>"
 
 
-class _Here(Account):
+class _LocalAccount(PoolAccount):
     """An account with a pool in this process."""
 
-    def __init__(self, register: Register, number: int) -> None:
+    def __init__(self, register: MemberTable, number: int) -> None:
         self._register = register
         self._number = number
 

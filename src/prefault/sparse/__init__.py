@@ -1,6 +1,6 @@
 """Sparse memory: a large reservation of which parts are populated and discarded at will."""
 
-from prefault.sparse.accounting import Books
+from prefault.sparse.accounting import Accounting
 from prefault.sparse.sparse_memory import SparseMemory
 
-__all__ = ["Books", "SparseMemory"]
+__all__ = ["Accounting", "SparseMemory"]

@@ -7,7 +7,7 @@ import abc
 from prefault.ranges import RangeSet
 
 
-class Books(abc.ABC):
+class Accounting(abc.ABC):
     """The account of one :class:`~prefault.SparseMemory` with whoever its memory is drawn from.
 
     Offsets are bytes from the start of the memory, in whole blocks. Calls for different blocks may come from several threads

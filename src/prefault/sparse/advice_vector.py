@@ -23,7 +23,7 @@ _LONGEST = 4 * MIB
 _AT_ONCE = 64 * MIB
 
 
-class Vector:
+class AdviceVector:
     """Ranges as the kernel wants them: an array of ``struct iovec``.
 
     Args:
@@ -81,7 +81,7 @@ def advise(address: int, edges: Sequence[int] | Numbers, advice: int) -> None:
     from prefault.sparse.range_arguments import pieces
 
     starts, lengths = pieces(numpy.asarray(edges, numpy.int64), _LONGEST)
-    vector = Vector(starts + address, lengths)
+    vector = AdviceVector(starts + address, lengths)
     with ourselves() as pidfd:
         at = 0
         while at < len(vector):

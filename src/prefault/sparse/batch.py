@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from prefault._kernel import mman
 from prefault._kernel.pagemap import PageCategory
 from prefault._system import capabilities
-from prefault.engine.admission import Shortage, Watch
-from prefault.engine.chunking import Pace
-from prefault.engine.demand import SpreadPart
+from prefault.engine.admission import AdmissionControl, Shortfall
+from prefault.engine.chunking import ChunkSize
+from prefault.engine.demand import ScatteredDemand
 from prefault.engine.diagnosis import diagnose
 from prefault.engine.discarding import DiscardResult, drop
 from prefault.engine.methods import POPULATE_READ, POPULATE_WRITE, Access, FallocateThen, ourselves
@@ -27,8 +27,8 @@ from prefault.memory.vma import Backing
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, format_size
 from prefault.sparse import range_arguments as sets
-from prefault.sparse.advice_vector import Vector, advise
-from prefault.sparse.operations import Discarding, Populating, SparseGate
+from prefault.sparse.advice_vector import AdviceVector, advise
+from prefault.sparse.operations import Discarding, Populating, SparseAccessGuard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +47,7 @@ _COPY_PENDING = int(PageCategory.PFNZERO | PageCategory.FILE)
 
 
 def populate_many(
-    memory: Borrowed, gate: SparseGate, blocks: Numbers, access: Access | None, headroom: HeadroomChoice
+    memory: Borrowed, gate: SparseAccessGuard, blocks: Numbers, access: Access | None, headroom: HeadroomChoice
 ) -> PopulateResult:
     """Populate the blocks, given as edges, all or none."""
     began = perf_counter_ns()
@@ -58,10 +58,10 @@ def populate_many(
     if not len(blocks):
         return PopulateResult(0, 0, 0.0, access or "write", "none", 1)
     with Populating(gate, blocks):
-        return _Run(memory, blocks, access, headroom).run(began)
+        return _BatchRun(memory, blocks, access, headroom).run(began)
 
 
-class _Run:
+class _BatchRun:
     """One call at work on blocks that the gate has let through."""
 
     def __init__(self, memory: Borrowed, blocks: Numbers, access: Access | None, headroom: HeadroomChoice) -> None:
@@ -79,15 +79,15 @@ class _Run:
             memory.address + first, memory.address + stop, method, segment.target, segment.backing, segment.reason
         )
         starts, lengths = sets.pieces(self._pages, max(_PIECE, segment.target.page_size))
-        self._vector = Vector(starts, lengths)
+        self._vector = AdviceVector(starts, lengths)
         self._at = 0
         self._tried: int | None = None
         self._before = self._kept = self._pages[:0]
         self._look()
-        self._watch: Watch | None = None
+        self._watch: AdmissionControl | None = None
         if headroom == "check":
             missing = sets.without(sets.without(self._pages, self._before), self._resident)
-            self._watch = Watch([_Scattered(self._segment, self._pages, missing, memory.fd)], memory.address)
+            self._watch = AdmissionControl([_Scattered(self._segment, self._pages, missing, memory.fd)], memory.address)
             self._watch.start()
 
     # --- before
@@ -155,7 +155,7 @@ class _Run:
         return PopulateResult(whole - present, present, seconds, method.access, method.name, 1, self._notes)
 
     def _by_vectors(self, advice: int) -> None:
-        vector, pace = self._vector, Pace(on_disk=self._segment.backing is Backing.FILE)
+        vector, pace = self._vector, ChunkSize(on_disk=self._segment.backing is Backing.FILE)
         with ourselves() as pidfd:
             while self._at < len(vector):
                 stop = vector.stop_of(
@@ -181,7 +181,7 @@ class _Run:
         failure = locate(PageRange(*self._vector.span(number, number + 1)), self._segment)
         if failure is None:
             return
-        without = None if isinstance(failure.error, Shortage) else without_fallocate(self._segment, failure.error)
+        without = None if isinstance(failure.error, Shortfall) else without_fallocate(self._segment, failure.error)
         if without is None:
             raise self._failed(failure.address, failure.error)
         self._segment, self._notes = without, (*self._notes, NO_FALLOCATE)
@@ -204,16 +204,16 @@ class _Run:
 
     # --- the end
 
-    def _failed(self, address: int, error: OSError | Shortage) -> PopulateError:
+    def _failed(self, address: int, error: OSError | Shortfall) -> PopulateError:
         # By what is there now, so before anything is discarded.
         segment = self._segment
         self._tried = self._at + 1
-        cause = error if isinstance(error, Shortage) else diagnose(address, segment.method, error, segment.target.fd)
+        cause = error if isinstance(error, Shortfall) else diagnose(address, segment.method, error, segment.target.fd)
         brought_in, kept = self._settle()
         offset = address - self._origin
         where = f"offset {offset} ({address:#x}), in one of {len(self._pages) // 2} ranges"
         done = f"before that {format_size(brought_in)} populated{_undone(kept)}"
-        if isinstance(cause, Shortage):
+        if isinstance(cause, Shortfall):
             message = f"stopped at {where}: for the next part {cause.sentence}; {done}"
             return cause.error(message, address=address, offset=offset, populated=kept)
         result = cause.error(
@@ -255,7 +255,7 @@ class _Run:
         return sets.without(there, sets.window(self._before, pages[0], pages[-1]))
 
 
-class _Scattered(SpreadPart):
+class _Scattered(ScatteredDemand):
     """What ranges take that lie scattered in one segment, of which it is known what is missing."""
 
     def __init__(self, segment: Segment, pages: Numbers, missing: Numbers, fd: int | None) -> None:
@@ -275,7 +275,7 @@ def _undone(kept: RangeSet) -> str:
     return f", and discarded again but for {format_size(kept.length)}" if kept else ", and discarded again"
 
 
-def discard_many(memory: Borrowed, gate: SparseGate, blocks: Numbers) -> DiscardResult:
+def discard_many(memory: Borrowed, gate: SparseAccessGuard, blocks: Numbers) -> DiscardResult:
     """Discard the blocks, given as edges."""
     began = perf_counter()
     if not len(blocks):

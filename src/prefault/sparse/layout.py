@@ -9,7 +9,7 @@ from typing import NamedTuple
 from prefault._system import thp
 from prefault.errors import MappingError
 from prefault.mapping.mapping import HugeAdvice
-from prefault.memory.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Memfd, Opened
+from prefault.memory.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Memfd, OpenedBacking
 from prefault.sizes import MAX_SIZE, PAGE_SIZE, Size, format_size, parse_size
 
 _MOST = MAX_SIZE >> 1
@@ -35,7 +35,12 @@ def size_of(size: Size, what: str) -> int:
 
 
 def lay_out(
-    source: BackingSource, opened: Opened, wanted: int | None, reserved: int | None, block: int | None, huge: HugeAdvice
+    source: BackingSource,
+    opened: OpenedBacking,
+    wanted: int | None,
+    reserved: int | None,
+    block: int | None,
+    huge: HugeAdvice,
 ) -> Layout:
     """What was asked for in whole blocks.
 

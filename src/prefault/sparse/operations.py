@@ -21,11 +21,11 @@ from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from prefault.engine.discarding import drop
 from prefault.errors import DiscardError
 from prefault.inspection.scan import PageState, residency_of, resident
-from prefault.memory.borrowing import Gate, Span
+from prefault.memory.borrowing import AccessGuard, Span
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB
-from prefault.sparse.accounting import Books
-from prefault.sparse.protection import Edges, Fence
+from prefault.sparse.accounting import Accounting
+from prefault.sparse.protection import BlockProtection, Edges
 
 if TYPE_CHECKING:
     from prefault.sparse.range_arguments import Numbers
@@ -37,7 +37,7 @@ _PATIENCE_S = 1.0
 """How often a waiting thread looks again: another that waits may have been stopped just when it would let us go."""
 
 
-class SparseGate(Gate):
+class SparseAccessGuard(AccessGuard):
     """The gate of one sparse memory.
 
     Args:
@@ -51,9 +51,16 @@ class SparseGate(Gate):
     """
 
     def __init__(
-        self, address: int, block: int, fence: Fence | None, books: Books | None, *, memory_file: int | None = None,
-        scratch_file: int | None = None, file_offset: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        address: int,
+        block: int,
+        fence: BlockProtection | None,
+        books: Accounting | None,
+        *,
+        memory_file: int | None = None,
+        scratch_file: int | None = None,
+        file_offset: int = 0,
+    ) -> None:
         self.address = address
         self.block = block
         self.fence = fence
@@ -69,11 +76,11 @@ class SparseGate(Gate):
             _all.add(self)
 
     def populating(self, spans: Sequence[Span]) -> Populating:
-        """See :class:`~prefault.memory.borrowing.Gate`."""
+        """See :class:`~prefault.memory.borrowing.AccessGuard`."""
         return Populating(self, self._blocks(spans, outward=True))
 
     def discarding(self, spans: Sequence[Span]) -> Discarding:
-        """See :class:`~prefault.memory.borrowing.Gate`."""
+        """See :class:`~prefault.memory.borrowing.AccessGuard`."""
         return Discarding(self, self._blocks(spans, outward=False))
 
     def _blocks(self, spans: Sequence[Span], *, outward: bool) -> list[int]:
@@ -133,7 +140,7 @@ class Operation:
 
     _running = False
 
-    def __init__(self, gate: SparseGate, blocks: list[int] | Numbers) -> None:
+    def __init__(self, gate: SparseAccessGuard, blocks: list[int] | Numbers) -> None:
         # An empty set is still one span, for callers that want one.
         self.empty = len(blocks) == 0 or bool(blocks[0] == blocks[-1])
         self.blocks = blocks
@@ -224,7 +231,7 @@ class Operation:
 
 
 class Populating(Operation):
-    """Around populating; see :meth:`prefault.memory.borrowing.Gate.populating`."""
+    """Around populating; see :meth:`prefault.memory.borrowing.AccessGuard.populating`."""
 
     _charging = False
     _charged = RangeSet()
@@ -249,7 +256,7 @@ class Populating(Operation):
             self.abandon()
             raise
 
-    def _charge(self, books: Books) -> None:
+    def _charge(self, books: Accounting) -> None:
         self._charging = True
         try:
             self._charged = books.charge(_as_set(self.blocks))
@@ -281,7 +288,7 @@ class Populating(Operation):
 
 
 class Discarding(Operation):
-    """Around discarding; see :meth:`prefault.memory.borrowing.Gate.discarding`.
+    """Around discarding; see :meth:`prefault.memory.borrowing.AccessGuard.discarding`.
 
     Of blocks that are given as an array, private memory behind fences is given back on entering: guards do that anyway.
     """
@@ -298,7 +305,7 @@ class Discarding(Operation):
                 raise
         return self.spans()
 
-    def _shut(self, fence: Fence) -> None:
+    def _shut(self, fence: BlockProtection) -> None:
         gate = self._gate
         if isinstance(self.blocks, list):
             gate.ask_for_change()
@@ -318,7 +325,7 @@ class Discarding(Operation):
         self._close(fence)
         self._closed = True
 
-    def _close(self, fence: Fence) -> None:
+    def _close(self, fence: BlockProtection) -> None:
         gate = self._gate
         for first in range(0, len(self.blocks), _AT_ONCE):
             gate.ask_for_change()
@@ -411,8 +418,8 @@ def _as_set(blocks: Any) -> RangeSet:
     return RangeSet.from_edges(blocks if isinstance(blocks, list) else blocks.tolist())
 
 
-_all: weakref.WeakSet[SparseGate] = weakref.WeakSet()
-_forking: list[SparseGate] = []
+_all: weakref.WeakSet[SparseAccessGuard] = weakref.WeakSet()
+_forking: list[SparseAccessGuard] = []
 _fork_lock = threading.RLock()  # two threads may fork at once
 
 

@@ -34,7 +34,7 @@ _TABLE_SPAN = 2 * MIB
 """What one page table maps on x86-64; elsewhere it is but a threshold."""
 
 
-class Fence:
+class BlockProtection:
     """Which blocks of a reservation may be touched. Everything is shut at first, and mapped PROT_NONE.
 
     Offsets count from the start of the reservation, in whole blocks. The caller holds a lock.

@@ -8,7 +8,7 @@ from operator import index
 from typing import TYPE_CHECKING, Any
 
 from prefault.intervals import (
-    Ruler,
+    IntervalMeasure,
     bridged,
     common,
     incore,
@@ -32,8 +32,22 @@ if TYPE_CHECKING:
     from prefault.intervals import Numbers
 
 __all__ = [
-    "Numbers", "Ruler", "as_set", "bridged", "common", "incore", "inward", "longer", "merged", "outward", "parse_ranges",
-    "pieces", "total", "union", "window", "without",
+    "IntervalMeasure",
+    "Numbers",
+    "as_set",
+    "bridged",
+    "common",
+    "incore",
+    "inward",
+    "longer",
+    "merged",
+    "outward",
+    "parse_ranges",
+    "pieces",
+    "total",
+    "union",
+    "window",
+    "without",
 ]  # fmt: skip
 
 

@@ -14,12 +14,12 @@ from prefault.engine.discarding import DiscardResult, discard, drop
 from prefault.engine.methods import Access, Target, best
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
 from prefault.inspection.scan import occupied
-from prefault.mapping.mapping import HugeAdvice, MappedMemory, OwnedMemory, Pin
+from prefault.mapping.mapping import HugeAdvice, MappedMemory, MemoryPin, OwnedMemory
 from prefault.memory.backings import (
     Anonymous,
     BackingSource,
     Hugetlb,
-    Opened,
+    OpenedBacking,
     TemporaryFile,
     parse_backing,
 )
@@ -27,10 +27,10 @@ from prefault.memory.borrowing import Borrowed
 from prefault.memory.vma import Backing, vma_at
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size, parse_size
-from prefault.sparse.accounting import Books
+from prefault.sparse.accounting import Accounting
 from prefault.sparse.layout import ensure_length, lay_out, size_of, to_share
-from prefault.sparse.operations import SparseGate
-from prefault.sparse.protection import Fence
+from prefault.sparse.operations import SparseAccessGuard
+from prefault.sparse.protection import BlockProtection
 from prefault.sparse.transfer import copy
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class SparseMemory(MappedMemory):
         block: Size | None = None,
         unpopulated: Unpopulated = "zeros",
         huge: HugeAdvice = "auto",
-        books: Books | None = None,
+        books: Accounting | None = None,
     ) -> None:
         source = parse_backing(backing)
         if huge not in ("auto", "advise", "never"):
@@ -123,7 +123,7 @@ class SparseMemory(MappedMemory):
             memory.at_unmap = _Closing(books)
         self._memory = memory
 
-    def _fence(self, memory: OwnedMemory, opened: Opened) -> Fence:
+    def _fence(self, memory: OwnedMemory, opened: OpenedBacking) -> BlockProtection:
         merges = opened.page_size == PAGE_SIZE
         if merges and not self.shared:
             # Give all of the mapping one anon_vma. Parts that get one each, at their first fault, are never joined again.
@@ -131,19 +131,19 @@ class SparseMemory(MappedMemory):
             with contextlib.suppress(OSError):  # no memory: it is for the sake of fewer mappings only
                 best("write", allocate=False).run(memory.address, PAGE_SIZE, Target())
             mman.mprotect(memory.address, PAGE_SIZE, mman.PROT_NONE)
-        fence = Fence(memory.address, self._reservation, self.block, merges=merges)
+        fence = BlockProtection(memory.address, self._reservation, self.block, merges=merges)
         if merges:
             # With the page goes its page table (since Linux 6.14), which would keep a huge page out.
             drop(memory.address, min(self._reservation, 2 * MIB))
         return fence
 
     def _make_gate(
-        self, memory: OwnedMemory, source: BackingSource, fence: Fence | None, books: Books | None
-    ) -> SparseGate:  # fmt: skip
+        self, memory: OwnedMemory, source: BackingSource, fence: BlockProtection | None, books: Accounting | None
+    ) -> SparseAccessGuard:  # fmt: skip
         vma = vma_at(memory.address)
         assert vma is not None
         on_disk = vma.backing is Backing.FILE
-        return SparseGate(
+        return SparseAccessGuard(
             memory.address, self.block, fence, books, file_offset=memory.file_offset,
             memory_file=memory.fd if self.shared and not on_disk else None,
             scratch_file=memory.fd if self.shared and on_disk and isinstance(source, TemporaryFile) else None,
@@ -338,7 +338,7 @@ class SparseMemory(MappedMemory):
 
     def _borrow(self) -> Borrowed:
         memory = self._open_memory()
-        pin = Pin(memory)
+        pin = MemoryPin(memory)
         return Borrowed(
             memory.address, self._size, readonly=False, fd=memory.fd, huge=self.huge == "advise", gate=self._gate, hold=pin
         )
@@ -363,7 +363,7 @@ class SparseMemory(MappedMemory):
 class _Closing:
     """Tells the books that the memory is gone; not those of the parent when a forked child closes its own copy."""
 
-    def __init__(self, books: Books) -> None:
+    def __init__(self, books: Accounting) -> None:
         self._books = books
         self._process = os.getpid()
 

@@ -12,13 +12,13 @@ from prefault.engine.methods import Access, best
 from prefault.errors import GuardPageError, NotPopulatedError, PopulateError, ProtectionError
 from prefault.memory.borrowing import Borrowed
 from prefault.sizes import MIB, PAGE_SIZE
-from prefault.sparse.operations import SparseGate
+from prefault.sparse.operations import SparseAccessGuard
 
 _AT_ONCE = 16 * MIB
 """One system call copies at most this much, so that Ctrl-C is answered."""
 
 
-def copy(memory: Borrowed, gate: SparseGate, address: int, ours: array[int], access: Access) -> None:
+def copy(memory: Borrowed, gate: SparseAccessGuard, address: int, ours: array[int], access: Access) -> None:
     """Read from ``address`` into our bytes, or write them there.
 
     Raises:
@@ -49,7 +49,7 @@ def copy(memory: Borrowed, gate: SparseGate, address: int, ours: array[int], acc
             ) from error
 
 
-def _require_populated(memory: Borrowed, gate: SparseGate, address: int, length: int) -> None:
+def _require_populated(memory: Borrowed, gate: SparseAccessGuard, address: int, length: int) -> None:
     if gate.fence is None:
         return
     offset = address - memory.address
@@ -60,7 +60,7 @@ def _require_populated(memory: Borrowed, gate: SparseGate, address: int, length:
         raise _not_populated(gate, shut)
 
 
-def _not_populated(gate: SparseGate, offset: int) -> NotPopulatedError:
+def _not_populated(gate: SparseAccessGuard, offset: int) -> NotPopulatedError:
     return NotPopulatedError(
         errno.EFAULT, f"the block of {gate.block} bytes at offset {offset - offset % gate.block} is not populated",
         offset=offset,

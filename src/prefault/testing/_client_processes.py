@@ -44,7 +44,7 @@ class ClientHangsError(Exception):
     """The client process gave no answer in time, and was killed."""
 
 
-class RefusedError(Exception):
+class ClientRefusedError(Exception):
     """The operation raised an exception in the client process.
 
     Attributes:
@@ -158,7 +158,7 @@ class ClientProcess:
             self._died()
         well, answer = json.loads(text)
         if not well:
-            raise RefusedError(answer[0], answer[1])
+            raise ClientRefusedError(answer[0], answer[1])
         return answer
 
     def ask(self, operation: str, **arguments: Any) -> Any:
@@ -193,7 +193,7 @@ class ClientProcess:
             return
         try:
             self.ask("leave")
-        except (ClientDiedError, ClientHangsError, RefusedError):
+        except (ClientDiedError, ClientHangsError, ClientRefusedError):
             return
         self._end()
 

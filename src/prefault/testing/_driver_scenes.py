@@ -17,7 +17,7 @@ from prefault.testing._client_processes import (
     ClientHangsError,
     ClientProcess,
     ClientProcesses,
-    RefusedError,
+    ClientRefusedError,
 )
 from prefault.testing._recording_device import FACTS, Call, Journal, RecordingDevice
 
@@ -37,7 +37,7 @@ class ContractError(AssertionError):
     """A driver breaks its contract; the message says how, with the page and the seed."""
 
 
-class Bench:
+class DriverBench:
     """A driver under test; the arguments are those of ``check_device``.
 
     Attributes:
@@ -156,7 +156,7 @@ class Bench:
             with server:
                 try:
                     yield scene
-                except (ClientDiedError, ClientHangsError, RefusedError) as failure:
+                except (ClientDiedError, ClientHangsError, ClientRefusedError) as failure:
                     raise self._explain(scene, failure, device) from failure
                 except ContractError as failure:
                     raise self._deeper(scene, failure, device) from failure
@@ -195,7 +195,7 @@ class Bench:
 
     def _explain(self, scene: Scene, failure: Exception, device: Device) -> ContractError:
         cause = self._settled_cause(scene, device)
-        about = f"a client {failure}" if not isinstance(failure, RefusedError) else f"a client was refused ({failure})"
+        about = f"a client {failure}" if not isinstance(failure, ClientRefusedError) else f"a client was refused ({failure})"
         return self.wrong(f"{cause}, when {scene.what}: {about}" if cause else f"when {scene.what}, {about}")
 
     def _deeper(self, scene: Scene, failure: ContractError, device: Device) -> ContractError:

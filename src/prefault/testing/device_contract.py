@@ -18,9 +18,9 @@ from prefault.testing._client_processes import (
     ClientHangsError,
     ClientProcess,
     ClientProcesses,
-    RefusedError,
+    ClientRefusedError,
 )
-from prefault.testing._driver_scenes import HANG_S, AfterDiscard, Bench, ContractError, Scene
+from prefault.testing._driver_scenes import HANG_S, AfterDiscard, ContractError, DriverBench, Scene
 from prefault.testing._recording_device import InjectedError, Journal
 
 __all__ = ["AfterDiscard", "Checked", "ContractError", "check_device"]
@@ -87,7 +87,7 @@ def check_device(
         shutil.rmtree(directory, ignore_errors=True)
 
 
-class _Check(Bench):
+class _Check(DriverBench):
     def run(self) -> None:
         patience = self.patience_s if self.patience_s is not None else 2 * self.device.timeout_s + HANG_S
         with ClientProcesses(self.directory, patience) as self.processes:
@@ -135,7 +135,7 @@ class _Check(Bench):
             for offset, count in ((0, 0), (length + size, size), (0, self.pages * size + size), (1, size), (-size, size)):
                 try:
                     client.ask("map", area="edge", offset=offset, length=count)
-                except RefusedError as refused:
+                except ClientRefusedError as refused:
                     if "ValueError" not in refused.kinds:
                         raise
                 else:
@@ -187,7 +187,7 @@ class _Check(Bench):
                 client.ask("map", area="part", offset=offset, length=length)
                 try:
                     client.ask(route, area="part")
-                except RefusedError as refused:
+                except ClientRefusedError as refused:
                     if route != "lock" or "HeadroomError" not in refused.kinds:
                         raise
                     continue  # RLIMIT_MEMLOCK stopped it, and not the driver
@@ -209,7 +209,7 @@ class _Check(Bench):
         pages = f"page {what['first']}" if what["pages"] == 1 else f"pages {what['first']} and {what['pages'] - 1} more"
         try:
             client.ask("populate", **what)
-        except RefusedError as refused:
+        except ClientRefusedError as refused:
             if kind not in refused.kinds:
                 raise
             return refused.text
@@ -323,13 +323,13 @@ class _Check(Bench):
                 ("map", {"area": "writable", "access": "write"}),
                 ("populate", {"area": "area", "first": self.good()[0], "pages": 1, "access": "write"}),
             ):
-                with contextlib.suppress(RefusedError):
+                with contextlib.suppress(ClientRefusedError):
                     client.ask(what, **arguments)
                     raise self.wrong(f"the device is not writable, and {what} with access='write' succeeds")
             page = self.good()[0]
             try:
                 client.ask("write", area="area", page=page, byte=1)
-            except RefusedError as refused:
+            except ClientRefusedError as refused:
                 if "ValueError" not in refused.kinds:
                     raise
             self.compare(scene, client.touch("area", [page], self.size), self.at_first, "after an attempt to write")
@@ -388,7 +388,7 @@ class _Check(Bench):
                 self.compare(scene, found, self.at_first, "and another in a device of the factory")
                 client.close()
             self.passed.append(scene.what)
-        except (ClientDiedError, ClientHangsError, RefusedError) as failure:
+        except (ClientDiedError, ClientHangsError, ClientRefusedError) as failure:
             raise self.wrong(f"made by its recipe {recipe.factory}, a client {failure}") from failure
         finally:
             journal.close()

@@ -139,13 +139,13 @@ def test_a_connection_that_finds_no_userfaultfd_is_closed(tmp_path: Path, no_lea
 
 
 def test_the_handshake_asks_for_what_there_is() -> None:
-    from prefault._kernel.userfaultfd import Feature
+    from prefault._kernel.userfaultfd import UffdFeature
 
     for tracking in (False, True):
         opened = open_userfaultfd(tracking=tracking)
         try:
-            assert opened.features & Feature.MISSING_SHMEM
-            assert not opened.features & Feature.WP_ASYNC or tracking
+            assert opened.features & UffdFeature.MISSING_SHMEM
+            assert not opened.features & UffdFeature.WP_ASYNC or tracking
             assert not os.get_inheritable(opened.fd)
             assert not os.get_blocking(opened.fd)
         finally:

@@ -13,7 +13,7 @@ import pytest
 
 from prefault.device import protocol
 from prefault.device.driver import Access, Device, DeviceArea, FaultAround, Supplied
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 from prefault.sizes import PAGE_SIZE
 from support import processes
 from support.children import Child
@@ -111,7 +111,7 @@ def _evicting(device: Stored, running: Running, area: HandmadeArea) -> None:
     device.gates.shut("save")
     device.evict()
     assert processes.eventually(lambda: device.gates.reached("save"))
-    assert running.frames.states[PAGE] == PageState.EVICTING
+    assert running.frames.states[PAGE] == DevicePageState.EVICTING
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -154,7 +154,7 @@ def test_a_populate_supplies_no_page_before_the_driver_has_discarded_it() -> Non
         assert processes.eventually(lambda: device.gates.reached("discard"))
         client.send(area.populate_request((0, PAGES)))
         others = [page for page in range(PAGES) if page != PAGE]
-        assert processes.eventually(lambda: all(running.frames.states[page] == PageState.READY for page in others))
+        assert processes.eventually(lambda: all(running.frames.states[page] == DevicePageState.READY for page in others))
         device.gates.open("discard")
         assert {type(client.receive()) for _ in range(2)} == {protocol.Populated, protocol.Discarded}
         assert area.view[PAGE * PAGE_SIZE] == 0

@@ -17,7 +17,7 @@ import pytest
 from prefault._kernel import userfaultfd as uffd
 from prefault.device import protocol
 from prefault.device.driver import Access, Device, DeviceArea, Supplied
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 from support import oracle
 from support.children import Child
 from support.device_server import ends_by, listening, served
@@ -98,7 +98,7 @@ def test_who_touches_a_page_while_it_is_evicted_waits_and_loses_nothing(touch: s
         area, other = client.map(16 * PAGE), client.map(16 * PAGE, access="read")
         area.view[5 * PAGE] = 50
         client.send(area.populate_request((0, 1)))
-        while running.frames.states[5] != PageState.EVICTING:
+        while running.frames.states[5] != DevicePageState.EVICTING:
             time.sleep(0.001)
         if touch == "written":
             area.view[5 * PAGE + 1] = 51
@@ -106,10 +106,10 @@ def test_who_touches_a_page_while_it_is_evicted_waits_and_loses_nothing(touch: s
             assert other.view[5 * PAGE] == 50
         else:
             assert area.view[5 * PAGE] == 50  # still there
-            assert running.frames.states[5] == PageState.EVICTING
+            assert running.frames.states[5] == DevicePageState.EVICTING
         assert isinstance(client.receive(), protocol.Populated)
         assert area.view[5 * PAGE : 5 * PAGE + 2] == bytes((50, 51 if touch == "written" else 0))
-        assert running.frames.states[5] == PageState.READY
+        assert running.frames.states[5] == DevicePageState.READY
 
 
 def test_a_page_that_the_client_replaced_leaves_no_write_behind_it_unprotected() -> None:
@@ -119,7 +119,7 @@ def test_a_page_that_the_client_replaced_leaves_no_write_behind_it_unprotected()
             area.view[page * PAGE] = 10 * page
         uffd.unregister(client.fd, area.address + 5 * PAGE, PAGE)  # the kernel stops there
         client.send(area.populate_request((0, 1)))
-        while running.frames.states[7] != PageState.EVICTING:
+        while running.frames.states[7] != DevicePageState.EVICTING:
             time.sleep(0.001)
         area.view[7 * PAGE + 1] = 71
         assert isinstance(client.receive(), protocol.Populated)
@@ -193,8 +193,12 @@ def test_pages_that_come_and_go_leave_no_trace_and_are_as_old_as_when_they_came_
             assert area.view[0] == 0
         assert area.view[4 * PAGE] == 4  # in the place of page 1, the oldest by now
         assert [int(state) for state in running.frames.states[:5]] == [
-            PageState.READY, PageState.MISSING, PageState.READY, PageState.READY, PageState.READY,
-        ]  # fmt: skip
+            DevicePageState.READY,
+            DevicePageState.MISSING,
+            DevicePageState.READY,
+            DevicePageState.READY,
+            DevicePageState.READY,
+        ]
 
 
 def test_a_device_that_is_writable_says_that_it_evicts() -> None:

@@ -14,7 +14,7 @@ import prefault.device
 from prefault._kernel import mman
 from prefault.device import protocol
 from prefault.device.driver import Access, Device, DeviceArea, Supplied
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 from prefault.ipc import socket_path
 from prefault.sizes import PAGE_SIZE
 from support import processes
@@ -97,7 +97,7 @@ def test_a_connection_that_ends_during_an_eviction_takes_no_write_protection_awa
         client.connection.shutdown(socket.SHUT_RDWR)
         area.view[0] = 2
         device.written()
-        assert processes.eventually(lambda: running.frames.states[0] in (PageState.MISSING, PageState.READY))
+        assert processes.eventually(lambda: running.frames.states[0] in (DevicePageState.MISSING, DevicePageState.READY))
         assert area.view[0] == 2
 
 
@@ -130,13 +130,13 @@ def test_a_rollback_leaves_what_another_client_wrote_in_an_area_that_it_closed(t
         area = one.map(device.length)
         one.send(area.populate_request((0, PAGES), rollback=True))
         states = server.running.frames.states
-        assert processes.eventually(lambda: device.asked() and states[0] == states[3] == PageState.READY)
+        assert processes.eventually(lambda: device.asked() and states[0] == states[3] == DevicePageState.READY)
         closed = other.map(PAGE_SIZE)
         closed.view[10] = 99
         closed.unmap()
         device.fail()
         assert isinstance(one.receive(), protocol.Failed)
-        assert states[3] == PageState.MISSING  # it was rolled back
+        assert states[3] == DevicePageState.MISSING  # it was rolled back
         assert area.view[10] == 99
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from prefault.device import protocol
 from prefault.device.driver import Access, Device, DeviceArea, Supplied
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 from prefault.device.registry import AreaRecord, ClientRecord
 from support import oracle
 from support.children import Child
@@ -131,7 +131,7 @@ def test_pages_that_were_being_evicted_are_writable_again(warden: Warden) -> Non
     running = warden.restart()
     reply = warden.client.receive()
     assert isinstance(reply, protocol.Restarted)
-    assert [running.frames.states[page] for page in range(4)] == [PageState.MISSING] * 2 + [PageState.READY] * 2
+    assert [running.frames.states[page] for page in range(4)] == [DevicePageState.MISSING] * 2 + [DevicePageState.READY] * 2
     for page in (2, 3):
         area.view[page * PAGE] += 1
         assert area.view[page * PAGE] == 51 + page

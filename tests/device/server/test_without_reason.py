@@ -21,12 +21,12 @@ import prefault
 import prefault.device
 from prefault.device import handover, protocol
 from prefault.device.driver import Access, DeviceArea, Supplied
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 from prefault.device.process import launching
 from prefault.device.process.launching import Launched
 from prefault.device.process.startup import registry_of
 from prefault.device.registry import ClientRecord
-from prefault.device.server.warden_link import NotaryLink
+from prefault.device.server.warden_link import WardenLink
 from prefault.device.warden.supervisor import Warden
 from prefault.errors import DriverError
 from prefault.sizes import PAGE_SIZE
@@ -153,13 +153,13 @@ def test_hello_that_the_dead_server_did_not_read_is_said_again(monkeypatch: pyte
 
 
 def test_hello_that_the_dead_server_read_is_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    tell = NotaryLink.admitted
+    tell = WardenLink.admitted
 
-    def tell_and_die(self: NotaryLink, client: ClientRecord) -> None:
+    def tell_and_die(self: WardenLink, client: ClientRecord) -> None:
         tell(self, client)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(NotaryLink, "admitted", tell_and_die)  # as seen by a fork
+    monkeypatch.setattr(WardenLink, "admitted", tell_and_die)  # as seen by a fork
     with prefault.device.map(Pattern(8, restartable=True)) as area:
         prefault.populate(area)
         assert page_of(area, 1) == content(1)
@@ -291,12 +291,12 @@ def test_pages_whose_eviction_failed_may_be_dropped_as_before() -> None:
         area = client.map(16 * PAGE_SIZE, access="read")
         area.populate((0, 4))
         device.told[0] = 1
-        assert processes.eventually(lambda: set(running.frames.states[:3]) == {PageState.EVICTING})
+        assert processes.eventually(lambda: set(running.frames.states[:3]) == {DevicePageState.EVICTING})
         for _ in range(1100):  # so often that the order in which pages came is tidied up
             assert area.discard(3, 4) == 1
             area.populate((3, 4))
         device.told[1] = 1
-        assert processes.eventually(lambda: set(running.frames.states[:3]) == {PageState.READY})
+        assert processes.eventually(lambda: set(running.frames.states[:3]) == {DevicePageState.READY})
         assert area.populate((4, 8)).mapped == 4  # in the place of all of them
 
 
@@ -310,7 +310,7 @@ def _areas_of_the_next_client() -> list[int]:
     handover.send(theirs, handover.Areas(1, (handover.AreaFacts(1, 1 << 30, 0, PAGE_SIZE, "write", False),)))
     handover.send(theirs, handover.Left(1))
     handover.send(theirs, handover.Admitted(1, 11, 0, names), descriptors)
-    handover.send(theirs, handover.Done())
+    handover.send(theirs, handover.HandoverDone())
     Warden(registry, device=device, recipe=None).adopt(os.pidfd_open(os.getpid()), ours)
     assert registry.clients[1].pid == 11
     return list(registry.clients[1].areas)

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-from prefault.bench.machine import Machine
-from prefault.bench.results import Statistics, Status
+from prefault.bench.machine import BenchMachine
+from prefault.bench.results import CellStatistics, Status
 from prefault.sizes import MIB, PAGE_SIZE, format_size
 
 Frames: TypeAlias = Literal["ready", "cold"]
@@ -113,11 +113,11 @@ class RouteResult:
     note: str | None = None
 
     @property
-    def statistics(self) -> Statistics | None:
+    def statistics(self) -> CellStatistics | None:
         """The statistics of the times; None without a time, and for a failed cell."""
         if not self.values_ns or self.status is Status.FAILED:
             return None
-        return Statistics.of(self.values_ns)
+        return CellStatistics.of(self.values_ns)
 
     @property
     def us_per_page(self) -> float | None:
@@ -136,7 +136,7 @@ class DeviceRun:
         results: one per cell.
     """
 
-    machine: Machine
+    machine: BenchMachine
     started: str
     seconds: float
     repeats: int

@@ -27,11 +27,11 @@ CHUNK_BYTES = 32 * MIB
 """Bytes after which a long route checks whether it is to stop."""
 
 
-class StoppedError(Exception):
+class RouteStoppedError(Exception):
     """The user asked for a stop."""
 
 
-class RefusedError(Exception):
+class RouteRefusedError(Exception):
     """A route is not available on this machine."""
 
 
@@ -39,7 +39,7 @@ class WrongError(Exception):
     """A route did not populate the memory, or not with the right bytes."""
 
 
-class Repetition(NamedTuple):
+class RouteRepetition(NamedTuple):
     """Times and counts of one repetition."""
 
     total_ns: int
@@ -88,7 +88,7 @@ class Bed:
         self.close()
 
 
-def repetition(bed: Bed, cell: RouteCell, stopping: Callable[[], bool]) -> Repetition:
+def repetition(bed: Bed, cell: RouteCell, stopping: Callable[[], bool]) -> RouteRepetition:
     """Measure a route once.
 
     Raises:
@@ -118,7 +118,7 @@ def repetition(bed: Bed, cell: RouteCell, stopping: Callable[[], bool]) -> Repet
             raise error
     finally:
         area.close()
-    return Repetition(ended - began, 0 if earlier else mapped - began, counts)
+    return RouteRepetition(ended - began, 0 if earlier else mapped - began, counts)
 
 
 # What goes wrong is returned and not raised: a traceback would keep views alive, and the area could not be closed.
@@ -140,7 +140,7 @@ def _touch(area: Area, page_size: int, stopping: Callable[[], bool]) -> Exceptio
     bytes_ = area.ndarray()
     for start in range(0, len(area), CHUNK_BYTES):
         if stopping():
-            return StoppedError()
+            return RouteStoppedError()
         if bytes_[start : start + CHUNK_BYTES : page_size].min() != CONTENT:
             return WrongError("a page that was touched does not hold what the device does")
     return None
@@ -149,14 +149,16 @@ def _touch(area: Area, page_size: int, stopping: Callable[[], bool]) -> Exceptio
 def _madvise(area: Area, stopping: Callable[[], bool]) -> Exception | None:
     for start in range(0, len(area), CHUNK_BYTES):
         if stopping():
-            return StoppedError()
+            return RouteStoppedError()
         try:
             mman.madvise(area.address + start, min(CHUNK_BYTES, len(area) - start), mman.MADV_POPULATE_READ)
         except OSError as error:
             if error.errno == errno.EFAULT and area.user_mode_only:
-                return RefusedError("userfaultfd answers faults of user mode only here, and not those of the kernel: EFAULT")
+                return RouteRefusedError(
+                    "userfaultfd answers faults of user mode only here, and not those of the kernel: EFAULT"
+                )
             if error.errno == errno.EINVAL and not capabilities.MADV_POPULATE.available:
-                return RefusedError(f"this kernel has no MADV_POPULATE_READ: {capabilities.MADV_POPULATE.refusal}")
+                return RouteRefusedError(f"this kernel has no MADV_POPULATE_READ: {capabilities.MADV_POPULATE.refusal}")
             return error
     return None
 

@@ -14,7 +14,14 @@ from prefault.bench.machine import available_memory_bytes, this_machine
 from prefault.bench.places import MARGIN_BYTES, hugetlb_pool
 from prefault.bench.results import Status
 from prefault.bench.routes.device_results import DeviceRun, RouteCell, RouteResult
-from prefault.bench.routes.device_routes import Bed, RefusedError, Repetition, StoppedError, WrongError, repetition
+from prefault.bench.routes.device_routes import (
+    Bed,
+    RouteRefusedError,
+    RouteRepetition,
+    RouteStoppedError,
+    WrongError,
+    repetition,
+)
 from prefault.bench.stopping import StopRequest
 from prefault.device.client.fault_descriptor import USER_MODE_ONLY_NOTE
 from prefault.sizes import format_size
@@ -31,7 +38,7 @@ def run(
     Cells in 2 MiB pages come last: the hugetlb pool is grown for them where that is allowed, and gets its old size back
     afterwards. Close the generator, or exhaust it.
     """
-    session = _Session(repeats, colocate, stopping)
+    session = _RouteSession(repeats, colocate, stopping)
     huge = [cell for cell in cells if cell.page_size == HUGE_PAGE_BYTES]
     yield from session.run([cell for cell in cells if cell.page_size != HUGE_PAGE_BYTES], None)
     if not huge:
@@ -71,7 +78,7 @@ def measure_all(
     )
 
 
-class _Session:
+class _RouteSession:
     def __init__(self, repeats: int, colocate: bool, stopping: Callable[[], bool]) -> None:
         self._repeats = repeats
         self._colocate = colocate
@@ -102,16 +109,16 @@ class _Session:
                 yield self._cell(bed, cell, note)
 
     def _cell(self, bed: Bed, cell: RouteCell, note: str | None) -> RouteResult:
-        done: list[Repetition] = []
+        done: list[RouteRepetition] = []
         status, reason = Status.MEASURED, None
         try:
             for _ in range(self._repeats):
                 if self._stopping():
-                    raise StoppedError
+                    raise RouteStoppedError
                 done.append(repetition(bed, cell, self._stopping))
-        except StoppedError:
+        except RouteStoppedError:
             status, reason = Status.STOPPED, f"stopped after {len(done)} of {self._repeats} repetitions"
-        except RefusedError as error:
+        except RouteRefusedError as error:
             status, reason = Status.UNAVAILABLE, str(error)
         except WrongError as error:
             status, reason = Status.FAILED, str(error)

@@ -12,14 +12,14 @@ from prefault._kernel import mman
 from prefault.device import protocol
 from prefault.device.access_log import AccessLog, LoggedRun
 from prefault.device.client.fault_descriptor import USER_MODE_ONLY_NOTE
-from prefault.device.client.page_provider import AreaMemory
+from prefault.device.client.page_provider import AreaPageProvider
 from prefault.device.driver import Access
 from prefault.engine.discarding import DiscardResult, discard
 from prefault.engine.locking import LockResult, lock, unlock
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
 from prefault.errors import ProtectionError
 from prefault.inspection.scan import Residency, residency
-from prefault.mapping.mapping import MappedMemory, Pin
+from prefault.mapping.mapping import MappedMemory, MemoryPin
 from prefault.memory.borrowing import Borrowed
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import Size, format_size
@@ -82,9 +82,9 @@ class Area(MappedMemory):
     """
 
     _what = "area"
-    _memory: AreaMemory | None
+    _memory: AreaPageProvider | None
 
-    def __init__(self, memory: AreaMemory, length: int) -> None:
+    def __init__(self, memory: AreaPageProvider, length: int) -> None:
         """Not for users."""
         self._memory = memory
         self._length = length
@@ -152,7 +152,7 @@ class Area(MappedMemory):
         """
         return self._array(self.memoryview(), dtype, shape)
 
-    def _here(self) -> AreaMemory:
+    def _here(self) -> AreaPageProvider:
         memory = self._memory
         if memory is None:
             raise ValueError("the area is closed")
@@ -162,7 +162,7 @@ class Area(MappedMemory):
 
     def _borrow(self) -> Borrowed:
         memory = self._here()
-        pin = Pin(memory)
+        pin = MemoryPin(memory)
         return Borrowed(
             memory.address, self._length, readonly=not memory.prot & mman.PROT_WRITE, fd=self._link.frames, supplier=memory,
             hold=pin,
@@ -221,7 +221,7 @@ class Area(MappedMemory):
             raise ValueError("the area was mapped for reading: map the device with access='write' to write to it")
         if access == "none" and populate:
             raise ValueError("memory that nobody may access cannot be populated")
-        pin = Pin(memory)
+        pin = MemoryPin(memory)
         before = memory.protections()
         try:
             memory.protect(prots[access])
@@ -284,7 +284,7 @@ class Area(MappedMemory):
         if self._link.tracks_by_itself:
             from prefault.device.client.dirty_pages import written
 
-            pin = Pin(memory)
+            pin = MemoryPin(memory)
             try:
                 return written(memory.address, memory.mapped, clear=clear).shifted(-memory.address)
             finally:
@@ -324,7 +324,7 @@ class Area(MappedMemory):
             last = min(run.offset + run.length + -(run.offset + run.length) % self.page_size, stop)
             if first < last:
                 spans.append((first - self.offset + memory.address, last - self.offset + memory.address))
-        pin = Pin(memory)
+        pin = MemoryPin(memory)
         try:
             done = memory.replay(spans)
         finally:

@@ -53,8 +53,8 @@ class Channel:
     """A connection on which any number of threads have requests under way.
 
     Whoever waits for an answer, and finds nobody reading, reads for all. All waiting ends with the other side: either it
-    says that it is gone, or the socket ends, or (see :class:`~prefault.device.client.connection.Link`) a signal ends this
-    process.
+    says that it is gone, or the socket ends, or a signal ends this process (see
+    :class:`~prefault.device.client.connection.DeviceConnection`).
     """
 
     def __init__(self, connection: socket.socket) -> None:

@@ -14,10 +14,10 @@ import time
 import weakref
 from typing import Any, NamedTuple, Protocol
 
-from prefault._kernel.userfaultfd import Feature
+from prefault._kernel.userfaultfd import UffdFeature
 from prefault.device import limit_messages, protocol
 from prefault.device.client.channel import Channel, Exchange
-from prefault.device.client.fault_descriptor import Opened
+from prefault.device.client.fault_descriptor import OpenedUserfaultfd
 from prefault.errors import DeviceError, DeviceGoneError
 
 _GREET_S = 60.0
@@ -47,14 +47,18 @@ class Facts(NamedTuple):
     notes: tuple[str, ...]
 
 
-class Link(Channel):
+class DeviceConnection(Channel):
     """What the areas of one device share.
 
     No thread of this process is needed for a page fault to be answered: the server does that through the userfaultfd.
     """
 
     def __init__(
-        self, connection: socket.socket, userfaultfd: Opened, process: Process | None = None, device: object = None
+        self,
+        connection: socket.socket,
+        userfaultfd: OpenedUserfaultfd,
+        process: Process | None = None,
+        device: object = None,
     ) -> None:
         """Takes over the connection and the userfaultfd, and closes them if it fails.
 
@@ -125,7 +129,7 @@ class Link(Channel):
     @property
     def tracks_by_itself(self) -> bool:
         """Whether the kernel notes writes to tracked areas of this link, without a fault (WP_ASYNC)."""
-        return bool(self.userfaultfd.features & Feature.WP_ASYNC)
+        return bool(self.userfaultfd.features & UffdFeature.WP_ASYNC)
 
     def _descriptors_of(self, request: protocol.Request) -> list[int]:
         if isinstance(request, protocol.Hello):
@@ -210,7 +214,7 @@ class Link(Channel):
         self._close_descriptors()
 
 
-_links: weakref.WeakSet[Link] = weakref.WeakSet()
+_links: weakref.WeakSet[DeviceConnection] = weakref.WeakSet()
 
 
 def _after_fork() -> None:

@@ -8,7 +8,7 @@ import os
 from typing import NamedTuple
 
 from prefault._kernel import userfaultfd as kernel
-from prefault._kernel.userfaultfd import Feature
+from prefault._kernel.userfaultfd import UffdFeature
 from prefault._system import capabilities
 from prefault.errors import DeviceError
 
@@ -16,23 +16,26 @@ _FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 
 # Pages are filled into shared memory, mapped where they lie already, and poisoned where they cannot be had.
 _NEEDED = {
-    Feature.MISSING_SHMEM: "missing pages of shared memory (Linux 4.11)",
-    Feature.MINOR_SHMEM: "minor faults of shared memory (Linux 5.14)",
-    Feature.POISON: "UFFDIO_POISON (Linux 6.6)",
+    UffdFeature.MISSING_SHMEM: "missing pages of shared memory (Linux 4.11)",
+    UffdFeature.MINOR_SHMEM: "minor faults of shared memory (Linux 5.14)",
+    UffdFeature.POISON: "UFFDIO_POISON (Linux 6.6)",
 }
 _WANTED = (
-    Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.MISSING_HUGETLBFS | Feature.MINOR_HUGETLBFS
+    UffdFeature.PAGEFAULT_FLAG_WP
+    | UffdFeature.WP_HUGETLBFS_SHMEM
+    | UffdFeature.MISSING_HUGETLBFS
+    | UffdFeature.MINOR_HUGETLBFS
     # Without it mremap(2) ends the registration: at the new address the kernel puts zeros into the frames that all share.
-    | Feature.EVENT_REMAP
-)  # fmt: skip
+    | UffdFeature.EVENT_REMAP
+)
 _BY_CAPABILITY = {
-    "uffd_minor_shmem": Feature.MINOR_SHMEM,
-    "uffd_wp_shmem": Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_ASYNC,
-    "uffd_poison": Feature.POISON,
-    "uffd_wp_async": Feature.WP_ASYNC,
+    "uffd_minor_shmem": UffdFeature.MINOR_SHMEM,
+    "uffd_wp_shmem": UffdFeature.PAGEFAULT_FLAG_WP | UffdFeature.WP_HUGETLBFS_SHMEM | UffdFeature.WP_ASYNC,
+    "uffd_poison": UffdFeature.POISON,
+    "uffd_wp_async": UffdFeature.WP_ASYNC,
 }
 """Named by PREFAULT_WITHOUT, they are as on a kernel that lacks them."""
-_TRACKING = Feature.WP_ASYNC | Feature.WP_UNPOPULATED
+_TRACKING = UffdFeature.WP_ASYNC | UffdFeature.WP_UNPOPULATED
 
 USER_MODE_ONLY_NOTE = (
     "page faults that the kernel itself raises are not answered here: a system call that is given pages which are not"
@@ -41,7 +44,7 @@ USER_MODE_ONLY_NOTE = (
 )
 
 
-class Opened(NamedTuple):
+class OpenedUserfaultfd(NamedTuple):
     """A userfaultfd.
 
     Attributes:
@@ -51,11 +54,11 @@ class Opened(NamedTuple):
     """
 
     fd: int
-    features: Feature
+    features: UffdFeature
     user_mode_only: bool
 
 
-def open_userfaultfd(*, tracking: bool = False) -> Opened:
+def open_userfaultfd(*, tracking: bool = False) -> OpenedUserfaultfd:
     """A userfaultfd for shared memory, after the handshake.
 
     Args:
@@ -78,7 +81,7 @@ def open_userfaultfd(*, tracking: bool = False) -> Opened:
         raise DeviceError(
             errno.ENOSYS, f"device memory cannot be mapped: this kernel's userfaultfd lacks {', '.join(missing)}"
         )
-    wanted = Feature(sum(_NEEDED)) | _WANTED | (_TRACKING if tracking else Feature(0))
+    wanted = UffdFeature(sum(_NEEDED)) | _WANTED | (_TRACKING if tracking else UffdFeature(0))
     if offered & _TRACKING != _TRACKING or not capabilities.PAGEMAP_SCAN.available:  # by which it is read
         wanted &= ~_TRACKING
     # A descriptor takes one handshake; asking what there is was one.
@@ -88,7 +91,7 @@ def open_userfaultfd(*, tracking: bool = False) -> Opened:
     except BaseException:
         os.close(fd)
         raise
-    return Opened(fd, wanted & offered & features, user_mode_only)
+    return OpenedUserfaultfd(fd, wanted & offered & features, user_mode_only)
 
 
 def _open() -> tuple[int, bool, list[str]]:

@@ -11,19 +11,19 @@ from collections.abc import Callable
 
 from prefault._kernel import mman
 from prefault._kernel import userfaultfd as kernel
-from prefault._kernel.userfaultfd import Feature
+from prefault._kernel.userfaultfd import UffdFeature
 from prefault.device import protocol
 from prefault.device.client.channel import Exchange
-from prefault.device.client.connection import Link
+from prefault.device.client.connection import DeviceConnection
 from prefault.device.driver import Access
 from prefault.errors import DeviceError
 from prefault.mapping.mapping import OwnedMemory
-from prefault.memory.backings import Opened
-from prefault.memory.borrowing import Supplier, add_supplier, remove_supplier
+from prefault.memory.backings import OpenedBacking
+from prefault.memory.borrowing import PageProvider, add_page_provider, remove_page_provider
 from prefault.sizes import MIB, PAGE_SIZE
 
 
-class MappedArea(OwnedMemory, Supplier):
+class MappedArea(OwnedMemory, PageProvider):
     """Mapped frames, known to the server as an area.
 
     Views refer to this object, so that :func:`prefault.populate` of a view reaches the driver however long ago the
@@ -38,7 +38,9 @@ class MappedArea(OwnedMemory, Supplier):
         prot: PROT_* as it is now.
     """
 
-    def __init__(self, link: Link, offset: int, access: Access, *, track_dirty: bool, at_end: Callable[[], None]) -> None:
+    def __init__(
+        self, link: DeviceConnection, offset: int, access: Access, *, track_dirty: bool, at_end: Callable[[], None]
+    ) -> None:
         super().__init__(None)
         self.link = link
         self.offset = offset
@@ -62,14 +64,14 @@ class MappedArea(OwnedMemory, Supplier):
         """Map ``length`` bytes, and tell the server."""
         self.length = length
         facts = self.link.facts
-        if self.write_protects and not self.link.userfaultfd.features & Feature.WP_HUGETLBFS_SHMEM:
+        if self.write_protects and not self.link.userfaultfd.features & UffdFeature.WP_HUGETLBFS_SHMEM:
             what = "track_dirty=True" if self.track_dirty else f"writing to {facts.name}, which evicts what clients wrote,"
             raise DeviceError(
                 errno.ENOSYS, f"{what} needs write-protection of shared memory by userfaultfd (Linux 5.19, on arm64 6.11),"
                 " which this kernel does not have",
             )  # fmt: skip
         # Huge frames come in huge pages only; others are collapsed into them where both addresses are aligned.
-        opened = Opened(self.link.frames, facts.page_size if facts.huge else PAGE_SIZE, self.offset)
+        opened = OpenedBacking(self.link.frames, facts.page_size if facts.huge else PAGE_SIZE, self.offset)
         length += -length % facts.page_size
         align = max(facts.page_size, 2 * MIB if length >= 2 * MIB else PAGE_SIZE)
         self.map(length, opened, shared=True, prot=self.prot, noreserve=True, align=align)
@@ -90,14 +92,14 @@ class MappedArea(OwnedMemory, Supplier):
         )  # fmt: skip
         self._opening = opening = Exchange(request)
         self.number = self.link.open(opening).area
-        add_supplier(self.address, self.mapped, self)
+        add_page_provider(self.address, self.mapped, self)
 
     # --- the end
 
     def unmap(self) -> None:
         """Have the server let go of it, then unmap it."""
         if self.mapped:
-            remove_supplier(self.address)
+            remove_page_provider(self.address)
         if _leaving:
             return  # the kernel unmaps it, when nobody can touch it any more
         self.number = None

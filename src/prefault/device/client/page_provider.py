@@ -23,7 +23,7 @@ from prefault.errors import (
     ProtectionError,
 )
 from prefault.inspection.scan import populated_before
-from prefault.memory.borrowing import Span, Supplied
+from prefault.memory.borrowing import ProvidedPages, Span
 from prefault.memory.vma import vmas
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import PAGE_SIZE, format_size
@@ -44,7 +44,7 @@ class Protections(NamedTuple):
     parts: tuple[tuple[PageRange, int], ...]
 
 
-class AreaMemory(MappedArea):
+class AreaPageProvider(MappedArea):
     """Memory that its device supplies."""
 
     def protections(self) -> Protections:
@@ -75,17 +75,17 @@ class AreaMemory(MappedArea):
     def populate(
         self, span: Span, origin: int, access: Literal["read", "write"], *, rollback: bool,
         progress: Callable[[int, int], None] | None, check_headroom: bool,
-    ) -> Supplied:  # fmt: skip
-        """See :class:`~prefault.memory.borrowing.Supplier`."""
+    ) -> ProvidedPages:  # fmt: skip
+        """See :class:`~prefault.memory.borrowing.PageProvider`."""
         unit = self.link.facts.page_size
         start = span.start - (span.start - self.address) % unit
         stop = span.stop + (self.address - span.stop) % unit
-        job = _Populate(self, start, stop, origin, access, rollback=rollback, progress=progress, headroom=check_headroom)
+        job = _PopulateCall(self, start, stop, origin, access, rollback=rollback, progress=progress, headroom=check_headroom)
         return job.run([(start, stop)])
 
-    def replay(self, spans: Iterable[tuple[int, int]]) -> Supplied:
+    def replay(self, spans: Iterable[tuple[int, int]]) -> ProvidedPages:
         """Populate readable, in this order: addresses of whole pages of the device."""
-        job = _Populate(
+        job = _PopulateCall(
             self, self.address, self.address + self.mapped, self.address, "read",
             rollback=False, progress=None, headroom=True,
         )  # fmt: skip
@@ -93,7 +93,7 @@ class AreaMemory(MappedArea):
         return job.run(spans, _REPLAYED_RUNS)
 
     def discard(self, span: Span) -> tuple[int, int]:
-        """See :class:`~prefault.memory.borrowing.Supplier`."""
+        """See :class:`~prefault.memory.borrowing.PageProvider`."""
         self.link.check()
         unit = self.link.facts.page_size
         start = span.start + (self.address - span.start) % unit
@@ -113,11 +113,11 @@ class AreaMemory(MappedArea):
             raise DiscardError(number, text, address=start) from error
 
 
-class _Populate:
+class _PopulateCall:
     """One populate call at work."""
 
     def __init__(
-        self, memory: AreaMemory, start: int, stop: int, origin: int, access: Access, *, rollback: bool,
+        self, memory: AreaPageProvider, start: int, stop: int, origin: int, access: Access, *, rollback: bool,
         progress: Callable[[int, int], None] | None, headroom: bool,
     ) -> None:  # fmt: skip
         self._memory = memory
@@ -133,7 +133,7 @@ class _Populate:
         self._total = 0
         self._threads = 1
 
-    def run(self, spans: Iterable[tuple[int, int]], most_runs: int = protocol.MAX_RUNS) -> Supplied:
+    def run(self, spans: Iterable[tuple[int, int]], most_runs: int = protocol.MAX_RUNS) -> ProvidedPages:
         self._link.check()
         self._refuse()
         wanted: list[protocol.Run] = []
@@ -145,7 +145,7 @@ class _Populate:
         for index in range(0, len(wanted), most_runs):
             self._part(wanted[index : index + most_runs])
         notes = self._collapse(wanted)
-        return Supplied(lacking, present, self._threads, notes)
+        return ProvidedPages(lacking, present, self._threads, notes)
 
     @property
     def _unit(self) -> int:

@@ -183,9 +183,9 @@ def _started(link: socket.socket, pid: int) -> int:
             errno.ECONNRESET, f"the device's process (pid {pid}) ended while the device was made; what it said is on stderr"
         )
     message, _ = taken
-    if isinstance(message, handover.NotStarted):
+    if isinstance(message, handover.ServerNotStarted):
         raise DeviceError(message.number, message.message)
-    assert isinstance(message, handover.Started)
+    assert isinstance(message, handover.ServerStarted)
     return message.server
 
 

@@ -19,7 +19,7 @@ _SLACK_S = 10.0
 """Besides the time that a driver has for a call: for the end of a server and its warden."""
 
 
-class Server:
+class DeviceServer:
     """A device that is served at a path, until :meth:`close`; made by :func:`serve`. A context manager.
 
     It ends with this process as well. Clients keep the pages that were supplied; others are SIGBUS from then on.
@@ -62,7 +62,7 @@ class Server:
                 errno.ETIMEDOUT, f"the processes of the device at {self.path} do not end (warden: pid {self.pid})"
             )
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> DeviceServer:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,7 +89,7 @@ def _ends(link: socket.socket, timeout: float) -> bool:
     return False
 
 
-def serve(device: Device | Recipe, path: str | os.PathLike[str]) -> Server:
+def serve(device: Device | Recipe, path: str | os.PathLike[str]) -> DeviceServer:
     """Serve a device to many processes of the same user, who map it with :func:`prefault.device.connect`.
 
     Args:
@@ -102,5 +102,5 @@ def serve(device: Device | Recipe, path: str | os.PathLike[str]) -> Server:
     """
     where = os.path.abspath(os.fsdecode(path))
     if isinstance(device, Recipe):
-        return Server(launch_recipe(device, where), where, Device.timeout_s)
-    return Server(launch(device, where), where, device.timeout_s)
+        return DeviceServer(launch_recipe(device, where), where, Device.timeout_s)
+    return DeviceServer(launch(device, where), where, device.timeout_s)

@@ -98,7 +98,7 @@ def become_warden(
             say_not_started(link, error)
         assert warden.server_pid is not None
         with contextlib.suppress(OSError):  # it does not wait any more, and the server will see that
-            handover.send(link, handover.Started(warden.server_pid))
+            handover.send(link, handover.ServerStarted(warden.server_pid))
         warden.run()
         status = 0
     except BaseException:  # noqa: BLE001  nothing of the caller's program may run in here
@@ -115,7 +115,7 @@ def say_not_started(link: socket.socket, error: OSError | ValueError) -> NoRetur
         if message.endswith(os.strerror(number)):  # which does not say what is to be done
             message = f"a process of the device cannot be started: {limit_messages.reason(number) or message}"
     with contextlib.suppress(OSError):  # it does not wait any more
-        handover.send(link, handover.NotStarted(number, message))
+        handover.send(link, handover.ServerNotStarted(number, message))
     os._exit(1)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from prefault._kernel.peer import peer_credentials, peer_pidfd
 from prefault.device import limit_messages, protocol
 from prefault.device.registry import ClientRecord
-from prefault.device.server.served_areas import Client
+from prefault.device.server.served_areas import ServedClient
 from prefault.ipc.transport import ProtocolError, may_talk_to, receive_all
 
 HELLO_S = 5.0
@@ -30,7 +30,7 @@ _DROPPED_MOST = 10_000
 EPOLLIN, EPOLLOUT = select.EPOLLIN, select.EPOLLOUT
 
 
-class Link:
+class ClientConnection:
     """A connection.
 
     Attributes:
@@ -46,12 +46,12 @@ class Link:
         self.pid = pid
         self.uid = uid
         self.pidfd = pidfd
-        self.client: Client | None = None
+        self.client: ServedClient | None = None
         self.deadline = time.monotonic() + HELLO_S
         self.waiting: deque[bytes] = deque()
 
 
-class Connections:
+class ClientConnections:
     """All links; told of what the loop sees on them.
 
     Args:
@@ -69,15 +69,15 @@ class Connections:
     def __init__(self, watch: Callable[[int, int, Callable[[int], None]], None], forget: Callable[[int], None]) -> None:
         self._watch = watch
         self._forget = forget
-        self.links: dict[int, Link] = {}
-        self.strangers: set[Link] = set()
+        self.links: dict[int, ClientConnection] = {}
+        self.strangers: set[ClientConnection] = set()
         self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._most = min(_MAX_CONNECTIONS, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _DESCRIPTORS_EACH - 16))
         self.restarted = False
-        self.greeted: Callable[[Link, protocol.Hello, ClientRecord], None]
-        self.welcome: Callable[[Link, protocol.Hello], None]
-        self.asked: Callable[[Client, protocol.Request], None]
-        self.lost: Callable[[Client], None]
+        self.greeted: Callable[[ClientConnection, protocol.Hello, ClientRecord], None]
+        self.welcome: Callable[[ClientConnection, protocol.Hello], None]
+        self.asked: Callable[[ServedClient, protocol.Request], None]
+        self.lost: Callable[[ServedClient], None]
 
     # --- coming
 
@@ -114,7 +114,7 @@ class Connections:
             pidfd = peer_pidfd(connection)
         except OSError as error:
             return _turn_away(connection, f"it cannot see process {peer.pid}: {error.strerror}")
-        link = Link(connection, peer.pid, peer.uid, pidfd)
+        link = ClientConnection(connection, peer.pid, peer.uid, pidfd)
         try:
             self._listen(link)
             self.strangers.add(link)
@@ -123,11 +123,11 @@ class Connections:
             return _turn_away(connection, f"it cannot wait for one more: {error.strerror}")
         return None
 
-    def resume(self, client: Client) -> None:
+    def resume(self, client: ServedClient) -> None:
         """The connection of a client that the last server had."""
         assert client.connection is not None
         record = client.record
-        link = Link(client.connection, record.pid, record.uid, record.pidfd)
+        link = ClientConnection(client.connection, record.pid, record.uid, record.pidfd)
         link.client = client
         # It is asked again, but for what was answered meanwhile, of which this may be a copy: a discard comes once.
         with contextlib.suppress(OSError):
@@ -136,7 +136,7 @@ class Connections:
                     break
         self._listen(link)
 
-    def _listen(self, link: Link) -> None:
+    def _listen(self, link: ClientConnection) -> None:
         self._watch(link.connection.fileno(), EPOLLIN, lambda mask: self._ready(link, mask))
         self.links[link.connection.fileno()] = link
 
@@ -155,7 +155,7 @@ class Connections:
 
     # --- what comes
 
-    def _ready(self, link: Link, mask: int) -> None:
+    def _ready(self, link: ClientConnection, mask: int) -> None:
         if link.connection.fileno() not in self.links:
             return  # an earlier event of the same round ended it
         try:
@@ -170,7 +170,7 @@ class Connections:
         except ProtocolError as error:
             self.reject(link, str(error))
 
-    def _receive(self, link: Link) -> None:
+    def _receive(self, link: ClientConnection) -> None:
         packet, descriptors, lost = receive_all(link.connection, protocol.MAX_MESSAGE, protocol.MAX_DESCRIPTORS)
         try:
             if not packet:
@@ -200,13 +200,13 @@ class Connections:
 
     # --- what goes
 
-    def say(self, client: Client, reply: protocol.Reply) -> None:
+    def say(self, client: ServedClient, reply: protocol.Reply) -> None:
         """Send a reply, or have it wait; Progress is not worth waiting for. Not to who is gone."""
         link = None if client.connection is None else self.links.get(client.connection.fileno())
         if link is not None:
             self.send(link, reply)
 
-    def send(self, link: Link, reply: protocol.Reply, descriptors: tuple[int, ...] = ()) -> None:
+    def send(self, link: ClientConnection, reply: protocol.Reply, descriptors: tuple[int, ...] = ()) -> None:
         """The same for a link; with descriptors, which do not wait."""
         if link.waiting:
             if not isinstance(reply, protocol.Progress):
@@ -228,13 +228,13 @@ class Connections:
         except OSError:
             self.hang_up(link)
 
-    def _flush(self, link: Link) -> None:
+    def _flush(self, link: ClientConnection) -> None:
         while link.waiting:
             link.connection.send(link.waiting[0], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             link.waiting.popleft()
         self._mind(link)
 
-    def _mind(self, link: Link) -> None:
+    def _mind(self, link: ClientConnection) -> None:
         """Who does not take replies is not asked for more requests."""
         mask = EPOLLIN if len(link.waiting) < _QUEUE_MOST else 0
         if link.waiting:
@@ -243,12 +243,12 @@ class Connections:
 
     # --- the end
 
-    def reject(self, link: Link, reason: str) -> None:
+    def reject(self, link: ClientConnection, reason: str) -> None:
         """The other side does not keep to the protocol."""
         _last_words(link.connection, protocol.Refused(0, "protocol", errno.EPROTO, reason[:1000]))
         self.hang_up(link)
 
-    def hang_up(self, link: Link) -> None:
+    def hang_up(self, link: ClientConnection) -> None:
         """End a connection, for all who have it, the warden included. If its client lives, its faults are still answered."""
         fd = link.connection.fileno()
         if self.links.pop(fd, None) is None:
@@ -272,7 +272,7 @@ class Connections:
         os.close(self._spare)
 
 
-def _record(link: Link, descriptors: list[int]) -> ClientRecord:
+def _record(link: ClientConnection, descriptors: list[int]) -> ClientRecord:
     """What a client sent with Hello, looked at; its descriptors are the record's if this returns."""
     if len(descriptors) != protocol.MAX_DESCRIPTORS:
         raise ProtocolError(f"{protocol.MAX_DESCRIPTORS} descriptors come with Hello, not {len(descriptors)}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 
 if TYPE_CHECKING:
-    from prefault.device.server.driver_calls import Failure
-    from prefault.device.server.eviction import Evictor
-    from prefault.device.server.page_tables import Entries
-    from prefault.device.server.served_areas import Books, ServedArea
+    from prefault.device.server.driver_calls import FillFailure
+    from prefault.device.server.eviction import Eviction
+    from prefault.device.server.page_tables import PageTables
+    from prefault.device.server.served_areas import ServedArea, ServerState
     from prefault.device.server.workers import Jobs
 
 
@@ -27,7 +27,7 @@ class _Discard:
 
     __slots__ = ("area", "called", "count", "pages", "seen", "then", "waiting")
 
-    def __init__(self, area: ServedArea, pages: range, then: Callable[[Failure | None, int], None]) -> None:
+    def __init__(self, area: ServedArea, pages: range, then: Callable[[FillFailure | None, int], None]) -> None:
         self.area = area
         self.pages = pages
         self.then = then
@@ -48,14 +48,14 @@ class Discards:
         active: those under way.
     """
 
-    def __init__(self, books: Books, entries: Entries, evictor: Evictor, jobs: Jobs) -> None:
+    def __init__(self, books: ServerState, entries: PageTables, evictor: Eviction, jobs: Jobs) -> None:
         self._books = books
         self._entries = entries
         self._evictor = evictor
         self._jobs = jobs
         self.active: list[_Discard] = []
 
-    def start(self, area: ServedArea, pages: range, then: Callable[[Failure | None, int], None]) -> None:
+    def start(self, area: ServedArea, pages: range, then: Callable[[FillFailure | None, int], None]) -> None:
         """Give pages back on behalf of an area, and ``then`` go on in the loop."""
         discard = _Discard(area, pages, then)
         self.active.append(discard)
@@ -66,7 +66,7 @@ class Discards:
         for discard in [waits for waits in self.active if not waits.called and waits.seen != self._books.changes]:
             self._advance(discard)
 
-    def drop(self, area: ServedArea, failure: Failure) -> None:
+    def drop(self, area: ServedArea, failure: FillFailure) -> None:
         """End those of an area that is given up, unless the driver has them."""
         for discard in [waits for waits in self.active if not waits.called and waits.area is area]:
             self._finish(discard, failure)
@@ -95,7 +95,7 @@ class Discards:
         with self._books.lock:
             discard.seen = self._books.changes
             discard.count += self._evictor.discard(discard.pages)
-            if self._books.frames.runs(discard.pages, PageState.FILLING, PageState.EVICTING):
+            if self._books.frames.runs(discard.pages, DevicePageState.FILLING, DevicePageState.EVICTING):
                 return
         discard.called = True
         self._jobs.call(
@@ -103,7 +103,7 @@ class Discards:
             then=lambda failure: self._finish(discard, failure),
         )  # fmt: skip
 
-    def _finish(self, discard: _Discard, failure: Failure | None) -> None:
+    def _finish(self, discard: _Discard, failure: FillFailure | None) -> None:
         self.active.remove(discard)
         with self._books.lock:
             self._books.changes += 1

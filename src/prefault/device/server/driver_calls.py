@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from prefault.device.driver import ZERO, Access, Device
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 
 if TYPE_CHECKING:
-    from prefault.device.server.eviction import Evictor
-    from prefault.device.server.served_areas import Books, ServedArea
+    from prefault.device.server.eviction import Eviction
+    from prefault.device.server.served_areas import ServedArea, ServerState
 
 _log = logging.getLogger("prefault.device")
 _MESSAGE_MOST = 2000
@@ -25,7 +25,7 @@ _RECLAIMS_MOST = 1000
 _EVICTING_S = 0.001
 
 
-class Failure(NamedTuple):
+class FillFailure(NamedTuple):
     """Why pages were not supplied, or a call was not done.
 
     ``no_room``: the capacity was used up; what others are filling just now may be dropped or evicted when it is READY.
@@ -72,18 +72,18 @@ class Fill:
         self.done = pages.start
         self.changes = 0
         self.reserved = False
-        self.failure: Failure | None = None
+        self.failure: FillFailure | None = None
         self.finished = finished
 
 
-class Calls:
+class DriverCalls:
     """The driver, as the rest of the server calls it. In any thread; each has a slot of the heartbeat.
 
     Attributes:
         page_by_page: the driver has no ``populate`` of its own.
     """
 
-    def __init__(self, books: Books, evictor: Evictor) -> None:
+    def __init__(self, books: ServerState, evictor: Eviction) -> None:
         self._books = books
         self._frames = books.frames
         self._evictor = evictor
@@ -110,7 +110,7 @@ class Calls:
             try:
                 self._frames.secure(pages)
             except OSError as error:
-                raise _Full(str(error.strerror)) from None
+                raise _NoMemory(str(error.strerror)) from None
             heartbeat[slot] = time.monotonic_ns()
             if fill.single or self.page_by_page:
                 fault, area, access = self._device.fault, fill.area, fill.access
@@ -126,10 +126,10 @@ class Calls:
                 if done is not None and done is not ZERO:
                     raise TypeError(f"populate() returns None, not {_shown(done)}")
                 fill.done = pages.stop
-        except _Blamed as blame:
-            fill.failure = Failure("driver", errno.EIO, str(blame), blame.page)
-        except _Full as full:
-            fill.failure = Failure("full", errno.ENOSPC, str(full), pages.start, isinstance(full, _NoRoom))
+        except _PageBlamed as blame:
+            fill.failure = FillFailure("driver", errno.EIO, str(blame), blame.page)
+        except _NoMemory as full:
+            fill.failure = FillFailure("full", errno.ENOSPC, str(full), pages.start, isinstance(full, _CapacityUsedUp))
         except BaseException as error:  # noqa: BLE001  a driver's SystemExit is its own affair as well
             name = "fault" if fill.single or self.page_by_page else "populate"
             fill.failure = self._failed(name, error, range(fill.done, fill.done + 1 if name == "fault" else pages.stop))
@@ -138,7 +138,7 @@ class Calls:
         if fill.done == self._frames.pages:
             self._frames.clear_tail(range(pages.start, fill.done))
 
-    def fill_one(self, area: ServedArea, page: int, access: Access, now: int) -> Failure | None:
+    def fill_one(self, area: ServedArea, page: int, access: Access, now: int) -> FillFailure | None:
         """The same in the loop for one page, FILLING, of a device without a capacity: what went wrong, if anything did.
 
         Its frame is not counted here.
@@ -149,7 +149,7 @@ class Calls:
             try:
                 self._secure_one(page)
             except OSError as error:
-                return Failure("full", errno.ENOSPC, str(error.strerror), page)
+                return FillFailure("full", errno.ENOSPC, str(error.strerror), page)
             answer = self._device.fault(area, page, access)
             if answer is not None and answer is not ZERO:
                 raise TypeError(f"fault() returns None or prefault.device.ZERO, not {_shown(answer)}")
@@ -159,7 +159,7 @@ class Calls:
             heartbeat[0] = 0
         return None
 
-    def call(self, slot: int, name: str, function: Callable[..., object], *arguments: object) -> Failure | None:
+    def call(self, slot: int, name: str, function: Callable[..., object], *arguments: object) -> FillFailure | None:
         """Call another method of the driver; what went wrong, if anything did."""
         self._frames.heartbeat[slot] = time.monotonic_ns()
         try:
@@ -170,13 +170,13 @@ class Calls:
             self._frames.heartbeat[slot] = 0
         return None
 
-    def _failed(self, name: str, error: BaseException, pages: range | None) -> Failure:
+    def _failed(self, name: str, error: BaseException, pages: range | None) -> FillFailure:
         text = _shown(error, str)
         said = f"{type(error).__name__}: {text}" if text else type(error).__name__
         where = "" if pages is None else f" (page {pages[0]})" if len(pages) == 1 else f" (pages {pages[0]} to {pages[-1]})"
         said = f"the driver raised in {name}(){where}: {said}"[:_MESSAGE_MOST] + _where(error)
         _log.error("device %s: %s", self._books.name, said)
-        return Failure("driver", errno.EIO, said, pages[0] if pages else 0)
+        return FillFailure("driver", errno.EIO, said, pages[0] if pages else 0)
 
     # --- what is checked before
 
@@ -191,7 +191,7 @@ class Calls:
             if not fill.around:
                 for page in found:
                     del blamed[page]
-            raise _Blamed(found[0], message)
+            raise _PageBlamed(found[0], message)
 
     def _reserve(self, fill: Fill, slot: int) -> None:
         """Room for the frames, which count from now on.
@@ -223,7 +223,7 @@ class Calls:
                     time.sleep(_EVICTING_S)
                 elif books.changes == changes:
                     break
-        raise _NoRoom(
+        raise _CapacityUsedUp(
             f"the device's capacity of {books.capacity} pages has no room for {count} more: {books.used} are taken, and"
             " reclaim() made no room"
         )
@@ -244,7 +244,7 @@ class Calls:
 
     def begin(self, fill: Fill) -> None:
         """Its pages, all MISSING, are being filled from now on."""
-        self._frames.mark(fill.pages, PageState.FILLING)
+        self._frames.mark(fill.pages, DevicePageState.FILLING)
 
     def settle(self, fill: Fill) -> None:
         """After :meth:`fill`: what is supplied is READY, what is not is MISSING again."""
@@ -255,18 +255,18 @@ class Calls:
         if len(lost) and fill.reserved:
             self._evictor.punch(lost)
         elif len(lost):
-            self._frames.mark(lost, PageState.MISSING)
+            self._frames.mark(lost, DevicePageState.MISSING)
 
 
-class _Full(Exception):
+class _NoMemory(Exception):
     """No memory."""
 
 
-class _NoRoom(_Full):
+class _CapacityUsedUp(_NoMemory):
     """The device's capacity is used up."""
 
 
-class _Blamed(Exception):
+class _PageBlamed(Exception):
     """The last server died of it."""
 
     def __init__(self, page: int, message: str) -> None:

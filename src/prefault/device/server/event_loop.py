@@ -17,24 +17,24 @@ from typing import TYPE_CHECKING
 from prefault.device import limit_messages, protocol, this_server
 from prefault.device.frames import RESULTS
 from prefault.device.server import fault_resolution
-from prefault.device.server.client_connections import EPOLLIN, Connections, Link
+from prefault.device.server.client_connections import EPOLLIN, ClientConnection, ClientConnections
 from prefault.device.server.discards import Discards
-from prefault.device.server.driver_calls import Calls
-from prefault.device.server.eviction import Evictor
-from prefault.device.server.fault_around import Windows
-from prefault.device.server.fault_polling import Spin
+from prefault.device.server.driver_calls import DriverCalls
+from prefault.device.server.eviction import Eviction
+from prefault.device.server.fault_around import FaultAroundWindows
+from prefault.device.server.fault_polling import FaultPolling
 from prefault.device.server.faults import Faults
-from prefault.device.server.page_tables import Entries
-from prefault.device.server.populate_requests import Populates
+from prefault.device.server.page_tables import PageTables
+from prefault.device.server.populate_requests import PopulateRequests
 from prefault.device.server.requests import Requests
-from prefault.device.server.served_areas import Books, Client, ServedArea
+from prefault.device.server.served_areas import ServedArea, ServedClient, ServerState
 from prefault.device.server.workers import Jobs, Workers
 from prefault.errors import DeviceError
 
 if TYPE_CHECKING:
     from prefault.device.driver import Device
     from prefault.device.registry import ClientRecord, Registry
-    from prefault.device.server.warden_notifier import Notary
+    from prefault.device.server.warden_notifier import WardenNotifier
 
 _EVENTS = 64
 _SWITCH_S = 0.0005
@@ -43,7 +43,7 @@ _ERRORS = select.EPOLLERR | select.EPOLLHUP
 
 
 def run_server(
-    device: Device, registry: Registry, notary: Notary, listener: socket.socket | None, first: socket.socket | None,
+    device: Device, registry: Registry, notary: WardenNotifier, listener: socket.socket | None, first: socket.socket | None,
     parent_pidfd: int,
 ) -> None:  # fmt: skip
     """Serve until all is over: a private server until its client is gone, one with a listener until SIGTERM.
@@ -64,7 +64,7 @@ def run_server(
     this_server.device = device
     sys.setswitchinterval(_SWITCH_S)
     with limit_messages.explained(f"the server of {type(device).__name__} cannot be started"):
-        server = _Server(device, registry, notary, listener, first, parent_pidfd)
+        server = _EventLoop(device, registry, notary, listener, first, parent_pidfd)
     server.tell_started()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -72,9 +72,9 @@ def run_server(
     server.run()
 
 
-class _Server:
+class _EventLoop:
     def __init__(
-        self, device: Device, registry: Registry, notary: Notary, listener: socket.socket | None,
+        self, device: Device, registry: Registry, notary: WardenNotifier, listener: socket.socket | None,
         first: socket.socket | None, parent_pidfd: int,
     ) -> None:  # fmt: skip
         self._device = device
@@ -84,26 +84,26 @@ class _Server:
         self._stopping = False
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
-        self._leaving: list[Client] = []
+        self._leaving: list[ServedClient] = []
         self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._parent = -1
 
-        books = self._books = Books(device, registry)
+        books = self._books = ServerState(device, registry)
         books.notify = self._wake
-        evictor = Evictor(books)
-        self._calls = Calls(books, evictor)
+        evictor = Eviction(books)
+        self._calls = DriverCalls(books, evictor)
         self._workers = _workers(books, min(device.workers, RESULTS - 1))
         self._jobs = Jobs(books, self._calls, self._workers)
-        self._entries = Entries(books, evictor)
+        self._entries = PageTables(books, evictor)
         self._entries.gone = self._leave_soon
         self._discards = Discards(books, self._entries, evictor, self._jobs)
-        self._faults = Faults(books, self._entries, self._calls, self._jobs, self._discards, Windows(books))
+        self._faults = Faults(books, self._entries, self._calls, self._jobs, self._discards, FaultAroundWindows(books))
         self._faults.broken = self._leave_soon
-        self._populates = Populates(
+        self._populates = PopulateRequests(
             books, self._entries, evictor, self._jobs, self._discards, self._workers, page_by_page=self._calls.page_by_page
         )
         self._requests = Requests(books, self._jobs, self._populates, self._discards)
-        self._connections = Connections(self._watch, self._forget)
+        self._connections = ClientConnections(self._watch, self._forget)
         self._connections.greeted, self._connections.welcome = self._greet, self._welcome
         self._connections.restarted = registry.generation > 0
         self._connections.asked = self._requests.handle
@@ -111,7 +111,7 @@ class _Server:
         self._populates.say = self._requests.say = self._connections.say
         self._requests.added, self._requests.removed = self._added, self._removed
         self._requests.lost = self._lost
-        self._spin = Spin()
+        self._spin = FaultPolling()
 
         self._watch(self._waker, EPOLLIN, self._woken)
         self._watch_parent(parent_pidfd)
@@ -208,9 +208,9 @@ class _Server:
 
     # --- clients
 
-    def _greet(self, link: Link, request: protocol.Hello, record: ClientRecord) -> None:
+    def _greet(self, link: ClientConnection, request: protocol.Hello, record: ClientRecord) -> None:
         record.number = max(self._registry.clients, default=0) + 1
-        client = Client(record, link.connection)
+        client = ServedClient(record, link.connection)
         link.client = client
         try:
             self._admit(client)
@@ -223,7 +223,7 @@ class _Server:
         self._tell(lambda: self._notary.admitted(record))
         self._welcome(link, request)
 
-    def _welcome(self, link: Link, request: protocol.Hello) -> None:
+    def _welcome(self, link: ClientConnection, request: protocol.Hello) -> None:
         books, device = self._books, self._device
         self._connections.send(
             link,
@@ -234,7 +234,7 @@ class _Server:
             (books.frames.fd,),
         )  # fmt: skip
 
-    def _admit(self, client: Client) -> None:
+    def _admit(self, client: ServedClient) -> None:
         """Listen to its faults, and to its end."""
         record = client.record
         self._registry.clients[record.number] = record
@@ -249,7 +249,7 @@ class _Server:
 
         self._watch(record.userfaultfd, EPOLLIN, faulted)
 
-    def _lost(self, client: Client) -> None:
+    def _lost(self, client: ServedClient) -> None:
         """Its connection is over. Without areas it has no more to ask of us; with some it lives, or its pidfd will say.
 
         Unless it has become another program by exec: that has the same pid, and none of the areas.
@@ -262,7 +262,7 @@ class _Server:
             fault_resolution.disarm(client.record.lifeline_read)
             self._leave_soon(client)
 
-    def _leave_soon(self, client: Client) -> None:
+    def _leave_soon(self, client: ServedClient) -> None:
         """It is gone. Not at once, as who finds out may be in the middle of its areas."""
         if not client.gone:
             client.gone = True
@@ -325,7 +325,7 @@ class _Server:
         restored: list[ServedArea] = []
         for record in list(self._registry.clients.values()):
             connection = socket.socket(fileno=record.connection) if record.connection >= 0 else None
-            client = Client(record, connection)
+            client = ServedClient(record, connection)
             client.resumed = True
             for area in record.areas.values():
                 # The last server may have died between protecting and unprotecting. Threads that wait ask again, and what
@@ -372,7 +372,7 @@ class _Server:
             os.close(self._parent)
 
 
-def _workers(books: Books, count: int) -> Workers:
+def _workers(books: ServerState, count: int) -> Workers:
     try:
         return Workers(books, count)
     except RuntimeError as error:  # as the interpreter calls EAGAIN
@@ -381,5 +381,5 @@ def _workers(books: Books, count: int) -> Workers:
         ) from error
 
 
-def _nothing(client: Client) -> None:
+def _nothing(client: ServedClient) -> None:
     """At the end nobody is told."""

@@ -11,19 +11,19 @@ import re
 from collections import deque
 from typing import Any
 
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 from prefault.device.server import fault_resolution
-from prefault.device.server.served_areas import Books, ServedArea, zeros
+from prefault.device.server.served_areas import ServedArea, ServerState, zeros
 
 _ORDER_MOST = 1024
 _DIRTY = re.compile(b"\x01+")
 _UNSEEN = re.compile(b"\x00+")
 
 
-class Evictor:
+class Eviction:
     """The primitive that takes pages back, and what the framework does with it."""
 
-    def __init__(self, books: Books) -> None:
+    def __init__(self, books: ServerState) -> None:
         self._books = books
         self._frames = books.frames
         self.evicting = 0
@@ -33,7 +33,7 @@ class Evictor:
         if books.capacity is not None and not books.device.writable:
             self._order = deque()
             if books.registry.generation:
-                self._order.extend(self._frames.runs(range(self._frames.pages), PageState.READY))
+                self._order.extend(self._frames.runs(range(self._frames.pages), DevicePageState.READY))
                 self._listed = sum(map(len, self._order))
         books.evict = self.evict
 
@@ -45,11 +45,11 @@ class Evictor:
         if books.device.writable and not books.device.evicts:
             raise RuntimeError(f"{type(books.device).__name__} is writable and evicts: it has to say so, with evicts = True")
         with books.lock:
-            runs = self._frames.runs(pages, PageState.READY)
+            runs = self._frames.runs(pages, DevicePageState.READY)
             protected = []
             try:
                 for run in runs:
-                    self._frames.mark(run, PageState.EVICTING)
+                    self._frames.mark(run, DevicePageState.EVICTING)
                     protected.append(run)
                     self._protect(run)
             except BaseException:
@@ -90,7 +90,7 @@ class Evictor:
 
     def _restore(self, run: range) -> None:
         """They stay: whoever may write goes on writing."""
-        self._frames.mark(run, PageState.READY)
+        self._frames.mark(run, DevicePageState.READY)
         for area, start, length in self._books.over(run):
             if area.tracks:
                 # Pages that nobody wrote to remain protected.
@@ -112,14 +112,14 @@ class Evictor:
 
     def punch(self, run: range) -> None:
         """Pages whose content nobody misses are gone: FILLING, READY or EVICTING before. No one waits for READY ones."""
-        self._frames.mark(run, PageState.PUNCHING)
+        self._frames.mark(run, DevicePageState.PUNCHING)
         self._frames.punch(run)
-        self._frames.mark(run, PageState.MISSING)
+        self._frames.mark(run, DevicePageState.MISSING)
         self._books.used -= len(run)
 
     def supplied(self, run: range) -> None:
         """The driver supplied them, in this order."""
-        self._frames.mark(run, PageState.READY)
+        self._frames.mark(run, DevicePageState.READY)
         if self._order is not None:
             if self._order and self._order[-1].stop == run.start:
                 self._order[-1] = range(self._order[-1].start, run.stop)
@@ -135,7 +135,7 @@ class Evictor:
         seen = zeros(self._frames.pages)
         kept: deque[range] = deque()
         for run in reversed(self._order):
-            for piece in reversed(self._frames.runs(run, PageState.READY, PageState.EVICTING)):
+            for piece in reversed(self._frames.runs(run, DevicePageState.READY, DevicePageState.EVICTING)):
                 fresh = [match.span() for match in _UNSEEN.finditer(seen, piece.start, piece.stop)]
                 kept.extendleft(range(*span) for span in reversed(fresh))
                 seen[piece.start : piece.stop] = b"\x01" * len(piece)
@@ -152,14 +152,14 @@ class Evictor:
         while pages > 0 and self._order:
             oldest = self._order.popleft()
             self._listed -= len(oldest)
-            for run in self._frames.runs(oldest, PageState.READY):
+            for run in self._frames.runs(oldest, DevicePageState.READY):
                 for piece in without(run, keep):
                     take = min(len(piece), pages)
                     if take:
                         self.punch(range(piece.start, piece.start + take))
                         pages -= take
             # What of it is still there, for this reason or that, is as old as it was.
-            kept += self._frames.runs(oldest, PageState.READY, PageState.EVICTING)
+            kept += self._frames.runs(oldest, DevicePageState.READY, DevicePageState.EVICTING)
         self._order.extendleft(reversed(kept))
         self._listed += sum(map(len, kept))
 
@@ -167,7 +167,7 @@ class Evictor:
         """Give pages back that are READY; how many there were. Those that are being filled or evicted are left."""
         count = 0
         with self._books.lock:
-            for run in self._frames.runs(pages, PageState.READY):
+            for run in self._frames.runs(pages, DevicePageState.READY):
                 self.punch(run)
                 count += len(run)
         return count

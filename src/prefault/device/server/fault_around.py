@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prefault.device.server.served_areas import Books, ServedArea
+    from prefault.device.server.served_areas import ServedArea, ServerState
 
 _THREADS = 64
 """Whose sequences are remembered in an area."""
 
 
-class Windows:
+class FaultAroundWindows:
     """The window of a fault: aligned and of the first size for faults from anywhere, growing where they go forward."""
 
-    def __init__(self, books: Books) -> None:
+    def __init__(self, books: ServerState) -> None:
         self._books = books
         around = books.device.fault_around
         self._first = 1 if around is None else max(1, around.first // books.page_size)

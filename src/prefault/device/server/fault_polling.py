@@ -18,7 +18,7 @@ Events: TypeAlias = list[tuple[int, int]]
 """Of an epoll: descriptors, and what can be done with them."""
 
 
-class Spin:
+class FaultPolling:
     """Stays awake only while faults come one soon after the other, so that an idle server uses no CPU.
 
     On the CPU that the faulting thread runs on it would keep that from running: then it sleeps at once, which wakes it.

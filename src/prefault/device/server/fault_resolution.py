@@ -12,7 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 from prefault._kernel import userfaultfd
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 from prefault.sizes import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def _pieces(frames: Frames, area: AreaRecord) -> list[tuple[int, int, bool]]:
     while page < pages.stop:
         state, stop = frames.run_at(page, min(pages.stop, page + max(1, _CHUNK // size)))
         start = area.address + page * size - area.offset
-        pieces.append((start, start + (stop - page) * size, state in (PageState.READY, PageState.EVICTING)))
+        pieces.append((start, start + (stop - page) * size, state in (DevicePageState.READY, DevicePageState.EVICTING)))
         page = stop
     return pieces
 

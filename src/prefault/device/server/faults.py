@@ -13,29 +13,29 @@ from prefault._kernel.userfaultfd import (
     UFFD_EVENT_PAGEFAULT,
     UFFD_PAGEFAULT_FLAG_WP,
     UFFD_PAGEFAULT_FLAG_WRITE,
-    Fork,
+    ForkEvent,
     decode,
 )
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 from prefault.device.server import fault_resolution
-from prefault.device.server.driver_calls import Calls, Fill
+from prefault.device.server.driver_calls import DriverCalls, Fill
 from prefault.device.server.eviction import mark_dirty
-from prefault.device.server.served_areas import Books, Client, ServedArea, access_of
+from prefault.device.server.served_areas import ServedArea, ServedClient, ServerState, access_of
 
 if TYPE_CHECKING:
     from prefault.device.server.discards import Discards
-    from prefault.device.server.fault_around import Windows
-    from prefault.device.server.page_tables import Entries
+    from prefault.device.server.fault_around import FaultAroundWindows
+    from prefault.device.server.page_tables import PageTables
     from prefault.device.server.workers import Jobs
 
 _BATCH = 64
 _AGAIN_NS = 500_000
 """How long to go on reading one userfaultfd. On one CPU the thread that was answered runs at once, and may fault again
 before we are back: to look for that takes 2 us less than to be told by epoll. Others wait meanwhile."""
-_READY = int(PageState.READY)
-_MISSING = int(PageState.MISSING)
-_FILLING = int(PageState.FILLING)
-_EVICTING = int(PageState.EVICTING)
+_READY = int(DevicePageState.READY)
+_MISSING = int(DevicePageState.MISSING)
+_FILLING = int(DevicePageState.FILLING)
+_EVICTING = int(DevicePageState.EVICTING)
 
 _unpack = MESSAGE.unpack_from
 
@@ -48,8 +48,14 @@ class Faults:
     """
 
     def __init__(
-        self, books: Books, entries: Entries, calls: Calls, jobs: Jobs, discards: Discards, windows: Windows
-    ) -> None:  # fmt: skip
+        self,
+        books: ServerState,
+        entries: PageTables,
+        calls: DriverCalls,
+        jobs: Jobs,
+        discards: Discards,
+        windows: FaultAroundWindows,
+    ) -> None:
         self._books = books
         self._entries = entries
         self._jobs = jobs
@@ -63,16 +69,16 @@ class Faults:
         self._around = windows.wanted
         self._buffer = bytearray(_BATCH * MESSAGE_BYTES)
         self._heartbeat = books.frames.heartbeat
-        self._recent: Client | None = None
+        self._recent: ServedClient | None = None
         self._fill_one = calls.fill_one
         self._map_one = entries.map_one
         # Who needs no room, no windows and no threads is served in few steps, but for a page that the device ends in.
         self._straight = calls.keeps_no_order and not jobs.threaded and not self._around
         self._blamed = books.registry.blamed
         self._tail = books.frames.pages - 1 if books.frames.tail else -1
-        self.broken: Callable[[Client], None]
+        self.broken: Callable[[ServedClient], None]
 
-    def read(self, client: Client) -> None:
+    def read(self, client: ServedClient) -> None:
         """Something can be read from a client's userfaultfd."""
         self._recent = client
         heartbeat, buffer, read_into = self._heartbeat, self._buffer, client.read_into
@@ -104,12 +110,12 @@ class Faults:
         finally:
             heartbeat[0] = 0
 
-    def take_recent(self) -> Client | None:
+    def take_recent(self) -> ServedClient | None:
         """Whose faults were answered since the last time, the last one's."""
         recent, self._recent = self._recent, None
         return recent
 
-    def _answer(self, client: Client, size: int, now: int) -> None:
+    def _answer(self, client: ServedClient, size: int, now: int) -> None:
         if size == MESSAGE_BYTES:
             event, flags, address, thread = _unpack(self._buffer)
             if event == UFFD_EVENT_PAGEFAULT:
@@ -148,7 +154,7 @@ class Faults:
             return self._supply_one(area, page, flags, now)
         return self._supply(area, page, bool(flags & UFFD_PAGEFAULT_FLAG_WRITE), thread, now)
 
-    def _many(self, client: Client, size: int, now: int) -> None:
+    def _many(self, client: ServedClient, size: int, now: int) -> None:
         """Several at once: sorted, each page once, and neighbours answered together."""
         wanted: dict[tuple[int, int], tuple[ServedArea, int, int]] = {}
         messages = bytes(self._buffer[:size])
@@ -274,7 +280,7 @@ class Faults:
         alone.waiting.append((area, page, write, now))
         return alone
 
-    def _stray(self, client: Client, address: int) -> None:
+    def _stray(self, client: ServedClient, address: int) -> None:
         """Registered, but no area of ours: after Unmap, most likely. Nobody would ever supply it."""
         unit = self._books.unit
         result = fault_resolution.poison_run(client.record.userfaultfd, address & -unit, unit, unit)
@@ -288,5 +294,5 @@ def _other(messages: bytes, at: int) -> None:
         event = decode(messages, at)
     except OSError:
         return
-    if isinstance(event, Fork):
+    if isinstance(event, ForkEvent):
         os.close(event.descriptor)

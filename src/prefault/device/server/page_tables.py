@@ -9,33 +9,33 @@ from fcntl import ioctl
 from typing import TYPE_CHECKING
 
 from prefault._kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_RUN_ARGUMENT
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 from prefault.device.server import fault_resolution
-from prefault.device.server.eviction import Evictor, mark_dirty
+from prefault.device.server.eviction import Eviction, mark_dirty
 
 if TYPE_CHECKING:
     from prefault.device.server.driver_calls import Fill
-    from prefault.device.server.served_areas import Books, Client, ServedArea
+    from prefault.device.server.served_areas import ServedArea, ServedClient, ServerState
 
 
 _RUN = re.compile(b"\\x00+|\\x01+")
 _pack_into = UFFDIO_RUN_ARGUMENT.pack_into
 
 
-class Entries:
+class PageTables:
     """Maps and poisons pages in areas.
 
     Attributes:
         gone: told of a client that has no memory any more.
     """
 
-    def __init__(self, books: Books, evictor: Evictor) -> None:
+    def __init__(self, books: ServerState, evictor: Eviction) -> None:
         self._books = books
         self._evictor = evictor
         self._frames = books.frames
         self._size = books.page_size
         self._argument = bytearray(UFFDIO_RUN_ARGUMENT.size)
-        self.gone: Callable[[Client], None] = _nothing
+        self.gone: Callable[[ServedClient], None] = _nothing
 
     def map(self, area: ServedArea, pages: range, *, write: bool = False) -> fault_resolution.Result:
         """Entries for pages that are READY, and wake who waits; under the lock.
@@ -109,7 +109,7 @@ class Entries:
                 fault_resolution.poison_run(area.fd, area.address(page), size, self._frames.unit)
                 foreign = True
                 continue
-            if self._frames.states[page] == PageState.READY:
+            if self._frames.states[page] == DevicePageState.READY:
                 self._evictor.punch(range(page, page + 1))
             fault_resolution.wake(area.fd, area.address(page), size)
         return foreign
@@ -158,5 +158,5 @@ class Entries:
         return left
 
 
-def _nothing(client: Client) -> None:
+def _nothing(client: ServedClient) -> None:
     """Before anybody wants to know."""

@@ -9,16 +9,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prefault.device import protocol
-from prefault.device.page_states import PageState
-from prefault.device.server.driver_calls import Failure, Fill
+from prefault.device.page_states import DevicePageState
+from prefault.device.server.driver_calls import Fill, FillFailure
 from prefault.device.server.eviction import without
-from prefault.device.server.frame_headroom import Room, Short
+from prefault.device.server.frame_headroom import FrameHeadroom, FrameShortfall
 
 if TYPE_CHECKING:
     from prefault.device.server.discards import Discards
-    from prefault.device.server.eviction import Evictor
-    from prefault.device.server.page_tables import Entries
-    from prefault.device.server.served_areas import Books, Client, ServedArea
+    from prefault.device.server.eviction import Eviction
+    from prefault.device.server.page_tables import PageTables
+    from prefault.device.server.served_areas import ServedArea, ServedClient, ServerState
     from prefault.device.server.workers import Jobs, Workers
 
 PIECE = 4096
@@ -28,7 +28,7 @@ _AGAIN_MOST = 100
 _PROGRESS_NS = 50_000_000
 
 
-class _Populate:
+class _PopulateRequest:
     """A request under way.
 
     Attributes:
@@ -40,7 +40,7 @@ class _Populate:
         failed: why it is to end.
     """
 
-    def __init__(self, client: Client, area: ServedArea, request: protocol.Populate, runs: list[range]) -> None:
+    def __init__(self, client: ServedClient, area: ServedArea, request: protocol.Populate, runs: list[range]) -> None:
         self.client = client
         self.area = area
         self.request = request
@@ -53,12 +53,12 @@ class _Populate:
         self.poisoned: list[range] = []
         self.mapped_pages = self.done_pages = self.again = 0
         self.filling = self.most_filling = 0
-        self.failed: Failure | Short | tuple[str, int, str] | None = None
+        self.failed: FillFailure | FrameShortfall | tuple[str, int, str] | None = None
         self.reported_ns = 0
         self.over = False
 
 
-class Populates:
+class PopulateRequests:
     """All requests under way, served in turn.
 
     Attributes:
@@ -66,9 +66,16 @@ class Populates:
     """
 
     def __init__(
-        self, books: Books, entries: Entries, evictor: Evictor, jobs: Jobs, discards: Discards, workers: Workers, *,
+        self,
+        books: ServerState,
+        entries: PageTables,
+        evictor: Eviction,
+        jobs: Jobs,
+        discards: Discards,
+        workers: Workers,
+        *,
         page_by_page: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._books = books
         self._frames = books.frames
         self._entries = entries
@@ -76,29 +83,29 @@ class Populates:
         self._jobs = jobs
         self._discards = discards
         self._workers = workers
-        self._room = Room(books)
-        self._active: deque[_Populate] = deque()
+        self._room = FrameHeadroom(books)
+        self._active: deque[_PopulateRequest] = deque()
         self._piece_pages = max(1, PIECE * books.unit // books.page_size)
         self._batch_pages = max(1, books.device.batch // books.page_size)
         if page_by_page:  # no call would be saved, and faults wait for a batch
             self._batch_pages = min(self._batch_pages, _PAGES_ONE_BY_ONE)
         if books.capacity is not None:
             self._batch_pages = max(1, min(self._batch_pages, books.capacity))
-        self.say: Callable[[Client, protocol.Reply], None]
+        self.say: Callable[[ServedClient, protocol.Reply], None]
 
     def __len__(self) -> int:
         return len(self._active)
 
     # --- requests
 
-    def start(self, client: Client, area: ServedArea, request: protocol.Populate) -> None:
+    def start(self, client: ServedClient, area: ServedArea, request: protocol.Populate) -> None:
         """Begin; or refuse at once. ValueError: it makes no sense."""
         runs = self._checked(area, request)
-        populate = _Populate(client, area, request, runs)
+        populate = _PopulateRequest(client, area, request, runs)
         populate.failed = self._refusal(populate)
         self._active.append(populate)
 
-    def cancel(self, client: Client, number: int) -> None:
+    def cancel(self, client: ServedClient, number: int) -> None:
         """End the request with that id, if there is one."""
         for populate in self._active:
             if populate.client is client and populate.request.id == number and populate.failed is None:
@@ -112,7 +119,7 @@ class Populates:
             if populate.client is not area.client and area.access == "write":  # what was written there is not to be undone
                 populate.supplied = [part for run in populate.supplied for part in without(run, [area.pages])]
 
-    def count(self, client: Client) -> int:
+    def count(self, client: ServedClient) -> int:
         """Requests of a client under way."""
         return sum(populate.client is client for populate in self._active)
 
@@ -129,7 +136,7 @@ class Populates:
                 runs.append(range(first, stop))
         return runs
 
-    def _refusal(self, populate: _Populate) -> Failure | Short | tuple[str, int, str] | None:
+    def _refusal(self, populate: _PopulateRequest) -> FillFailure | FrameShortfall | tuple[str, int, str] | None:
         books = self._books
         if not books.device.populates:
             return ("no populate", errno.EOPNOTSUPP, f"device {books.name} declares population as meaningless")
@@ -141,7 +148,7 @@ class Populates:
             )  # fmt: skip
         if not populate.request.check_headroom:
             return None
-        missing = sum(self._frames.count(run, PageState.MISSING) for run in populate.all)
+        missing = sum(self._frames.count(run, DevicePageState.MISSING) for run in populate.all)
         if books.capacity is not None:
             missing = min(missing, max(0, books.capacity - books.used))
         return self._room.short_of(missing, whole=True)
@@ -160,7 +167,7 @@ class Populates:
                 return True
         return False
 
-    def _step(self, populate: _Populate) -> bool:
+    def _step(self, populate: _PopulateRequest) -> bool:
         if populate.failed is not None:
             cancelled = isinstance(populate.failed, tuple) and populate.failed[0] in ("cancelled", "gone")
             if cancelled or not populate.filling:
@@ -176,13 +183,13 @@ class Populates:
         with self._books.lock:
             changes = self._books.changes
             state, stop = self._frames.run_at(run.start, min(run.stop, run.start + self._piece_pages))
-            if state == PageState.READY:
+            if state == DevicePageState.READY:
                 self._take(populate, stop)
                 self._map(populate, range(run.start, stop))
                 return True
         discarded, piece = self._discards.piece(run.start, range(run.start, stop))
         stop = piece.stop
-        if state != PageState.MISSING or discarded:
+        if state != DevicePageState.MISSING or discarded:
             self._take(populate, stop)
             populate.later.append(range(run.start, stop))
             populate.later_at = changes
@@ -212,14 +219,14 @@ class Populates:
         books = self._books
         return pages if books.capacity is None else min(pages, max(0, books.capacity - books.used))
 
-    def _take(self, populate: _Populate, stop: int) -> None:
+    def _take(self, populate: _PopulateRequest, stop: int) -> None:
         run = populate.runs[0]
         if stop < run.stop:
             populate.runs[0] = range(stop, run.stop)
         else:
             populate.runs.popleft()
 
-    def _filled(self, populate: _Populate, fill: Fill) -> Fill | None:
+    def _filled(self, populate: _PopulateRequest, fill: Fill) -> Fill | None:
         """A batch is back, under the lock."""
         populate.filling -= 1
         ready = range(fill.pages.start, fill.done)
@@ -231,7 +238,7 @@ class Populates:
         self._to_fault(fill, mapped=not cancelled)
         failure, before = fill.failure, populate.failed
         # Of several that fail at once, in workers, the first page is the one that is told.
-        if failure is not None and (before is None or (isinstance(before, Failure) and failure.page < before.page)):
+        if failure is not None and (before is None or (isinstance(before, FillFailure) and failure.page < before.page)):
             populate.failed = failure
         if cancelled and populate.request.rollback:
             self._undo(populate, [ready])
@@ -243,7 +250,7 @@ class Populates:
             area, page, _, _ = left
             self._entries.wake(area, page)
 
-    def _map(self, populate: _Populate, pages: range) -> None:
+    def _map(self, populate: _PopulateRequest, pages: range) -> None:
         area = populate.area
         if not area.alive:
             return
@@ -259,7 +266,7 @@ class Populates:
                         area.poisoned.discard(page)
                         _extend(populate.poisoned, range(page, page + 1))
         if result.holes and not result.unreachable:
-            again = self._frames.runs(pages, PageState.MISSING)
+            again = self._frames.runs(pages, DevicePageState.MISSING)
             populate.runs.extend(again)
             populate.again += sum(map(len, again))
             if populate.again > _AGAIN_MOST + sum(map(len, populate.all)):
@@ -273,7 +280,7 @@ class Populates:
                 populate.reported_ns = now
                 self.say(populate.client, protocol.Progress(populate.request.id, populate.done_pages))
 
-    def _unmappable(self, populate: _Populate, pages: range, number: int, *, busy: bool) -> None:
+    def _unmappable(self, populate: _PopulateRequest, pages: range, number: int, *, busy: bool) -> None:
         if busy:
             reason, number = "the process keeps changing its mappings (fork, mremap)", errno.EAGAIN
         elif number:
@@ -285,14 +292,14 @@ class Populates:
 
     # --- the end
 
-    def _succeed(self, populate: _Populate) -> None:
+    def _succeed(self, populate: _PopulateRequest) -> None:
         populate.over = True
         populate.area.counters.populated_pages += populate.mapped_pages
         threads = max(1, populate.most_filling)
         poisoned = tuple((run.start, run.stop) for run in populate.poisoned[: protocol.MAX_RUNS])
         self.say(populate.client, protocol.Populated(populate.request.id, populate.mapped_pages, threads, poisoned))
 
-    def _fail(self, populate: _Populate) -> None:
+    def _fail(self, populate: _PopulateRequest) -> None:
         populate.over = True
         if populate.request.rollback:
             with self._books.lock:
@@ -302,9 +309,9 @@ class Populates:
         number, why = populate.request.id, populate.failed
         page = populate.runs[0].start if populate.runs else populate.all[-1].stop - 1 if populate.all else 0
         match why:
-            case Failure():
+            case FillFailure():
                 reply = protocol.Failed(number, why.kind, why.number, why.message, why.page, mapped, "", 0, 0)
-            case Short():
+            case FrameShortfall():
                 reply = protocol.Failed(
                     number, "headroom", errno.ENOMEM, why.message, why.page or page, mapped,
                     why.limit, why.needed_bytes, why.available_bytes,
@@ -315,7 +322,7 @@ class Populates:
                 raise AssertionError("it did not fail")
         self.say(populate.client, reply)
 
-    def _undo(self, populate: _Populate, supplied: list[range]) -> None:
+    def _undo(self, populate: _PopulateRequest, supplied: list[range]) -> None:
         """Give back what this request brought in, where nobody else can have written to it; under the lock."""
         for run in supplied:
             kept: list[range] = []

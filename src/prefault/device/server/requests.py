@@ -7,18 +7,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prefault.device import protocol
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 from prefault.device.registry import AreaRecord
-from prefault.device.server.driver_calls import Failure
+from prefault.device.server.driver_calls import FillFailure
 from prefault.device.server.eviction import clean, dirty_runs
-from prefault.device.server.served_areas import Books, Client, ServedArea
+from prefault.device.server.served_areas import ServedArea, ServedClient, ServerState
 from prefault.ipc.transport import ProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from prefault.device.server.discards import Discards
-    from prefault.device.server.populate_requests import Populates
+    from prefault.device.server.populate_requests import PopulateRequests
     from prefault.device.server.workers import Jobs
 
 MAX_AREAS = 100_000
@@ -37,19 +37,19 @@ class Requests:
         lost: told of a client whose connection ended in the middle of a request.
     """
 
-    def __init__(self, books: Books, jobs: Jobs, populates: Populates, discards: Discards) -> None:
+    def __init__(self, books: ServerState, jobs: Jobs, populates: PopulateRequests, discards: Discards) -> None:
         self._books = books
         self._frames = books.frames
         self._jobs = jobs
         self._populates = populates
         self._discards = discards
         jobs.when_idle = self._close
-        self.say: Callable[[Client, protocol.Reply], None]
+        self.say: Callable[[ServedClient, protocol.Reply], None]
         self.added: Callable[[ServedArea, int | None], None]
         self.removed: Callable[[ServedArea, bool], None]
-        self.lost: Callable[[Client], None]
+        self.lost: Callable[[ServedClient], None]
 
-    def handle(self, client: Client, request: protocol.Request) -> None:
+    def handle(self, client: ServedClient, request: protocol.Request) -> None:
         """Carry out a request, or refuse it. ProtocolError: the client is not to be listened to any more."""
         if not isinstance(request, protocol.Cancel) and client.hears_again(request.id):
             return
@@ -79,7 +79,7 @@ class Requests:
         except ValueError as error:
             self.say(client, protocol.Refused(request.id, "value", errno.EINVAL, str(error)))
 
-    def _area(self, client: Client, number: int) -> ServedArea:
+    def _area(self, client: ServedClient, number: int) -> ServedArea:
         area = client.areas.get(number)
         if area is None:
             raise ValueError(f"there is no area {number} of this client")
@@ -87,7 +87,7 @@ class Requests:
 
     # --- areas
 
-    def _map(self, client: Client, request: protocol.Map) -> None:
+    def _map(self, client: ServedClient, request: protocol.Map) -> None:
         record = AreaRecord(
             0, request.address, request.offset, request.length, request.access, request.track_dirty
         )  # fmt: skip
@@ -102,7 +102,7 @@ class Requests:
         area = books.new_area(client, record)
         client.opening.append(record)
 
-        def opened(failure: Failure | None) -> None:
+        def opened(failure: FillFailure | None) -> None:
             client.opening.remove(record)
             if failure is not None:
                 area.alive = area.opened = False
@@ -118,7 +118,7 @@ class Requests:
 
         return self._jobs.call(area, "open", books.device.open, area, then=opened)
 
-    def _check(self, client: Client, record: AreaRecord) -> None:
+    def _check(self, client: ServedClient, record: AreaRecord) -> None:
         books = self._books
         size = books.page_size
         if record.address % books.unit or record.offset % size or record.length % size or not record.length:
@@ -140,7 +140,7 @@ class Requests:
         if len(client.areas) + len(client.opening) >= MAX_AREAS:
             raise ValueError(f"the client has {MAX_AREAS} areas, the most that one may have")
 
-    def _unmap(self, client: Client, request: protocol.Unmap) -> None:
+    def _unmap(self, client: ServedClient, request: protocol.Unmap) -> None:
         area = client.areas.get(request.area)
         if area is not None:
             self.give_up(area)
@@ -152,7 +152,7 @@ class Requests:
         ``quietly``: nobody else does: its client is gone, which is said once.
         """
         self._populates.drop(area)
-        self._discards.drop(area, Failure("driver", errno.ENODEV, "the area was unmapped while it was discarded"))
+        self._discards.drop(area, FillFailure("driver", errno.ENODEV, "the area was unmapped while it was discarded"))
         self._books.close_area(area)
         area.client.record.areas.pop(area.number, None)
         self.removed(area, quietly)
@@ -166,7 +166,7 @@ class Requests:
 
     # --- pages
 
-    def _discard(self, client: Client, request: protocol.Discard) -> None:
+    def _discard(self, client: ServedClient, request: protocol.Discard) -> None:
         area = self._area(client, request.area)
         if not area.first <= request.first <= request.stop <= area.last:
             raise ValueError(
@@ -175,7 +175,7 @@ class Requests:
         if area.access == "read" and self._books.device.writable:
             raise ValueError("the area is mapped for reading: what others wrote is not its to discard")
 
-        def discarded(failure: Failure | None, count: int) -> None:
+        def discarded(failure: FillFailure | None, count: int) -> None:
             if failure is not None:
                 self.say(client, protocol.Refused(request.id, "device", failure.number, failure.message))
             else:
@@ -183,7 +183,7 @@ class Requests:
 
         self._discards.start(area, range(request.first, request.stop), discarded)
 
-    def _dirty(self, client: Client, request: protocol.DirtyPages) -> None:
+    def _dirty(self, client: ServedClient, request: protocol.DirtyPages) -> None:
         area = self._area(client, request.area)
         if not area.tracks:
             raise ValueError("the area was not mapped with track_dirty")
@@ -193,12 +193,12 @@ class Requests:
                 clean(area, runs, self._frames.page_size, self._books.unit)
         self._list(client, request.id, [(run.start, run.stop) for run in runs])
 
-    def _list(self, client: Client, number: int, runs: Sequence[tuple[int, int]]) -> None:
+    def _list(self, client: ServedClient, number: int, runs: Sequence[tuple[int, int]]) -> None:
         most = protocol.MAX_RUNS
         for at in range(0, max(1, len(runs)), most):
             self.say(client, protocol.Runs(number, tuple(runs[at : at + most]), at + most < len(runs)))
 
-    def _statistics(self, client: Client, request: protocol.AskStatistics) -> None:
+    def _statistics(self, client: ServedClient, request: protocol.AskStatistics) -> None:
         counters = self._area(client, request.area).counters
         self.say(
             client,
@@ -210,11 +210,11 @@ class Requests:
 
     # --- after a restart
 
-    def restore(self, client: Client, record: AreaRecord) -> ServedArea:
+    def restore(self, client: ServedClient, record: AreaRecord) -> ServedArea:
         """An area that the last server had: its driver is new, and its dirty pages are not known any more."""
         area = self._books.new_area(client, record)
         if area.tracks:
-            for run in self._frames.runs(area.pages, PageState.READY):
+            for run in self._frames.runs(area.pages, DevicePageState.READY):
                 area.dirty[run.start - area.first : run.stop - area.first] = b"\x01" * len(run)
                 if area.given:
                     area.given[run.start - area.first : run.stop - area.first] = b"\x01" * len(run)
@@ -223,5 +223,5 @@ class Requests:
         return area
 
 
-def _nothing(failure: Failure | None) -> None:
+def _nothing(failure: FillFailure | None) -> None:
     """Nobody asks what became of it; it is logged."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefault._kernel import mman
 from prefault.device.driver import Access, Device, DeviceArea
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 from prefault.device.registry import AreaRecord, ClientRecord, Registry
 from prefault.device.server.counters import Counters
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prefault.device.frames import Frames
 
 _start = attrgetter("start")
-_FILLING = int(PageState.FILLING)
+_FILLING = int(DevicePageState.FILLING)
 
 
 _LARGE = 1 << 20
@@ -53,7 +53,7 @@ class ServedArea(DeviceArea):
         alive: False once it is given up, or its client gone.
     """
 
-    def __init__(self, record: AreaRecord, client: Client, books: Books) -> None:
+    def __init__(self, record: AreaRecord, client: ServedClient, books: ServerState) -> None:
         self.record = record
         self.client = client
         self.number = record.number
@@ -103,14 +103,14 @@ class ServedArea(DeviceArea):
     def frames(self, pages: range) -> memoryview:
         """The memory of pages that the driver was asked for."""
         self._books.check_pages(pages)
-        if len(pages) and self._books.frames.run_at(pages.start, pages.stop) != (PageState.FILLING, pages.stop):
+        if len(pages) and self._books.frames.run_at(pages.start, pages.stop) != (DevicePageState.FILLING, pages.stop):
             raise ValueError(f"{pages} are not all pages that the driver was asked for just now: they are not to be written")
         return self._books.frames.view(pages)
 
     def ready(self, pages: range) -> list[range]:
         """Those of the pages that are supplied now."""
         self._books.check_pages(pages)
-        return self._books.frames.runs(pages, PageState.READY)
+        return self._books.frames.runs(pages, DevicePageState.READY)
 
     def evict(self, pages: range, save: Any = None) -> bytes:
         """Take supplied pages back."""
@@ -122,7 +122,7 @@ _HEARD = 1 << 16
 """Ids of requests that are remembered: more than a client has under way at once."""
 
 
-class Client:
+class ServedClient:
     """A client process, its connection and its areas.
 
     Attributes:
@@ -198,7 +198,7 @@ class Client:
         return any(start < other.address + other.length and other.address < stop for other in self.opening)
 
 
-class Books:
+class ServerState:
     """What the parts of a server share.
 
     Attributes:
@@ -218,10 +218,10 @@ class Books:
         self.unit = registry.frames.unit
         self.lock = threading.RLock()
         self.areas: dict[int, ServedArea] = {}
-        self.clients: dict[int, Client] = {}
+        self.clients: dict[int, ServedClient] = {}
         self.used = 0
         if registry.generation:  # else none is there; to look would allocate the states of a device of any size
-            self.used = self.frames.pages - self.frames.count(range(self.frames.pages), PageState.MISSING)
+            self.used = self.frames.pages - self.frames.count(range(self.frames.pages), DevicePageState.MISSING)
         capacity = device.capacity
         self.capacity = None if capacity is None else capacity // self.page_size
         self.changes = 0
@@ -256,7 +256,7 @@ class Books:
         """Of an area."""
         return next(self._numbers)
 
-    def new_area(self, client: Client, record: AreaRecord) -> ServedArea:
+    def new_area(self, client: ServedClient, record: AreaRecord) -> ServedArea:
         """An area, which is not the client's before :meth:`open_area`."""
         return ServedArea(record, client, self)
 

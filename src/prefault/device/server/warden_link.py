@@ -9,7 +9,7 @@ import socket
 from prefault.device import handover, spawning
 from prefault.device.driver import Recipe
 from prefault.device.registry import AreaRecord, ClientRecord, Registry
-from prefault.device.server.warden_notifier import Notary
+from prefault.device.server.warden_notifier import WardenNotifier
 from prefault.errors import DeviceError
 from prefault.ipc import socket_path
 
@@ -22,7 +22,7 @@ _HAND_OVER_S = 20.0
 _WARDENS_MOST, _WARDENS_WINDOW_S = 5, 10.0
 
 
-class NotaryLink(Notary):
+class WardenLink(WardenNotifier):
     """A connection to the warden, and what another warden would have to be given besides the registry.
 
     Args:
@@ -47,12 +47,12 @@ class NotaryLink(Notary):
         self._control = control
         self._owner = owner
         self._child: int | None = None
-        self._often = handover.Often(_WARDENS_MOST, _WARDENS_WINDOW_S)
+        self._often = handover.RateLimit(_WARDENS_MOST, _WARDENS_WINDOW_S)
         self._cpus = os.sched_getaffinity(0)
 
     def started(self) -> None:
         """The server runs."""
-        self._tell(handover.Started(os.getpid()))
+        self._tell(handover.ServerStarted(os.getpid()))
 
     def admitted(self, client: ClientRecord) -> None:
         """A client, with duplicates of its descriptors."""
@@ -76,7 +76,7 @@ class NotaryLink(Notary):
     def done(self) -> None:
         """All is over, in an orderly way."""
         try:
-            self._tell(handover.Done())
+            self._tell(handover.HandoverDone())
         except OSError:
             self._end_warden()  # it has died just now
 
@@ -170,4 +170,4 @@ class NotaryLink(Notary):
                 handover.Admitted(client.number, client.pid, client.uid, handover.held(client)),
                 handover.descriptors_of(client),
             )
-        handover.send(self._link, handover.Done())
+        handover.send(self._link, handover.HandoverDone())

@@ -7,7 +7,7 @@ import abc
 from prefault.device.registry import AreaRecord, ClientRecord, Registry
 
 
-class Notary(abc.ABC):
+class WardenNotifier(abc.ABC):
     """Each call returns when the warden has it; OSError: the warden is gone, and :meth:`orphaned` is the next call."""
 
     def started(self) -> None:  # noqa: B027  only a warden wants to know

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prefault.device.frames import RESULTS
-from prefault.device.server.driver_calls import Calls, Failure, Fill
+from prefault.device.server.driver_calls import DriverCalls, Fill, FillFailure
 
 if TYPE_CHECKING:
-    from prefault.device.server.served_areas import Books, ServedArea
+    from prefault.device.server.served_areas import ServedArea, ServerState
 
 _log = logging.getLogger("prefault.device")
 _SOFTWARE = 70  # EX_SOFTWARE
@@ -32,7 +32,7 @@ class Workers:
         count: of threads.
     """
 
-    def __init__(self, books: Books, count: int) -> None:
+    def __init__(self, books: ServerState, count: int) -> None:
         self.count = count
         self._books = books
         self._heartbeat = books.frames.heartbeat
@@ -113,7 +113,7 @@ class Jobs:
         when_idle: told of an area that is given up, when no call has it any more.
     """
 
-    def __init__(self, books: Books, calls: Calls, workers: Workers) -> None:
+    def __init__(self, books: ServerState, calls: DriverCalls, workers: Workers) -> None:
         self._books = books
         self._calls = calls
         self._workers = workers
@@ -141,8 +141,8 @@ class Jobs:
         self._fills[fill.pages.start] = fill
         self._workers.do(_FillWork(self, fill))
 
-    def failed(self, fill: Fill, failure: Failure) -> None:
-        """:meth:`Calls.fill_one` could not supply its page, which counts already."""
+    def failed(self, fill: Fill, failure: FillFailure) -> None:
+        """:meth:`DriverCalls.fill_one` could not supply its page, which counts already."""
         fill.area.calls += 1
         fill.reserved = True
         fill.failure = failure
@@ -182,7 +182,7 @@ class Jobs:
 
     def call(
         self, area: ServedArea, name: str, function: Callable[..., object], *arguments: object,
-        then: Callable[[Failure | None], None],
+        then: Callable[[FillFailure | None], None],
     ) -> None:  # fmt: skip
         """Call another method of the driver on behalf of an area, and ``then`` in the loop."""
         area.calls += 1

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from prefault._kernel import userfaultfd
 from prefault.device import handover, protocol
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 from prefault.device.registry import AreaRecord, ClientRecord, Registry
 from prefault.device.server import fault_resolution
 from prefault.ipc.transport import ProtocolError, receive
@@ -19,7 +19,7 @@ from prefault.ipc.transport import ProtocolError, receive
 _WP = userfaultfd.UFFD_PAGEFAULT_FLAG_WP
 
 
-def say(connection: int, message: protocol.Reply) -> None:
+def send_if_possible(connection: int, message: protocol.Reply) -> None:
     """Send a message, if that needs no waiting, to whoever is there."""
     if connection < 0:
         return
@@ -27,7 +27,7 @@ def say(connection: int, message: protocol.Reply) -> None:
         link.send(protocol.encode(message), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
-def let_go(client: ClientRecord) -> None:
+def release_client(client: ClientRecord) -> None:
     """The end of all answering for a client whose pages are mapped or poisoned: the kernel is to ask nobody any more.
 
     Otherwise a page that is supplied, and whose entry the kernel takes away to write it to swap, would wait for us for ever.
@@ -38,7 +38,7 @@ def let_go(client: ClientRecord) -> None:
     fault_resolution.disarm(client.lifeline_read)
 
 
-class Remains:
+class FallbackServer:
     """What is left of a device without its server.
 
     Args:
@@ -58,7 +58,7 @@ class Remains:
         for client in registry.clients.values():
             self._take_over(client, reason)
         if first is not None:
-            say(first.fileno(), protocol.Gone(0, reason))
+            send_if_possible(first.fileno(), protocol.Gone(0, reason))
             self._watch(first.fileno(), self._hear_first)
 
     @property
@@ -76,7 +76,7 @@ class Remains:
             # Whoever waits asks again: what the server had read and not answered is lost.
             fault_resolution.unprotect(client.userfaultfd, area.address, area.length)
             fault_resolution.wake(client.userfaultfd, area.address, area.length)
-        say(client.connection, protocol.Gone(0, reason))
+        send_if_possible(client.connection, protocol.Gone(0, reason))
 
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
         self._selector.register(fd, selectors.EVENT_READ, handler)
@@ -122,7 +122,7 @@ class Remains:
         start = area.address + page * frames.page_size - area.offset
         if protected:
             return fault_resolution.unprotect(fd, start, frames.page_size)
-        if frames.states[page] == PageState.READY:
+        if frames.states[page] == DevicePageState.READY:
             result = fault_resolution.map_run(fd, start, frames.page_size, frames.unit, False)
             if not result.holes:
                 return not result.gone
@@ -142,9 +142,9 @@ class Remains:
                 self._drop(client)
         elif isinstance(request, protocol.Unmap):
             client.areas.pop(request.area, None)
-            say(client.connection, protocol.Done(request.id))
+            send_if_possible(client.connection, protocol.Done(request.id))
         elif not isinstance(request, protocol.Cancel):
-            say(client.connection, protocol.Refused(request.id, "gone", errno.ECONNRESET, self._refusal))
+            send_if_possible(client.connection, protocol.Refused(request.id, "gone", errno.ECONNRESET, self._refusal))
 
     def _hear_first(self) -> None:
         assert self._first is not None
@@ -154,7 +154,7 @@ class Remains:
             self._first.close()
             self._first = None
         else:
-            say(self._first.fileno(), protocol.Refused(request.id, "gone", errno.ECONNRESET, self._refusal))
+            send_if_possible(self._first.fileno(), protocol.Refused(request.id, "gone", errno.ECONNRESET, self._refusal))
 
     def _request(self, connection: int) -> protocol.Request | None:
         """What came; None at the end of the connection, or where it should end."""

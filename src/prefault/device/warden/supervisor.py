@@ -15,11 +15,11 @@ from typing import NoReturn
 
 from prefault.device import daemon, handover, limit_messages, protocol, recipes
 from prefault.device.driver import Device, Recipe
-from prefault.device.page_states import PageState
+from prefault.device.page_states import DevicePageState
 from prefault.device.registry import AreaRecord, Registry
 from prefault.device.server import fault_resolution
 from prefault.device.server.event_loop import run_server
-from prefault.device.server.warden_link import NotaryLink
+from prefault.device.server.warden_link import WardenLink
 from prefault.device.warden import fallback_server
 from prefault.errors import DeviceError
 from prefault.ipc import socket_path
@@ -71,7 +71,7 @@ class Warden:
         self._lingers = lingers
         self._early: dict[int, dict[int, AreaRecord]] = {}
         """Areas of clients that are not known yet."""
-        self._remains: fallback_server.Remains | None = None
+        self._remains: fallback_server.FallbackServer | None = None
         self._over = self._ending = self._orderly = False
         self._overdue = ""
         """Why a server was killed that did not go on; else empty."""
@@ -83,8 +83,8 @@ class Warden:
         """Why there was no server any more, if it ended so."""
         self._end_by: float | None = None
         self._next_look = 0.0
-        self._deaths = handover.Often(RESTARTS_MOST, RESTARTS_WINDOW_S)
-        self._timeouts = handover.Often(_TIMEOUTS_MOST, 10 * registry.timeout_s)
+        self._deaths = handover.RateLimit(RESTARTS_MOST, RESTARTS_WINDOW_S)
+        self._timeouts = handover.RateLimit(_TIMEOUTS_MOST, 10 * registry.timeout_s)
         self._selector = selectors.DefaultSelector()
         self._signals, self._signal_writer = socket.socketpair()
         self._link: socket.socket
@@ -180,11 +180,11 @@ class Warden:
         except TimeoutError:
             self._kill_server()
             taken = None
-        if taken is not None and isinstance(taken[0], handover.Started):
+        if taken is not None and isinstance(taken[0], handover.ServerStarted):
             return
         assert self.server_pid is not None
         status = handover.reap(self.server_pid, _END_S)
-        if taken is not None and isinstance(taken[0], handover.NotStarted):
+        if taken is not None and isinstance(taken[0], handover.ServerNotStarted):
             raise DeviceError(taken[0].number, taken[0].message)
         raise DeviceError(errno.ECONNRESET, self._what_happened(status))
 
@@ -216,7 +216,7 @@ class Warden:
         """Take over a server whose warden has died: it says who its clients are."""
         link.settimeout(_START_S)
         while (taken := handover.take(link)) is not None:  # None: it has died as well; what is known by now is answered for
-            if isinstance(taken[0], handover.Done):
+            if isinstance(taken[0], handover.HandoverDone):
                 break
             self._note(*taken)
         self.watch_server(pidfd, link, None)
@@ -239,7 +239,7 @@ class Warden:
                 end.close()
             first = None if self._registry.clients else self._first
             os.register_at_fork(after_in_child=lambda: _forget_clients(self._registry, link, self._listener, self._control))
-            notary = NotaryLink(
+            notary = WardenLink(
                 link, warden, recipe=self._recipe, listener=self._listener, listens_at=self._place, first=first,
                 control=self._control, owner=self._owner,
             )  # fmt: skip
@@ -254,7 +254,7 @@ class Warden:
             notary.done()
             status = 0
         except DeviceError as error:
-            why = handover.NotStarted(error.errno or errno.EIO, error.strerror or str(error))
+            why = handover.ServerNotStarted(error.errno or errno.EIO, error.strerror or str(error))
             try:
                 handover.send(link, why)
             except OSError:  # the warden is gone
@@ -308,11 +308,11 @@ class Warden:
                     handover.close_client(client_left)
                 if self._lingers and not clients:
                     self.end()
-            case handover.Done():
+            case handover.HandoverDone():
                 self._orderly = True
-            case handover.Started():
+            case handover.ServerStarted():
                 self._why_not = ""
-            case handover.NotStarted():
+            case handover.ServerNotStarted():
                 self._why_not = message.message
             case _:
                 raise ProtocolError(f"a server does not say {type(message).__name__}")
@@ -352,7 +352,7 @@ class Warden:
         what = self._what_happened(status)
         # Killed from outside it says nothing about the driver.
         blame = bool(self._overdue) or (status is not None and status not in (-signal.SIGKILL, -signal.SIGTERM))
-        filling = self._registry.frames.runs(range(self._registry.frames.pages), PageState.FILLING)
+        filling = self._registry.frames.runs(range(self._registry.frames.pages), DevicePageState.FILLING)
         self._registry.frames.repair()
         if self._can_start_another():
             _log.warning("device %s: %s; another is started", self._registry.name, what)
@@ -360,7 +360,7 @@ class Warden:
             if blame:
                 self._registry.blamed = {page: what for run in filling for page in run}
             if self._first is not None:  # Hello may have gone with the server
-                fallback_server.say(self._first.fileno(), protocol.Restarted(0, self._registry.generation))
+                fallback_server.send_if_possible(self._first.fileno(), protocol.Restarted(0, self._registry.generation))
             try:
                 self.start_server()
             except OSError as error:
@@ -391,7 +391,7 @@ class Warden:
         _log.error("device %s: %s; pages that were not supplied are SIGBUS from now on", self._registry.name, what)
         self.failed = what
         self._stop_listening()
-        self._remains = fallback_server.Remains(self._registry, self._first, self._selector, what)
+        self._remains = fallback_server.FallbackServer(self._registry, self._first, self._selector, what)
         self._over = self._remains.over
 
     def _stop_listening(self) -> None:
@@ -441,10 +441,10 @@ class Warden:
         for client in self._registry.clients.values():
             if not self._orderly:
                 fault_resolution.give_up(frames, client)
-                fallback_server.say(
+                fallback_server.send_if_possible(
                     client.connection, protocol.Gone(0, f"device {self._registry.name} is not served any more")
                 )
-            fallback_server.let_go(client)
+            fallback_server.release_client(client)
             handover.close_client(client)
 
 

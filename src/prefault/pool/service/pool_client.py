@@ -16,7 +16,7 @@ from prefault.errors import PoolGoneError
 from prefault.ipc import socket_path, transport
 from prefault.ipc.transport import ProtocolError, may_talk_to
 from prefault.memory.backings import Descriptor
-from prefault.pool.block_charges import Account, Member
+from prefault.pool.block_charges import BlockCharges, PoolAccount
 from prefault.pool.high_water import Notifier, OnHighWater
 from prefault.pool.members import check_name, extent, round_up
 from prefault.pool.pool_statistics import PoolStatistics
@@ -32,7 +32,7 @@ _READ = 1 << 16
 _UNANSWERED_MOST = 64
 """Requests that may wait for an answer at once: more could fill the socket, both ways."""
 
-_R = TypeVar("_R", pool_protocol.Welcome, pool_protocol.Created, pool_protocol.Done, pool_protocol.Statistics)
+_R = TypeVar("_R", pool_protocol.PoolWelcome, pool_protocol.Created, pool_protocol.PoolDone, pool_protocol.StatisticsReply)
 
 
 class PoolClient:
@@ -52,7 +52,7 @@ class PoolClient:
     def __init__(self, path: str | os.PathLike[str], *, timeout: float, on_high_water: OnHighWater | None) -> None:
         if not timeout > 0:
             raise ValueError(f"a timeout is a positive number of seconds, not {timeout}")
-        self._link = _Link(path, timeout)
+        self._link = _PoolConnection(path, timeout)
         try:
             welcome = self._link.greet(events=False)
             self.capacity, self.block, self.notes = welcome.capacity, welcome.block, welcome.notes
@@ -60,7 +60,7 @@ class PoolClient:
         except BaseException:
             self._link.close()
             raise
-        self._members: set[_There] = set()
+        self._members: set[_RemoteAccount] = set()
 
     def sparse(
         self,
@@ -85,10 +85,10 @@ class PoolClient:
         created, fd = self._link.ask(request, pool_protocol.Created)
         if fd is None:
             raise PoolGoneError(errno.EPROTO, "the pool's server sent no descriptor with a new member")
-        account = _There(self, created.member, fd)
+        account = _RemoteAccount(self, created.member, fd)
         self._members.add(account)
         try:
-            books = Member(account, created.size, self.block, created.name)
+            books = BlockCharges(account, created.size, self.block, created.name)
             return SparseMemory(
                 round_up(wanted, self.block), reservation=created.size, backing=Descriptor(fd), block=self.block,
                 unpopulated=unpopulated, huge=huge, books=books,
@@ -103,7 +103,7 @@ class PoolClient:
         Raises:
             PoolGoneError: the server cannot be asked.
         """
-        return self._link.ask(pool_protocol.Ask(0), pool_protocol.Statistics)[0].statistics
+        return self._link.ask(pool_protocol.Ask(0), pool_protocol.StatisticsReply)[0].statistics
 
     def close(self) -> None:
         """End the connection. A second call does nothing.
@@ -134,7 +134,7 @@ class PoolClient:
         return f"<PoolClient of {format_size(self.capacity)} at {self._link.path}, {state}>"
 
 
-class _There(Account):
+class _RemoteAccount(PoolAccount):
     """An account with a pool in another process."""
 
     def __init__(self, client: PoolClient, number: int, fd: int) -> None:
@@ -147,7 +147,7 @@ class _There(Account):
         link, request = self._client._link, pool_protocol.Settle(0, self._number, charged)
         if charged > self._charged:
             try:
-                link.ask(request, pool_protocol.Done)
+                link.ask(request, pool_protocol.PoolDone)
             except PoolGoneError:
                 # The server may still carry it out when it goes on: what is charged in the end follows right behind.
                 with contextlib.suppress(PoolGoneError):
@@ -171,7 +171,7 @@ class _There(Account):
                 self._client._link.tell(pool_protocol.Close(0, self._number))
 
 
-class _Link:
+class _PoolConnection:
     """A connection: one request at a time, each answered before its deadline."""
 
     def __init__(self, path: str | os.PathLike[str], timeout: float) -> None:
@@ -221,8 +221,8 @@ class _Link:
     def usable(self) -> bool:
         return self._why is None and os.getpid() == self._pid
 
-    def greet(self, *, events: bool) -> pool_protocol.Welcome:
-        return self.ask(pool_protocol.Hello(0, pool_protocol.VERSION, events), pool_protocol.Welcome)[0]
+    def greet(self, *, events: bool) -> pool_protocol.PoolWelcome:
+        return self.ask(pool_protocol.PoolHello(0, pool_protocol.VERSION, events), pool_protocol.PoolWelcome)[0]
 
     def ask(self, request: pool_protocol.Request, kind: type[_R]) -> tuple[_R, int | None]:
         """Send a request; its answer, and the descriptor that came with it.
@@ -245,7 +245,7 @@ class _Link:
             number = self._send(request)
             while True:
                 reply, fd = self._take(deadline)
-                if reply.id == number or (not reply.id and isinstance(reply, pool_protocol.Refused)):
+                if reply.id == number or (not reply.id and isinstance(reply, pool_protocol.PoolRefused)):
                     break
                 self._discard(reply, fd)
             self._send_later()
@@ -253,7 +253,7 @@ class _Link:
             return reply, fd
         if fd is not None:
             os.close(fd)
-        if not isinstance(reply, pool_protocol.Refused):
+        if not isinstance(reply, pool_protocol.PoolRefused):
             self._fail(f"the pool's server at {self.path} answered a {type(request).__name__} with a {type(reply).__name__}")
         error = pool_protocol.error_of(reply)
         if not reply.id or reply.kind == "protocol":
@@ -278,7 +278,7 @@ class _Link:
                 with contextlib.suppress(PoolGoneError):  # it is still late
                     self._catch_up(time.monotonic())
                 return
-        self.ask(request, pool_protocol.Done)
+        self.ask(request, pool_protocol.PoolDone)
 
     def _is_asking(self) -> bool:
         """Whether this very thread is in the middle of a request: we are a signal handler or a finalizer."""
@@ -320,7 +320,7 @@ class _Link:
             os.close(fd)
         if isinstance(reply, pool_protocol.Created):
             self._later[reply.member] = pool_protocol.Close(0, reply.member)
-        if isinstance(reply, pool_protocol.Refused) and (not reply.id or reply.kind == "protocol"):
+        if isinstance(reply, pool_protocol.PoolRefused) and (not reply.id or reply.kind == "protocol"):
             self._fail(str(pool_protocol.error_of(reply)))
 
     def _send(self, request: pool_protocol.Request) -> int:
@@ -393,7 +393,7 @@ class _Events:
     """A connection of its own on which the server tells of the high-water mark, and the thread that listens."""
 
     def __init__(self, path: str | os.PathLike[str], timeout: float, callback: OnHighWater) -> None:
-        self._link = _Link(path, timeout)
+        self._link = _PoolConnection(path, timeout)
         try:
             self._link.greet(events=True)
         except BaseException:

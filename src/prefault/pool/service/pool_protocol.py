@@ -37,18 +37,18 @@ Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
-class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.lower, array_like=True):
+class _PoolMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.lower, array_like=True):
     id: Number
 
 
-class Hello(_Message, frozen=True):
+class PoolHello(_PoolMessage, frozen=True):
     """The first message of a client. ``events``: this connection is there to be told of the high-water mark."""
 
     version: Number
     events: bool
 
 
-class Create(_Message, frozen=True):
+class Create(_PoolMessage, frozen=True):
     """Have a member made."""
 
     size: Number
@@ -57,24 +57,24 @@ class Create(_Message, frozen=True):
     name: _Text | None
 
 
-class Settle(_Message, frozen=True):
+class Settle(_PoolMessage, frozen=True):
     """Have so many bytes charged to a member of this connection, in all."""
 
     member: Number
     charged: Number
 
 
-class Close(_Message, frozen=True):
+class Close(_PoolMessage, frozen=True):
     """Empty a member of this connection, and forget it."""
 
     member: Number
 
 
-class Ask(_Message, frozen=True):
+class Ask(_PoolMessage, frozen=True):
     """Ask for the statistics."""
 
 
-class Welcome(_Message, frozen=True):
+class PoolWelcome(_PoolMessage, frozen=True):
     """To Hello: what the pool is."""
 
     capacity: Number
@@ -82,7 +82,7 @@ class Welcome(_Message, frozen=True):
     notes: tuple[str, ...]
 
 
-class Created(_Message, frozen=True):
+class Created(_PoolMessage, frozen=True):
     """To Create; the descriptor of the file comes with it."""
 
     member: Number
@@ -90,23 +90,23 @@ class Created(_Message, frozen=True):
     size: Number
 
 
-class Done(_Message, frozen=True):
+class PoolDone(_PoolMessage, frozen=True):
     """To Settle and Close."""
 
 
-class Statistics(_Message, frozen=True):
+class StatisticsReply(_PoolMessage, frozen=True):
     """To Ask."""
 
     statistics: PoolStatistics
 
 
-class HighWater(_Message, frozen=True):
+class HighWater(_PoolMessage, frozen=True):
     """The charge has come to the high-water mark."""
 
     statistics: PoolStatistics
 
 
-class Refused(_Message, frozen=True):
+class PoolRefused(_PoolMessage, frozen=True):
     """To anything: why not. ``kind`` is a key of :data:`ERRORS`; after ``"protocol"`` the server closes the connection."""
 
     kind: str
@@ -114,8 +114,8 @@ class Refused(_Message, frozen=True):
     message: str
 
 
-Request: TypeAlias = Hello | Create | Settle | Close | Ask
-Reply: TypeAlias = Welcome | Created | Done | Statistics | HighWater | Refused
+Request: TypeAlias = PoolHello | Create | Settle | Close | Ask
+Reply: TypeAlias = PoolWelcome | Created | PoolDone | StatisticsReply | HighWater | PoolRefused
 
 # What travels by name, most special first: the first that fits is sent.
 ERRORS: dict[str, type[Exception]] = {
@@ -180,15 +180,15 @@ def take_message(received: bytearray, most: int) -> bytearray | None:
     return body
 
 
-def refusal(request: int, error: Exception) -> Refused:
+def refusal(request: int, error: Exception) -> PoolRefused:
     """An error as a message."""
     kind = next(kind for kind, of in ERRORS.items() if isinstance(error, of))
     number = error.errno if isinstance(error, OSError) else None
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return Refused(request, kind, number or 0, text)
+    return PoolRefused(request, kind, number or 0, text)
 
 
-def error_of(refused: Refused) -> Exception:
+def error_of(refused: PoolRefused) -> Exception:
     """The error that a message tells of."""
     kind = ERRORS.get(refused.kind, OSError)
     if kind is ValueError:

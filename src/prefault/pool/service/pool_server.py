@@ -24,12 +24,12 @@ from prefault.pool.pool_statistics import PoolStatistics
 from prefault.pool.service import pool_protocol
 
 if TYPE_CHECKING:
-    from prefault.pool.members import Register
+    from prefault.pool.members import MemberTable
 
 _READ = pool_protocol.MAX_REQUEST + 4
 
 
-class _Client:
+class _PoolClientConnection:
     """A connection, and what it may speak of."""
 
     def __init__(self, connection: socket.socket, pid: int, pidfd: int) -> None:
@@ -72,7 +72,7 @@ class PoolServer:
     """
 
     def __init__(
-        self, pool: Register, path: str | os.PathLike[str], *, max_connections: int, max_members: int, timeout: float
+        self, pool: MemberTable, path: str | os.PathLike[str], *, max_connections: int, max_members: int, timeout: float
     ) -> None:
         if max_connections < 1 or max_members < 1 or not timeout > 0:
             raise ValueError("a server has at least one connection, one member, and a positive timeout")
@@ -80,8 +80,8 @@ class PoolServer:
         self._max_connections = max_connections
         self._max_members = max_members
         self._timeout = timeout
-        self._clients: set[_Client] = set()
-        self._disconnected: set[_Client] = set()
+        self._clients: set[_PoolClientConnection] = set()
+        self._disconnected: set[_PoolClientConnection] = set()
         """Those that live and have members."""
         self._events: deque[PoolStatistics] = deque(maxlen=16)
         self._pid = os.getpid()
@@ -202,7 +202,7 @@ class PoolServer:
             pidfd = peer_pidfd(connection)
         except OSError as error:
             return _turn_away(connection, f"it cannot see process {peer.pid}: {error.strerror}")
-        client = _Client(connection, peer.pid, pidfd)
+        client = _PoolClientConnection(connection, peer.pid, pidfd)
         client.deadline = time.monotonic() + self._timeout
         try:
             self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(client))
@@ -215,7 +215,7 @@ class PoolServer:
         self._clients.add(client)
         return None
 
-    def _drop(self, client: _Client) -> None:
+    def _drop(self, client: _PoolClientConnection) -> None:
         """End a connection. Its members go when its process does, which may be this very moment."""
         if client not in self._clients:
             return None
@@ -227,7 +227,7 @@ class PoolServer:
         self._disconnected.add(client)
         return self._pool.orphan(client.members, client.pidfd)
 
-    def _ended(self, client: _Client) -> None:
+    def _ended(self, client: _PoolClientConnection) -> None:
         """The process is gone. A fork of it may still hold the connection open."""
         if client not in self._clients and client not in self._disconnected:
             return  # an earlier event of the same round has closed the descriptor
@@ -241,12 +241,12 @@ class PoolServer:
         for member in members:
             self._reaper.submit(_guarded, self._pool.dismiss, member)
 
-    def _forget(self, client: _Client) -> None:
+    def _forget(self, client: _PoolClientConnection) -> None:
         self._disconnected.discard(client)
         self._selector.unregister(client.pidfd)
         os.close(client.pidfd)
 
-    def _serve(self, client: _Client) -> None:
+    def _serve(self, client: _PoolClientConnection) -> None:
         """Something has come, or an answer can go on."""
         if client not in self._clients:
             return None  # dropped by an earlier event of the same round
@@ -271,14 +271,14 @@ class PoolServer:
         except ProtocolError as error:
             client.last = True
             client.received.clear()
-            self._answer(client, pool_protocol.Refused(0, "protocol", errno.EPROTO, str(error)))
+            self._answer(client, pool_protocol.PoolRefused(0, "protocol", errno.EPROTO, str(error)))
         except Exception:
             self._drop(client)
             raise
         client.wait_until(time.monotonic() + self._timeout)
         return None
 
-    def _answer(self, client: _Client, reply: pool_protocol.Reply) -> None:
+    def _answer(self, client: _PoolClientConnection, reply: pool_protocol.Reply) -> None:
         client.answer = memoryview(pool_protocol.encode(reply))
         try:
             self._send(client)
@@ -289,7 +289,7 @@ class PoolServer:
         client.wait_until(time.monotonic() + self._timeout)
         return None
 
-    def _send(self, client: _Client) -> None:
+    def _send(self, client: _PoolClientConnection) -> None:
         assert client.answer is not None
         connection = client.connection
         self._selector.modify(connection, selectors.EVENT_WRITE, self._selector.get_key(connection).data)
@@ -307,8 +307,8 @@ class PoolServer:
 
     # --- requests
 
-    def _handle(self, client: _Client, request: pool_protocol.Request) -> None:
-        if isinstance(request, pool_protocol.Hello) is client.greeted or client.events:
+    def _handle(self, client: _PoolClientConnection, request: pool_protocol.Request) -> None:
+        if isinstance(request, pool_protocol.PoolHello) is client.greeted or client.events:
             raise ProtocolError("Hello comes first, and once; and a connection for events asks for nothing")
         reply: pool_protocol.Reply
         try:
@@ -317,22 +317,22 @@ class PoolServer:
             reply = pool_protocol.refusal(request.id, error)
         self._answer(client, reply)
 
-    def _do(self, client: _Client, request: pool_protocol.Request) -> pool_protocol.Reply:
+    def _do(self, client: _PoolClientConnection, request: pool_protocol.Request) -> pool_protocol.Reply:
         pool = self._pool
         self._dismiss(pool.dead())  # a server that was closed meanwhile may have left some
         match request:
-            case pool_protocol.Hello():
+            case pool_protocol.PoolHello():
                 if request.version != pool_protocol.VERSION:
                     raise ProtocolError(
                         f"version {pool_protocol.VERSION} of the protocol is spoken here, not {request.version}"
                     )
                 client.greeted, client.events = True, request.events
-                return pool_protocol.Welcome(request.id, pool.capacity, pool.block, pool.store.notes)
+                return pool_protocol.PoolWelcome(request.id, pool.capacity, pool.block, pool.store.notes)
             case pool_protocol.Create():
                 return self._create(client, request)
             case pool_protocol.Settle():
                 pool.settle(_own(client, request.member), request.charged)
-                return pool_protocol.Done(request.id)
+                return pool_protocol.PoolDone(request.id)
             case pool_protocol.Close():
                 number = _own(client, request.member)
                 client.members.remove(number)
@@ -341,11 +341,11 @@ class PoolServer:
                     self._dismiss([number])
                 else:
                     pool.dismiss(number)
-                return pool_protocol.Done(request.id)
+                return pool_protocol.PoolDone(request.id)
             case pool_protocol.Ask():
-                return pool_protocol.Statistics(request.id, pool.statistics())
+                return pool_protocol.StatisticsReply(request.id, pool.statistics())
 
-    def _create(self, client: _Client, request: pool_protocol.Create) -> pool_protocol.Reply:
+    def _create(self, client: _PoolClientConnection, request: pool_protocol.Create) -> pool_protocol.Reply:
         taken = sum(len(other.members) for other in (*self._clients, *self._disconnected))
         if taken >= self._max_members:
             raise PoolFullError(
@@ -396,7 +396,7 @@ def _guarded(work: Callable[..., object], *arguments: object) -> None:
         report(error)
 
 
-def _own(client: _Client, member: int) -> int:
+def _own(client: _PoolClientConnection, member: int) -> int:
     if member not in client.members:
         raise ValueError(f"member {member} is none of this connection")
     return member
@@ -406,4 +406,4 @@ def _turn_away(connection: socket.socket, reason: str) -> None:
     """Say why, if that needs no waiting, and hang up."""
     with connection, contextlib.suppress(OSError):
         connection.setblocking(False)
-        connection.send(pool_protocol.encode(pool_protocol.Refused(0, "protocol", errno.EPERM, reason)))
+        connection.send(pool_protocol.encode(pool_protocol.PoolRefused(0, "protocol", errno.EPERM, reason)))

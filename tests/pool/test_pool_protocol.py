@@ -646,8 +646,8 @@ _WELCOME = pool_protocol.encode(pool_protocol.PoolWelcome(1, 1 << 20, PAGE_SIZE,
         ((_WELCOME,), "did not answer within 0.5 s"),
         ((b"\xff\xff\xff\xff",), "is no answer of a pool: a message of 4294967295 bytes"),
         ((_frame(b"\xc1"),), "is no answer of a pool"),
-        ((pool_protocol.encode(pool_protocol.PoolDone(1)),), "answered a Hello with a Done"),
-        ((_WELCOME, pool_protocol.encode(pool_protocol.PoolDone(2))), "answered a Ask with a Done"),
+        ((pool_protocol.encode(pool_protocol.PoolDone(1)),), "answered a PoolHello with a PoolDone"),
+        ((_WELCOME, pool_protocol.encode(pool_protocol.PoolDone(2))), "answered a Ask with a PoolDone"),
     ],
 )
 def test_a_client_of_an_impostor_does_not_wait_for_ever(

@@ -170,7 +170,7 @@ def test_what_another_populates_meanwhile_stays(unpopulated: Any, many: bool, mo
             raise ZeroDivisionError
 
         if many:
-            monkeypatch.setattr(MANY.Pace, "finish", stop)
+            monkeypatch.setattr(MANY.ChunkSize, "finish", stop)
         with pytest.raises(ZeroDivisionError):
             one.populate_many([(0, len(one))]) if many else one.populate(progress=stop, threads=1)
         assert not any(oracle.present(one.range.start, len(one)))

@@ -122,7 +122,8 @@ def test_without() -> None:
 
 def _asked_in_a_fresh_process(without_names: str) -> str:
     code = (
-        "from prefault import capabilities as c; print([w.name for w in c.ALL if w.name in c.disabled and not w.available])"
+        "from prefault._system import capabilities as c;"
+        " print([w.name for w in c.ALL if w.name in c.disabled and not w.available])"
     )
     environment = {**os.environ, "PREFAULT_WITHOUT": without_names}
     done = subprocess.run(

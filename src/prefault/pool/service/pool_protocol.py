@@ -41,7 +41,7 @@ class _PoolMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=
     id: Number
 
 
-class PoolHello(_PoolMessage, frozen=True):
+class PoolHello(_PoolMessage, frozen=True, tag="hello"):
     """The first message of a client. ``events``: this connection is there to be told of the high-water mark."""
 
     version: Number
@@ -74,7 +74,7 @@ class Ask(_PoolMessage, frozen=True):
     """Ask for the statistics."""
 
 
-class PoolWelcome(_PoolMessage, frozen=True):
+class PoolWelcome(_PoolMessage, frozen=True, tag="welcome"):
     """To Hello: what the pool is."""
 
     capacity: Number
@@ -90,11 +90,11 @@ class Created(_PoolMessage, frozen=True):
     size: Number
 
 
-class PoolDone(_PoolMessage, frozen=True):
+class PoolDone(_PoolMessage, frozen=True, tag="done"):
     """To Settle and Close."""
 
 
-class StatisticsReply(_PoolMessage, frozen=True):
+class StatisticsReply(_PoolMessage, frozen=True, tag="statistics"):
     """To Ask."""
 
     statistics: PoolStatistics
@@ -106,7 +106,7 @@ class HighWater(_PoolMessage, frozen=True):
     statistics: PoolStatistics
 
 
-class PoolRefused(_PoolMessage, frozen=True):
+class PoolRefused(_PoolMessage, frozen=True, tag="refused"):
     """To anything: why not. ``kind`` is a key of :data:`ERRORS`; after ``"protocol"`` the server closes the connection."""
 
     kind: str

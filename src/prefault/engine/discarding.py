@@ -71,12 +71,12 @@ def discard(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> Dis
         span = memory.select(offset, length)
         if not memory.contiguous:
             raise ValueError("the array is not contiguous: discarding the pages it spans would lose bytes between its items")
-        if memory.supplier is not None:
-            whole_bytes, freed = memory.supplier.discard(span)
+        if memory.page_provider is not None:
+            whole_bytes, freed = memory.page_provider.discard(span)
             return DiscardResult(whole_bytes, freed, perf_counter() - began, "device")
-        if memory.gate is None:
+        if memory.access_guard is None:
             return _discard(memory, span, began)
-        with memory.gate.discarding([span]) as (whole_blocks,):
+        with memory.access_guard.discarding([span]) as (whole_blocks,):
             return _discard(memory, whole_blocks, began)
 
 
@@ -128,7 +128,7 @@ def _parts(memory: Borrowed, span: Span) -> tuple[list[_Part], bool]:
                 )
             if memory.readonly and _loses_bytes(vma, part):
                 raise ValueError("the buffer is read-only: its owner does not expect its bytes to change")
-            if _punches(vma) and not vma.writable and memory.gate is None:  # which has just made it so
+            if _punches(vma) and not vma.writable and memory.access_guard is None:  # which has just made it so
                 raise ValueError(f"the mapping is read-only: discarding {vma.backing.value} would take its bytes from all")
             parts.append((part, vma))
         at = stop

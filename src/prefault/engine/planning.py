@@ -103,7 +103,7 @@ def make_plan(
     chosen = None if method is None else _chosen(method, access)
     if span.start == span.stop:
         return Plan(span, (), 1, ())
-    if memory.supplier is not None and chosen is None:
+    if memory.page_provider is not None and chosen is None:
         return Plan(span, (), 1, ("device memory: one call of its driver's populate hook",))
     simple = _simple(memory, span, access) if chosen is None and memory.contiguous else None
     if simple is not None:
@@ -176,7 +176,7 @@ def _pieces(memory: Borrowed, span: Span, access: Access | None, chosen: Method 
         end = min(stop + (first - stop) % vma.page_size, last)
         like = known.get(vma)
         if like is None:
-            if memory.gate is not None:
+            if memory.access_guard is not None:
                 vma.readable = vma.writable = True  # once the gate has let us through: until then it may be fenced off
             like = known[vma] = _segment(memory, vma, start, end, access, chosen)[2:]
         yield Segment(start, end, *like)
@@ -191,7 +191,7 @@ def _hole(start: int, stop: int, access: Access | None, chosen: Method | None) -
 
 def _vma_at(address: int, memory: Borrowed) -> Vma | None:
     vma = vma_at(address)
-    if vma is not None and memory.gate is not None:
+    if vma is not None and memory.access_guard is not None:
         vma.readable = vma.writable = True  # once the gate has let us through: until then it may be fenced off
     return vma
 

@@ -145,13 +145,13 @@ def populate(
         raise TypeError(f"progress is True, False or a function, not {type(progress).__name__}")
     memory = borrow(buffer)
     try:
-        if memory.supplier is not None and method in (None, "device"):
-            return _have_supplied(memory.supplier, memory, access, offset, length, rollback, progress, headroom, began)
-        if memory.gate is None:
+        if memory.page_provider is not None and method in (None, "device"):
+            return _have_supplied(memory.page_provider, memory, access, offset, length, rollback, progress, headroom, began)
+        if memory.access_guard is None:
             what = make_plan(memory, access, offset, length, method, threads)
             return _carry_out(what, memory, began, rollback, progress, headroom)
         # The gate first: behind it the memory may be mapped otherwise, which the plan must see.
-        with memory.gate.populating([memory.select(offset, length)]) as (span,):
+        with memory.access_guard.populating([memory.select(offset, length)]) as (span,):
             what = make_plan(memory, access, span.start - memory.address, span.stop - span.start, method, threads)
             return _carry_out(what, memory, began, True, progress, headroom)
     except MemoryError as error:
@@ -191,7 +191,7 @@ def _carry_out(
 
 
 def _have_supplied(
-    supplier: PageProvider, memory: Borrowed, access: Access | None, offset: Size, length: Size | None, rollback: bool,
+    provider: PageProvider, memory: Borrowed, access: Access | None, offset: Size, length: Size | None, rollback: bool,
     progress: Progress | bool, headroom: HeadroomChoice, began: int,
 ) -> PopulateResult:  # fmt: skip
     if access not in (None, "read", "write"):
@@ -206,7 +206,7 @@ def _have_supplied(
             from prefault.engine.progress import bar
 
             report = stack.enter_context(bar("populate"))
-        done = supplier.populate(
+        done = provider.populate(
             span, memory.address, chosen, rollback=rollback, progress=report, check_headroom=headroom == "check"
         )
     took = (perf_counter_ns() - began) / 1e9

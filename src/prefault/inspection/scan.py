@@ -232,7 +232,7 @@ def residency(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> R
         span = memory.select(offset, length)
         pages = PageRange.outward(span.start, span.stop)
         found = residency_of(pages, _page_cache(memory, buffer, pages))
-        if found.page_cache is None and memory.supplier is None:
+        if found.page_cache is None and memory.page_provider is None:
             found.cached_bytes = _cached_bytes(pages)
         return found
 

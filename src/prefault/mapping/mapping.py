@@ -210,7 +210,7 @@ class Mapping(MappedMemory):
         pin = MemoryPin(memory)
         return Borrowed(
             memory.address, self._length,
-            readonly=not self.writable, fd=memory.fd, huge=self.huge == "advise", hold=pin,
+            readonly=not self.writable, fd=memory.fd, huge=self.huge == "advise", pin=pin,
         )  # fmt: skip
 
     def __repr__(self) -> str:

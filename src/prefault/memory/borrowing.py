@@ -1,4 +1,4 @@
-"""Any buffer, and the address range that it is: borrowed for the length of a call, never unmapped by us."""
+"""Find the address range of any buffer, and keep it in place for the length of a call."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ from prefault.sizes import Size, parse_size
 
 
 class Span(NamedTuple):
-    """The bytes of memory that a call is about: addresses ``[start, stop)``, not rounded to pages."""
+    """Bytes that a call works on: addresses ``[start, stop)``, not rounded to pages."""
 
     start: int
     stop: int
 
 
 class Borrowed:
-    """A buffer's memory, held in place until :meth:`release`.
+    """Memory of a buffer, kept in place until :meth:`release`.
 
     Attributes:
         address: of its first byte.
         length: bytes from the first to the last, gaps of a strided array included.
         readonly: whether the buffer's owner forbids writing through it (the pages may be writable all the same).
         contiguous: whether every byte between first and last belongs to the buffer.
-        fd: a descriptor of the file behind it, if the owner has one, else None. Borrowed as well.
+        fd: descriptor of the file behind the memory, if the owner has one, else None. Borrowed as well.
         huge: whether the owner asked for transparent huge pages.
-        gate: what the owner wants to be asked before pages come and go, if anything.
-        supplier: who supplies the pages, if the kernel does not.
+        access_guard: hook that populate and discard enter before they touch a page, if the owner installed one.
+        page_provider: what supplies the pages of device memory; None where the kernel supplies them.
     """
 
-    __slots__ = ("_hold", "address", "contiguous", "fd", "gate", "huge", "length", "readonly", "supplier")
+    __slots__ = ("_pin", "access_guard", "address", "contiguous", "fd", "huge", "length", "page_provider", "readonly")
 
     def __init__(
         self, address: int, length: int, *, readonly: bool, contiguous: bool = True, fd: int | None = None,
-        huge: bool = False, gate: AccessGuard | None = None, supplier: PageProvider | None = None, hold: Pin | None = None,
+        huge: bool = False, access_guard: AccessGuard | None = None, page_provider: PageProvider | None = None,
+        pin: Pin | None = None,
     ) -> None:  # fmt: skip
         self.address = address
         self.length = length
@@ -51,15 +52,15 @@ class Borrowed:
         self.contiguous = contiguous
         self.fd = fd
         self.huge = huge
-        self.gate = gate
-        self.supplier = supplier if supplier is not None else _page_providers.at(address, length)
-        self._hold = hold
+        self.access_guard = access_guard
+        self.page_provider = page_provider if page_provider is not None else _page_providers.at(address, length)
+        self._pin = pin
 
     def release(self) -> None:
-        """Let the owner move or free the memory again. A second call does nothing."""
-        hold, self._hold = self._hold, None
-        if hold is not None:
-            hold.release()
+        """Let the owner move or free the memory again. Idempotent."""
+        pin, self._pin = self._pin, None
+        if pin is not None:
+            pin.release()
 
     def __enter__(self) -> Borrowed:
         return self
@@ -68,7 +69,7 @@ class Borrowed:
         self.release()
 
     def select(self, offset: Size, length: Size | None) -> Span:
-        """The addresses of ``length`` bytes from ``offset`` on (None: to the end).
+        """Return the addresses of ``length`` bytes from ``offset`` on (None: to the end).
 
         Raises:
             ValueError: negative, or not inside the buffer.
@@ -85,35 +86,36 @@ class Borrowed:
 
 
 class Pin(abc.ABC):
-    """What keeps borrowed memory in place."""
+    """Keeps borrowed memory in place until it is released."""
 
     @abc.abstractmethod
     def release(self) -> None:
-        """Give it back to its owner."""
+        """Let the owner move or free the memory again. Idempotent."""
 
 
 class AccessGuard(abc.ABC):
-    """What an owner puts before its memory, to be passed by whoever populates or discards.
+    """Hook that the owner of memory installs: populate and discard enter it before they touch a page.
 
-    Sparse memory has two reasons for one: what is not populated may be fenced off, and a pool keeps books of what is. It has
-    a block size of its own, so that it answers with the spans that are to be worked on: whole blocks.
+    Sparse memory needs one for two reasons: its unpopulated blocks may be protected, and a pool charges for the populated
+    ones. The guard rounds to the block size of its memory, so populate and discard work on the spans that it returns.
     """
 
     @abc.abstractmethod
     def populating(self, spans: Sequence[Span]) -> AbstractContextManager[Sequence[Span]]:
-        """Around populating: entering admits the spans, rounded outward to blocks, or raises before anything is touched.
+        """Return the context of a populate call: entering charges and unprotects the spans, rounded outward to blocks.
 
-        Leaving with an exception takes back the admission of what was not admitted before. The pages that were brought in
-        have been discarded by then: behind a gate every populate is all or nothing.
+        Entering raises before any page is touched where a limit of the owner does not allow it. Leaving with an exception
+        refunds what was charged on entry. The pages that the call brought in have been discarded by then: memory with an
+        access guard is populated all or nothing.
         """
 
     @abc.abstractmethod
     def discarding(self, spans: Sequence[Span]) -> AbstractContextManager[Sequence[Span]]:
-        """Around discarding: entering shuts the spans, rounded inward to blocks; leaving gives up their admission."""
+        """Return the context of a discard call: entering protects the spans, rounded inward to blocks; leaving refunds."""
 
 
 class ProvidedPages(NamedTuple):
-    """What a supplier did: the bytes that it brought in, and those that were there before."""
+    """Result of :meth:`PageProvider.populate`: the bytes that it brought in, and those that were there before."""
 
     bytes: int
     present_bytes: int
@@ -122,10 +124,10 @@ class ProvidedPages(NamedTuple):
 
 
 class PageProvider(abc.ABC):
-    """Who supplies the pages of device memory, which the kernel could populate only fault by fault.
+    """Supplies the pages of device memory, which the kernel could populate only fault by fault.
 
-    Every route that asks for population comes here (requirement C3): at map time, :func:`prefault.populate`,
-    :func:`prefault.lock` and a change of protection.
+    Every route that asks for population comes here: at map time, :func:`prefault.populate`, :func:`prefault.lock` and a
+    change of protection.
     """
 
     @abc.abstractmethod
@@ -137,17 +139,16 @@ class PageProvider(abc.ABC):
 
     @abc.abstractmethod
     def discard(self, span: Span) -> tuple[int, int]:
-        """Give the whole pages inside ``span`` back to the device: their bytes, and how many of them were supplied."""
+        """Give the whole pages inside ``span`` back to the device; return their bytes, and how many were supplied."""
 
 
 class _PageProviders:
-    """Where there is memory with a supplier: a view of such memory, an ndarray say, does not know by itself."""
+    """Page providers by address: a view of device memory, such as an ndarray, does not know its provider."""
 
     def __init__(self) -> None:
-        self._all: tuple[
-            tuple[int, int, weakref.ref[PageProvider]], ...
-        ] = ()  # sorted; replaced as a whole, so read unlocked
-        self._lock = threading.RLock()  # reentrant: a finalizer withdraws
+        # Sorted, and replaced as a whole, so that it may be read without the lock.
+        self._all: tuple[tuple[int, int, weakref.ref[PageProvider]], ...] = ()
+        self._lock = threading.RLock()  # reentrant: a finalizer removes an entry
 
     def at(self, address: int, length: int) -> PageProvider | None:
         everything = self._all
@@ -158,9 +159,9 @@ class _PageProviders:
             return None
         return everything[index][2]()
 
-    def add(self, address: int, length: int, supplier: PageProvider) -> None:
+    def add(self, address: int, length: int, page_provider: PageProvider) -> None:
         with self._lock:
-            entry = (address, address + length, weakref.ref(supplier))
+            entry = (address, address + length, weakref.ref(page_provider))
             self._all = tuple(sorted((*self._all, entry), key=itemgetter(0)))
 
     def remove(self, address: int) -> None:
@@ -175,13 +176,13 @@ _page_providers = _PageProviders()
 os.register_at_fork(after_in_child=_page_providers.forget_threads)
 
 
-def add_page_provider(address: int, length: int, supplier: PageProvider) -> None:
-    """From now on these addresses are populated by ``supplier``, which is referred to weakly."""
-    _page_providers.add(address, length, supplier)
+def add_page_provider(address: int, length: int, page_provider: PageProvider) -> None:
+    """Have these addresses populated by ``page_provider``, which is referred to weakly, from now on."""
+    _page_providers.add(address, length, page_provider)
 
 
 def remove_page_provider(address: int) -> None:
-    """No longer, before the memory is unmapped. Without one it does nothing."""
+    """Remove the page provider of the memory at ``address``, before that is unmapped. Does nothing where there is none."""
     _page_providers.remove(address)
 
 
@@ -190,10 +191,10 @@ class MemoryOwner(abc.ABC):
 
     @abc.abstractmethod
     def _borrow(self) -> Borrowed:
-        """Its memory, pinned. ValueError when it is closed."""
+        """Return the memory, pinned. ValueError when it is closed."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        # What copy and pickle ask. Two owners of one mapping would both unmap it, or both believe to be alone.
+        # copy and pickle call this. Two owners of one mapping would both unmap it, or both believe to be alone.
         raise TypeError(
             f"a {type(self).__name__} cannot be copied or pickled: copy its bytes, or share its memory by fork or, where it"
             " has a file, by its descriptor (fd, prefault.Descriptor)"
@@ -218,7 +219,7 @@ class _PyBuffer(ctypes.Structure):
     )
 
 
-# INDIRECT | STRIDES | ND. Not FORMAT: numpy refuses it for dates and for whatever else has no letter in struct.
+# INDIRECT | STRIDES | ND. Not FORMAT: numpy refuses it for dates and other types that have no letter in struct.
 _PYBUF_ANY_LAYOUT = 0x0100 | 0x0010 | 0x0008
 
 # PyDLL functions: they need the GIL, and raise the exception that CPython set.
@@ -232,7 +233,7 @@ _is_contiguous.argtypes = (ctypes.c_void_p, ctypes.c_char)
 
 
 class _Export(Pin):
-    """An export of the buffer protocol: until its release the owner refuses to resize, close or free the memory."""
+    """Export of the buffer protocol: until its release the owner refuses to resize, close or free the memory."""
 
     __slots__ = ("_released", "view")
 
@@ -263,7 +264,7 @@ class _Reference(Pin):
 
 
 def borrow(buffer: Any) -> Borrowed:
-    """The memory of ``buffer``, in place until released.
+    """Return the memory of ``buffer``, kept in place until released.
 
     Args:
         buffer: a :class:`~prefault.Mapping`; anything with the buffer protocol (ndarray, mmap, memoryview, bytearray,
@@ -288,12 +289,12 @@ def borrow(buffer: Any) -> Borrowed:
     export = _Export(view)
     if view.ndim > 0 and not _is_contiguous(pointer, b"A"):
         (first, stop), dense = _span_of_strides(view)
-        return Borrowed((view.buf or 0) + first, stop - first, readonly=bool(view.readonly), contiguous=dense, hold=export)
-    return Borrowed(view.buf or 0, view.len, readonly=bool(view.readonly), hold=export)
+        return Borrowed((view.buf or 0) + first, stop - first, readonly=bool(view.readonly), contiguous=dense, pin=export)
+    return Borrowed(view.buf or 0, view.len, readonly=bool(view.readonly), pin=export)
 
 
 def _span_of_strides(view: _PyBuffer) -> tuple[Span, bool]:
-    """The bytes that a strided array spans, from ``buf`` on, and whether all are its own; see :func:`_layout`."""
+    """Return the bytes that a strided array spans, from ``buf`` on, and whether all are its own; see :func:`_layout`."""
     if view.suboffsets:
         for dimension in range(view.ndim):
             if view.suboffsets[dimension] >= 0:
@@ -302,7 +303,7 @@ def _span_of_strides(view: _PyBuffer) -> tuple[Span, bool]:
 
 
 def _layout(itemsize: int, shape: list[int], strides: list[int]) -> tuple[Span, bool]:
-    """The bytes from the lowest item to the highest, counted from the first item, and whether there is no gap.
+    """Return the bytes from the lowest item to the highest, counted from the first item, and whether there is no gap.
 
     Negative strides reach below the first item. Reversed and transposed arrays have no gap.
     """
@@ -343,12 +344,12 @@ def _borrow_tensor(buffer: Any) -> Borrowed:
     tensor = export(buffer)
     (first, stop), dense = _extent(tensor.itemsize, tensor.shape, tensor.strides)
     return Borrowed(
-        tensor.address + first, stop - first, readonly=tensor.readonly, contiguous=dense, hold=_Reference(tensor.capsule)
+        tensor.address + first, stop - first, readonly=tensor.readonly, contiguous=dense, pin=_Reference(tensor.capsule)
     )
 
 
 def _extent(itemsize: int, shape: list[int], strides: list[int] | None) -> tuple[Span, bool]:
-    """As :func:`_layout`; without strides there is no gap."""
+    """Return what :func:`_layout` returns; without strides there is no gap."""
     if strides is None:
         return Span(0, itemsize * math.prod(shape)), True
     return _layout(itemsize, shape, strides)
@@ -358,7 +359,7 @@ _TYPESTR = re.compile(r"[<>|=]?(?P<letter>[a-zA-Z])(?P<size>[0-9]+)")
 
 
 def _borrow_array_interface(buffer: Any, interface: dict[str, Any]) -> Borrowed:
-    """The array interface of NumPy, version 3: a dictionary with address, shape, type and strides."""
+    """Borrow by the array interface of NumPy, version 3: a dictionary with address, shape, type and strides."""
     data = interface.get("data")
     if data is None:
         raise TypeError(f"the __array_interface__ of {type(buffer).__name__} gives no address")
@@ -373,7 +374,7 @@ def _borrow_array_interface(buffer: Any, interface: dict[str, Any]) -> Borrowed:
     if isinstance(data, tuple):
         address, readonly = data
         return Borrowed(
-            address + first, stop - first, readonly=bool(readonly), contiguous=dense, hold=_Reference(buffer)
+            address + first, stop - first, readonly=bool(readonly), contiguous=dense, pin=_Reference(buffer)
         )  # fmt: skip
     # An object with the buffer protocol, in which the array starts at `offset`.
     inner = borrow(data)

@@ -340,7 +340,13 @@ class SparseMemory(MappedMemory):
         memory = self._open_memory()
         pin = MemoryPin(memory)
         return Borrowed(
-            memory.address, self._size, readonly=False, fd=memory.fd, huge=self.huge == "advise", gate=self._gate, hold=pin
+            memory.address,
+            self._size,
+            readonly=False,
+            fd=memory.fd,
+            huge=self.huge == "advise",
+            access_guard=self._gate,
+            pin=pin,
         )
 
     def _open_memory(self) -> OwnedMemory:

@@ -164,8 +164,8 @@ class Area(MappedMemory):
         memory = self._here()
         pin = MemoryPin(memory)
         return Borrowed(
-            memory.address, self._length, readonly=not memory.prot & mman.PROT_WRITE, fd=self._link.frames, supplier=memory,
-            hold=pin,
+            memory.address, self._length, readonly=not memory.prot & mman.PROT_WRITE, fd=self._link.frames,
+            page_provider=memory, pin=pin,
         )  # fmt: skip
 
     # --- the verbs

@@ -83,7 +83,7 @@ def no_leaks() -> Iterator[None]:
     before, mappings = oracle.descriptors(), oracle.mappings()
     yield
     gc.collect()
-    # Some files of /proc and of our cgroups are opened once and kept (self_files and kept_files of prefault._system).
+    # Some files of /proc and of our cgroups are opened once and kept (prefault._system.kept_files).
     left = {line for line in oracle.descriptors() - before if not re.search(r" (/proc|/sys/fs/cgroup)/", line)}
     assert not left
     # The allocator and the interpreter may map an arena or two of their own.

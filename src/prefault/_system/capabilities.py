@@ -19,7 +19,7 @@ from ctypes import addressof, sizeof
 
 from prefault._kernel import cachestat as _cachestat
 from prefault._kernel import futex, memfd, mman, pagemap, procmap, uio, userfaultfd
-from prefault._system import hugetlb, proc
+from prefault._system import fork_hooks, hugetlb, proc
 from prefault.sizes import PAGE_SIZE
 
 disabled: set[str] = {name.strip() for name in os.environ.get("PREFAULT_WITHOUT", "").split(",")} - {""}
@@ -395,7 +395,7 @@ def _forget_answers() -> None:
         capability.forget()
 
 
-os.register_at_fork(after_in_child=_forget_answers)
+fork_hooks.register(in_child=_forget_answers)
 
 _unknown = disabled - {capability.name for capability in ALL}
 if _unknown:

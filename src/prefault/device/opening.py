@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from prefault._kernel.peer import peer_credentials
+from prefault._system import fork_hooks
 from prefault.device import limit_messages, this_server
 from prefault.device.client import mapped_area
 from prefault.device.client.area import Area
@@ -385,5 +386,5 @@ def _at_exit() -> None:
     mapped_area.leave()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+fork_hooks.register(in_child=_after_fork)
 atexit.register(_at_exit)

@@ -21,7 +21,7 @@ from prefault._kernel import mman, pagemap
 from prefault._kernel.cachestat import PageCache, cachestat
 from prefault._kernel.pagemap import PageCategory
 from prefault._system import capabilities, proc
-from prefault._system.self_files import SelfFile
+from prefault._system.kept_files import KeptFile
 from prefault.intervals import common, merged, union, without
 from prefault.memory.borrowing import Borrowed, borrow
 from prefault.memory.vma import Backing, Vma, any_descriptor, vmas
@@ -286,7 +286,7 @@ _PRESENT = int(PageCategory.PRESENT)
 _COPY_PENDING = int(PageCategory.PFNZERO | PageCategory.FILE)
 _NO_TRACKING = "nobody tracks writes here: this kernel has no soft-dirty bits, and the memory is not write-protected"
 
-_pagemap_file = SelfFile("pagemap")
+_pagemap_file = KeptFile("/proc/self/pagemap")
 
 
 class _Scanner(threading.local):

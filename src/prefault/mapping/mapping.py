@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from prefault._kernel import mman
-from prefault._system import hugetlb, thp
+from prefault._system import fork_hooks, hugetlb, thp
 from prefault.errors import HugePagesError, MappingError
 from prefault.limits.mmap_refusal import why_no_room
 from prefault.memory.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, OpenedBacking, parse_backing
@@ -351,15 +351,7 @@ class MemoryPin(Pin):
         self._memory.unpin(self)
 
 
-_all: weakref.WeakSet[OwnedMemory] = weakref.WeakSet()
-
-
-def _forget_other_threads() -> None:
-    for memory in list(_all):
-        memory.forget_other_threads()
-
-
-os.register_at_fork(after_in_child=_forget_other_threads)
+_all = fork_hooks.instances(OwnedMemory.forget_other_threads)
 
 
 _TRIES = 64

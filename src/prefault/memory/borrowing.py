@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, NoReturn, SupportsIndex
 
+from prefault._system import fork_hooks
 from prefault.sizes import Size, parse_size
 
 
@@ -173,7 +174,7 @@ class _PageProviders:
 
 
 _page_providers = _PageProviders()
-os.register_at_fork(after_in_child=_page_providers.forget_threads)
+fork_hooks.register(in_child=_page_providers.forget_threads)
 
 
 def add_page_provider(address: int, length: int, page_provider: PageProvider) -> None:

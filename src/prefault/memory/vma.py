@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from prefault._kernel import mman, procmap
 from prefault._system import capabilities, proc
-from prefault._system.self_files import SelfFile
+from prefault._system.kept_files import KeptFile
 from prefault.sizes import PAGE_SIZE
 
 
@@ -115,7 +115,7 @@ class Vma:
         return f"Vma([{self.start:#x}, {self.stop:#x}) {self.describe()})"
 
 
-_maps = SelfFile("maps")
+_maps = KeptFile("/proc/self/maps")
 _NAME_BYTES = 4096 + 64  # PATH_MAX and " (deleted)"
 _QUERY_BYTES = sizeof(procmap.ProcmapQuery)
 

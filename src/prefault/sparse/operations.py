@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from prefault._system import fork_hooks
 from prefault.engine.discarding import drop
 from prefault.errors import DiscardError
 from prefault.inspection.scan import PageState, residency_of, resident
@@ -446,4 +446,4 @@ def _after_fork_in_child() -> None:
             stack.callback(_forking.pop().after_fork_in_child)
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+fork_hooks.register(before=_before_fork, in_parent=_after_fork_in_parent, in_child=_after_fork_in_child)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from prefault._kernel import mman
+from prefault._system import fork_hooks
 from prefault.engine.discarding import DiscardResult, discard, drop
 from prefault.engine.methods import Access, Target, best
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
@@ -384,4 +385,4 @@ def _before_fork() -> None:
         import numpy  # noqa: F401
 
 
-os.register_at_fork(before=_before_fork)
+fork_hooks.register(before=_before_fork)

@@ -11,10 +11,10 @@ import signal
 import socket
 import threading
 import time
-import weakref
 from typing import Any, NamedTuple, Protocol
 
 from prefault._kernel.userfaultfd import UffdFeature
+from prefault._system import fork_hooks
 from prefault.device import limit_messages, protocol
 from prefault.device.client.channel import Channel, Exchange
 from prefault.device.client.fault_descriptor import OpenedUserfaultfd
@@ -214,12 +214,4 @@ class DeviceConnection(Channel):
         self._close_descriptors()
 
 
-_links: weakref.WeakSet[DeviceConnection] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for link in list(_links):
-        link.after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+_links = fork_hooks.instances(DeviceConnection.after_fork)

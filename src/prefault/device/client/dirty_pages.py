@@ -6,7 +6,7 @@ from array import array
 
 from prefault._kernel import pagemap
 from prefault._kernel.pagemap import PageCategory
-from prefault._system.self_files import SelfFile
+from prefault._system.kept_files import KeptFile
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import GIB
 
@@ -15,7 +15,7 @@ _WORDS = 3  # of a struct page_region
 _SCAN_BYTES = 96  # sizeof(struct pm_scan_arg), by which the kernel tells its versions apart
 _GONE = int(PageCategory.PRESENT | PageCategory.SWAPPED)
 
-_pagemap = SelfFile("pagemap")
+_pagemap = KeptFile("/proc/self/pagemap")
 
 
 def written(address: int, length: int, *, clear: bool) -> RangeSet:

@@ -6,12 +6,12 @@ import contextlib
 import errno
 import os
 import time
-import weakref
 from collections.abc import Callable
 
 from prefault._kernel import mman
 from prefault._kernel import userfaultfd as kernel
 from prefault._kernel.userfaultfd import UffdFeature
+from prefault._system import fork_hooks
 from prefault.device import protocol
 from prefault.device.client.channel import Exchange
 from prefault.device.client.connection import DeviceConnection
@@ -154,15 +154,7 @@ class MappedArea(OwnedMemory, PageProvider):
         return self.number
 
 
-_all_areas: weakref.WeakSet[MappedArea] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for memory in list(_all_areas):
-        memory.after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork)
+_all_areas = fork_hooks.instances(MappedArea.after_fork)
 
 
 _LEAVE_S = 2.0

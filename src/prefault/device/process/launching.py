@@ -10,6 +10,7 @@ import socket
 import threading
 from typing import NoReturn
 
+from prefault._system import fork_hooks
 from prefault.device import daemon, handover, limit_messages, recipes, spawning
 from prefault.device.driver import Device, Recipe
 from prefault.device.process import startup
@@ -68,7 +69,7 @@ def _forget() -> None:
     _unreaped.clear()
 
 
-os.register_at_fork(after_in_child=_forget)
+fork_hooks.register(in_child=_forget)
 
 
 def launch(device: Device, path: str | None = None) -> Launched:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+from prefault._system import fork_hooks
 from prefault.device import daemon, handover, limit_messages, protocol, recipes
 from prefault.device.driver import Device, Recipe
 from prefault.device.page_states import DevicePageState
@@ -238,7 +239,7 @@ class Warden:
             for end in (self._signals, self._signal_writer, self._link):
                 end.close()
             first = None if self._registry.clients else self._first
-            os.register_at_fork(after_in_child=lambda: _forget_clients(self._registry, link, self._listener, self._control))
+            fork_hooks.register(in_child=lambda: _forget_clients(self._registry, link, self._listener, self._control))
             notary = WardenLink(
                 link, warden, recipe=self._recipe, listener=self._listener, listens_at=self._place, first=first,
                 control=self._control, owner=self._owner,

@@ -9,13 +9,13 @@ import selectors
 import socket
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from prefault._kernel.peer import peer_credentials, peer_pidfd
+from prefault._system import fork_hooks
 from prefault.errors import PoolFullError
 from prefault.ipc import socket_path
 from prefault.ipc.transport import ProtocolError, may_talk_to, receive_without_descriptors
@@ -364,7 +364,7 @@ class PoolServer:
 
     # --- a fork of this process
 
-    def _forked(self) -> None:
+    def _after_fork(self) -> None:
         """In the child: let go of the sockets, so that clients see it when the parent dies.
 
         Nothing is unregistered: the child shares the parent's epoll instance.
@@ -377,15 +377,7 @@ class PoolServer:
             self._selector.close()
 
 
-_servers: weakref.WeakSet[PoolServer] = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for server in list(_servers):
-        server._forked()
-
-
-os.register_at_fork(after_in_child=_forked)
+_servers = fork_hooks.instances(PoolServer._after_fork)
 
 
 def _guarded(work: Callable[..., object], *arguments: object) -> None:

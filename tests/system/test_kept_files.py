@@ -17,7 +17,7 @@ import prefault
 from prefault import PAGE_SIZE
 from prefault._kernel import procmap
 from prefault._system import capabilities
-from prefault._system.self_files import SelfFile
+from prefault._system.kept_files import KeptFile
 from prefault.memory.vma import vma_at
 from prefault.testing import without
 from support import needs, oracle
@@ -35,8 +35,8 @@ def _present_pages(mapping: prefault.Mapping) -> int:
 
 
 def _kept() -> list[int]:
-    """The numbers of the descriptors that are kept."""
-    return [file._fd for file in SelfFile._all if file._fd >= 0]
+    """The descriptors of /proc/self/maps and pagemap that are kept."""
+    return [file._fd for file in KeptFile._all if file._fd >= 0 and file.path in ("/proc/self/maps", "/proc/self/pagemap")]
 
 
 def test_a_forked_child_sees_its_own_memory() -> None:
@@ -56,7 +56,7 @@ def test_a_forked_child_sees_its_own_memory() -> None:
 
         pages, present, kept, found = in_child(in_the_child)
         assert pages == sum(present) == 3
-        assert kept <= len(SelfFile._all)
+        assert kept <= len(KeptFile._all)
         assert found
         assert _present_pages(mapping) == 8  # the parent's descriptor is its own still
 
@@ -129,11 +129,11 @@ def test_many_threads_at_first_use_open_one() -> None:
     gc.collect()  # else what earlier tests left may be collected, and closed, meanwhile
     before = oracle.descriptors()
     for _ in range(20):
-        fresh = SelfFile("maps")
+        fresh = KeptFile("/proc/self/maps")
         gate = threading.Barrier(8)
         answers: list[int] = []
 
-        def ask(fresh: SelfFile = fresh, gate: threading.Barrier = gate, answers: list[int] = answers) -> None:
+        def ask(fresh: KeptFile = fresh, gate: threading.Barrier = gate, answers: list[int] = answers) -> None:
             query = procmap.ProcmapQuery(sizeof(procmap.ProcmapQuery), procmap.PROCMAP_QUERY_COVERING_OR_NEXT_VMA, 0)
             gate.wait(30)
             fresh.ioctl(procmap.PROCMAP_QUERY, query)
@@ -147,16 +147,16 @@ def test_many_threads_at_first_use_open_one() -> None:
         assert len(answers) == 8
         assert len(set(answers)) == 1
         assert len(oracle.descriptors() - before) == 1
-        fresh._forget()
+        fresh.close()
         assert oracle.descriptors() == before
 
 
 def test_other_errors_are_raised() -> None:
     query = procmap.ProcmapQuery(sizeof(procmap.ProcmapQuery), 1 << 40, 0)  # no such flag
-    fresh = SelfFile("maps")
+    fresh = KeptFile("/proc/self/maps")
     with pytest.raises(OSError, match="Invalid argument"):
         fresh.ioctl(procmap.PROCMAP_QUERY, query)
-    fresh._forget()
+    fresh.close()
 
 
 def test_nothing_is_opened_where_ioctls_are_not_used() -> None:

@@ -20,8 +20,8 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from prefault.device.driver import Recipe
 from prefault.device.registry import AreaRecord, ClientRecord
-from prefault.device.requirements import msgspec
-from prefault.ipc import encoding, socket_path
+from prefault.ipc import socket_path
+from prefault.ipc.messages import Decoder, TaggedMessage, encode
 from prefault.ipc.transport import ProtocolError, receive
 
 VERSION = 1
@@ -30,10 +30,6 @@ MAX_PACKET = 128 << 10
 MAX_DESCRIPTORS = 10
 AREAS_A_PACKET = 1000
 _MAX_ARGUMENTS = 64 << 20
-
-
-class _HandoverMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.lower, array_like=True):
-    pass
 
 
 class PlaceFacts(NamedTuple):
@@ -58,7 +54,7 @@ class AreaFacts(NamedTuple):
 # --- to a fresh warden
 
 
-class Start(_HandoverMessage, frozen=True):
+class Start(TaggedMessage, frozen=True):
     """Make the device and serve it; with two descriptors: the arguments of the recipe, a pidfd of the process that asks.
 
     Without a path, the connection that this comes on is that of the only client afterwards.
@@ -69,7 +65,7 @@ class Start(_HandoverMessage, frozen=True):
     path: bytes | None
 
 
-class Adopt(_HandoverMessage, frozen=True):
+class Adopt(TaggedMessage, frozen=True):
     """A server lives whose warden has died. ``descriptors`` names what comes with it, in order.
 
     After it come the areas and the clients, each client after its areas: its descriptors arrive when all is known that is
@@ -97,7 +93,7 @@ class Adopt(_HandoverMessage, frozen=True):
 # --- from the server to its warden
 
 
-class Admitted(_HandoverMessage, frozen=True):
+class Admitted(TaggedMessage, frozen=True):
     """A client; ``descriptors`` names what comes with it, in order: fields of its record."""
 
     number: int
@@ -106,47 +102,47 @@ class Admitted(_HandoverMessage, frozen=True):
     descriptors: tuple[str, ...]
 
 
-class Areas(_HandoverMessage, frozen=True):
+class Areas(TaggedMessage, frozen=True):
     """These areas of a client are mapped, besides those that were."""
 
     client: int
     areas: tuple[AreaFacts, ...]
 
 
-class Removed(_HandoverMessage, frozen=True):
+class Removed(TaggedMessage, frozen=True):
     """An area was unmapped."""
 
     client: int
     area: int
 
 
-class Left(_HandoverMessage, frozen=True):
+class Left(TaggedMessage, frozen=True):
     """A client is gone."""
 
     client: int
 
 
-class HandoverDone(_HandoverMessage, frozen=True):
+class HandoverDone(TaggedMessage, frozen=True):
     """That was all: of what is handed over, or at the end of a server."""
 
 
 # --- to a server from its warden, and to a warden from who started it
 
 
-class End(_HandoverMessage, frozen=True):
+class End(TaggedMessage, frozen=True):
     """End in an orderly way."""
 
 
 # --- from a server to its warden, and from a warden to the process that started it
 
 
-class ServerStarted(_HandoverMessage, frozen=True):
+class ServerStarted(TaggedMessage, frozen=True):
     """The server runs."""
 
     server: int
 
 
-class ServerNotStarted(_HandoverMessage, frozen=True):
+class ServerNotStarted(TaggedMessage, frozen=True):
     """It does not, and why."""
 
     number: int
@@ -159,7 +155,7 @@ Message: TypeAlias = (
 
 CLIENT_DESCRIPTORS: Final = ("connection", "pidfd", "userfaultfd", "lifeline_write", "lifeline_read")
 
-_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+_decode: Decoder[Message] = Decoder(Message)
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -184,7 +180,7 @@ def above_stdio(fd: int) -> int:
 
 def send(link: socket.socket, message: Message, descriptors: list[int] | None = None) -> None:
     """Send a message; OSError if nobody is there to take it."""
-    packet = encoding.encode(message)
+    packet = encode(message)
     if descriptors:
         socket.send_fds(link, [packet], descriptors)
     else:
@@ -205,11 +201,11 @@ def take(link: socket.socket) -> tuple[Message, list[int]] | None:
     if not packet:
         return None
     try:
-        return _decoder.decode(packet), descriptors
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        return _decode(packet), descriptors
+    except ProtocolError:
         for descriptor in descriptors:
             os.close(descriptor)
-        raise ProtocolError(f"not a message: {error}") from None
+        raise
 
 
 def take_all(link: socket.socket) -> Iterator[tuple[Message, list[int]]]:

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from prefault._kernel.peer import peer_credentials
 from prefault._system import fork_hooks
 from prefault.device import limit_messages, this_server
 from prefault.device.client import mapped_area
@@ -22,8 +21,7 @@ from prefault.device.client.page_provider import AreaPageProvider
 from prefault.device.driver import Access, Device
 from prefault.device.recipes import check_device_facts
 from prefault.errors import DeviceError, DeviceGoneError
-from prefault.ipc import socket_path
-from prefault.ipc.transport import may_talk_to
+from prefault.ipc.connecting import check_server, connect_to_server
 from prefault.sizes import Size, format_size, parse_size
 
 PopulateChoice: TypeAlias = bool | Access
@@ -239,22 +237,10 @@ def _connection(path: str, timeout: float) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         try:
-            socket_path.connect_to(connection, path, timeout)
-        except TimeoutError:
-            raise DeviceError(errno.ETIMEDOUT, f"no device's server answers at {path} within {timeout} s") from None
+            connect_to_server(connection, path, timeout, "device")
         except OSError as error:
-            hint = {
-                errno.ENOENT: "there is no such socket",
-                errno.ECONNREFUSED: "no server is alive there",
-                errno.EPROTOTYPE: "the server there is no device's",
-                errno.EACCES: "it belongs to another user",
-            }.get(error.errno or 0, error.strerror)
-            raise DeviceError(error.errno, f"no device at {path}: {hint}") from error
-        peer = peer_credentials(connection)
-        if not may_talk_to(peer.uid):
-            raise PermissionError(
-                errno.EPERM, f"the server at {path} runs as user {peer.uid}: memory is taken only from one's own, or root"
-            )  # fmt: skip
+            raise DeviceError(error.errno, error.strerror) from error
+        peer = check_server(connection, path)
         if this_server.device is not None and peer.pid in (os.getpid(), os.getppid()):
             raise DeviceError(errno.EDEADLK, f"the server at {path} cannot map its own device: it would wait for itself")
     except BaseException:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from prefault.device.requirements import msgspec
 from prefault.errors import (
     BackingFullError,
     DeviceError,
@@ -20,8 +19,8 @@ from prefault.errors import (
     NoPopulateError,
     PopulateError,
 )
-from prefault.ipc import encoding
-from prefault.ipc.transport import ProtocolError
+from prefault.ipc.messages import Decoder, Number, NumberedMessage, make_error, msgspec
+from prefault.ipc.messages import encode as encode
 
 VERSION = 1
 
@@ -33,21 +32,16 @@ MAX_RUNS = 2000
 
 MAX_DESCRIPTORS = 3
 
-Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=4000)]
 Run: TypeAlias = tuple[Number, Number]
 """First page and stop page, of the device's pages: half open."""
 RunList: TypeAlias = Annotated[tuple[Run, ...], msgspec.Meta(max_length=MAX_RUNS)]
 
 
-class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.lower, array_like=True):
-    id: Number
-
-
 # --- from the client
 
 
-class Hello(_Message, frozen=True):
+class Hello(NumberedMessage, frozen=True):
     """The first message of a client process, with three descriptors.
 
     Its userfaultfd; the end of a pipe to write into, of which the client has the other with O_ASYNC (closed by all, it ends
@@ -57,7 +51,7 @@ class Hello(_Message, frozen=True):
     version: Number
 
 
-class Map(_Message, frozen=True):
+class Map(NumberedMessage, frozen=True):
     """A part of the frames is mapped and registered with the userfaultfd; in whole pages, as bytes."""
 
     address: Number
@@ -70,13 +64,13 @@ class Map(_Message, frozen=True):
     """The server is to run on this CPU until the area is unmapped (``colocate``)."""
 
 
-class Unmap(_Message, frozen=True):
+class Unmap(NumberedMessage, frozen=True):
     """The area is about to be unmapped."""
 
     area: Number
 
 
-class Populate(_Message, frozen=True):
+class Populate(NumberedMessage, frozen=True):
     """Map these pages: supply what is not. The runs are what the client's page table lacks."""
 
     area: Number
@@ -87,11 +81,11 @@ class Populate(_Message, frozen=True):
     check_headroom: bool
 
 
-class Cancel(_Message, frozen=True):
+class Cancel(NumberedMessage, frozen=True):
     """Stop the populate with that id, which then ends with Failed; not answered itself."""
 
 
-class Discard(_Message, frozen=True):
+class Discard(NumberedMessage, frozen=True):
     """Give pages back."""
 
     area: Number
@@ -99,20 +93,20 @@ class Discard(_Message, frozen=True):
     stop: Number
 
 
-class DirtyPages(_Message, frozen=True):
+class DirtyPages(NumberedMessage, frozen=True):
     """Which pages were written since they were filled in, or since the last time with ``clear``."""
 
     area: Number
     clear: bool
 
 
-class AskStatistics(_Message, frozen=True):
+class AskStatistics(NumberedMessage, frozen=True):
     """What the server did for an area."""
 
     area: Number
 
 
-class AskLog(_Message, frozen=True):
+class AskLog(NumberedMessage, frozen=True):
     """Which pages were asked for, by fault or populate, in order."""
 
     area: Number
@@ -121,7 +115,7 @@ class AskLog(_Message, frozen=True):
 # --- to the client
 
 
-class Welcome(_Message, frozen=True):
+class Welcome(NumberedMessage, frozen=True):
     """To Hello; the descriptor of the frames comes with it."""
 
     name: str
@@ -135,29 +129,29 @@ class Welcome(_Message, frozen=True):
     notes: tuple[str, ...]
 
 
-class Mapped(_Message, frozen=True):
+class Mapped(NumberedMessage, frozen=True):
     """To Map: the number of the area."""
 
     area: Number
 
 
-class Done(_Message, frozen=True):
+class Done(NumberedMessage, frozen=True):
     """To Unmap."""
 
 
-class Discarded(_Message, frozen=True):
+class Discarded(NumberedMessage, frozen=True):
     """To Discard: how many of the pages were supplied."""
 
     pages: Number
 
 
-class Progress(_Message, frozen=True):
+class Progress(NumberedMessage, frozen=True):
     """Pages done so far, in the middle of a populate."""
 
     pages: Number
 
 
-class Populated(_Message, frozen=True):
+class Populated(NumberedMessage, frozen=True):
     """To Populate: how many pages it mapped that were not.
 
     ``poisoned``: the client's entries of these say poison, though by now they are supplied. It drops the entries
@@ -169,7 +163,7 @@ class Populated(_Message, frozen=True):
     poisoned: RunList
 
 
-class Failed(_Message, frozen=True):
+class Failed(NumberedMessage, frozen=True):
     """To Populate: why it stopped. ``mapped``: the runs that it mapped until then and that stay."""
 
     kind: Literal["driver", "no populate", "full", "headroom", "cancelled", "gone"]
@@ -182,14 +176,14 @@ class Failed(_Message, frozen=True):
     available_bytes: Number
 
 
-class Runs(_Message, frozen=True):
+class Runs(NumberedMessage, frozen=True):
     """To DirtyPages and AskLog. ``more``: another part follows."""
 
     runs: RunList
     more: bool
 
 
-class Statistics(_Message, frozen=True):
+class Statistics(NumberedMessage, frozen=True):
     """To AskStatistics. ``latency``: how many faults took less than ``2**n`` microseconds in the server, by ``n``."""
 
     missing: Number
@@ -201,7 +195,7 @@ class Statistics(_Message, frozen=True):
     latency: tuple[Number, ...]
 
 
-class Refused(_Message, frozen=True):
+class Refused(NumberedMessage, frozen=True):
     """To anything: why not. After ``"protocol"`` the server hangs up."""
 
     kind: Literal["value", "device", "gone", "protocol"]
@@ -209,13 +203,13 @@ class Refused(_Message, frozen=True):
     message: str
 
 
-class Restarted(_Message, frozen=True):
+class Restarted(NumberedMessage, frozen=True):
     """A new server goes on; requests that are not answered are to be asked again. Its ``id`` is 0."""
 
     generation: Number
 
 
-class Gone(_Message, frozen=True):
+class Gone(NumberedMessage, frozen=True):
     """There is no server any more. Pages that are supplied stay, others are SIGBUS. Its ``id`` is 0."""
 
     reason: str
@@ -235,36 +229,20 @@ FAILURES: dict[str, type[PopulateError]] = {
 }
 """The exception that tells of a failed populate; "cancelled" has none of its own."""
 
-REFUSALS: dict[str, type[Exception]] = {
+_REFUSALS: dict[str, type[Exception]] = {
     "value": ValueError,
     "device": DeviceError,
     "gone": DeviceGoneError,
     "protocol": DeviceGoneError,
 }
 
-_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
-_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+decode_request: Decoder[Request] = Decoder(Request)
+"""Decodes a message of a client; ProtocolError if it is none."""
 
-# The tag of a union is decoded outside of what msgspec makes a DecodeError of.
-_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-
-
-def encode(message: Request | Reply) -> bytes:
-    """A message, as one packet."""
-    return encoding.encode(message)
+decode_reply: Decoder[Reply] = Decoder(Reply)
+"""Decodes a message of a server; ProtocolError if it is none."""
 
 
-def decode_request(packet: bytes) -> Request:
-    """A message of a client; ProtocolError if it is none."""
-    try:
-        return _requests.decode(packet)
-    except _UNREADABLE as error:
-        raise ProtocolError(f"not a message: {error}") from None
-
-
-def decode_reply(packet: bytes) -> Reply:
-    """A message of a server; ProtocolError if it is none."""
-    try:
-        return _replies.decode(packet)
-    except _UNREADABLE as error:
-        raise ProtocolError(f"not a message: {error}") from None
+def error_of(refused: Refused) -> Exception:
+    """Return the exception that a refusal names."""
+    return make_error(_REFUSALS[refused.kind], refused.number, refused.message)

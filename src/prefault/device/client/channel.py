@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from prefault.device import protocol
 from prefault.errors import DeviceGoneError
-from prefault.ipc.transport import ProtocolError
+from prefault.ipc.transport import ProtocolError, ancillary_room, descriptors_in
 
 _R = TypeVar("_R", bound=protocol.Reply)
 
@@ -28,7 +28,7 @@ _ABANDON_S = 5.0
 _LOOK_S = 1.0
 """How long a thread relies on another that reads, in seconds."""
 
-_DESCRIPTORS_ROOM = socket.CMSG_SPACE(protocol.MAX_DESCRIPTORS * array.array("i").itemsize)
+_DESCRIPTORS_ROOM = ancillary_room(protocol.MAX_DESCRIPTORS)
 
 
 class Exchange:
@@ -300,7 +300,7 @@ class Channel:
         if isinstance(reply, kind):
             return reply
         if isinstance(reply, protocol.Refused):
-            raise refusal(reply)
+            raise protocol.error_of(reply)
         self._lost(f"the device's server answered a {type(exchange.request).__name__} with a {type(reply).__name__}")
         raise DeviceGoneError(errno.EPROTO, self._why or "")
 
@@ -395,10 +395,7 @@ class Channel:
         return None
 
     def _keep_descriptors(self, reply: protocol.Reply, ancillary: list[tuple[int, int, bytes]]) -> None:
-        received = array.array("i")
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                received.frombytes(content[: len(content) - len(content) % received.itemsize])
+        received = descriptors_in(ancillary)
         ancillary.clear()
         for fd in received:
             self._take_descriptor(reply, fd)
@@ -465,9 +462,3 @@ class Channel:
         self._given_up.clear()
         self._later.clear()
         self._reader = None
-
-
-def refusal(reply: protocol.Refused) -> Exception:
-    """The exception that a Refused tells of."""
-    kind = protocol.REFUSALS[reply.kind]
-    return kind(reply.number, reply.message) if issubclass(kind, OSError) else kind(reply.message)

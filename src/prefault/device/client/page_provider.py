@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from prefault._kernel import mman
 from prefault.device import protocol
-from prefault.device.client.channel import Exchange, refusal
+from prefault.device.client.channel import Exchange
 from prefault.device.client.mapped_area import MappedArea
 from prefault.device.driver import Access
 from prefault.errors import (
@@ -231,7 +231,7 @@ class _PopulateCall:
         if isinstance(reply, protocol.Populated | protocol.Failed):
             return reply
         if isinstance(reply, protocol.Refused):
-            raise refusal(reply)
+            raise protocol.error_of(reply)
         raise DeviceGoneError(errno.EPROTO, f"the device's server answered a Populate with a {type(reply).__name__}")
 
     def _report(self, pages: int) -> None:

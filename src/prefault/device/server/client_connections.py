@@ -14,11 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from prefault._kernel.peer import peer_credentials, peer_pidfd
 from prefault.device import limit_messages, protocol
 from prefault.device.registry import ClientRecord
 from prefault.device.server.served_areas import ServedClient
-from prefault.ipc.transport import ProtocolError, may_talk_to, receive_all
+from prefault.ipc.accepting import Acceptor, send_last
+from prefault.ipc.transport import ProtocolError, receive_all
 
 HELLO_S = 5.0
 """How long a connection may take to say Hello, in seconds."""
@@ -71,8 +71,8 @@ class ClientConnections:
         self._forget = forget
         self.links: dict[int, ClientConnection] = {}
         self.strangers: set[ClientConnection] = set()
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self._most = min(_MAX_CONNECTIONS, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _DESCRIPTORS_EACH - 16))
+        most = min(_MAX_CONNECTIONS, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _DESCRIPTORS_EACH - 16))
+        self._acceptor = Acceptor(most, _encode_refusal, limit_messages.no_descriptor)
         self.restarted = False
         self.greeted: Callable[[ClientConnection, protocol.Hello, ClientRecord], None]
         self.welcome: Callable[[ClientConnection, protocol.Hello], None]
@@ -83,45 +83,23 @@ class ClientConnections:
 
     def accept(self, listener: socket.socket) -> None:
         """Somebody connects."""
-        try:
-            connection, _ = listener.accept()
-        except (BlockingIOError, ConnectionError):
-            return None
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                raise
-            # The spare is given up for a moment, to tell a client so instead of leaving it waiting.
-            os.close(self._spare)
-            try:
-                connection, _ = listener.accept()
-                _turn_away(connection, limit_messages.no_descriptor())
-            except OSError:
-                time.sleep(0.01)  # others took it; not a loop without end
-            finally:
-                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-            return None
-        if len(self.links) >= self._most:
-            return _turn_away(connection, f"it has {self._most} connections, the most that it takes")
-        return self.admit(connection)
+        connection = self._acceptor.accept(listener, len(self.links))
+        if connection is not None:
+            self.admit(connection)
 
     def admit(self, connection: socket.socket) -> None:
-        """A connection, whose other side is to say Hello."""
+        """Wait for Hello on a connection, or refuse it."""
         connection.setblocking(False)
-        peer = peer_credentials(connection)
-        if not may_talk_to(peer.uid):
-            return _turn_away(connection, f"it serves user {os.geteuid()}, not user {peer.uid}")
-        try:
-            pidfd = peer_pidfd(connection)
-        except OSError as error:
-            return _turn_away(connection, f"it cannot see process {peer.pid}: {error.strerror}")
-        link = ClientConnection(connection, peer.pid, peer.uid, pidfd)
+        peer = self._acceptor.identify(connection)
+        if peer is None:
+            return
+        link = ClientConnection(connection, *peer)
         try:
             self._listen(link)
             self.strangers.add(link)
         except OSError as error:  # fs.epoll.max_user_watches
-            os.close(pidfd)
-            return _turn_away(connection, f"it cannot wait for one more: {error.strerror}")
-        return None
+            os.close(peer.pidfd)
+            self._acceptor.refuse(connection, f"it cannot wait for one more: {error.strerror}")
 
     def resume(self, client: ServedClient) -> None:
         """The connection of a client that the last server had."""
@@ -245,7 +223,8 @@ class ClientConnections:
 
     def reject(self, link: ClientConnection, reason: str) -> None:
         """The other side does not keep to the protocol."""
-        _last_words(link.connection, protocol.Refused(0, "protocol", errno.EPROTO, reason[:1000]))
+        refused = protocol.Refused(0, "protocol", errno.EPROTO, reason[:1000])
+        send_last(link.connection, protocol.encode(refused))
         self.hang_up(link)
 
     def hang_up(self, link: ClientConnection) -> None:
@@ -269,7 +248,7 @@ class ClientConnections:
         """All of them."""
         for link in list(self.links.values()):
             self.hang_up(link)
-        os.close(self._spare)
+        self._acceptor.close()
 
 
 def _record(link: ClientConnection, descriptors: list[int]) -> ClientRecord:
@@ -295,20 +274,5 @@ def _record(link: ClientConnection, descriptors: list[int]) -> ClientRecord:
     )  # fmt: skip
 
 
-def _turn_away(connection: socket.socket, reason: str) -> None:
-    """Say why not, and hang up."""
-    with connection:
-        connection.setblocking(False)
-        _last_words(connection, protocol.Refused(0, "device", errno.EAGAIN, f"the server does not take you: {reason}"))
-
-
-def _last_words(connection: socket.socket, reply: protocol.Refused) -> None:
-    """What a client is to hear before we hang up, which follows at once; the connection does not block.
-
-    Were something of the client's still unread then, the kernel would tell it ECONNRESET, and that before the packet here.
-    """
-    with contextlib.suppress(OSError):  # the client is gone, or does not take it
-        connection.shutdown(socket.SHUT_RD)
-        while connection.recv(1):  # descriptors that come with it never enter this process
-            pass
-        connection.send(protocol.encode(reply), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+def _encode_refusal(reason: str) -> bytes:
+    return protocol.encode(protocol.Refused(0, "device", errno.EAGAIN, f"the server does not take you: {reason}"))

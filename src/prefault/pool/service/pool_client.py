@@ -11,10 +11,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from prefault._kernel.peer import peer_credentials
 from prefault.errors import PoolGoneError
-from prefault.ipc import socket_path, transport
-from prefault.ipc.transport import ProtocolError, may_talk_to
+from prefault.ipc import transport
+from prefault.ipc.connecting import check_server, connect_to_server
+from prefault.ipc.transport import ProtocolError
 from prefault.memory.backings import Descriptor
 from prefault.pool.block_charges import BlockCharges, PoolAccount
 from prefault.pool.high_water import Notifier, OnHighWater
@@ -200,22 +200,10 @@ class _PoolConnection:
 
     def _connect(self) -> None:
         try:
-            socket_path.connect_to(self.connection, self.path, self._timeout)
-        except TimeoutError:
-            raise PoolGoneError(errno.ETIMEDOUT, f"no server answers at {self.path} within {self._timeout} s") from None
-        except OSError as error:
-            hint = {
-                errno.ENOENT: "there is no such socket",
-                errno.ECONNREFUSED: "no server is alive there",
-                errno.EACCES: "it belongs to another user",
-            }.get(error.errno or 0, error.strerror)
-            raise OSError(error.errno, f"no pool at {self.path}: {hint}") from error
-        peer = peer_credentials(self.connection)
-        if not may_talk_to(peer.uid):
-            raise PermissionError(
-                errno.EPERM,
-                f"the server at {self.path} runs as user {peer.uid}: memory is taken only from one's own, or root",
-            )
+            connect_to_server(self.connection, self.path, self._timeout, "pool")
+        except TimeoutError as error:
+            raise PoolGoneError(errno.ETIMEDOUT, str(error.strerror)) from None
+        check_server(self.connection, self.path)
 
     @property
     def usable(self) -> bool:

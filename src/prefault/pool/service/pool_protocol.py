@@ -11,15 +11,9 @@ import errno
 import struct
 from typing import Annotated, TypeAlias
 
-try:
-    import msgspec
-except ImportError:
-    raise ImportError(
-        "a pool that processes share needs msgspec, which is not installed: pip install msgspec", name="msgspec"
-    ) from None
-
 from prefault.errors import HugePagesError, MappingError, PoolFullError, PoolGoneError
-from prefault.ipc import encoding
+from prefault.ipc import messages
+from prefault.ipc.messages import Decoder, Number, NumberedMessage, make_error, msgspec
 from prefault.ipc.transport import ProtocolError
 from prefault.pool.pool_statistics import PoolStatistics
 
@@ -33,12 +27,11 @@ MAX_REPLY = 4 << 20
 
 _LENGTH = struct.Struct("<I")
 
-Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 _Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
-class _PoolMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=str.lower, array_like=True):
-    id: Number
+class _PoolMessage(NumberedMessage, frozen=True, tag=lambda name: name.removeprefix("Pool").lower()):
+    pass
 
 
 class PoolHello(_PoolMessage, frozen=True, tag="hello"):
@@ -125,41 +118,25 @@ ERRORS: dict[str, type[Exception]] = {
     "mapping": MappingError,
     "value": ValueError,
     "system": OSError,
-    "protocol": ConnectionError,
+    "protocol": PoolGoneError,
 }
 
-_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
-_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+decode_request: Decoder[Request] = Decoder(Request)
+"""Decodes a message of a client; ProtocolError if it is none."""
 
-# The tag of a union is decoded outside of what msgspec makes a DecodeError of.
-_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+decode_reply: Decoder[Reply] = Decoder(Reply)
+"""Decodes a message of a server; ProtocolError if it is none."""
 
 
 def encode(message: Request | Reply) -> bytes:
     """A message with its length before it."""
-    body = encoding.encode(message)
+    body = messages.encode(message)
     return _LENGTH.pack(len(body)) + body
 
 
 def numbered(request: Request, number: int) -> Request:
     """The same request with another ``id``."""
     return msgspec.structs.replace(request, id=number)
-
-
-def decode_request(body: bytes | bytearray) -> Request:
-    """A message of a client; ProtocolError if it is none."""
-    try:
-        return _requests.decode(body)
-    except _UNREADABLE as error:
-        raise ProtocolError(f"not a message: {error}") from None
-
-
-def decode_reply(body: bytes | bytearray) -> Reply:
-    """A message of a server; ProtocolError if it is none."""
-    try:
-        return _replies.decode(body)
-    except _UNREADABLE as error:
-        raise ProtocolError(f"not a message: {error}") from None
 
 
 def take_message(received: bytearray, most: int) -> bytearray | None:
@@ -189,10 +166,7 @@ def refusal(request: int, error: Exception) -> PoolRefused:
 
 
 def error_of(refused: PoolRefused) -> Exception:
-    """The error that a message tells of."""
-    kind = ERRORS.get(refused.kind, OSError)
-    if kind is ValueError:
-        return ValueError(refused.message)
-    if kind is ConnectionError:
+    """Return the exception that a refusal names."""
+    if refused.kind == "protocol":
         return PoolGoneError(errno.ECONNABORTED, f"the pool's server refuses: {refused.message}")
-    return kind(refused.number or errno.EIO, refused.message)
+    return make_error(ERRORS.get(refused.kind, OSError), refused.number, refused.message)

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from prefault._kernel.peer import peer_credentials, peer_pidfd
 from prefault._system import fork_hooks
 from prefault.errors import PoolFullError
 from prefault.ipc import socket_path
-from prefault.ipc.transport import ProtocolError, may_talk_to, receive_without_descriptors
+from prefault.ipc.accepting import Acceptor
+from prefault.ipc.transport import ProtocolError, receive_without_descriptors
 from prefault.pool.high_water import report
 from prefault.pool.pool_statistics import PoolStatistics
 from prefault.pool.service import pool_protocol
@@ -77,7 +77,6 @@ class PoolServer:
         if max_connections < 1 or max_members < 1 or not timeout > 0:
             raise ValueError("a server has at least one connection, one member, and a positive timeout")
         self._pool = pool
-        self._max_connections = max_connections
         self._max_members = max_members
         self._timeout = timeout
         self._clients: set[_PoolClientConnection] = set()
@@ -91,8 +90,7 @@ class PoolServer:
         self.path = self._place.path
         self._selector = selectors.DefaultSelector()
         self._waker: int | None = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        # Given up for a moment when there are no descriptors left, to tell a client so instead of leaving it waiting.
-        self._spare: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._acceptor = Acceptor(max_connections, _encode_refusal, lambda: "it has no descriptors left (RLIMIT_NOFILE)")
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._waker, selectors.EVENT_READ, self._woken)
         # Emptying a dead client's file can take a while, for which the others do not wait.
@@ -151,9 +149,9 @@ class PoolServer:
         self._reaper.shutdown()
         with self._lock:
             waker, self._waker = self._waker, None
-        for fd in (waker, self._spare):
-            if fd is not None:
-                os.close(fd)
+        if waker is not None:
+            os.close(waker)
+        self._acceptor.close()
 
     def _wake(self) -> None:
         with self._lock:
@@ -177,43 +175,22 @@ class PoolServer:
     # --- connections
 
     def _accept(self) -> None:
-        try:
-            connection, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionError):
-            return None
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS) or self._spare is None:
-                raise
-            os.close(self._spare)
-            self._spare = None
-            try:
-                connection, _ = self._listener.accept()
-                _turn_away(connection, "it has no descriptors left (RLIMIT_NOFILE)")
-            finally:
-                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-            return None
-        connection.setblocking(False)
-        peer = peer_credentials(connection)
-        if not may_talk_to(peer.uid):
-            return _turn_away(connection, f"it serves user {os.geteuid()}, not user {peer.uid}")
-        if len(self._clients) >= self._max_connections:
-            return _turn_away(connection, f"it has {self._max_connections} connections, the most that it takes")
-        try:
-            pidfd = peer_pidfd(connection)
-        except OSError as error:
-            return _turn_away(connection, f"it cannot see process {peer.pid}: {error.strerror}")
-        client = _PoolClientConnection(connection, peer.pid, pidfd)
+        connection = self._acceptor.accept(self._listener, len(self._clients))
+        peer = None if connection is None else self._acceptor.identify(connection)
+        if connection is None or peer is None:
+            return
+        client = _PoolClientConnection(connection, peer.pid, peer.pidfd)
         client.deadline = time.monotonic() + self._timeout
         try:
             self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(client))
-            self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._ended(client))
+            self._selector.register(peer.pidfd, selectors.EVENT_READ, lambda: self._ended(client))
         except OSError as error:  # fs.epoll.max_user_watches
             with contextlib.suppress(KeyError):
                 self._selector.unregister(connection)
-            os.close(pidfd)
-            return _turn_away(connection, f"it cannot wait for one more: {error.strerror}")
-        self._clients.add(client)
-        return None
+            os.close(peer.pidfd)
+            self._acceptor.refuse(connection, f"it cannot wait for one more: {error.strerror}")
+        else:
+            self._clients.add(client)
 
     def _drop(self, client: _PoolClientConnection) -> None:
         """End a connection. Its members go when its process does, which may be this very moment."""
@@ -394,8 +371,5 @@ def _own(client: _PoolClientConnection, member: int) -> int:
     return member
 
 
-def _turn_away(connection: socket.socket, reason: str) -> None:
-    """Say why, if that needs no waiting, and hang up."""
-    with connection, contextlib.suppress(OSError):
-        connection.setblocking(False)
-        connection.send(pool_protocol.encode(pool_protocol.PoolRefused(0, "protocol", errno.EPERM, reason)))
+def _encode_refusal(reason: str) -> bytes:
+    return pool_protocol.encode(pool_protocol.PoolRefused(0, "protocol", errno.EPERM, reason))

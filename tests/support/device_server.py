@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 
 from prefault._kernel import userfaultfd as uffd
 from prefault._kernel.mman import MADV_DONTFORK
-from prefault.device import protocol
+from prefault.device import handover, protocol
 from prefault.device.driver import Device
 from prefault.device.frames import Frames
-from prefault.device.registry import AreaRecord, ClientRecord, Registry
+from prefault.device.registry import Registry
 from prefault.device.server.event_loop import run_server
-from prefault.device.server.warden_notifier import WardenNotifier
+from prefault.device.server.warden_link import WardenLink
 from prefault.memory.borrowing import borrow
 from support import needs
 
@@ -30,26 +30,16 @@ PAGE = mmap.PAGESIZE
 TIMEOUT_S = 20.0
 
 
-class Nobody(WardenNotifier):
-    """A notary that forgets. With ``fails`` every call fails, as when the warden is gone."""
+class ForgetfulLink(WardenLink):
+    """A link to no warden: every message is dropped, and there is no other warden to start."""
 
     def __init__(self) -> None:
-        self.orphans = 0
+        self._first = None
 
-    def admitted(self, client: ClientRecord) -> None:
+    def _send(self, message: handover.Message, descriptors: list[int] | None = None) -> None:
         pass
 
-    def added(self, client: ClientRecord, area: AreaRecord) -> None:
-        pass
-
-    def removed(self, client_number: int, area_number: int) -> None:
-        pass
-
-    def left(self, client_number: int) -> None:
-        pass
-
-    def orphaned(self, registry: Registry) -> int:
-        self.orphans += 1
+    def replace_warden(self, registry: Registry) -> int:
         return -1
 
 
@@ -57,7 +47,7 @@ class Running:
     """The child process, and our end of the private connection. Killed on leaving the ``with`` if it still runs."""
 
     def __init__(
-        self, device: Device, *, notary: WardenNotifier | None = None, listener: socket.socket | None = None,
+        self, device: Device, *, warden_link: WardenLink | None = None, listener: socket.socket | None = None,
         registry: Registry | None = None, descriptors: int | None = None, keep: bool = False,
         connection: socket.socket | None = None, other: socket.socket | None = None,
     ) -> None:  # fmt: skip
@@ -79,7 +69,7 @@ class Running:
                 first = None if listener is not None or self.registry.clients else other
                 if descriptors is not None:
                     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
-                run_server(device, self.registry, notary or Nobody(), listener, first, -1)
+                run_server(device, self.registry, warden_link or ForgetfulLink(), listener, first, -1)
                 status = 0
             except BaseException:  # noqa: BLE001  it is a child process, in which nothing of pytest may run
                 traceback.print_exc()

@@ -22,7 +22,8 @@ from prefault.device.driver import Recipe
 from prefault.device.registry import AreaRecord, ClientRecord
 from prefault.ipc import socket_path
 from prefault.ipc.messages import Decoder, TaggedMessage, encode
-from prefault.ipc.transport import ProtocolError, receive
+from prefault.ipc.transport import ProtocolError
+from prefault.ipc.transport import receive as receive_packet
 
 VERSION = 1
 
@@ -65,7 +66,7 @@ class Start(TaggedMessage, frozen=True):
     path: bytes | None
 
 
-class Adopt(TaggedMessage, frozen=True):
+class Reattach(TaggedMessage, frozen=True):
     """A server lives whose warden has died. ``descriptors`` names what comes with it, in order.
 
     After it come the areas and the clients, each client after its areas: its descriptors arrive when all is known that is
@@ -150,7 +151,7 @@ class ServerNotStarted(TaggedMessage, frozen=True):
 
 
 Message: TypeAlias = (
-    Start | Adopt | Admitted | Areas | Removed | Left | HandoverDone | End | ServerStarted | ServerNotStarted
+    Start | Reattach | Admitted | Areas | Removed | Left | HandoverDone | End | ServerStarted | ServerNotStarted
 )
 
 CLIENT_DESCRIPTORS: Final = ("connection", "pidfd", "userfaultfd", "lifeline_write", "lifeline_read")
@@ -179,7 +180,7 @@ def above_stdio(fd: int) -> int:
 
 
 def send(link: socket.socket, message: Message, descriptors: list[int] | None = None) -> None:
-    """Send a message; OSError if nobody is there to take it."""
+    """Send a message; OSError if nobody is there to receive it."""
     packet = encode(message)
     if descriptors:
         socket.send_fds(link, [packet], descriptors)
@@ -187,7 +188,7 @@ def send(link: socket.socket, message: Message, descriptors: list[int] | None = 
         link.send(packet)
 
 
-def take(link: socket.socket) -> tuple[Message, list[int]] | None:
+def receive(link: socket.socket) -> tuple[Message, list[int]] | None:
     """The next message, with descriptors that are the caller's to close; None if the other side has hung up.
 
     Raises:
@@ -195,7 +196,7 @@ def take(link: socket.socket) -> tuple[Message, list[int]] | None:
         BlockingIOError: there is none yet, on a socket that does not block.
     """
     try:
-        packet, descriptors = receive(link, MAX_PACKET, MAX_DESCRIPTORS)
+        packet, descriptors = receive_packet(link, MAX_PACKET, MAX_DESCRIPTORS)
     except ConnectionResetError:
         return None
     if not packet:
@@ -208,17 +209,17 @@ def take(link: socket.socket) -> tuple[Message, list[int]] | None:
         raise
 
 
-def take_all(link: socket.socket) -> Iterator[tuple[Message, list[int]]]:
+def receive_all(link: socket.socket) -> Iterator[tuple[Message, list[int]]]:
     """What is there now, without waiting; it ends at the end of that, or where the other side has hung up."""
     link.setblocking(False)
     while True:
         try:
-            taken = take(link)
+            received = receive(link)
         except BlockingIOError:
             return
-        if taken is None:
+        if received is None:
             return
-        yield taken
+        yield received
 
 
 def arguments_file(arguments: dict[str, Any]) -> int:
@@ -260,14 +261,14 @@ def area_facts(area: AreaRecord) -> AreaFacts:
     return AreaFacts(area.number, area.address, area.offset, area.length, area.access, area.track_dirty)
 
 
-def held(client: ClientRecord) -> tuple[str, ...]:
+def descriptor_names(client: ClientRecord) -> tuple[str, ...]:
     """Which descriptors of a client there are: not its connection, when that has ended."""
     return tuple(name for name in CLIENT_DESCRIPTORS if getattr(client, name) >= 0)
 
 
 def descriptors_of(client: ClientRecord) -> list[int]:
     """These descriptors, in the same order."""
-    return [getattr(client, name) for name in held(client)]
+    return [getattr(client, name) for name in descriptor_names(client)]
 
 
 def client_record(message: Admitted, descriptors: list[int]) -> ClientRecord:
@@ -279,7 +280,7 @@ def client_record(message: Admitted, descriptors: list[int]) -> ClientRecord:
 
 def close_client(client: ClientRecord) -> None:
     """Close all descriptors of a client."""
-    for name in held(client):
+    for name in descriptor_names(client):
         os.close(getattr(client, name))
         setattr(client, name, -1)
 
@@ -337,7 +338,7 @@ class RateLimit:
         self._window_s = window_s
         self._times: deque[float] = deque()
 
-    def once_more(self) -> bool:
+    def record(self) -> bool:
         """It happened again; whether that is too often."""
         now = time.monotonic()
         self._times.append(now)

@@ -19,7 +19,7 @@ from prefault.sizes import MIB
 from support import oracle
 from support.cgroups import groups
 from support.children import Child
-from support.device_server import Handmade, Nobody, Running, listening, served
+from support.device_server import ForgetfulLink, Handmade, Running, listening, served
 
 PAGE = mmap.PAGESIZE
 HUGE = 2 * MIB
@@ -154,24 +154,24 @@ def test_an_idle_server_uses_no_cpu() -> None:
 
 
 def test_a_server_whose_warden_is_gone_asks_for_another() -> None:
-    class Broken(Nobody):
+    class Broken(ForgetfulLink):
         def __init__(self) -> None:
             super().__init__()
             self.seen = memoryview(mmap.mmap(-1, PAGE))
 
-        def added(self, client: object, area: object) -> None:
+        def area_added(self, client: object, area: object) -> None:
             raise BrokenPipeError(errno.EPIPE, "the warden is gone")
 
-        def orphaned(self, registry: Registry) -> int:
+        def replace_warden(self, registry: Registry) -> int:
             self.seen[0] += 1
             self.seen[1] = len(registry.clients[1].areas)
             return -1
 
-    notary = Broken()
-    with served(Filled(8), notary=notary) as (_, client):
+    warden_link = Broken()
+    with served(Filled(8), warden_link=warden_link) as (_, client):
         area = client.map(8 * PAGE)
         assert area.view[0] == 1
-        assert (notary.seen[0], notary.seen[1]) == (1, 1)
+        assert (warden_link.seen[0], warden_link.seen[1]) == (1, 1)
 
 
 def test_windows_of_a_device_with_a_small_capacity() -> None:

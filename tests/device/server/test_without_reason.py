@@ -1,4 +1,4 @@
-"""Nobody is killed, blamed or refused for what he did not do."""
+"""No process is killed, blamed or refused for what it did not do."""
 
 from __future__ import annotations
 
@@ -153,13 +153,13 @@ def test_hello_that_the_dead_server_did_not_read_is_said_again(monkeypatch: pyte
 
 
 def test_hello_that_the_dead_server_read_is_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    tell = WardenLink.admitted
+    tell = WardenLink.client_admitted
 
     def tell_and_die(self: WardenLink, client: ClientRecord) -> None:
         tell(self, client)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(WardenLink, "admitted", tell_and_die)  # as seen by a fork
+    monkeypatch.setattr(WardenLink, "client_admitted", tell_and_die)  # as seen by a fork
     with prefault.device.map(Pattern(8, restartable=True)) as area:
         prefault.populate(area)
         assert page_of(area, 1) == content(1)
@@ -311,7 +311,7 @@ def _areas_of_the_next_client() -> list[int]:
     handover.send(theirs, handover.Left(1))
     handover.send(theirs, handover.Admitted(1, 11, 0, names), descriptors)
     handover.send(theirs, handover.HandoverDone())
-    Warden(registry, device=device, recipe=None).adopt(os.pidfd_open(os.getpid()), ours)
+    Warden(registry, device=device, recipe=None).reattach(os.pidfd_open(os.getpid()), ours)
     assert registry.clients[1].pid == 11
     return list(registry.clients[1].areas)
 

@@ -178,7 +178,7 @@ def _started(link: socket.socket, pid: int) -> int:
         os.close(ended)
     if not found:
         raise DeviceError(errno.ETIMEDOUT, f"the device was not made in its process (pid {pid}) within {_START_S:.0f} s")
-    taken = handover.take(link) if link.fileno() in found else None
+    taken = handover.receive(link) if link.fileno() in found else None
     if taken is None:
         raise DeviceError(
             errno.ECONNRESET, f"the device's process (pid {pid}) ended while the device was made; what it said is on stderr"

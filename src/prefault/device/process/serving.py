@@ -84,7 +84,7 @@ def _ends(link: socket.socket, timeout: float) -> bool:
     poll.register(link, select.POLLIN)
     give_up = time.monotonic() + timeout
     while poll.poll(max(0.0, give_up - time.monotonic()) * 1000):
-        if handover.take(link) is None:
+        if handover.receive(link) is None:
             return True
     return False
 

@@ -126,7 +126,7 @@ def main(descriptor: int) -> NoReturn:
     sys.argv[:] = [daemon.WARDEN]
     daemon.settle()
     link.settimeout(_START_S)
-    taken = handover.take(link)
+    taken = handover.receive(link)
     if taken is None:
         os._exit(1)
     message, descriptors = taken
@@ -139,11 +139,11 @@ def main(descriptor: int) -> NoReturn:
         link.settimeout(None)
         where = None if message.path is None else os.fsdecode(message.path)
         become_warden(lambda: _made(recipe), recipe, link, owner, where)
-    assert isinstance(message, handover.Adopt), message
+    assert isinstance(message, handover.Reattach), message
     _adopt(link, message, dict(zip(message.descriptors, descriptors, strict=True)))
 
 
-def _adopt(link: socket.socket, message: handover.Adopt, given: dict[str, int]) -> NoReturn:
+def _adopt(link: socket.socket, message: handover.Reattach, given: dict[str, int]) -> NoReturn:
     status = _SOFTWARE
     try:
         daemon.be_called(daemon.WARDEN)
@@ -162,7 +162,7 @@ def _adopt(link: socket.socket, message: handover.Adopt, given: dict[str, int]) 
             owner=given.get("owner", -1), lingers=message.lingers,
         )  # fmt: skip
         warden.end_by(signal.SIGTERM, signal.SIGHUP)
-        warden.adopt(given["server"], link)
+        warden.reattach(given["server"], link)
         warden.run()
         status = 0
     except BaseException:  # noqa: BLE001  there is nobody to raise it to

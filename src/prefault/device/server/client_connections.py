@@ -57,8 +57,6 @@ class ClientConnections:
     Args:
         watch: ``watch(fd, mask, handler)``: have ``handler(mask)`` called; again to change the mask.
         forget: no more.
-
-    Attributes:
         greeted: told of Hello and its record, says Welcome.
         asked: told of requests.
         welcome: says Welcome once more, to who is a client already.
@@ -66,18 +64,24 @@ class ClientConnections:
         lost: told of a client whose connection is over.
     """
 
-    def __init__(self, watch: Callable[[int, int, Callable[[int], None]], None], forget: Callable[[int], None]) -> None:
+    def __init__(
+        self, watch: Callable[[int, int, Callable[[int], None]], None], forget: Callable[[int], None], *, restarted: bool,
+        greeted: Callable[[ClientConnection, protocol.Hello, ClientRecord], None],
+        welcome: Callable[[ClientConnection, protocol.Hello], None],
+        asked: Callable[[ServedClient, protocol.Request], None],
+        lost: Callable[[ServedClient], None],
+    ) -> None:  # fmt: skip
         self._watch = watch
         self._forget = forget
         self.links: dict[int, ClientConnection] = {}
         self.strangers: set[ClientConnection] = set()
         most = min(_MAX_CONNECTIONS, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _DESCRIPTORS_EACH - 16))
         self._acceptor = Acceptor(most, _encode_refusal, limit_messages.no_descriptor)
-        self.restarted = False
-        self.greeted: Callable[[ClientConnection, protocol.Hello, ClientRecord], None]
-        self.welcome: Callable[[ClientConnection, protocol.Hello], None]
-        self.asked: Callable[[ServedClient, protocol.Request], None]
-        self.lost: Callable[[ServedClient], None]
+        self.restarted = restarted
+        self.greeted = greeted
+        self.welcome = welcome
+        self.asked = asked
+        self.lost = lost
 
     # --- coming
 

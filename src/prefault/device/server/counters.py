@@ -31,11 +31,11 @@ class Counters:
         self.latency = [0] * BUCKETS
         self.log: deque[int | tuple[int, int]] = deque(maxlen=LOG_ENTRIES)
 
-    def answered(self, took_ns: int) -> None:
+    def record_latency(self, took_ns: int) -> None:
         """A fault took so long."""
         self.latency[min((took_ns // 1000).bit_length(), BUCKETS - 1)] += 1
 
-    def asked_for(self) -> list[tuple[int, int]]:
+    def access_runs(self) -> list[tuple[int, int]]:
         """The log: runs of pages, as first and stop, in the order of asking; what follows each other is one run."""
         runs: list[tuple[int, int]] = []
         for entry in list(self.log):

@@ -20,7 +20,7 @@ class _Discard:
 
     Attributes:
         then: called in the loop at its end, with what the driver raised, and how many pages were given back.
-        seen: ``books.changes`` when it was last looked whether pages are still filled or evicted.
+        seen: ``state.changes`` when it was last looked whether pages are still filled or evicted.
         called: the driver has it.
         waiting: faults on its pages, which come again when they are woken: area and page.
     """
@@ -48,10 +48,10 @@ class Discards:
         active: those under way.
     """
 
-    def __init__(self, books: ServerState, entries: PageTables, evictor: Eviction, jobs: Jobs) -> None:
-        self._books = books
-        self._entries = entries
-        self._evictor = evictor
+    def __init__(self, state: ServerState, page_tables: PageTables, eviction: Eviction, jobs: Jobs) -> None:
+        self._state = state
+        self._page_tables = page_tables
+        self._eviction = eviction
         self._jobs = jobs
         self.active: list[_Discard] = []
 
@@ -63,7 +63,7 @@ class Discards:
 
     def step(self) -> None:
         """Go on with those whose pages may have been filled or evicted by now."""
-        for discard in [waits for waits in self.active if not waits.called and waits.seen != self._books.changes]:
+        for discard in [waits for waits in self.active if not waits.called and waits.seen != self._state.changes]:
             self._advance(discard)
 
     def drop(self, area: ServedArea, failure: FillFailure) -> None:
@@ -71,7 +71,7 @@ class Discards:
         for discard in [waits for waits in self.active if not waits.called and waits.area is area]:
             self._finish(discard, failure)
 
-    def has(self, area: ServedArea, page: int) -> bool:
+    def defer_fault(self, area: ServedArea, page: int) -> bool:
         """Whether a fault has to wait for the discard of its page; it comes again when that is over."""
         for discard in self.active:
             if page in discard.pages:
@@ -79,7 +79,7 @@ class Discards:
                 return True
         return False
 
-    def piece(self, page: int, pages: range) -> tuple[bool, range]:
+    def split_at(self, page: int, pages: range) -> tuple[bool, range]:
         """Return whether ``page`` is being discarded, and those of ``pages`` around it of which the same is true."""
         start, stop = pages.start, pages.stop
         for discard in self.active:
@@ -92,22 +92,22 @@ class Discards:
         return False, range(start, stop)
 
     def _advance(self, discard: _Discard) -> None:
-        with self._books.lock:
-            discard.seen = self._books.changes
-            discard.count += self._evictor.discard(discard.pages)
-            if self._books.frames.runs(discard.pages, DevicePageState.FILLING, DevicePageState.EVICTING):
+        with self._state.lock:
+            discard.seen = self._state.changes
+            discard.count += self._eviction.discard(discard.pages)
+            if self._state.frames.runs(discard.pages, DevicePageState.FILLING, DevicePageState.EVICTING):
                 return
         discard.called = True
         self._jobs.call(
-            discard.area, "discard", self._books.device.discard, discard.area, discard.pages,
+            discard.area, "discard", self._state.device.discard, discard.area, discard.pages,
             then=lambda failure: self._finish(discard, failure),
         )  # fmt: skip
 
     def _finish(self, discard: _Discard, failure: FillFailure | None) -> None:
         self.active.remove(discard)
-        with self._books.lock:
-            self._books.changes += 1
+        with self._state.lock:
+            self._state.changes += 1
         for area, page in discard.waiting:
             if area.alive:
-                self._entries.wake(area, page)
+                self._page_tables.wake(area, page)
         discard.then(failure, discard.count)

@@ -28,14 +28,14 @@ _EVICTING_S = 0.001
 class FillFailure(NamedTuple):
     """Why pages were not supplied, or a call was not done.
 
-    ``no_room``: the capacity was used up; what others are filling just now may be dropped or evicted when it is READY.
+    ``over_capacity``: the capacity was used up; what others are filling just now may be dropped or evicted when it is READY.
     """
 
     kind: Literal["driver", "full"]
     number: int
     message: str
     page: int = 0
-    no_room: bool = False
+    over_capacity: bool = False
 
 
 class Fill:
@@ -46,7 +46,7 @@ class Fill:
         single: one page, by ``fault``; else by ``populate``.
         keep: pages that are not to be dropped for these.
         waiting: who is to get an entry: area, page, whether to write, when its fault was read (ns).
-        changes: ``books.changes`` before there was found to be no room.
+        changes: ``state.changes`` before there was found to be no room.
         done: the page up to which they are supplied.
         around: a window around a fault.
         reserved: whether their frames count against the capacity.
@@ -83,20 +83,20 @@ class DriverCalls:
         page_by_page: the driver has no ``populate`` of its own.
     """
 
-    def __init__(self, books: ServerState, evictor: Eviction) -> None:
-        self._books = books
-        self._frames = books.frames
-        self._evictor = evictor
-        self._device = books.device
-        self._heartbeat = books.frames.heartbeat
-        self._secure_one = books.frames.secure_one
-        self._reclaiming = threading.Lock()
-        self.page_by_page = type(books.device).populate is Device.populate and "populate" not in vars(books.device)
+    def __init__(self, state: ServerState, eviction: Eviction) -> None:
+        self._state = state
+        self._frames = state.frames
+        self._eviction = eviction
+        self._device = state.device
+        self._heartbeat = state.frames.heartbeat
+        self._secure_one = state.frames.secure_one
+        self._reclaim_lock = threading.Lock()
+        self.page_by_page = type(state.device).populate is Device.populate and "populate" not in vars(state.device)
 
     @property
-    def keeps_no_order(self) -> bool:
+    def unlimited(self) -> bool:
         """Whether it does not matter which pages were supplied, and when: there is no capacity."""
-        return self._books.capacity is None
+        return self._state.capacity is None
 
     def fill(self, fill: Fill, slot: int) -> None:
         """Supply the pages. Never raises: the failure is in ``fill``."""
@@ -104,35 +104,37 @@ class DriverCalls:
         heartbeat = self._frames.heartbeat
         heartbeat[slot] = time.monotonic_ns()
         try:
-            if self._books.registry.blamed:
-                self._check_blamed(fill)
+            if self._state.registry.blamed:
+                self._raise_if_blamed(fill)
             self._reserve(fill, slot)
             try:
                 self._frames.secure(pages)
             except OSError as error:
-                raise _NoMemory(str(error.strerror)) from None
+                raise _FrameAllocationError(str(error.strerror)) from None
             heartbeat[slot] = time.monotonic_ns()
             if fill.single or self.page_by_page:
                 fault, area, access = self._device.fault, fill.area, fill.access
                 for page in pages:
                     answer = fault(area, page, access)
                     if answer is not None and answer is not ZERO:
-                        raise TypeError(f"fault() returns None or prefault.device.ZERO, not {_shown(answer)}")
+                        raise TypeError(f"fault() returns None or prefault.device.ZERO, not {_describe(answer)}")
                     fill.done = page + 1
                     if fill.done < pages.stop:
                         heartbeat[slot] = time.monotonic_ns()
             else:
                 done: Any = self._device.populate(fill.area, pages, fill.access)  # type: ignore[func-returns-value]
                 if done is not None and done is not ZERO:
-                    raise TypeError(f"populate() returns None, not {_shown(done)}")
+                    raise TypeError(f"populate() returns None, not {_describe(done)}")
                 fill.done = pages.stop
-        except _PageBlamed as blame:
+        except _BlamedPageError as blame:
             fill.failure = FillFailure("driver", errno.EIO, str(blame), blame.page)
-        except _NoMemory as full:
-            fill.failure = FillFailure("full", errno.ENOSPC, str(full), pages.start, isinstance(full, _CapacityUsedUp))
+        except _FrameAllocationError as full:
+            fill.failure = FillFailure("full", errno.ENOSPC, str(full), pages.start, isinstance(full, _CapacityError))
         except BaseException as error:  # noqa: BLE001  a driver's SystemExit is its own affair as well
             name = "fault" if fill.single or self.page_by_page else "populate"
-            fill.failure = self._failed(name, error, range(fill.done, fill.done + 1 if name == "fault" else pages.stop))
+            fill.failure = self._driver_failure(
+                name, error, range(fill.done, fill.done + 1 if name == "fault" else pages.stop)
+            )
         finally:
             heartbeat[slot] = 0
         if fill.done == self._frames.pages:
@@ -152,9 +154,9 @@ class DriverCalls:
                 return FillFailure("full", errno.ENOSPC, str(error.strerror), page)
             answer = self._device.fault(area, page, access)
             if answer is not None and answer is not ZERO:
-                raise TypeError(f"fault() returns None or prefault.device.ZERO, not {_shown(answer)}")
+                raise TypeError(f"fault() returns None or prefault.device.ZERO, not {_describe(answer)}")
         except BaseException as error:  # noqa: BLE001  as above
-            return self._failed("fault", error, range(page, page + 1))
+            return self._driver_failure("fault", error, range(page, page + 1))
         finally:
             heartbeat[0] = 0
         return None
@@ -165,24 +167,24 @@ class DriverCalls:
         try:
             function(*arguments)
         except BaseException as error:  # noqa: BLE001  as above
-            return self._failed(name, error, None)
+            return self._driver_failure(name, error, None)
         finally:
             self._frames.heartbeat[slot] = 0
         return None
 
-    def _failed(self, name: str, error: BaseException, pages: range | None) -> FillFailure:
-        text = _shown(error, str)
+    def _driver_failure(self, name: str, error: BaseException, pages: range | None) -> FillFailure:
+        text = _describe(error, str)
         said = f"{type(error).__name__}: {text}" if text else type(error).__name__
         where = "" if pages is None else f" (page {pages[0]})" if len(pages) == 1 else f" (pages {pages[0]} to {pages[-1]})"
-        said = f"the driver raised in {name}(){where}: {said}"[:_MESSAGE_MOST] + _where(error)
-        _log.error("device %s: %s", self._books.name, said)
+        said = f"the driver raised in {name}(){where}: {said}"[:_MESSAGE_MOST] + _raising_line(error)
+        _log.error("device %s: %s", self._state.name, said)
         return FillFailure("driver", errno.EIO, said, pages[0] if pages else 0)
 
     # --- what is checked before
 
-    def _check_blamed(self, fill: Fill) -> None:
-        blamed = self._books.registry.blamed
-        with self._books.lock:
+    def _raise_if_blamed(self, fill: Fill) -> None:
+        blamed = self._state.registry.blamed
+        with self._state.lock:
             found = [page for page in blamed if page in fill.pages]
             if not found:
                 return
@@ -191,7 +193,7 @@ class DriverCalls:
             if not fill.around:
                 for page in found:
                     del blamed[page]
-            raise _PageBlamed(found[0], message)
+            raise _BlamedPageError(found[0], message)
 
     def _reserve(self, fill: Fill, slot: int) -> None:
         """Room for the frames, which count from now on.
@@ -200,43 +202,43 @@ class DriverCalls:
             _NoRoom: there is none.
             BaseException: whatever the driver's ``reclaim`` raises.
         """
-        books, count = self._books, len(fill.pages)
-        if books.capacity is None:
-            with books.lock:
-                books.used += count
+        state, count = self._state, len(fill.pages)
+        if state.capacity is None:
+            with state.lock:
+                state.used += count
                 fill.reserved = True
             return
         # One at a time: another thread is not to take the room that was made for this one. The time of its call is not ours.
         self._heartbeat[slot] = 0
-        with self._reclaiming:
+        with self._reclaim_lock:
             if self._take_room(fill, count):
                 return
             for _ in range(_RECLAIMS_MOST):
-                fill.changes = changes = books.changes
+                fill.changes = changes = state.changes
                 self._heartbeat[slot] = time.monotonic_ns()
                 self._device.reclaim(fill.area, count)
                 self._heartbeat[slot] = 0
                 if self._take_room(fill, count):
                     return
                 # What another thread of the driver evicts just now was no good for reclaim, and makes room in a moment.
-                if self._evictor.evicting:
+                if self._eviction.evicting:
                     time.sleep(_EVICTING_S)
-                elif books.changes == changes:
+                elif state.changes == changes:
                     break
-        raise _CapacityUsedUp(
-            f"the device's capacity of {books.capacity} pages has no room for {count} more: {books.used} are taken, and"
+        raise _CapacityError(
+            f"the device's capacity of {state.capacity} pages has no room for {count} more: {state.used} are received, and"
             " reclaim() made no room"
         )
 
     def _take_room(self, fill: Fill, count: int) -> bool:
-        books = self._books
-        assert books.capacity is not None
-        with books.lock:
-            if books.used + count > books.capacity:
-                self._evictor.drop_oldest(books.used + count - books.capacity, fill.keep)
-            if books.used + count > books.capacity:
+        state = self._state
+        assert state.capacity is not None
+        with state.lock:
+            if state.used + count > state.capacity:
+                self._eviction.drop_oldest(state.used + count - state.capacity, fill.keep)
+            if state.used + count > state.capacity:
                 return False
-            books.used += count
+            state.used += count
             fill.reserved = True
             return True
 
@@ -250,23 +252,23 @@ class DriverCalls:
         """After :meth:`fill`: what is supplied is READY, what is not is MISSING again."""
         ready, lost = range(fill.pages.start, fill.done), range(fill.done, fill.pages.stop)
         if len(ready):
-            self._evictor.supplied(ready)
+            self._eviction.mark_supplied(ready)
             fill.area.counters.supplied_pages += len(ready)
         if len(lost) and fill.reserved:
-            self._evictor.punch(lost)
+            self._eviction.punch(lost)
         elif len(lost):
             self._frames.mark(lost, DevicePageState.MISSING)
 
 
-class _NoMemory(Exception):
+class _FrameAllocationError(Exception):
     """No memory."""
 
 
-class _CapacityUsedUp(_NoMemory):
+class _CapacityError(_FrameAllocationError):
     """The device's capacity is used up."""
 
 
-class _PageBlamed(Exception):
+class _BlamedPageError(Exception):
     """The last server died of it."""
 
     def __init__(self, page: int, message: str) -> None:
@@ -274,7 +276,7 @@ class _PageBlamed(Exception):
         self.page = page
 
 
-def _where(error: BaseException) -> str:
+def _raising_line(error: BaseException) -> str:
     """The line that raised, for whoever writes the driver; nothing if it is ours."""
     frames = list(traceback.walk_tb(error.__traceback__))
     if len(frames) < 2:
@@ -283,7 +285,7 @@ def _where(error: BaseException) -> str:
     return f" ({os.path.basename(frame.f_code.co_filename)}, line {line})"
 
 
-def _shown(value: object, show: Callable[[object], str] = repr) -> str:
+def _describe(value: object, show: Callable[[object], str] = repr) -> str:
     try:
         text = show(value)
     except BaseException:  # noqa: BLE001  it is a driver's, and may call exit as well

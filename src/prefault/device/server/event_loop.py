@@ -34,7 +34,7 @@ from prefault.errors import DeviceError
 if TYPE_CHECKING:
     from prefault.device.driver import Device
     from prefault.device.registry import ClientRecord, Registry
-    from prefault.device.server.warden_notifier import WardenNotifier
+    from prefault.device.server.warden_link import WardenLink
 
 _EVENTS = 64
 _SWITCH_S = 0.0005
@@ -43,8 +43,8 @@ _ERRORS = select.EPOLLERR | select.EPOLLHUP
 
 
 def run_server(
-    device: Device, registry: Registry, notary: WardenNotifier, listener: socket.socket | None, first: socket.socket | None,
-    parent_pidfd: int,
+    device: Device, registry: Registry, warden_link: WardenLink, listener: socket.socket | None,
+    first: socket.socket | None, warden_pidfd: int,
 ) -> None:  # fmt: skip
     """Serve until all is over: a private server until its client is gone, one with a listener until SIGTERM.
 
@@ -53,10 +53,10 @@ def run_server(
     Args:
         device: the driver.
         registry: what outlives a server. If it has clients, this server goes on where another ended.
-        notary: is told what changes in it.
+        warden_link: is told what changes in it.
         listener: where clients connect, for a server of many.
         first: the connection of a private server's client.
-        parent_pidfd: of the warden, or -1.
+        warden_pidfd: of the warden, or -1.
 
     Raises:
         DeviceError: a limit is reached (of threads, of descriptors) before anything was answered.
@@ -64,8 +64,8 @@ def run_server(
     this_server.device = device
     sys.setswitchinterval(_SWITCH_S)
     with limit_messages.explained(f"the server of {type(device).__name__} cannot be started"):
-        server = _EventLoop(device, registry, notary, listener, first, parent_pidfd)
-    server.tell_started()
+        server = _EventLoop(device, registry, warden_link, listener, first, warden_pidfd)
+    server.notify_started()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: server.stop())
@@ -74,47 +74,45 @@ def run_server(
 
 class _EventLoop:
     def __init__(
-        self, device: Device, registry: Registry, notary: WardenNotifier, listener: socket.socket | None,
-        first: socket.socket | None, parent_pidfd: int,
+        self, device: Device, registry: Registry, warden_link: WardenLink, listener: socket.socket | None,
+        first: socket.socket | None, warden_pidfd: int,
     ) -> None:  # fmt: skip
         self._device = device
         self._registry = registry
-        self._notary = notary
+        self._warden_link = warden_link
         self._listener = listener
         self._stopping = False
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
-        self._leaving: list[ServedClient] = []
         self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._parent = -1
+        self._warden_pidfd = -1
+        self._ended = False
 
-        books = self._books = ServerState(device, registry)
-        books.notify = self._wake
-        evictor = Eviction(books)
-        self._calls = DriverCalls(books, evictor)
-        self._workers = _workers(books, min(device.workers, RESULTS - 1))
-        self._jobs = Jobs(books, self._calls, self._workers)
-        self._entries = PageTables(books, evictor)
-        self._entries.gone = self._leave_soon
-        self._discards = Discards(books, self._entries, evictor, self._jobs)
-        self._faults = Faults(books, self._entries, self._calls, self._jobs, self._discards, FaultAroundWindows(books))
-        self._faults.broken = self._leave_soon
-        self._populates = PopulateRequests(
-            books, self._entries, evictor, self._jobs, self._discards, self._workers, page_by_page=self._calls.page_by_page
+        state = self._state = ServerState(device, registry, notify=self._wake)
+        self._connections = ClientConnections(
+            self._watch, self._forget, restarted=registry.generation > 0, greeted=self._admit_new, welcome=self._welcome,
+            asked=lambda client, request: self._requests.handle(client, request), lost=self.connection_lost,
+        )  # fmt: skip
+        eviction = Eviction(state)
+        self._driver_calls = DriverCalls(state, eviction)
+        self._workers = _workers(state, min(device.workers, RESULTS - 1))
+        self._jobs = Jobs(state, self._driver_calls, self._workers)
+        self._page_tables = PageTables(state, eviction)
+        self._discards = Discards(state, self._page_tables, eviction, self._jobs)
+        self._faults = Faults(
+            state, self._page_tables, self._driver_calls, self._jobs, self._discards, FaultAroundWindows(state)
         )
-        self._requests = Requests(books, self._jobs, self._populates, self._discards)
-        self._connections = ClientConnections(self._watch, self._forget)
-        self._connections.greeted, self._connections.welcome = self._greet, self._welcome
-        self._connections.restarted = registry.generation > 0
-        self._connections.asked = self._requests.handle
-        self._connections.lost = self._lost
-        self._populates.say = self._requests.say = self._connections.say
-        self._requests.added, self._requests.removed = self._added, self._removed
-        self._requests.lost = self._lost
-        self._spin = FaultPolling()
+        self._populate_requests = PopulateRequests(
+            state, self._page_tables, eviction, self._jobs, self._discards, self._workers,
+            page_by_page=self._driver_calls.page_by_page, reply=self._connections.say,
+        )  # fmt: skip
+        self._requests = Requests(
+            state, self._jobs, self._populate_requests, self._discards, eviction, reply=self._connections.say, events=self
+        )
+        self._fault_polling = FaultPolling()
 
         self._watch(self._waker, EPOLLIN, self._woken)
-        self._watch_parent(parent_pidfd)
+        self._watch_warden(warden_pidfd)
         if registry.clients:
             self._resume()
         if listener is not None:
@@ -123,9 +121,9 @@ class _EventLoop:
         if first is not None:
             self._connections.admit(first)
 
-    def tell_started(self) -> None:
+    def notify_started(self) -> None:
         """Tell the warden that all is there that can be missing."""
-        self._tell(self._notary.started)
+        self._notify_warden(self._warden_link.started)
 
     # --- the loop
 
@@ -135,44 +133,45 @@ class _EventLoop:
         self._end()
 
     def _loop(self) -> None:
-        poll, handlers, populates, spin, faults = self._epoll.poll, self._handlers, self._populates, self._spin, self._faults
+        poll, handlers, spin, faults = self._epoll.poll, self._handlers, self._fault_polling, self._faults
+        populate_requests = self._populate_requests
         discards = self._discards
         events: list[tuple[int, int]] = []
         more = False
         while True:
             if not events:
-                events = poll(0 if more or self._leaving else self._connections.patience(), _EVENTS)
+                events = poll(0 if more or self._state.gone_clients else self._connections.patience(), _EVENTS)
             arrived = time.monotonic_ns()
             for fd, mask, handler in [(fd, mask, handlers.get(fd)) for fd, mask in events]:
                 # What one handler closes and opens may have the number of what a later event is about.
                 if handler is not None and handlers.get(fd) is handler:
                     handler(mask)
             events = []
-            if self._leaving:
-                self._leave_now()
+            if self._state.gone_clients:
+                self._remove_gone_clients()
             if self._connections.strangers:
                 self._connections.expire()
-            if (self._stopping or not self._books.clients) and self._over():
+            if (self._stopping or not self._state.clients) and self._is_over():
                 return
             if discards.active:
                 discards.step()
-            more = bool(populates) and populates.step()
+            more = bool(populate_requests) and populate_requests.step()
             client = faults.take_recent()
-            if client is not None and not client.gone and spin.wanted(arrived) and not more and self._calm():
+            if client is not None and not client.gone and spin.wanted(arrived) and not more and self._is_calm():
                 expected = [(client.record.userfaultfd, EPOLLIN)]
-                events = spin.wait(poll, expected, partial(faults.read, client), self._calm)
+                events = spin.wait(poll, expected, partial(faults.read, client), self._is_calm)
 
-    def _calm(self) -> bool:
+    def _is_calm(self) -> bool:
         """Whether there is nothing to do but to answer faults."""
-        return not self._leaving and not self._workers.busy
+        return not self._state.gone_clients and not self._workers.busy
 
-    def _over(self) -> bool:
+    def _is_over(self) -> bool:
         if self._stopping:
             return True
         return (
             self._listener is None
             and not self._connections.links
-            and not self._books.clients
+            and not self._state.clients
             and not self._workers.busy
         )  # fmt: skip
 
@@ -208,7 +207,7 @@ class _EventLoop:
 
     # --- clients
 
-    def _greet(self, link: ClientConnection, request: protocol.Hello, record: ClientRecord) -> None:
+    def _admit_new(self, link: ClientConnection, request: protocol.Hello, record: ClientRecord) -> None:
         record.number = max(self._registry.clients, default=0) + 1
         client = ServedClient(record, link.connection)
         link.client = client
@@ -218,106 +217,100 @@ class _EventLoop:
             self._connections.send(
                 link, protocol.Refused(request.id, "device", error.errno or 0, "the server cannot wait for one more client")
             )
-            self._leave_soon(client)
+            self._state.schedule_removal(client)
             return
-        self._tell(lambda: self._notary.admitted(record))
+        self._notify_warden(lambda: self._warden_link.client_admitted(record))
         self._welcome(link, request)
 
     def _welcome(self, link: ClientConnection, request: protocol.Hello) -> None:
-        books, device = self._books, self._device
+        state, device = self._state, self._device
         self._connections.send(
             link,
             protocol.Welcome(
-                request.id, books.name[:1000], self._registry.length, books.page_size, device.writable, device.populates,
-                device.evicts, books.frames.huge, books.frames.notes,
+                request.id, state.name[:1000], self._registry.length, state.page_size, device.writable, device.populates,
+                device.evicts, state.frames.huge, state.frames.notes,
             ),
-            (books.frames.fd,),
+            (state.frames.fd,),
         )  # fmt: skip
 
     def _admit(self, client: ServedClient) -> None:
         """Listen to its faults, and to its end."""
         record = client.record
         self._registry.clients[record.number] = record
-        self._books.clients[record.number] = client
-        self._watch(record.pidfd, EPOLLIN, lambda _: self._leave_soon(client))
+        self._state.clients[record.number] = client
+        self._watch(record.pidfd, EPOLLIN, lambda _: self._state.schedule_removal(client))
         faults = self._faults
 
         def faulted(mask: int) -> None:
             if mask & _ERRORS:  # it was made blocking, say: reading it would stop us
-                return self._leave_soon(client)
+                return self._state.schedule_removal(client)
             return faults.read(client)
 
         self._watch(record.userfaultfd, EPOLLIN, faulted)
 
-    def _lost(self, client: ServedClient) -> None:
+    def connection_lost(self, client: ServedClient) -> None:
         """Its connection is over. Without areas it has no more to ask of us; with some it lives, or its pidfd will say.
 
         Unless it has become another program by exec: that has the same pid, and none of the areas.
         """
-        if client.gone:
+        if self._ended or client.gone:
             return  # its descriptors are closed, and the numbers may be another client's
         if client.opening:
             return  # asked again when that is done
         if fault_resolution.is_another_program(client.record):
             fault_resolution.disarm(client.record.lifeline_read)
-            self._leave_soon(client)
+            self._state.schedule_removal(client)
 
-    def _leave_soon(self, client: ServedClient) -> None:
-        """It is gone. Not at once, as who finds out may be in the middle of its areas."""
-        if not client.gone:
-            client.gone = True
-            self._leaving.append(client)
-
-    def _leave_now(self) -> None:
-        leaving, self._leaving = self._leaving, []
-        for client in leaving:
+    def _remove_gone_clients(self) -> None:
+        gone_clients, self._state.gone_clients = self._state.gone_clients, []
+        for client in gone_clients:
             record = client.record
             # It has nothing left to fear from our end; or it called exec while it was answered.
             if fault_resolution.is_another_program(record):
                 fault_resolution.disarm(record.lifeline_read)
             for area in list(client.areas.values()):
-                self._requests.give_up(area, quietly=True)
+                self._requests.release_area(area, quietly=True)
             self._forget(record.userfaultfd)
             self._forget(record.pidfd)
             if client.connection is not None:
                 self._connections.hang_up(self._connections.links[client.connection.fileno()])
-            del self._books.clients[record.number], self._registry.clients[record.number]
-            with self._books.lock:  # an eviction may be at one of its areas
+            del self._state.clients[record.number], self._registry.clients[record.number]
+            with self._state.lock:  # an eviction may be at one of its areas
                 for fd in (record.userfaultfd, record.pidfd, record.lifeline_write, record.lifeline_read):
                     os.close(fd)
-            self._tell(partial(self._notary.left, record.number))
+            self._notify_warden(partial(self._warden_link.client_left, record.number))
 
     # --- the warden
 
-    def _added(self, area: ServedArea, cpu: int | None) -> None:
-        self._tell(lambda: self._notary.added(area.client.record, area.record))
+    def area_added(self, area: ServedArea, cpu: int | None) -> None:
+        self._notify_warden(lambda: self._warden_link.area_added(area.client.record, area.record))
         if cpu is not None:
-            self._spin.colocate(area.number, cpu)
+            self._fault_polling.colocate(area.number, cpu)
 
-    def _removed(self, area: ServedArea, quietly: bool) -> None:
-        self._spin.separate(area.number)
+    def area_removed(self, area: ServedArea, quietly: bool) -> None:
+        self._fault_polling.separate(area.number)
         if not quietly:
-            self._tell(lambda: self._notary.removed(area.client.record.number, area.number))
+            self._notify_warden(lambda: self._warden_link.area_removed(area.client.record.number, area.number))
 
-    def _tell(self, what: Callable[[], None]) -> None:
+    def _notify_warden(self, what: Callable[[], None]) -> None:
         try:
             what()
         except OSError:
-            self._orphaned(0)
+            self._warden_died(0)
 
-    def _watch_parent(self, pidfd: int) -> None:
-        self._parent = pidfd
+    def _watch_warden(self, pidfd: int) -> None:
+        self._warden_pidfd = pidfd
         if pidfd >= 0:
-            self._watch(pidfd, EPOLLIN, self._orphaned)
+            self._watch(pidfd, EPOLLIN, self._warden_died)
 
-    def _orphaned(self, _: int) -> None:
+    def _warden_died(self, _: int) -> None:
         """The warden is gone: a new one gets all that there is."""
-        former, self._parent = self._parent, -1
+        former, self._warden_pidfd = self._warden_pidfd, -1
         self._forget(former)
-        pidfd = self._notary.orphaned(self._registry)
+        pidfd = self._warden_link.replace_warden(self._registry)
         if former >= 0:
             os.close(former)
-        self._watch_parent(pidfd)
+        self._watch_warden(pidfd)
 
     # --- after another server
 
@@ -339,47 +332,43 @@ class _EventLoop:
         # Not before all areas are known: a driver that evicts in open() has to have all of them write-protected.
         for served in restored:
             self._open(served)
-        for client in list(self._books.clients.values()):
+        for client in list(self._state.clients.values()):
             for area in client.record.areas.values():
                 fault_resolution.wake(client.record.userfaultfd, area.address, area.length)
             self._connections.say(client, protocol.Restarted(0, self._registry.generation))
 
     def _open(self, area: ServedArea) -> None:
         """At a new driver. What it raises is logged; faults will show whether it can serve the area."""
-        self._calls.call(0, "open", self._device.open, area)
+        self._driver_calls.call(0, "open", self._device.open, area)
 
     # --- the end
 
     def _end(self) -> None:
         self._workers.stop(self._wait_for_workers)
-        clients = list(self._books.clients.values())
+        clients = list(self._state.clients.values())
         for client in clients:
             for area in list(client.areas.values()):
-                self._calls.call(0, "close", self._device.close, area)
+                self._driver_calls.call(0, "close", self._device.close, area)
         # For good: a thread of the driver that evicts from now on would take pages that nobody supplies again.
-        self._books.lock.acquire()
+        self._state.lock.acquire()
         for client in clients:
-            fault_resolution.give_up(self._books.frames, client.record)
-            self._connections.say(client, protocol.Gone(0, f"the server of device {self._books.name} was ended"))
+            fault_resolution.resolve_all(self._state.frames, client.record)
+            self._connections.say(client, protocol.Gone(0, f"the server of device {self._state.name} was ended"))
             fault_resolution.disarm(client.record.lifeline_read)
-        self._connections.lost = _nothing
+        self._ended = True
         self._connections.close()
         for fd in list(self._handlers):
             self._forget(fd)
         self._epoll.close()
         # The eventfd ends with the process: a thread of the driver may be about to tell of an eviction.
-        if self._parent >= 0:
-            os.close(self._parent)
+        if self._warden_pidfd >= 0:
+            os.close(self._warden_pidfd)
 
 
-def _workers(books: ServerState, count: int) -> Workers:
+def _workers(state: ServerState, count: int) -> Workers:
     try:
-        return Workers(books, count)
+        return Workers(state, count)
     except RuntimeError as error:  # as the interpreter calls EAGAIN
         raise DeviceError(
-            errno.EAGAIN, f"the {count} workers of {books.name} cannot be started: {limit_messages.no_process()}"
+            errno.EAGAIN, f"the {count} workers of {state.name} cannot be started: {limit_messages.no_process()}"
         ) from error
-
-
-def _nothing(client: ServedClient) -> None:
-    """At the end nobody is told."""

@@ -23,28 +23,27 @@ _UNSEEN = re.compile(b"\x00+")
 class Eviction:
     """The primitive that takes pages back, and what the framework does with it."""
 
-    def __init__(self, books: ServerState) -> None:
-        self._books = books
-        self._frames = books.frames
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._frames = state.frames
         self.evicting = 0
         """Calls of :meth:`evict` under way, in whichever thread."""
         self._order: deque[range] | None = None
         self._listed = 0  # pages in it
-        if books.capacity is not None and not books.device.writable:
+        if state.capacity is not None and not state.device.writable:
             self._order = deque()
-            if books.registry.generation:
+            if state.registry.generation:
                 self._order.extend(self._frames.runs(range(self._frames.pages), DevicePageState.READY))
                 self._listed = sum(map(len, self._order))
-        books.evict = self.evict
 
     # --- evict
 
     def evict(self, pages: range, save: Any = None) -> bytes:
         """See :meth:`DeviceArea.evict`. From any thread."""
-        books = self._books
-        if books.device.writable and not books.device.evicts:
-            raise RuntimeError(f"{type(books.device).__name__} is writable and evicts: it has to say so, with evicts = True")
-        with books.lock:
+        state = self._state
+        if state.device.writable and not state.device.evicts:
+            raise RuntimeError(f"{type(state.device).__name__} is writable and evicts: it has to say so, with evicts = True")
+        with state.lock:
             runs = self._frames.runs(pages, DevicePageState.READY)
             protected = []
             try:
@@ -67,22 +66,22 @@ class Eviction:
                 else:
                     save(left[0], content)
                 del content
-                with books.lock:
-                    self._take(left[0])
+                with state.lock:
+                    self._punch_and_wake(left[0])
                     left.popleft()
         finally:
-            with books.lock:
+            with state.lock:
                 for run in left:
                     self._restore(run)
                 if runs:
-                    books.changes += 1
+                    state.changes += 1
                 self.evicting -= 1
-            books.notify()
+            state.notify()
         return b"".join(contents)
 
     def _protect(self, run: range) -> None:
-        for area, start, length in self._books.over(run):
-            if area.protectable and not fault_resolution.protect(area.fd, start, length, self._books.unit):
+        for area, start, length in self._state.areas_over(run):
+            if area.protectable and not fault_resolution.protect(area.fd, start, length, self._state.unit):
                 raise OSError(
                     errno.EBUSY,
                     f"process {area.pid} keeps changing its mappings: pages {run.start} to {run.stop - 1} were not evicted",
@@ -91,7 +90,7 @@ class Eviction:
     def _restore(self, run: range) -> None:
         """They stay: whoever may write goes on writing."""
         self._frames.mark(run, DevicePageState.READY)
-        for area, start, length in self._books.over(run):
+        for area, start, length in self._state.areas_over(run):
             if area.tracks:
                 # Pages that nobody wrote to remain protected.
                 for dirty in dirty_runs(area, area.overlap(run)):
@@ -100,10 +99,10 @@ class Eviction:
                 fault_resolution.unprotect(area.fd, start, length)
             fault_resolution.wake(area.fd, start, length)
 
-    def _take(self, run: range) -> None:
+    def _punch_and_wake(self, run: range) -> None:
         """Their frames go, and who waited faults again. Under the lock."""
         self.punch(run)
-        for area, start, length in self._books.over(run):
+        for area, start, length in self._state.areas_over(run):
             if area.protectable:
                 fault_resolution.unprotect(area.fd, start, length)  # what is left of it in page tables without entries
             fault_resolution.wake(area.fd, start, length)
@@ -115,9 +114,9 @@ class Eviction:
         self._frames.mark(run, DevicePageState.PUNCHING)
         self._frames.punch(run)
         self._frames.mark(run, DevicePageState.MISSING)
-        self._books.used -= len(run)
+        self._state.used -= len(run)
 
-    def supplied(self, run: range) -> None:
+    def mark_supplied(self, run: range) -> None:
         """The driver supplied them, in this order."""
         self._frames.mark(run, DevicePageState.READY)
         if self._order is not None:
@@ -126,10 +125,10 @@ class Eviction:
             else:
                 self._order.append(run)
             self._listed += len(run)
-            if self._listed > _ORDER_MOST + 2 * (self._books.capacity or 0):
-                self._drop_what_came_again()
+            if self._listed > _ORDER_MOST + 2 * (self._state.capacity or 0):
+                self._remove_duplicates()
 
-    def _drop_what_came_again(self) -> None:
+    def _remove_duplicates(self) -> None:
         """Pages that were given back and supplied again are in the order several times: the last one counts."""
         assert self._order is not None
         seen = zeros(self._frames.pages)
@@ -153,7 +152,7 @@ class Eviction:
             oldest = self._order.popleft()
             self._listed -= len(oldest)
             for run in self._frames.runs(oldest, DevicePageState.READY):
-                for piece in without(run, keep):
+                for piece in subtract(run, keep):
                     take = min(len(piece), pages)
                     if take:
                         self.punch(range(piece.start, piece.start + take))
@@ -166,14 +165,14 @@ class Eviction:
     def discard(self, pages: range) -> int:
         """Give pages back that are READY; how many there were. Those that are being filled or evicted are left."""
         count = 0
-        with self._books.lock:
+        with self._state.lock:
             for run in self._frames.runs(pages, DevicePageState.READY):
                 self.punch(run)
                 count += len(run)
         return count
 
 
-def without(run: range, keep: list[range]) -> list[range]:
+def subtract(run: range, keep: list[range]) -> list[range]:
     """The parts of a run that lie in none of the others."""
     pieces = [run]
     for other in keep:
@@ -203,7 +202,7 @@ def dirty_runs(area: ServedArea, pages: range) -> list[range]:
     ]
 
 
-def clean(area: ServedArea, runs: list[range], page_size: int, unit: int) -> None:
+def clear_dirty(area: ServedArea, runs: list[range], page_size: int, unit: int) -> None:
     """Hear of the next writes to them again."""
     for run in runs:
         # Protected first: whoever writes from now on waits until it is marked again.

@@ -14,13 +14,13 @@ _THREADS = 64
 class FaultAroundWindows:
     """The window of a fault: aligned and of the first size for faults from anywhere, growing where they go forward."""
 
-    def __init__(self, books: ServerState) -> None:
-        self._books = books
-        around = books.device.fault_around
-        self._first = 1 if around is None else max(1, around.first // books.page_size)
-        self._most = 1 if around is None else max(self._first, around.most // books.page_size)
-        if books.capacity is not None:  # a window never takes so much that it drives itself out
-            self._most = max(1, min(self._most, books.capacity // 2))
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        around = state.device.fault_around
+        self._first = 1 if around is None else max(1, around.first // state.page_size)
+        self._most = 1 if around is None else max(self._first, around.most // state.page_size)
+        if state.capacity is not None:  # a window never takes so much that it drives itself out
+            self._most = max(1, min(self._most, state.capacity // 2))
             self._first = min(self._first, self._most)
 
     @property
@@ -28,7 +28,7 @@ class FaultAroundWindows:
         """Whether a fault ever brings in more than its page."""
         return self._most > 1
 
-    def of(self, area: ServedArea, page: int, thread: int) -> range:
+    def window_of(self, area: ServedArea, page: int, thread: int) -> range:
         """The pages around a fault of a thread, inside the area."""
         known = area.windows.pop(thread, None)
         if known is not None and known[0] == page:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prefault.device.registry import AreaRecord, ClientRecord
 
 _MAX_UNREACHABLE = 2000
-"""Pages in a row that are not mapped or not registered, before the rest is taken to be so as well."""
+"""Pages in a row that are not mapped or not registered, before the rest is received to be so as well."""
 _PATIENCE = 100
 _NOWHERE = 1 << 20
 """An address that mmap(2) never chooses. A question asked of areas would take away the protection that evictions rely on."""
@@ -203,7 +203,7 @@ def is_another_program(client: ClientRecord) -> bool:
     return False
 
 
-def give_up(frames: Frames, client: ClientRecord) -> None:
+def resolve_all(frames: Frames, client: ClientRecord) -> None:
     """The orderly end for a client: what is supplied is mapped, all else is SIGBUS, and no fault waits for anybody."""
     for area in client.areas.values():
         for start, stop, ready in _pieces(frames, area):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from time import monotonic_ns
 from typing import TYPE_CHECKING
 
@@ -41,42 +40,37 @@ _unpack = MESSAGE.unpack_from
 
 
 class Faults:
-    """Answers what comes out of userfaultfds.
-
-    Attributes:
-        broken: told of a client whose descriptor is no good.
-    """
+    """Answers what comes out of userfaultfds."""
 
     def __init__(
         self,
-        books: ServerState,
-        entries: PageTables,
+        state: ServerState,
+        page_tables: PageTables,
         calls: DriverCalls,
         jobs: Jobs,
         discards: Discards,
         windows: FaultAroundWindows,
     ) -> None:
-        self._books = books
-        self._entries = entries
+        self._state = state
+        self._page_tables = page_tables
         self._jobs = jobs
         self._discards = discards
         self._discarding = discards.active
         self._windows = windows
-        self._lock = books.lock
-        self._states = books.frames.states
-        self._size = books.page_size
-        self._shift = books.page_size.bit_length() - 1
+        self._lock = state.lock
+        self._states = state.frames.states
+        self._size = state.page_size
+        self._shift = state.page_size.bit_length() - 1
         self._around = windows.wanted
         self._buffer = bytearray(_BATCH * MESSAGE_BYTES)
-        self._heartbeat = books.frames.heartbeat
+        self._heartbeat = state.frames.heartbeat
         self._recent: ServedClient | None = None
         self._fill_one = calls.fill_one
-        self._map_one = entries.map_one
+        self._map_one = page_tables.map_one
         # Who needs no room, no windows and no threads is served in few steps, but for a page that the device ends in.
-        self._straight = calls.keeps_no_order and not jobs.threaded and not self._around
-        self._blamed = books.registry.blamed
-        self._tail = books.frames.pages - 1 if books.frames.tail else -1
-        self.broken: Callable[[ServedClient], None]
+        self._fast_path = calls.unlimited and not jobs.threaded and not self._around
+        self._blamed = state.registry.blamed
+        self._tail = state.frames.pages - 1 if state.frames.tail else -1
 
     def read(self, client: ServedClient) -> None:
         """Something can be read from a client's userfaultfd."""
@@ -88,14 +82,14 @@ class Faults:
                 try:
                     size = read_into(buffer)
                 except OSError:
-                    return self.broken(client)
+                    return self._state.schedule_removal(client)
                 if size is None:
                     return None  # all read; or the thread was killed meanwhile, or another event made it go on
                 now = monotonic_ns()
                 area = client.last
                 event, flags, address, thread = _unpack(buffer)
                 if size == MESSAGE_BYTES and event == UFFD_EVENT_PAGEFAULT and area and area.start <= address < area.stop:
-                    self._one(area, (address - area.base) >> self._shift, flags, thread, now)
+                    self._answer_one(area, (address - area.base) >> self._shift, flags, thread, now)
                 else:
                     self._answer(client, size, now)
                 if client.gone:
@@ -122,13 +116,13 @@ class Faults:
                 area = client.find(address)
                 if area is None:
                     return self._stray(client, address)
-                return self._one(area, (address - area.base) >> self._shift, flags, thread, now)
-        return self._many(client, size, now)
+                return self._answer_one(area, (address - area.base) >> self._shift, flags, thread, now)
+        return self._answer_many(client, size, now)
 
     # Straight through, as this is what a thread waits for.
-    def _one(self, area: ServedArea, page: int, flags: int, thread: int, now: int) -> None:
+    def _answer_one(self, area: ServedArea, page: int, flags: int, thread: int, now: int) -> None:
         if flags & UFFD_PAGEFAULT_FLAG_WP:
-            return self._written(area, page, now)
+            return self._resolve_write(area, page, now)
         if self._states[page] != _MISSING:
             counters = area.counters
             with self._lock:
@@ -148,20 +142,20 @@ class Faults:
                         self._wait(area, page, flags & UFFD_PAGEFAULT_FLAG_WRITE != 0, now)
                     return None
         # MISSING, which only this thread changes.
-        if self._discarding and self._discards.has(area, page):
+        if self._discarding and self._discards.defer_fault(area, page):
             return None
-        if self._straight and not self._blamed and page != self._tail:
+        if self._fast_path and not self._blamed and page != self._tail:
             return self._supply_one(area, page, flags, now)
         return self._supply(area, page, bool(flags & UFFD_PAGEFAULT_FLAG_WRITE), thread, now)
 
-    def _many(self, client: ServedClient, size: int, now: int) -> None:
+    def _answer_many(self, client: ServedClient, size: int, now: int) -> None:
         """Several at once: sorted, each page once, and neighbours answered together."""
         wanted: dict[tuple[int, int], tuple[ServedArea, int, int]] = {}
         messages = bytes(self._buffer[:size])
         for at in range(0, size, MESSAGE_BYTES):
             event, flags, address, thread = _unpack(messages, at)
             if event != UFFD_EVENT_PAGEFAULT:
-                _other(messages, at)
+                _discard_event(messages, at)
                 continue
             area = client.find(address)
             if area is None:
@@ -169,7 +163,7 @@ class Faults:
                 continue
             page = (address - area.base) >> self._shift
             if flags & UFFD_PAGEFAULT_FLAG_WP:
-                self._written(area, page, now)
+                self._resolve_write(area, page, now)
                 continue
             known = wanted.get((area.start, page))
             wanted[area.start, page] = (area, flags | known[1] if known else flags, thread)
@@ -188,12 +182,12 @@ class Faults:
                 else:
                     runs.append((area, page, page + 1))
             for area, first, stop in runs:
-                self._entries.map(area, range(first, stop))
+                self._page_tables.map(area, range(first, stop))
                 for _ in range(first, stop):
-                    area.counters.answered(monotonic_ns() - now)
+                    area.counters.record_latency(monotonic_ns() - now)
         for area, page, flags, thread in rest:
             if area.alive:
-                self._one(area, page, flags, thread, now)
+                self._answer_one(area, page, flags, thread, now)
 
     # --- under the lock
 
@@ -201,24 +195,24 @@ class Faults:
         """A page that is there, and what else is there in its window."""
         first, stop = page, page + 1
         if self._around:
-            window, frames = self._windows.of(area, page, thread), self._books.frames
+            window, frames = self._windows.window_of(area, page, thread), self._state.frames
             first, stop = frames.run_before(page, window.start), frames.run_at(page, window.stop)[1]
         area.counters.log.append((first, stop))
         if stop - first > 1:
-            self._entries.map(area, range(first, page))
-            self._entries.map(area, range(page + 1, stop))
+            self._page_tables.map(area, range(first, page))
+            self._page_tables.map(area, range(page + 1, stop))
         # The page itself last: its result wakes, and if it had an entry already the thread is woken as well.
-        self._entries.map_one(area, page, write=write)
+        self._page_tables.map_one(area, page, write=write)
 
     def _wait(self, area: ServedArea, page: int, write: bool, now: int) -> None:
-        fill = self._jobs.at(page)
+        fill = self._jobs.fill_of(page)
         if fill is None:
             raise AssertionError(f"page {page} is being filled by nobody")
         area.counters.missing += 1
         area.counters.log.append(page)
         fill.waiting.append((area, page, write, now))
 
-    def _written(self, area: ServedArea, page: int, now: int) -> None:
+    def _resolve_write(self, area: ServedArea, page: int, now: int) -> None:
         """A write to a page that is write-protected: the first in an area that tracks, or one while it is evicted."""
         with self._lock:
             if self._states[page] == _EVICTING:
@@ -227,7 +221,7 @@ class Faults:
             if area.tracks:
                 mark_dirty(area, page)
             fault_resolution.unprotect(area.fd, area.address(page), self._size)
-        area.counters.answered(monotonic_ns() - now)
+        area.counters.record_latency(monotonic_ns() - now)
 
     # --- not under the lock
 
@@ -236,10 +230,10 @@ class Faults:
         area.counters.missing += 1
         pages = range(page, page + 1)
         if self._around:
-            window, frames = self._windows.of(area, page, thread), self._books.frames
+            window, frames = self._windows.window_of(area, page, thread), self._state.frames
             with self._lock:
                 pages = range(frames.run_before(page, window.start), frames.run_at(page, window.stop)[1])
-            _, pages = self._discards.piece(page, pages)
+            _, pages = self._discards.split_at(page, pages)
         area.counters.log.append((pages.start, pages.stop) if self._around else page)
         alone = len(pages) == 1
         fill = Fill(area, pages, access_of(write), single=alone, keep=[], finished=self._filled, around=not alone)
@@ -255,7 +249,7 @@ class Faults:
         write = flags & UFFD_PAGEFAULT_FLAG_WRITE != 0
         failure = self._fill_one(area, page, "write" if write else "read", now)
         with self._lock:
-            self._books.used += 1
+            self._state.used += 1
             if failure is None:
                 self._states[page] = _READY
                 self._map_one(area, page, write)
@@ -270,8 +264,8 @@ class Faults:
     def _filled(self, fill: Fill) -> Fill | None:
         around = not fill.single and fill.done > fill.pages.start and fill.area.alive
         if around:
-            self._entries.map(fill.area, range(fill.pages.start, fill.done))
-        left = self._entries.answer(fill, around)
+            self._page_tables.map(fill.area, range(fill.pages.start, fill.done))
+        left = self._page_tables.answer_waiting(fill, around)
         if left is None:
             return None
         # The window could not be supplied. What was touched is one page, which alone may do.
@@ -282,13 +276,13 @@ class Faults:
 
     def _stray(self, client: ServedClient, address: int) -> None:
         """Registered, but no area of ours: after Unmap, most likely. Nobody would ever supply it."""
-        unit = self._books.unit
+        unit = self._state.unit
         result = fault_resolution.poison_run(client.record.userfaultfd, address & -unit, unit, unit)
         if result.gone:
-            self._entries.gone(client)
+            self._state.schedule_removal(client)
 
 
-def _other(messages: bytes, at: int) -> None:
+def _discard_event(messages: bytes, at: int) -> None:
     """Events that no client of ours asks for; it waits until they are read, which they are."""
     try:
         event = decode(messages, at)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
 from fcntl import ioctl
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from prefault.device.server.eviction import Eviction, mark_dirty
 
 if TYPE_CHECKING:
     from prefault.device.server.driver_calls import Fill
-    from prefault.device.server.served_areas import ServedArea, ServedClient, ServerState
+    from prefault.device.server.served_areas import ServedArea, ServerState
 
 
 _RUN = re.compile(b"\\x00+|\\x01+")
@@ -23,32 +22,27 @@ _pack_into = UFFDIO_RUN_ARGUMENT.pack_into
 
 
 class PageTables:
-    """Maps and poisons pages in areas.
+    """Maps and poisons pages in areas."""
 
-    Attributes:
-        gone: told of a client that has no memory any more.
-    """
-
-    def __init__(self, books: ServerState, evictor: Eviction) -> None:
-        self._books = books
-        self._evictor = evictor
-        self._frames = books.frames
-        self._size = books.page_size
+    def __init__(self, state: ServerState, eviction: Eviction) -> None:
+        self._state = state
+        self._eviction = eviction
+        self._frames = state.frames
+        self._size = state.page_size
         self._argument = bytearray(UFFDIO_RUN_ARGUMENT.size)
-        self.gone: Callable[[ServedClient], None] = _nothing
 
     def map(self, area: ServedArea, pages: range, *, write: bool = False) -> fault_resolution.Result:
         """Entries for pages that are READY, and wake who waits; under the lock.
 
         An area that tracks gets them write-protected, unless ``write`` says that they are written to at once.
         """
-        if write or not area.given:
+        if write or not area.had_entry:
             return self._map(area, pages, protect=area.tracks and not write, write=write)
         # A page that had an entry, and lost it, may have been written: protected, it would pass for one that was not.
         result = fault_resolution.Result()
-        for match in _RUN.finditer(area.given, pages.start - area.first, pages.stop - area.first):
+        for match in _RUN.finditer(area.had_entry, pages.start - area.first, pages.stop - area.first):
             piece = range(match.start() + area.first, match.end() + area.first)
-            result.add(self._map(area, piece, protect=not area.given[match.start()], write=False))
+            result.add(self._map(area, piece, protect=not area.had_entry[match.start()], write=False))
         return result
 
     def _map(self, area: ServedArea, pages: range, *, protect: bool, write: bool) -> fault_resolution.Result:
@@ -59,20 +53,20 @@ class PageTables:
         result = fault_resolution.map_run(area.fd, area.address(pages.start), len(pages) * size, self._frames.unit, protect)
         if result.present and area.tracks and write:
             fault_resolution.unprotect(area.fd, area.address(pages.start), len(pages) * size)
-        if result.holes and self._lost(area, result.holes):
+        if result.holes and self._resolve_holes(area, result.holes):
             result.unreachable = True
         if result.failed:  # no memory for page tables, or the frame's own memory is broken: no use in trying for ever
             fault_resolution.poison_run(area.fd, area.address(pages.start), len(pages) * size, self._frames.unit)
         if result.gone:
-            self.gone(area.client)
+            self._state.schedule_removal(area.client)
         if area.tracks and not write and not protect:
             for span in result.mapped:
                 for page in self.pages_of(area, span):
                     mark_dirty(area, page)
-        if area.given:
+        if area.had_entry:
             for span in result.mapped:
-                given = self.pages_of(area, span)
-                area.given[given.start - area.first : given.stop - area.first] = b"\x01" * len(given)
+                mapped = self.pages_of(area, span)
+                area.had_entry[mapped.start - area.first : mapped.stop - area.first] = b"\x01" * len(mapped)
         if area.poisoned and result.mapped:
             area.poisoned.difference_update(page for span in result.mapped for page in self.pages_of(area, span))
         return result
@@ -94,7 +88,7 @@ class PageTables:
         size = self._frames.page_size
         return range((span[0] - area.base) // size, -(-(span[1] - area.base) // size))
 
-    def _lost(self, area: ServedArea, holes: list[int]) -> bool:
+    def _resolve_holes(self, area: ServedArea, holes: list[int]) -> bool:
         """The kernel finds no frames there: somebody punched them, as who has the memfd can, or it is other memory.
 
         Frames that were punched are missing, and asked for again. Memory that is not ours is the client's own fault.
@@ -110,7 +104,7 @@ class PageTables:
                 foreign = True
                 continue
             if self._frames.states[page] == DevicePageState.READY:
-                self._evictor.punch(range(page, page + 1))
+                self._eviction.punch(range(page, page + 1))
             fault_resolution.wake(area.fd, area.address(page), size)
         return foreign
 
@@ -123,9 +117,9 @@ class PageTables:
         result = fault_resolution.poison_run(area.fd, area.address(page), self._frames.page_size, self._frames.unit)
         area.poisoned.add(page)
         if result.gone:
-            self.gone(area.client)
+            self._state.schedule_removal(area.client)
 
-    def answer(self, fill: Fill, mapped: bool) -> tuple[ServedArea, int, bool, int] | None:
+    def answer_waiting(self, fill: Fill, mapped: bool) -> tuple[ServedArea, int, bool, int] | None:
         """After a fill: who waited for its pages gets an entry, or poison if it was the only page asked for.
 
         Args:
@@ -154,9 +148,5 @@ class PageTables:
             else:
                 fault_resolution.wake(area.fd, area.address(page), self._frames.page_size)
                 continue
-            area.counters.answered(time.monotonic_ns() - read_ns)
+            area.counters.record_latency(time.monotonic_ns() - read_ns)
         return left
-
-
-def _nothing(client: ServedClient) -> None:
-    """Before anybody wants to know."""

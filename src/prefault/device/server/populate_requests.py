@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from prefault.device import protocol
 from prefault.device.page_states import DevicePageState
 from prefault.device.server.driver_calls import Fill, FillFailure
-from prefault.device.server.eviction import without
+from prefault.device.server.eviction import subtract
 from prefault.device.server.frame_headroom import FrameHeadroom, FrameShortfall
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PIECE = 4096
 """Entries that one UFFDIO_CONTINUE makes: about a millisecond, after which faults and Cancel are looked at."""
 _PAGES_ONE_BY_ONE = 64
-_AGAIN_MOST = 100
+_MAX_RETRIES = 100
 _PROGRESS_NS = 50_000_000
 
 
@@ -33,8 +33,8 @@ class _PopulateRequest:
 
     Attributes:
         runs: what is left to be looked at.
-        later: what is filled, evicted or discarded just now on behalf of others.
-        later_at: ``books.changes`` when that was seen.
+        deferred: what is filled, evicted or discarded just now on behalf of others.
+        deferred_at: ``state.changes`` when that was seen.
         mapped, supplied: what was done.
         filling: batches that are with the driver.
         failed: why it is to end.
@@ -46,12 +46,12 @@ class _PopulateRequest:
         self.request = request
         self.all = runs
         self.runs = deque(runs)
-        self.later: list[range] = []
-        self.later_at = -1
+        self.deferred: list[range] = []
+        self.deferred_at = -1
         self.mapped: list[range] = []
         self.supplied: list[range] = []
         self.poisoned: list[range] = []
-        self.mapped_pages = self.done_pages = self.again = 0
+        self.mapped_pages = self.done_pages = self.retried_pages = 0
         self.filling = self.most_filling = 0
         self.failed: FillFailure | FrameShortfall | tuple[str, int, str] | None = None
         self.reported_ns = 0
@@ -61,37 +61,39 @@ class _PopulateRequest:
 class PopulateRequests:
     """All requests under way, served in turn.
 
-    Attributes:
-        say: sends a reply to a client.
+    Args:
+        page_by_page: the driver has no ``populate`` of its own.
+        reply: sends a reply to a client.
     """
 
     def __init__(
         self,
-        books: ServerState,
-        entries: PageTables,
-        evictor: Eviction,
+        state: ServerState,
+        page_tables: PageTables,
+        eviction: Eviction,
         jobs: Jobs,
         discards: Discards,
         workers: Workers,
         *,
         page_by_page: bool,
+        reply: Callable[[ServedClient, protocol.Reply], None],
     ) -> None:
-        self._books = books
-        self._frames = books.frames
-        self._entries = entries
-        self._evictor = evictor
+        self._state = state
+        self._frames = state.frames
+        self._page_tables = page_tables
+        self._eviction = eviction
         self._jobs = jobs
         self._discards = discards
         self._workers = workers
-        self._room = FrameHeadroom(books)
+        self._headroom = FrameHeadroom(state)
         self._active: deque[_PopulateRequest] = deque()
-        self._piece_pages = max(1, PIECE * books.unit // books.page_size)
-        self._batch_pages = max(1, books.device.batch // books.page_size)
+        self._piece_pages = max(1, PIECE * state.unit // state.page_size)
+        self._batch_pages = max(1, state.device.batch // state.page_size)
         if page_by_page:  # no call would be saved, and faults wait for a batch
             self._batch_pages = min(self._batch_pages, _PAGES_ONE_BY_ONE)
-        if books.capacity is not None:
-            self._batch_pages = max(1, min(self._batch_pages, books.capacity))
-        self.say: Callable[[ServedClient, protocol.Reply], None]
+        if state.capacity is not None:
+            self._batch_pages = max(1, min(self._batch_pages, state.capacity))
+        self._reply = reply
 
     def __len__(self) -> int:
         return len(self._active)
@@ -117,7 +119,7 @@ class PopulateRequests:
             if populate.area is area and populate.failed is None:
                 populate.failed = ("gone", errno.ENODEV, "the area was unmapped while it was populated")
             if populate.client is not area.client and area.access == "write":  # what was written there is not to be undone
-                populate.supplied = [part for run in populate.supplied for part in without(run, [area.pages])]
+                populate.supplied = [part for run in populate.supplied for part in subtract(run, [area.pages])]
 
     def count(self, client: ServedClient) -> int:
         """Requests of a client under way."""
@@ -137,21 +139,21 @@ class PopulateRequests:
         return runs
 
     def _refusal(self, populate: _PopulateRequest) -> FillFailure | FrameShortfall | tuple[str, int, str] | None:
-        books = self._books
-        if not books.device.populates:
-            return ("no populate", errno.EOPNOTSUPP, f"device {books.name} declares population as meaningless")
+        state = self._state
+        if not state.device.populates:
+            return ("no populate", errno.EOPNOTSUPP, f"device {state.name} declares population as meaningless")
         pages = sum(map(len, populate.all))
-        if books.capacity is not None and pages > books.capacity:
+        if state.capacity is not None and pages > state.capacity:
             return (
                 "full", errno.ENOSPC,
-                f"{pages} pages were asked for, and the device's capacity is {books.capacity}: populate less at once",
+                f"{pages} pages were asked for, and the device's capacity is {state.capacity}: populate less at once",
             )  # fmt: skip
         if not populate.request.check_headroom:
             return None
         missing = sum(self._frames.count(run, DevicePageState.MISSING) for run in populate.all)
-        if books.capacity is not None:
-            missing = min(missing, max(0, books.capacity - books.used))
-        return self._room.short_of(missing, whole=True)
+        if state.capacity is not None:
+            missing = min(missing, max(0, state.capacity - state.used))
+        return self._headroom.short_of(missing, whole=True)
 
     # --- work
 
@@ -173,36 +175,36 @@ class PopulateRequests:
             if cancelled or not populate.filling:
                 self._fail(populate)
             return False
-        if not populate.runs and populate.later and populate.later_at != self._books.changes:
-            populate.runs, populate.later = deque(populate.later), []
+        if not populate.runs and populate.deferred and populate.deferred_at != self._state.changes:
+            populate.runs, populate.deferred = deque(populate.deferred), []
         if not populate.runs:
-            if not populate.later and not populate.filling:
+            if not populate.deferred and not populate.filling:
                 self._succeed(populate)
             return False
         run = populate.runs[0]
-        with self._books.lock:
-            changes = self._books.changes
+        with self._state.lock:
+            changes = self._state.changes
             state, stop = self._frames.run_at(run.start, min(run.stop, run.start + self._piece_pages))
             if state == DevicePageState.READY:
-                self._take(populate, stop)
+                self._advance(populate, stop)
                 self._map(populate, range(run.start, stop))
                 return True
-        discarded, piece = self._discards.piece(run.start, range(run.start, stop))
+        discarded, piece = self._discards.split_at(run.start, range(run.start, stop))
         stop = piece.stop
         if state != DevicePageState.MISSING or discarded:
-            self._take(populate, stop)
-            populate.later.append(range(run.start, stop))
-            populate.later_at = changes
+            self._advance(populate, stop)
+            populate.deferred.append(range(run.start, stop))
+            populate.deferred_at = changes
             return True
         if self._workers.count and self._workers.idle <= 0:
             return False
         stop = min(stop, run.start + self._batch_pages)
         pages = range(run.start, stop)
         if populate.request.check_headroom:
-            populate.failed = self._room.short_of(self._new_frames(len(pages)), page=run.start)
+            populate.failed = self._headroom.short_of(self._new_frames(len(pages)), page=run.start)
             if populate.failed is not None:
                 return True
-        self._take(populate, stop)
+        self._advance(populate, stop)
         populate.filling += 1
         populate.most_filling = max(populate.most_filling, populate.filling)
         if populate.area.counters.log.maxlen:
@@ -216,10 +218,10 @@ class PopulateRequests:
         return True
 
     def _new_frames(self, pages: int) -> int:
-        books = self._books
-        return pages if books.capacity is None else min(pages, max(0, books.capacity - books.used))
+        state = self._state
+        return pages if state.capacity is None else min(pages, max(0, state.capacity - state.used))
 
-    def _take(self, populate: _PopulateRequest, stop: int) -> None:
+    def _advance(self, populate: _PopulateRequest, stop: int) -> None:
         run = populate.runs[0]
         if stop < run.stop:
             populate.runs[0] = range(stop, run.stop)
@@ -235,7 +237,7 @@ class PopulateRequests:
             _extend(populate.supplied, ready)
             if not cancelled and populate.area.alive:
                 self._map(populate, ready)
-        self._to_fault(fill, mapped=not cancelled)
+        self._answer_waiting(fill, mapped=not cancelled)
         failure, before = fill.failure, populate.failed
         # Of several that fail at once, in workers, the first page is the one that is told.
         if failure is not None and (before is None or (isinstance(before, FillFailure) and failure.page < before.page)):
@@ -244,32 +246,32 @@ class PopulateRequests:
             self._undo(populate, [ready])
         return None
 
-    def _to_fault(self, fill: Fill, *, mapped: bool) -> None:
-        left = self._entries.answer(fill, mapped)
+    def _answer_waiting(self, fill: Fill, *, mapped: bool) -> None:
+        left = self._page_tables.answer_waiting(fill, mapped)
         if left is not None:  # who touched the page asks for it alone, by a new fault
             area, page, _, _ = left
-            self._entries.wake(area, page)
+            self._page_tables.wake(area, page)
 
     def _map(self, populate: _PopulateRequest, pages: range) -> None:
         area = populate.area
         if not area.alive:
             return
-        result = self._entries.map(area, pages)
+        result = self._page_tables.map(area, pages)
         for span in result.mapped:
-            mapped = self._entries.pages_of(area, span)
+            mapped = self._page_tables.pages_of(area, span)
             _extend(populate.mapped, mapped)
             populate.mapped_pages += len(mapped)
         if area.poisoned:
             for span in result.present:
-                for page in self._entries.pages_of(area, span):
+                for page in self._page_tables.pages_of(area, span):
                     if page in area.poisoned:
                         area.poisoned.discard(page)
                         _extend(populate.poisoned, range(page, page + 1))
         if result.holes and not result.unreachable:
             again = self._frames.runs(pages, DevicePageState.MISSING)
             populate.runs.extend(again)
-            populate.again += sum(map(len, again))
-            if populate.again > _AGAIN_MOST + sum(map(len, populate.all)):
+            populate.retried_pages += sum(map(len, again))
+            if populate.retried_pages > _MAX_RETRIES + sum(map(len, populate.all)):
                 result.unreachable = True  # it punches them faster than they are supplied
         if result.busy or result.failed or result.unreachable or result.gone:
             self._unmappable(populate, pages, result.failed, busy=result.busy)
@@ -278,7 +280,7 @@ class PopulateRequests:
             now = time.monotonic_ns()
             if now - populate.reported_ns >= _PROGRESS_NS:
                 populate.reported_ns = now
-                self.say(populate.client, protocol.Progress(populate.request.id, populate.done_pages))
+                self._reply(populate.client, protocol.Progress(populate.request.id, populate.done_pages))
 
     def _unmappable(self, populate: _PopulateRequest, pages: range, number: int, *, busy: bool) -> None:
         if busy:
@@ -297,12 +299,12 @@ class PopulateRequests:
         populate.area.counters.populated_pages += populate.mapped_pages
         threads = max(1, populate.most_filling)
         poisoned = tuple((run.start, run.stop) for run in populate.poisoned[: protocol.MAX_RUNS])
-        self.say(populate.client, protocol.Populated(populate.request.id, populate.mapped_pages, threads, poisoned))
+        self._reply(populate.client, protocol.Populated(populate.request.id, populate.mapped_pages, threads, poisoned))
 
     def _fail(self, populate: _PopulateRequest) -> None:
         populate.over = True
         if populate.request.rollback:
-            with self._books.lock:
+            with self._state.lock:
                 self._undo(populate, populate.supplied)
         populate.area.counters.populated_pages += sum(map(len, populate.mapped))
         mapped = tuple((run.start, run.stop) for run in populate.mapped[: protocol.MAX_RUNS])
@@ -320,17 +322,19 @@ class PopulateRequests:
                 reply = protocol.Failed(number, kind, code, message, page, mapped, "", 0, 0)  # type: ignore[arg-type]
             case _:
                 raise AssertionError("it did not fail")
-        self.say(populate.client, reply)
+        self._reply(populate.client, reply)
 
     def _undo(self, populate: _PopulateRequest, supplied: list[range]) -> None:
         """Give back what this request brought in, where nobody else can have written to it; under the lock."""
         for run in supplied:
             kept: list[range] = []
-            if self._books.device.writable:
-                kept = [area.overlap(run) for area, _, _ in self._books.over(run) if area.client is not populate.client]
-            for piece in without(run, kept):
-                self._evictor.discard(piece)
-                populate.mapped = [part for mapped in populate.mapped for part in without(mapped, [piece])]
+            if self._state.device.writable:
+                kept = [
+                    area.overlap(run) for area, _, _ in self._state.areas_over(run) if area.client is not populate.client
+                ]
+            for piece in subtract(run, kept):
+                self._eviction.discard(piece)
+                populate.mapped = [part for mapped in populate.mapped for part in subtract(mapped, [piece])]
 
 
 def _extend(runs: list[range], run: range) -> None:

@@ -26,7 +26,7 @@ _FILLING = int(DevicePageState.FILLING)
 
 
 _LARGE = 1 << 20
-_NUMBERS_BITS = 40
+_NUMBER_BITS = 40
 """Of an area's number; above these is which server gave it."""
 
 
@@ -53,7 +53,9 @@ class ServedArea(DeviceArea):
         alive: False once it is given up, or its client gone.
     """
 
-    def __init__(self, record: AreaRecord, client: ServedClient, books: ServerState) -> None:
+    def __init__(
+        self, record: AreaRecord, client: ServedClient, state: ServerState, evict: Callable[[range, Any], bytes]
+    ) -> None:
         self.record = record
         self.client = client
         self.number = record.number
@@ -62,24 +64,25 @@ class ServedArea(DeviceArea):
         self.start, self.stop = record.address, record.address + record.length
         self.base = record.address - record.offset
         self.fd = client.record.userfaultfd
-        self.first = record.offset // books.page_size
-        self.last = (record.offset + record.length) // books.page_size
+        self.first = record.offset // state.page_size
+        self.last = (record.offset + record.length) // state.page_size
         self.tracks = record.track_dirty
-        self.protectable = record.track_dirty or (books.device.evicts and record.access == "write")
+        self.protectable = record.track_dirty or (state.device.evicts and record.access == "write")
         self.dirty = zeros(self.last - self.first) if self.tracks else bytearray()
         # Where the kernel tracks alone, only we know that a page had an entry before: see Entries.map().
-        self.given = zeros(self.last - self.first) if self.tracks and not books.device.evicts else bytearray()
+        self.had_entry = zeros(self.last - self.first) if self.tracks and not state.device.evicts else bytearray()
         self.poisoned: set[int] = set()
         self.counters = Counters()
         self.windows: dict[int, tuple[int, int]] = {}
         self.calls = 0
         self.alive = True
         self.opened = False
-        self._books = books
+        self._state = state
+        self._evict = evict
 
     def address(self, page: int) -> int:
         """Of a page of the device, in the client."""
-        return self.base + page * self._books.page_size
+        return self.base + page * self._state.page_size
 
     def overlap(self, pages: range) -> range:
         """Those of the pages that it maps."""
@@ -95,30 +98,30 @@ class ServedArea(DeviceArea):
 
     def frame(self, page: int) -> memoryview:
         """The memory of a page that the driver was asked for."""
-        frames = self._books.frames
+        frames = self._state.frames
         if not 0 <= page < frames.pages or frames.states[page] != _FILLING:
             raise ValueError(f"page {page} is not one that the driver was asked for just now: it is not to be written")
         return frames.view_one(page)
 
     def frames(self, pages: range) -> memoryview:
         """The memory of pages that the driver was asked for."""
-        self._books.check_pages(pages)
-        if len(pages) and self._books.frames.run_at(pages.start, pages.stop) != (DevicePageState.FILLING, pages.stop):
+        self._state.check_pages(pages)
+        if len(pages) and self._state.frames.run_at(pages.start, pages.stop) != (DevicePageState.FILLING, pages.stop):
             raise ValueError(f"{pages} are not all pages that the driver was asked for just now: they are not to be written")
-        return self._books.frames.view(pages)
+        return self._state.frames.view(pages)
 
     def ready(self, pages: range) -> list[range]:
         """Those of the pages that are supplied now."""
-        self._books.check_pages(pages)
-        return self._books.frames.runs(pages, DevicePageState.READY)
+        self._state.check_pages(pages)
+        return self._state.frames.runs(pages, DevicePageState.READY)
 
     def evict(self, pages: range, save: Any = None) -> bytes:
         """Take supplied pages back."""
-        self._books.check_pages(pages)
-        return self._books.evict(pages, save)
+        self._state.check_pages(pages)
+        return self._evict(pages, save)
 
 
-_HEARD = 1 << 16
+_IDS_REMEMBERED = 1 << 16
 """Ids of requests that are remembered: more than a client has under way at once."""
 
 
@@ -146,20 +149,20 @@ class ServedClient:
         self.opening: list[AreaRecord] = []
         self.gone = False
         self.resumed = False
-        self._heard: dict[int, None] = {}
+        self._seen_ids: dict[int, None] = {}
 
-    def hears_again(self, number: int) -> bool:
+    def is_repeated(self, number: int) -> bool:
         """Whether a request of that id came before: one that a new server found in the socket, and that is asked again.
 
         Its answer is given once, and so is what it does: a discard that came twice could take what was written in between.
         """
         if not self.resumed:
             return False
-        if number in self._heard:
+        if number in self._seen_ids:
             return True
-        self._heard[number] = None
-        if len(self._heard) > _HEARD:
-            del self._heard[next(iter(self._heard))]
+        self._seen_ids[number] = None
+        if len(self._seen_ids) > _IDS_REMEMBERED:
+            del self._seen_ids[next(iter(self._seen_ids))]
         return False
 
     def find(self, address: int) -> ServedArea | None:
@@ -206,10 +209,10 @@ class ServerState:
         used: pages that have a frame, or are to get one.
         changes: counts what who waits for pages in the making may wait for.
         notify: wakes the loop, from any thread.
-        evict: the primitive.
+        gone_clients: clients that ended, or that broke their userfaultfd: the loop removes them between two events.
     """
 
-    def __init__(self, device: Device, registry: Registry) -> None:
+    def __init__(self, device: Device, registry: Registry, notify: Callable[[], None]) -> None:
         self.device = device
         self.registry = registry
         self.name = registry.name
@@ -225,11 +228,11 @@ class ServerState:
         capacity = device.capacity
         self.capacity = None if capacity is None else capacity // self.page_size
         self.changes = 0
-        self.notify: Callable[[], None] = _nothing
-        self.evict: Callable[[range, Any], bytes]
+        self.notify = notify
+        self.gone_clients: list[ServedClient] = []
         # No number comes twice, not even from the server before this one: a client that had no answer asks again for the end
         # of its area, which must not be the end of another.
-        self._numbers = itertools.count((registry.generation << _NUMBERS_BITS) + 1)
+        self._numbers = itertools.count((registry.generation << _NUMBER_BITS) + 1)
 
     def check_pages(self, pages: range) -> None:
         """Drivers give us ranges: those are to lie inside the device.
@@ -242,7 +245,7 @@ class ServerState:
         if pages.step != 1 or pages.start < 0 or pages.stop > self.frames.pages:
             raise ValueError(f"{pages} is not a range of the device's pages, 0 to {self.frames.pages - 1}")
 
-    def over(self, pages: range) -> list[tuple[ServedArea, int, int]]:
+    def areas_over(self, pages: range) -> list[tuple[ServedArea, int, int]]:
         """The areas that map some of the pages, each with start and length of these in the client."""
         first, stop, size = pages.start, pages.stop, self.page_size
         found = []
@@ -256,9 +259,11 @@ class ServerState:
         """Of an area."""
         return next(self._numbers)
 
-    def new_area(self, client: ServedClient, record: AreaRecord) -> ServedArea:
-        """An area, which is not the client's before :meth:`open_area`."""
-        return ServedArea(record, client, self)
+    def schedule_removal(self, client: ServedClient) -> None:
+        """Have the loop remove a client that is gone, after the event at hand, which may be about its areas."""
+        if not client.gone:
+            client.gone = True
+            self.gone_clients.append(client)
 
     def open_area(self, area: ServedArea) -> None:
         """Serve it from now on."""
@@ -271,10 +276,6 @@ class ServerState:
         with self.lock:
             self.areas.pop(area.number, None)
             area.client.remove(area)
-
-
-def _nothing() -> None:
-    """Before there is a loop."""
 
 
 def access_of(write: bool) -> Access:

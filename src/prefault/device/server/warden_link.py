@@ -9,7 +9,6 @@ import socket
 from prefault.device import handover, spawning
 from prefault.device.driver import Recipe
 from prefault.device.registry import AreaRecord, ClientRecord, Registry
-from prefault.device.server.warden_notifier import WardenNotifier
 from prefault.errors import DeviceError
 from prefault.ipc import socket_path
 
@@ -22,7 +21,7 @@ _HAND_OVER_S = 20.0
 _WARDENS_MOST, _WARDENS_WINDOW_S = 5, 10.0
 
 
-class WardenLink(WardenNotifier):
+class WardenLink:
     """A connection to the warden, and what another warden would have to be given besides the registry.
 
     Args:
@@ -47,55 +46,56 @@ class WardenLink(WardenNotifier):
         self._control = control
         self._owner = owner
         self._child: int | None = None
-        self._often = handover.RateLimit(_WARDENS_MOST, _WARDENS_WINDOW_S)
+        self._restarts = handover.RateLimit(_WARDENS_MOST, _WARDENS_WINDOW_S)
         self._cpus = os.sched_getaffinity(0)
 
     def started(self) -> None:
         """The server runs."""
-        self._tell(handover.ServerStarted(os.getpid()))
+        self._send(handover.ServerStarted(os.getpid()))
 
-    def admitted(self, client: ClientRecord) -> None:
+    def client_admitted(self, client: ClientRecord) -> None:
         """A client, with duplicates of its descriptors."""
         self._first = None  # its connection is the client's now
-        self._tell(
-            handover.Admitted(client.number, client.pid, client.uid, handover.held(client)), handover.descriptors_of(client)
+        self._send(
+            handover.Admitted(client.number, client.pid, client.uid, handover.descriptor_names(client)),
+            handover.descriptors_of(client),
         )
 
-    def added(self, client: ClientRecord, area: AreaRecord) -> None:
+    def area_added(self, client: ClientRecord, area: AreaRecord) -> None:
         """An area."""
-        self._tell(handover.Areas(client.number, (handover.area_facts(area),)))
+        self._send(handover.Areas(client.number, (handover.area_facts(area),)))
 
-    def removed(self, client_number: int, area_number: int) -> None:
+    def area_removed(self, client_number: int, area_number: int) -> None:
         """An area less."""
-        self._tell(handover.Removed(client_number, area_number))
+        self._send(handover.Removed(client_number, area_number))
 
-    def left(self, client_number: int) -> None:
+    def client_left(self, client_number: int) -> None:
         """A client less."""
-        self._tell(handover.Left(client_number))
+        self._send(handover.Left(client_number))
 
-    def done(self) -> None:
+    def finished(self) -> None:
         """All is over, in an orderly way."""
         try:
-            self._tell(handover.HandoverDone())
+            self._send(handover.HandoverDone())
         except OSError:
             self._end_warden()  # it has died just now
 
-    def _tell(self, message: handover.Message, descriptors: list[int] | None = None) -> None:
+    def _send(self, message: handover.Message, descriptors: list[int] | None = None) -> None:
         try:
             handover.send(self._link, message, descriptors)
         except TimeoutError as error:
             raise OSError(error.errno, "the warden takes no messages") from error
 
-    def orphaned(self, registry: Registry) -> int:
+    def replace_warden(self, registry: Registry) -> int:
         """Start a fresh warden, and hand everything over; a pidfd of it, or -1."""
         while True:
             self._link.close()
             self._end_warden()
-            if self._often.once_more():
+            if self._restarts.record():
                 _log.error("device %s: its wardens keep dying; its server goes on without one", registry.name)
                 return -1
             try:
-                return self._another(registry)
+                return self._start_warden(registry)
             except (BrokenPipeError, ConnectionResetError, ProcessLookupError):
                 continue  # it died before it had everything
             except (OSError, DeviceError) as error:
@@ -115,7 +115,7 @@ class WardenLink(WardenNotifier):
             handover.reap(self._child, 1.0)
             self._child = None
 
-    def _another(self, registry: Registry) -> int:
+    def _start_warden(self, registry: Registry) -> int:
         lingers = self._listener is not None and self._control is None
         if lingers and self._place is not None:
             # Nobody is in charge of it any more: it goes on for those who use it. Who starts it again finds the path free.
@@ -150,7 +150,7 @@ class WardenLink(WardenNotifier):
                 given["owner"] = self._owner
             handover.send(
                 self._link,
-                handover.Adopt(
+                handover.Reattach(
                     handover.VERSION, registry.name, registry.length, registry.page_size, registry.writable,
                     registry.restartable, registry.timeout_s, registry.generation, frames.huge, frames.notes,
                     None if self._recipe is None else self._recipe.factory,
@@ -167,7 +167,7 @@ class WardenLink(WardenNotifier):
                 handover.send(self._link, handover.Areas(client.number, tuple(areas[at : at + handover.AREAS_A_PACKET])))
             handover.send(
                 self._link,
-                handover.Admitted(client.number, client.pid, client.uid, handover.held(client)),
+                handover.Admitted(client.number, client.pid, client.uid, handover.descriptor_names(client)),
                 handover.descriptors_of(client),
             )
         handover.send(self._link, handover.HandoverDone())

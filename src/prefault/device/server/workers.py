@@ -32,10 +32,10 @@ class Workers:
         count: of threads.
     """
 
-    def __init__(self, books: ServerState, count: int) -> None:
+    def __init__(self, state: ServerState, count: int) -> None:
         self.count = count
-        self._books = books
-        self._heartbeat = books.frames.heartbeat
+        self._state = state
+        self._heartbeat = state.frames.heartbeat
         self._given: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._waiting: deque[Work] = deque()
         self._finished: deque[Callable[[], None]] = deque()
@@ -57,7 +57,7 @@ class Workers:
         """Whether any works."""
         return self._busy > 0
 
-    def do(self, work: Work) -> None:
+    def submit(self, work: Work) -> None:
         """Have it done: before whatever is not handed in yet. In the loop."""
         if not self.count:
             work(0)()
@@ -69,7 +69,7 @@ class Workers:
 
     def collect(self) -> None:
         """What is finished goes on in the loop."""
-        self._heartbeat[RESULTS] = 0  # first: a result that comes from now on is taken below, or announced again
+        self._heartbeat[RESULTS] = 0  # first: a result that comes from now on is received below, or announced again
         while self._finished:
             then = self._finished.popleft()
             if self._waiting:
@@ -96,11 +96,11 @@ class Workers:
                 self._finished.append(work(slot))
                 # Until the loop has it. Should it never hear of it, or be stopped, the warden finds out.
                 self._heartbeat[RESULTS] = time.monotonic_ns()
-                self._books.notify()
+                self._state.notify()
         except BaseException:  # noqa: BLE001  nothing may go on
             # The loop would wait for this thread, and so would clients. The end of the process is what the warden sees.
             try:
-                _log.exception("device %s: a worker failed outside of its driver", self._books.name)
+                _log.exception("device %s: a worker failed outside of its driver", self._state.name)
             finally:
                 os._exit(_SOFTWARE)
 
@@ -110,20 +110,18 @@ class Jobs:
 
     Attributes:
         threaded: the loop does not wait for the driver.
-        when_idle: told of an area that is given up, when no call has it any more.
     """
 
-    def __init__(self, books: ServerState, calls: DriverCalls, workers: Workers) -> None:
-        self._books = books
+    def __init__(self, state: ServerState, calls: DriverCalls, workers: Workers) -> None:
+        self._state = state
         self._calls = calls
         self._workers = workers
         self.threaded = workers.count > 0
         self._starts: list[int] = []
         self._fills: dict[int, Fill] = {}
         self._starved: list[Fill] = []
-        self.when_idle: Callable[[ServedArea], None] = _nothing
 
-    def at(self, page: int) -> Fill | None:
+    def fill_of(self, page: int) -> Fill | None:
         """Which fill a FILLING page belongs to."""
         index = bisect_right(self._starts, page) - 1
         return self._fills[self._starts[index]] if index >= 0 else None
@@ -131,7 +129,7 @@ class Jobs:
     def start(self, fill: Fill) -> None:
         """Supply pages that are all MISSING. Not under the lock: the driver may be called right here."""
         fill.area.calls += 1
-        with self._books.lock:
+        with self._state.lock:
             self._calls.begin(fill)
         if not self._workers.count:
             self._calls.fill(fill, 0)
@@ -139,7 +137,7 @@ class Jobs:
             return
         insort(self._starts, fill.pages.start)
         self._fills[fill.pages.start] = fill
-        self._workers.do(_FillWork(self, fill))
+        self._workers.submit(_FillWork(self, fill))
 
     def failed(self, fill: Fill, failure: FillFailure) -> None:
         """:meth:`DriverCalls.fill_one` could not supply its page, which counts already."""
@@ -154,31 +152,31 @@ class Jobs:
         return lambda: self._finish(fill, listed=True)
 
     def _finish(self, fill: Fill, *, listed: bool) -> None:
-        if listed and fill.failure is not None and fill.failure.no_room:
+        if listed and fill.failure is not None and fill.failure.over_capacity:
             # What others are filling can make room as soon as it is READY: not before is it an error.
             if len(self._fills) > len(self._starved) + 1:
                 fill.failure = None
                 self._starved.append(fill)
                 return
-            if fill.changes != self._books.changes:  # it became READY since
+            if fill.changes != self._state.changes:  # it became READY since
                 fill.failure = None
-                self._workers.do(_FillWork(self, fill))
+                self._workers.submit(_FillWork(self, fill))
                 return
         if listed:
             del self._fills[fill.pages.start]
             del self._starts[bisect_right(self._starts, fill.pages.start) - 1]
         if fill.failure is not None:
             fill.area.counters.errors += 1
-        with self._books.lock:
+        with self._state.lock:
             self._calls.settle(fill)
             again = fill.finished(fill)
-            self._books.changes += 1
+            self._state.changes += 1
         if again is not None:
             self.start(again)
         starved, self._starved = self._starved, []
         for other in starved:
-            self._workers.do(_FillWork(self, other))
-        self._leave(fill.area)
+            self._workers.submit(_FillWork(self, other))
+        self._release(fill.area)
 
     def call(
         self, area: ServedArea, name: str, function: Callable[..., object], *arguments: object,
@@ -192,16 +190,22 @@ class Jobs:
 
             def finish() -> None:
                 then(failure)
-                self._leave(area)
+                self._release(area)
 
             return finish
 
-        self._workers.do(work)
+        self._workers.submit(work)
 
-    def _leave(self, area: ServedArea) -> None:
+    def _release(self, area: ServedArea) -> None:
         area.calls -= 1
         if not area.calls and not area.alive:
-            self.when_idle(area)
+            self.close(area)
+
+    def close(self, area: ServedArea) -> None:
+        """Close a released area at the driver, if it was opened there and no call of the driver has it."""
+        if area.opened and not area.calls:
+            area.opened = False
+            self.call(area, "close", self._state.device.close, area, then=_nothing)
 
 
 class _FillWork:
@@ -217,5 +221,5 @@ class _FillWork:
         return self._jobs.run(self._fill, slot)
 
 
-def _nothing(area: ServedArea) -> None:
-    """Before anybody wants to know."""
+def _nothing(failure: FillFailure | None) -> None:
+    """Ignore the failure of a call, which is logged."""

@@ -59,7 +59,7 @@ class FallbackServer:
             self._take_over(client, reason)
         if first is not None:
             send_if_possible(first.fileno(), protocol.Gone(0, reason))
-            self._watch(first.fileno(), self._hear_first)
+            self._watch(first.fileno(), self._receive_first)
 
     @property
     def over(self) -> bool:
@@ -69,9 +69,9 @@ class FallbackServer:
     def _take_over(self, client: ClientRecord, reason: str) -> None:
         os.set_blocking(client.userfaultfd, False)
         self._watch(client.userfaultfd, lambda: self._answer(client))
-        self._watch(client.pidfd, lambda: self._drop(client))
+        self._watch(client.pidfd, lambda: self._remove_client(client))
         if client.connection >= 0:
-            self._watch(client.connection, lambda: self._hear(client))
+            self._watch(client.connection, lambda: self._receive(client))
         for area in client.areas.values():
             # Whoever waits asks again: what the server had read and not answered is lost.
             fault_resolution.unprotect(client.userfaultfd, area.address, area.length)
@@ -87,7 +87,7 @@ class FallbackServer:
             with contextlib.suppress(KeyError):
                 self._selector.unregister(fd)
 
-    def _drop(self, client: ClientRecord) -> None:
+    def _remove_client(self, client: ClientRecord) -> None:
         if self._registry.clients.pop(client.number, None) is not None:
             if fault_resolution.is_another_program(client):
                 fault_resolution.disarm(client.lifeline_read)
@@ -103,15 +103,15 @@ class FallbackServer:
         except BlockingIOError:
             return
         except OSError:
-            self._drop(client)
+            self._remove_client(client)
             return
         faults = {(event.address, event.flags & _WP) for event in events if isinstance(event, userfaultfd.PageFault)}
         for address, protected in sorted(faults):
-            if not self._settle(client, address, bool(protected)):
-                self._drop(client)
+            if not self._resolve(client, address, bool(protected)):
+                self._remove_client(client)
                 return
 
-    def _settle(self, client: ClientRecord, address: int, protected: bool) -> bool:
+    def _resolve(self, client: ClientRecord, address: int, protected: bool) -> bool:
         """Answer a fault; False if the process is gone."""
         frames, fd = self._registry.frames, client.userfaultfd
         area = _area_at(client, address)
@@ -130,7 +130,7 @@ class FallbackServer:
 
     # --- requests
 
-    def _hear(self, client: ClientRecord) -> None:
+    def _receive(self, client: ClientRecord) -> None:
         request = self._request(client.connection)
         if request is None:
             self._forget(client.connection)
@@ -139,14 +139,14 @@ class FallbackServer:
             client.connection = -1
             # With areas it lives, and its pidfd will say; unless it has become another program, which the ioctl knows.
             if fault_resolution.is_another_program(client):
-                self._drop(client)
+                self._remove_client(client)
         elif isinstance(request, protocol.Unmap):
             client.areas.pop(request.area, None)
             send_if_possible(client.connection, protocol.Done(request.id))
         elif not isinstance(request, protocol.Cancel):
             send_if_possible(client.connection, protocol.Refused(request.id, "gone", errno.ECONNRESET, self._refusal))
 
-    def _hear_first(self) -> None:
+    def _receive_first(self) -> None:
         assert self._first is not None
         request = self._request(self._first.fileno())
         if request is None:

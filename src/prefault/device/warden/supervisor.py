@@ -70,20 +70,20 @@ class Warden:
         self._control = control
         self._owner = owner
         self._lingers = lingers
-        self._early: dict[int, dict[int, AreaRecord]] = {}
+        self._unadmitted_areas: dict[int, dict[int, AreaRecord]] = {}
         """Areas of clients that are not known yet."""
-        self._remains: fallback_server.FallbackServer | None = None
+        self._fallback: fallback_server.FallbackServer | None = None
         self._over = self._ending = self._orderly = False
         self._overdue = ""
         """Why a server was killed that did not go on; else empty."""
         self._stopped_until: float | None = None
         """When a server is killed that was found to be stopped, unless it is continued."""
-        self._why_not = ""
+        self._start_failure = ""
         """What a server said that could not be started."""
         self.failed = ""
         """Why there was no server any more, if it ended so."""
-        self._end_by: float | None = None
-        self._next_look = 0.0
+        self._end_deadline: float | None = None
+        self._next_check = 0.0
         self._deaths = handover.RateLimit(RESTARTS_MOST, RESTARTS_WINDOW_S)
         self._timeouts = handover.RateLimit(_TIMEOUTS_MOST, 10 * registry.timeout_s)
         self._selector = selectors.DefaultSelector()
@@ -92,11 +92,11 @@ class Warden:
         self._server_pidfd = -1
         self.server_pid: int | None = None
         """None: the server is not our child."""
-        self._watch(self._signals.fileno(), self._signalled)
+        self._watch(self._signals.fileno(), self._receive_signal)
         if control is not None:
-            self._watch(control.fileno(), self._controlled)
+            self._watch(control.fileno(), self._receive_control)
         if owner >= 0:
-            self._watch(owner, self._owner_ended)
+            self._watch(owner, self._end_with_owner)
 
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
         self._selector.register(fd, selectors.EVENT_READ, handler)
@@ -115,46 +115,46 @@ class Warden:
     def run(self) -> None:
         """Until all is over."""
         while not self._over:
-            for key, _ in self._selector.select(self._patience()):
+            for key, _ in self._selector.select(self._timeout()):
                 if self._selector.get_map().get(key.fileobj) == key:  # else an earlier event of the same round ended it
                     key.data()
-            self._look_at_the_clock()
+            self._check_deadlines()
         self._selector.close()
 
-    def _patience(self) -> float | None:
-        if self._remains is not None:
+    def _timeout(self) -> float | None:
+        if self._fallback is not None:
             return None
-        until = self._next_look if self._end_by is None else min(self._next_look, self._end_by)
+        until = self._next_check if self._end_deadline is None else min(self._next_check, self._end_deadline)
         return max(0.0, until - time.monotonic())
 
-    def _look_at_the_clock(self) -> None:
+    def _check_deadlines(self) -> None:
         """Kill a server whose driver does not come back from a call, that stays stopped, or that does not end."""
-        if self._remains is not None or self._over:
-            self._over = self._over or (self._remains is not None and self._remains.over)
+        if self._fallback is not None or self._over:
+            self._over = self._over or (self._fallback is not None and self._fallback.over)
             return
         now = time.monotonic()
-        if self._end_by is not None and now >= self._end_by:
+        if self._end_deadline is not None and now >= self._end_deadline:
             _log.error("device %s: its server does not end, and is killed", self._registry.name)
             self._kill_server()
-        if now < self._next_look:
+        if now < self._next_check:
             return
         # We were stopped, and so was the server: Ctrl-Z, or a frozen container.
-        if now > self._next_look + _LATE * self._registry.timeout_s:
-            self._next_look = now + self._registry.timeout_s
+        if now > self._next_check + _LATE * self._registry.timeout_s:
+            self._next_check = now + self._registry.timeout_s
             self._stopped_until = None
             return
         # A call that begins after this look has its time until the next one at least.
         limit_ns = int(self._registry.timeout_s * 1e9)
         oldest = min((began for began in self._registry.frames.heartbeat if began), default=0)
         left_ns = oldest + limit_ns - time.monotonic_ns() if oldest else limit_ns
-        self._next_look = now + (left_ns if left_ns > 0 else limit_ns) / 1e9
+        self._next_check = now + (left_ns if left_ns > 0 else limit_ns) / 1e9
         if left_ns <= 0:
             self._kill_overdue("did not come back from a call within")
         elif not handover.is_stopped(self._server_pidfd):
             self._stopped_until = None
         elif self._stopped_until is None:
             # By a thread of the driver, say. Where no call is under way nothing else tells of it.
-            self._stopped_until = self._next_look
+            self._stopped_until = self._next_check
         elif now >= self._stopped_until:
             self._kill_overdue("was stopped by a signal for")
 
@@ -164,7 +164,7 @@ class Warden:
 
     def _kill_server(self) -> None:
         handover.kill(self._server_pidfd)
-        self._end_by = None
+        self._end_deadline = None
 
     # --- its server
 
@@ -177,17 +177,17 @@ class Warden:
         self.start_server()
         self._link.settimeout(_START_S)
         try:
-            taken = handover.take(self._link)
+            received = handover.receive(self._link)
         except TimeoutError:
             self._kill_server()
-            taken = None
-        if taken is not None and isinstance(taken[0], handover.ServerStarted):
+            received = None
+        if received is not None and isinstance(received[0], handover.ServerStarted):
             return
         assert self.server_pid is not None
         status = handover.reap(self.server_pid, _END_S)
-        if taken is not None and isinstance(taken[0], handover.ServerNotStarted):
-            raise DeviceError(taken[0].number, taken[0].message)
-        raise DeviceError(errno.ECONNRESET, self._what_happened(status))
+        if received is not None and isinstance(received[0], handover.ServerNotStarted):
+            raise DeviceError(received[0].number, received[0].message)
+        raise DeviceError(errno.ECONNRESET, self._describe_end(status))
 
     def start_server(self) -> None:
         """Fork it."""
@@ -197,7 +197,7 @@ class Warden:
         try:
             pid = daemon.fork()
             if not pid:
-                self._be_server(theirs, myself)
+                self._serve(theirs, myself)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
@@ -209,22 +209,24 @@ class Warden:
         self._server_pidfd, self._link, self.server_pid = pidfd, link, pid
         self._overdue = ""
         self._stopped_until = None
-        self._next_look = time.monotonic() + self._registry.timeout_s
-        self._watch(pidfd, self._server_ended)
-        self._watch(link.fileno(), self._hear)
+        self._next_check = time.monotonic() + self._registry.timeout_s
+        self._watch(pidfd, self._reap_server)
+        self._watch(link.fileno(), self._receive)
 
-    def adopt(self, pidfd: int, link: socket.socket) -> None:
+    def reattach(self, pidfd: int, link: socket.socket) -> None:
         """Take over a server whose warden has died: it says who its clients are."""
         link.settimeout(_START_S)
-        while (taken := handover.take(link)) is not None:  # None: it has died as well; what is known by now is answered for
-            if isinstance(taken[0], handover.HandoverDone):
+        while (
+            received := handover.receive(link)
+        ) is not None:  # None: it has died as well; what is known by now is answered for
+            if isinstance(received[0], handover.HandoverDone):
                 break
-            self._note(*taken)
+            self._apply(*received)
         self.watch_server(pidfd, link, None)
         if self._lingers and not self._registry.clients:
             self.end()
 
-    def _be_server(self, link: socket.socket, warden: int) -> NoReturn:
+    def _serve(self, link: socket.socket, warden: int) -> NoReturn:
         status = _SOFTWARE
         try:
             signal.set_wakeup_fd(-1)
@@ -239,8 +241,8 @@ class Warden:
             for end in (self._signals, self._signal_writer, self._link):
                 end.close()
             first = None if self._registry.clients else self._first
-            fork_hooks.register(in_child=lambda: _forget_clients(self._registry, link, self._listener, self._control))
-            notary = WardenLink(
+            fork_hooks.register(in_child=lambda: _close_inherited(self._registry, link, self._listener, self._control))
+            warden_link = WardenLink(
                 link, warden, recipe=self._recipe, listener=self._listener, listens_at=self._place, first=first,
                 control=self._control, owner=self._owner,
             )  # fmt: skip
@@ -251,8 +253,8 @@ class Warden:
                 heartbeat[0] = time.monotonic_ns() + int(max(0.0, _START_S - self._registry.timeout_s) * 1e9)
                 self._device = recipes.follow(self._recipe)
                 heartbeat[0] = 0
-            run_server(self._device, self._registry, notary, self._listener, first, warden)
-            notary.done()
+            run_server(self._device, self._registry, warden_link, self._listener, first, warden)
+            warden_link.finished()
             status = 0
         except DeviceError as error:
             why = handover.ServerNotStarted(error.errno or errno.EIO, error.strerror or str(error))
@@ -269,11 +271,11 @@ class Warden:
             finally:
                 os._exit(status)
 
-    def _hear(self) -> None:
+    def _receive(self) -> None:
         """What the server says."""
         try:
-            for message, descriptors in handover.take_all(self._link):
-                self._note(message, descriptors)
+            for message, descriptors in handover.receive_all(self._link):
+                self._apply(message, descriptors)
             if not _is_open(self._link):
                 self._selector.unregister(self._link.fileno())
         except ProtocolError as error:  # the driver wrote into its descriptors, say
@@ -281,7 +283,7 @@ class Warden:
             self._kill_server()
             self._selector.unregister(self._link.fileno())
 
-    def _note(self, message: handover.Message, descriptors: list[int]) -> None:
+    def _apply(self, message: handover.Message, descriptors: list[int]) -> None:
         clients = self._registry.clients
         match message:
             case handover.Admitted():
@@ -289,14 +291,14 @@ class Warden:
                     self._refuse(message, descriptors)
                     return
                 client = handover.client_record(message, descriptors)
-                client.areas = self._early.pop(client.number, {})
+                client.areas = self._unadmitted_areas.pop(client.number, {})
                 clients[client.number] = client
-                self._forget_first()
+                self._release_first()
             case handover.Areas():
                 areas = (
                     clients[message.client].areas
                     if message.client in clients
-                    else self._early.setdefault(message.client, {})
+                    else self._unadmitted_areas.setdefault(message.client, {})
                 )
                 areas.update((facts.number, AreaRecord(*facts)) for facts in message.areas)
             case handover.Removed():
@@ -304,7 +306,9 @@ class Warden:
                     clients[message.client].areas.pop(message.area, None)
             case handover.Left():
                 client_left = clients.pop(message.client, None)
-                self._early.pop(message.client, None)  # one that could not be taken: its number will be another's
+                self._unadmitted_areas.pop(
+                    message.client, None
+                )  # one that could not be received: its number will be another's
                 if client_left is not None:
                     handover.close_client(client_left)
                 if self._lingers and not clients:
@@ -312,9 +316,9 @@ class Warden:
             case handover.HandoverDone():
                 self._orderly = True
             case handover.ServerStarted():
-                self._why_not = ""
+                self._start_failure = ""
             case handover.ServerNotStarted():
-                self._why_not = message.message
+                self._start_failure = message.message
             case _:
                 raise ProtocolError(f"a server does not say {type(message).__name__}")
 
@@ -328,17 +332,17 @@ class Warden:
             limit_messages.no_descriptor(),
         )
 
-    def _forget_first(self) -> None:
+    def _release_first(self) -> None:
         """It is a client's connection by now, or is over."""
         if self._first is not None:
             self._first.close()
             self._first = None
 
-    def _server_ended(self) -> None:
+    def _reap_server(self) -> None:
         status = None if self.server_pid is None else handover.reap(self.server_pid, 1.0)
         # All that it said is in the socket, though it is dead.
         if self._link.fileno() in self._selector.get_map():
-            self._hear()
+            self._receive()
         if self._link.fileno() in self._selector.get_map():
             self._selector.unregister(self._link.fileno())
         self._selector.unregister(self._server_pidfd)
@@ -350,7 +354,7 @@ class Warden:
         if self._orderly or self._ending:
             self._finish()
             return
-        what = self._what_happened(status)
+        what = self._describe_end(status)
         # Killed from outside it says nothing about the driver.
         blame = bool(self._overdue) or (status is not None and status not in (-signal.SIGKILL, -signal.SIGTERM))
         filling = self._registry.frames.runs(range(self._registry.frames.pages), DevicePageState.FILLING)
@@ -369,13 +373,13 @@ class Warden:
             else:
                 self._registry.blamed = {}
                 return
-        self._go_on_alone(what)
+        self._fall_back(what)
 
-    def _what_happened(self, status: int | None) -> str:
+    def _describe_end(self, status: int | None) -> str:
         if self._overdue:
             return f"the driver {self._overdue} {self._registry.timeout_s:g} s, and its process was killed"
-        if self._why_not:
-            return f"the driver's process could not be started again: {self._why_not}"
+        if self._start_failure:
+            return f"the driver's process could not be started again: {self._start_failure}"
         if status is None:
             return "the driver's process ended"
         if status < 0:
@@ -385,15 +389,15 @@ class Warden:
     def _can_start_another(self) -> bool:
         if not self._registry.restartable or (self._device is None and self._recipe is None):
             return False
-        too_often = self._timeouts.once_more() if self._overdue else self._deaths.once_more()
+        too_often = self._timeouts.record() if self._overdue else self._deaths.record()
         return not too_often
 
-    def _go_on_alone(self, what: str) -> None:
+    def _fall_back(self, what: str) -> None:
         _log.error("device %s: %s; pages that were not supplied are SIGBUS from now on", self._registry.name, what)
         self.failed = what
         self._stop_listening()
-        self._remains = fallback_server.FallbackServer(self._registry, self._first, self._selector, what)
-        self._over = self._remains.over
+        self._fallback = fallback_server.FallbackServer(self._registry, self._first, self._selector, what)
+        self._over = self._fallback.over
 
     def _stop_listening(self) -> None:
         if self._listener is not None:
@@ -408,18 +412,18 @@ class Warden:
 
     # --- the end
 
-    def _signalled(self) -> None:
+    def _receive_signal(self) -> None:
         self._signals.recv(64)
         if self._ending and self._server_pidfd >= 0:  # asked twice
             self._kill_server()
         self.end()
 
-    def _controlled(self) -> None:
+    def _receive_control(self) -> None:
         assert self._control is not None
         self._selector.unregister(self._control.fileno())  # there is only one thing to say
         self.end()
 
-    def _owner_ended(self) -> None:
+    def _end_with_owner(self) -> None:
         self._selector.unregister(self._owner)
         self.end()
 
@@ -429,11 +433,11 @@ class Warden:
             self._finish()
         elif not self._ending:
             self._ending = True
-            self._end_by = time.monotonic() + self._registry.timeout_s + _END_S
+            self._end_deadline = time.monotonic() + self._registry.timeout_s + _END_S
             handover.kill(self._server_pidfd, signal.SIGTERM)
 
     def _finish(self) -> None:
-        """Nobody is to wait for us any more: pages that are supplied stay, all others are SIGBUS."""
+        """ForgetfulLink is to wait for us any more: pages that are supplied stay, all others are SIGBUS."""
         self._over = True
         self._stop_listening()
         frames = self._registry.frames
@@ -441,7 +445,7 @@ class Warden:
             frames.repair()
         for client in self._registry.clients.values():
             if not self._orderly:
-                fault_resolution.give_up(frames, client)
+                fault_resolution.resolve_all(frames, client)
                 fallback_server.send_if_possible(
                     client.connection, protocol.Gone(0, f"device {self._registry.name} is not served any more")
                 )
@@ -463,7 +467,7 @@ def _wake_only(*_: object) -> None:
     """The signal's number is in the socket that wakes the loop."""
 
 
-def _forget_clients(registry: Registry, *ends: socket.socket | None) -> None:
+def _close_inherited(registry: Registry, *ends: socket.socket | None) -> None:
     """In a process that the driver forked: it must not keep a client from seeing that the server has died."""
     for client in registry.clients.values():
         handover.close_client(client)

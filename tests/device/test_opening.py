@@ -289,7 +289,7 @@ def test_connecting_to_nothing(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
         other.bind(str(tmp_path / "other"))
         other.listen()
-        with pytest.raises(DeviceError, match="is no device's"):
+        with pytest.raises(DeviceError, match="is not that of a device"):
             prefault.device.connect(tmp_path / "other")
     with pytest.raises(ValueError, match="a timeout is"):
         prefault.device.connect(tmp_path / "nothing", timeout=0)

@@ -173,9 +173,9 @@ class Unlucky(Pattern):
     def open(self, area: DeviceArea) -> None:
         start = spawning.spawn
 
-        def start_in_vain(link: int) -> int:
+        def start_in_vain(socket_fd: int) -> int:
             spawning.spawn = start
-            pid = start(link)
+            pid = start(socket_fd)
             os.kill(pid, signal.SIGKILL)
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
             return pid

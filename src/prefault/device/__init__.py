@@ -1,6 +1,6 @@
-"""Device memory: drivers in Python, faults answered by a process, one populate hook for every route.
+"""Device memory: drivers in Python, page faults answered by a server process, one populate hook for every route.
 
-:func:`map` and :func:`connect` give an :class:`Area`; a driver is a :class:`Device`. See docs/device-memory.md.
+:func:`map` and :func:`connect` return an :class:`Area`; a driver is a :class:`Device`. See docs/device-memory.md.
 """
 
 import typing as _typing
@@ -29,7 +29,7 @@ __all__ = [
     "serve",
 ]
 
-# The module of a driver needs none of this; nor does its server.
+# Imported on first use: the module of a driver, and the server that runs it, need none of this.
 _LATER = {
     "AccessLog": "prefault.device.access_log",
     "Area": "prefault.device.client.area",
@@ -42,7 +42,7 @@ _LATER = {
 }
 
 
-if not _typing.TYPE_CHECKING:  # which would take any name for one that is there
+if not _typing.TYPE_CHECKING:  # a type checker would accept any name
 
     def __getattr__(name: str) -> _typing.Any:
         if name not in _LATER:

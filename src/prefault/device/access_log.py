@@ -1,4 +1,4 @@
-"""What was asked for of a device, in order: recorded in one run, populated first in the next."""
+"""Access log of a device: the pages that one run of a program used, in order, to be populated first in the next run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _VERSION = 1
 
 
 class LoggedRun(NamedTuple):
-    """Bytes of the device that were asked for together."""
+    """A range of the device that was faulted in or populated in one piece, in bytes."""
 
     offset: int
     length: int
@@ -20,12 +20,12 @@ class LoggedRun(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AccessLog:
-    """Which parts of a device were asked for, by fault or populate, in the order of the first time.
+    """Parts of a device that were faulted in or populated, in the order of the first time.
 
     Attributes:
-        device: its name.
-        length: of the device, bytes. A log is for a device of that length only.
-        runs: byte offsets from the start of the *device*, in whole pages.
+        device: name of the device.
+        length: of the device, bytes. A log fits a device of that length only.
+        runs: ranges of the *device*, in whole pages.
     """
 
     device: str
@@ -34,11 +34,11 @@ class AccessLog:
 
     @property
     def bytes(self) -> int:
-        """Bytes in all runs."""
+        """Total length of all runs, bytes."""
         return sum(run.length for run in self.runs)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a file, as JSON."""
+        """Write the log to a file, as JSON."""
         text = json.dumps(
             {
                 "format": _FORMAT, "version": _VERSION, "device": self.device, "length": self.length,
@@ -50,11 +50,11 @@ class AccessLog:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AccessLog:
-        """Read what :meth:`save` wrote.
+        """Read a log that :meth:`save` wrote.
 
         Raises:
-            ValueError: the file is no access log.
-            OSError: it cannot be read.
+            ValueError: the file is not an access log.
+            OSError: the file cannot be read.
         """
         with open(path, encoding="utf-8") as file:
             text = file.read()

@@ -1,4 +1,4 @@
-"""What a process becomes when it is made a warden or a server."""
+"""Turn a process into a daemon, as wardens and servers are: signals, streams, log, descriptors, name."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ WARDEN = "prefault-warden"
 SERVER = "prefault-server"
 
 _kept: list[Any] = []
-"""Streams of the process that we are a fork of: if they went away, what it had not flushed would come out twice."""
+"""Streams of the forked program, kept alive: a collected stream would flush the program's buffered output a second time."""
 
 
 def fork() -> int:
-    """os.fork(), whatever other threads there are."""
+    """Call os.fork(), and silence the warning about other threads."""
     with warnings.catch_warnings():
-        # Python 3.12 warns that a lock held by another thread stays locked in the child. There, only modules that were
-        # imported before are used, and streams and log handlers are new.
+        # Python 3.12 warns that a lock held by another thread stays locked in the child. The child imports nothing new, and
+        # replaces streams and log handlers.
         warnings.filterwarnings("ignore", message=".*use of fork\\(\\) may lead to deadlocks", category=DeprecationWarning)
         return os.fork()
 
 
-def leave_the_caller() -> None:
-    """In a fork of somebody's program: nothing of it goes on here. To be called with all signals blocked.
+def detach_from_caller() -> None:
+    """Stop everything of the user's program in a fork of it; call with all signals blocked.
 
-    Its descriptors stay open, because the device may use some; but not the sockets at which it listens.
+    The program's descriptors stay open, because the device may use some, except for its listening sockets.
     """
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would reap the server before the warden can
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # SIG_IGN would reap the server before the warden can
     os.setsid()
-    # Nothing of the caller's is finalized here: temporary files of its would be removed.
+    # No finalizer of the program may run here: it would remove the program's temporary files.
     gc.freeze()
-    _give_up_ports()
+    _close_listening_sockets()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def _give_up_ports() -> None:
-    """The program may end, and be started again, while a driver's call keeps us: its ports are to be free for it then.
+def _close_listening_sockets() -> None:
+    """Free the program's ports, so that it can be restarted while this process is still in a driver's call.
 
-    The numbers stay taken, by the null device: objects of the program that have them are still here.
+    The descriptor numbers stay taken, by the null device: objects of the program still refer to them.
     """
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(None)  # else each socket object makes its socket non-blocking, which the program shares
+    socket.setdefaulttimeout(None)  # else a new socket object sets O_NONBLOCK, which the program shares
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for fd in map(int, os.listdir("/proc/self/fd")):
         try:
@@ -64,24 +64,24 @@ def _give_up_ports() -> None:
             if error.errno != errno.EBADF:  # of the directory that was listed
                 raise
             continue
-        # Of which family it is does not matter, and asking fails for some (AF_ALG, AF_XDP).
+        # The family does not matter here, and querying it fails for some (AF_ALG, AF_XDP).
         taken = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
         listens = taken.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        taken.detach()  # the number is still the program's
+        taken.detach()  # the descriptor is still the program's
         if listens:
             os.dup2(nothing, fd, inheritable=False)
     os.close(nothing)
     socket.setdefaulttimeout(before)
 
 
-def settle() -> None:
-    """Standard streams and the log of a process of our own.
+def set_up_streams() -> None:
+    """Replace the standard streams and the log handlers, and ignore SIGINT.
 
-    What a driver prints goes to stderr: the standard output is the user's, often a pipe that somebody reads to its end.
+    A driver's output goes to stderr: stdout is the user's, often a pipe that its reader drains to the end of file.
     """
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     os.dup2(nothing, 0)
-    if sys.__stderr__ is None:  # the number is that of something else, if anything
+    if sys.__stderr__ is None:  # another file may have descriptor 2
         os.dup2(nothing, 2)
     os.dup2(2, 1)
     if nothing > 2:
@@ -95,23 +95,23 @@ def settle() -> None:
 
 
 def log_to_stderr() -> None:
-    """Have ``prefault.device`` logged to stderr, and by no handler of the program's, which may rely on its threads."""
+    """Log ``prefault.device`` to stderr only: handlers of the program may rely on threads that do not exist here."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
     log = logging.getLogger("prefault.device")
     log.handlers[:] = [handler]
     log.propagate = False
     log.disabled = False
-    logging.raiseExceptions = False  # stderr may be a pipe that nobody reads any more
+    logging.raiseExceptions = False  # stderr may be a pipe without a reader
 
 
 def raise_descriptor_limit() -> None:
-    """Every client has five descriptors in a warden and in a server, and the usual limit of 1024 is meant for select(2)."""
+    """Raise RLIMIT_NOFILE to the hard limit: a client takes five descriptors, and the usual 1024 is meant for select(2)."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def be_called(name: str) -> None:
-    """Name this process, as ps(1) shows it."""
-    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:  # it is only a name
+def set_process_name(name: str) -> None:
+    """Set the name of this process that ps(1) shows."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:  # only cosmetic
         comm.write(name)

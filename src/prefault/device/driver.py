@@ -1,4 +1,4 @@
-"""What a driver is: the code that supplies the pages of a device, in a process of its own."""
+"""The interface of a driver: the code that supplies the pages of a device, in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ class _Zero(enum.Enum):
 
 
 ZERO: Final = _Zero.ZERO
-"""What :meth:`Device.fault` returns instead of writing into the frame: the page is zeros."""
+"""Returned by :meth:`Device.fault` in place of writing into the frame: the page is zeros."""
 
 Supplied: TypeAlias = Literal[_Zero.ZERO] | None
 
 
 class Recipe(NamedTuple):
-    """How to make a device anew in another process: importable, and with plain arguments.
+    """Instructions to create a device anew in another process: an importable factory and plain arguments.
 
     Attributes:
-        factory: ``"package.module:name"``, a class or a function that returns a :class:`Device`.
-        arguments: its keyword arguments: None, bool, int, float, str, bytes, and lists and string-keyed dicts of these.
+        factory: ``"package.module:name"`` of a class, or of a function that returns a :class:`Device`.
+        arguments: keyword arguments of the factory: None, bool, int, float, str, bytes, and lists and string-keyed dicts of
+            these.
     """
 
     factory: str
@@ -34,11 +35,11 @@ class Recipe(NamedTuple):
 
 
 class FaultAround(NamedTuple):
-    """How much a fault brings in besides the page that was touched, in bytes.
+    """Read-ahead of faults: the size in bytes of the window that one fault brings in.
 
     Attributes:
-        first: for a fault anywhere: the aligned window of that size around it. One page: nothing besides.
-        most: up to which the window doubles while faults go forward one behind the other.
+        first: size of the aligned window around an isolated fault; one page: no read-ahead.
+        most: size up to which the window doubles while faults are sequential.
     """
 
     first: int
@@ -46,13 +47,14 @@ class FaultAround(NamedTuple):
 
 
 class DeviceArea(abc.ABC):
-    """A client's mapping as its driver sees it, in the server. Pages are numbered from the start of the *device*.
+    """A client's mapping of the device, as the driver sees it in the server.
 
-    Frames belong to the device: what is supplied once is there for every area.
+    Pages are numbered from the start of the *device*. Frames belong to the device: a page that was supplied for one area
+    is supplied for all of them.
 
     Attributes:
-        offset, length: which part of the device it maps, in bytes.
-        access: what the client may do with it.
+        offset, length: of the mapped part of the device, in bytes.
+        access: of the client: "read" or "write".
         pid, uid: of the client.
     """
 
@@ -65,59 +67,63 @@ class DeviceArea(abc.ABC):
     @property
     @abc.abstractmethod
     def pages(self) -> range:
-        """The device's pages that it maps."""
+        """Numbers of the device's pages that the area maps."""
 
     @abc.abstractmethod
     def frame(self, page: int) -> memoryview:
-        """The memory of a page, to write into while the driver was asked for it. It is not to be kept after the call."""
+        """Return the memory of a page, to write into while the driver's call for that page runs.
+
+        Do not keep the view after the call.
+        """
 
     @abc.abstractmethod
     def frames(self, pages: range) -> memoryview:
-        """The memory of pages that follow each other, in one piece; to be used as that of :meth:`frame`."""
+        """Return the memory of consecutive pages in one piece, under the rules of :meth:`frame`."""
 
     @abc.abstractmethod
     def ready(self, pages: range) -> list[range]:
-        """Those of the pages that are supplied now, in runs."""
+        """Return the runs of these pages that are supplied now."""
 
     @abc.abstractmethod
     def evict(self, pages: range, save: Any = None) -> bytes:
-        """Take supplied pages back from every client, so that no write is lost: write-protect, read, punch, wake.
+        """Take supplied pages back from every client without losing a write: write-protect, read, punch, wake.
 
         Args:
-            pages: those that are not supplied are left out.
-            save: ``save(run, content)``, called for each run of pages (``range``, ``memoryview``) while nobody can write and
-                before the memory goes. Only what it keeps outside of this process survives a crash of the server. If it
-                raises, these pages stay as they are.
+            pages: to evict; pages that are not supplied are skipped.
+            save: ``save(run, content)``, called for each run of pages (``range``, ``memoryview``) while no client can write
+                and before the memory is freed. Only what it stores outside of this process survives a crash of the server.
+                If it raises, the pages of the run stay supplied.
 
         Returns:
-            The content of all pages that were evicted, in order, if ``save`` is None; else ``b""``.
+            The content of all evicted pages, in order, if ``save`` is None; else ``b""``.
         """
 
 
 class Device(abc.ABC):
-    """A driver: it supplies the pages of a device. Yours; it runs in a process of its own.
+    """Base class of drivers: a driver supplies the pages of a device, in a process of its own.
 
-    Only :attr:`length` and :meth:`fault` are needed. A method supplies pages by writing into the frames that it asks the
-    area for, or raises: whoever touches a page that could not be supplied gets SIGBUS, and ``populate`` an exception with
-    what the driver said. Exceptions harm no other page. A call that takes longer than :attr:`timeout_s` costs the driver its
-    process.
+    A driver must set :attr:`length` and define :meth:`fault`; the rest is optional. A method supplies pages by writing into
+    the frames that it gets from the area. If it raises, only these pages fail: touching them raises SIGBUS, and ``populate``
+    raises an exception with the driver's message. The warden kills a driver's process when one call takes longer than
+    :attr:`timeout_s`.
 
     Attributes:
-        length: bytes; set by ``__init__``. A last page that is only partly the device's is zeros behind its end.
-        page_size: 4 KiB or 2 MiB: what one fault brings in.
-        writable: whether clients may write: into the frames, from where :meth:`DeviceArea.evict` gives it to the driver.
-        evicts: whether the driver calls :meth:`DeviceArea.evict` on pages that clients may write; it may not without. Dirty
-            tracking then costs a fault a page, where the kernel could do it alone.
-        populates: False: population is meaningless for this device, and asking for it is an error (requirement C2).
-        workers: how many calls may run at once, each in a thread; 0: one after the other in the server's own thread, which
-            answers fastest, and is best for whatever does not wait.
-        batch: bytes that one call of :meth:`populate` is given at most.
-        fault_around: see :class:`FaultAround`; None: a fault brings in its page, by :meth:`fault`. Else what lies around
-            comes by :meth:`populate`.
-        capacity: bytes of frames that may be supplied at once; None: no bound but the memory. See :meth:`reclaim`.
-        timeout_s: how long one call may take, in seconds.
-        restartable: whether a new process with a fresh copy of the device can go on after a crash, with the frames that
-            were supplied. It must then give the same bytes.
+        length: of the device, in bytes; set by ``__init__``. The rest of a partial last page is zeros.
+        page_size: 4 KiB or 2 MiB: bytes that one fault brings in.
+        writable: whether clients may write. Their writes go into the frames; :meth:`DeviceArea.evict` hands them to the
+            driver.
+        evicts: whether the driver calls :meth:`DeviceArea.evict` on pages that clients may write, which it may not
+            otherwise. Dirty tracking then costs one fault per page, as the kernel alone cannot do it.
+        populates: False: population is meaningless for this device, and asking for it raises NoPopulateError.
+        workers: number of threads that call the driver. 0: the server's own thread makes all calls, one after the other,
+            with the lowest latency; best for a driver that does not block.
+        batch: most bytes that one call of :meth:`populate` gets.
+        fault_around: read-ahead of faults, which calls :meth:`populate` for the window. None: a fault brings in its page
+            only, with :meth:`fault`.
+        capacity: most bytes of frames that may be supplied at once; None: limited by memory only. See :meth:`reclaim`.
+        timeout_s: seconds that one call may take.
+        restartable: whether a new process with a fresh copy of the device can continue after a crash, with the frames that
+            were supplied before. It must then supply the same bytes.
     """
 
     length: int
@@ -133,43 +139,48 @@ class Device(abc.ABC):
     restartable: bool = False
 
     def recipe(self) -> Recipe | None:
-        """How to make this device anew in a fresh process. None: the server is a fork of the process that maps it first.
+        """Return instructions to create this device in a fresh process, or None for a server by fork.
 
-        A fork has the device as it is, whatever it is made of, but also a copy of all other memory of the process.
+        A server by fork is a copy of the process that maps the device first: it has the device as it is, whatever it refers
+        to, but also a copy of all other memory of that process.
         """
         return None
 
     def open(self, area: DeviceArea) -> None:  # noqa: B027  optional
-        """A client maps a part of the device. Raising refuses it."""
+        """Prepare for a client that maps a part of the device; raise an exception to refuse it."""
 
     @abc.abstractmethod
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
-        """Supply one page that was touched: write all of ``area.frame(page)``, or return :data:`ZERO`.
+        """Supply one page that was touched: write into ``area.frame(page)``, which holds zeros, or return :data:`ZERO`.
 
-        The frame holds zeros before. ``page`` counts from the start of the device.
+        Args:
+            area: whose client touched the page.
+            page: number of the page, from the start of the device.
+            access: of the touch: "read" or "write".
         """
 
     def populate(self, area: DeviceArea, pages: range, access: Access) -> None:
-        """Supply many pages, which follow each other: the hook. By default it calls :meth:`fault` for each.
+        """Supply a run of consecutive pages. The default calls :meth:`fault` for each.
 
-        Called where population was asked for, and for what :attr:`fault_around` brings in. Frames that are not written stay
-        zeros.
+        Called for each populate request and for the windows of :attr:`fault_around`. Frames that are not written stay zeros.
+        If it raises, none of the pages is supplied.
         """
         for page in pages:
             self.fault(area, page, access)
 
     def discard(self, area: DeviceArea, pages: range) -> None:  # noqa: B027  optional
-        """Pages are given back; their frames are gone. What is supplied for them next is up to the driver.
+        """Handle that a client gave pages back; their frames are freed already.
 
-        None of these pages is filled or evicted until this returns.
+        The driver decides what it supplies for these pages next. The server neither fills nor evicts them until this
+        returns.
         """
 
     def reclaim(self, area: DeviceArea, pages: int) -> None:  # noqa: B027  optional
-        """Before ``pages`` more would exceed the capacity: make room, by :meth:`DeviceArea.evict`.
+        """Make room for ``pages`` more frames with :meth:`DeviceArea.evict`; called when they would exceed the capacity.
 
-        If there is not enough room afterwards, supplying fails with ENOSPC. Frames of a device that is not writable need no
-        help: those that were supplied first go first.
+        If there is not enough room afterwards, the pages fail with ENOSPC. On a device that is not writable the server
+        itself evicts, first in, first out.
         """
 
     def close(self, area: DeviceArea) -> None:  # noqa: B027  optional
-        """A client gave up its mapping, or died."""
+        """Clean up after an area: its client unmapped it or died, or the server is ending."""

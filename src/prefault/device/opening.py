@@ -1,4 +1,4 @@
-"""Mapping devices: one's own, for which a server is started, and those that another process serves."""
+"""Open a device: start a server for a device object and map it, or connect to a device that another process serves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prefault.device.client.connection import DeviceConnection
 from prefault.device.client.fault_descriptor import open_userfaultfd
 from prefault.device.client.page_provider import AreaPageProvider
 from prefault.device.driver import Access, Device
-from prefault.device.recipes import check_device_facts
+from prefault.device.recipes import check_device_attributes
 from prefault.errors import DeviceError, DeviceGoneError
 from prefault.ipc.connecting import check_server, connect_to_server
 from prefault.sizes import Size, format_size, parse_size
@@ -28,7 +28,7 @@ PopulateChoice: TypeAlias = bool | Access
 
 _starting = threading.RLock()
 _running: weakref.WeakValueDictionary[int, DeviceConnection] = weakref.WeakValueDictionary()
-"""The links to private servers, by the id of the device object, which the link keeps alive."""
+"""Connections to private servers, by the id of the device object, which the connection keeps alive."""
 
 
 def map(  # noqa: A001  mmap(2) for devices; used as prefault.device.map
@@ -41,31 +41,33 @@ def map(  # noqa: A001  mmap(2) for devices; used as prefault.device.map
     track_dirty: bool = False,
     colocate: bool = False,
 ) -> Area:
-    """Map a part of a device, whose driver runs in a server process of its own.
+    """Map a part of a device into this process; its driver runs in a server process of its own.
 
     ::
 
         with prefault.device.map(MyDevice(...), populate=True) as area:
             array = area.ndarray("float32")
 
-    The first area of a device object starts its server, and a warden that watches it; further areas of the same object
-    share them, and the last to be closed ends them.
+    The first area of a device object starts its server, and a warden that supervises the server. Further areas of the
+    same object share both processes; closing the last area ends them.
 
     Args:
-        device: the driver. With a :meth:`Device.recipe` the server makes it anew in a fresh process; without, the server is
-            a fork of this process as it is now.
+        device: the driver. With a :meth:`Device.recipe`, the server creates the device anew in a fresh process; without
+            one, the server is a fork of this process as it is now.
         length: bytes; None: to the end of the device.
         offset: where in the device to start: a multiple of its page size.
-        populate: False: pages come when they are touched. True, "read" or "write": all of them come now, in few calls.
-            True is for what the area is mapped for.
+        populate: False: pages are supplied when they are touched. "read" or "write": populate all of them now, in few
+            calls. True: populate for the access that the area is mapped with.
         access: "read" or "write"; None: what the device allows.
-        track_dirty: have :meth:`Area.dirty_pages` work. It costs page-table memory, 1/512 of the length, or a fault a page.
-        colocate: pin this thread and the server to one CPU, until the area is closed: the shortest way to answer a fault,
-            at the price that they never run at the same time.
+        track_dirty: record writes for :meth:`Area.dirty_pages`. It costs page-table memory, 1/512 of the length, or one
+            fault per page.
+        colocate: pin this thread and the server to one CPU until the area is closed: the lowest fault latency, at the
+            price that they never run at the same time.
 
     Raises:
-        DeviceError: no userfaultfd is to be had, or the server cannot be started; the message says what to change.
-        PopulateError: as :func:`prefault.populate`, for ``populate``. Nothing stays mapped.
+        DeviceError: this process may not open a userfaultfd, or the server cannot be started; the message says what to
+            change.
+        PopulateError: ``populate`` failed, as :func:`prefault.populate` describes. Nothing stays mapped.
         ValueError, TypeError: not a device; a length of 0 or beyond the device; an offset inside of a page; writing to a
             device that is read-only.
     """
@@ -79,11 +81,11 @@ def map(  # noqa: A001  mmap(2) for devices; used as prefault.device.map
             f"the server of {type(device).__name__} cannot map its own device: it would wait for itself. A driver reads and"
             " writes its pages by area.frame() and area.frames()",
         )
-    check_device_facts(device)  # before anything is started
+    check_device_attributes(device)  # before anything is started
     _extent(type(device).__name__, device.length, device.page_size, length, offset)
     _access(type(device).__name__, device.writable, access)
-    link = _private_link(device)
-    return _map(link, length, offset, populate, access, track_dirty, colocate)
+    connection = _acquire_private(device)
+    return _map(connection, length, offset, populate, access, track_dirty, colocate)
 
 
 def connect(path: str | os.PathLike[str], *, timeout: float = 5.0) -> DeviceClient:
@@ -91,18 +93,18 @@ def connect(path: str | os.PathLike[str], *, timeout: float = 5.0) -> DeviceClie
 
     Args:
         path: of the server's socket.
-        timeout: how long to wait for the server to take the connection, in seconds.
+        timeout: seconds to wait until the server accepts the connection.
 
     Raises:
-        DeviceError: there is no server, or no userfaultfd is to be had.
-        DeviceGoneError: the server does not take us, and says why (it serves another user, say), or it ends just now.
-        PermissionError: the server runs as another user (not root): its memory is not to be trusted.
+        DeviceError: there is no server, or this process may not open a userfaultfd.
+        DeviceGoneError: the server refused the connection, and says why (it serves another user, say), or is ending.
+        PermissionError: the server runs as another user (not root), whose memory is not to be trusted.
     """
     return DeviceClient(path, timeout)
 
 
 class DeviceClient:
-    """A device in another process; made by :func:`prefault.device.connect`. A context manager.
+    """A device that another process serves; made by :func:`prefault.device.connect`. A context manager.
 
     Attributes:
         path: of the socket.
@@ -117,27 +119,27 @@ class DeviceClient:
         self._timeout = timeout
         self._tracking: DeviceConnection | None = None
         self._lock = threading.RLock()
-        self._link = self._connected(tracking=False)
-        self._ends = weakref.finalize(self, _release_all, [self._link])
+        self._connection = self._connected(tracking=False)
+        self._ends = weakref.finalize(self, _release_all, [self._connection])
         self._ends.atexit = False
-        facts = self._link.facts
-        self.name, self.length, self.page_size = facts.name, facts.length, facts.page_size
-        self.writable, self.notes = facts.writable, facts.notes
+        info = self._connection.device_info
+        self.name, self.length, self.page_size = info.name, info.length, info.page_size
+        self.writable, self.notes = info.writable, info.notes
 
     def _connected(self, *, tracking: bool) -> DeviceConnection:
         try:
             with limit_messages.explained(f"the device at {self.path} cannot be connected to"):
-                connection = _connection(self.path, self._timeout)
+                connected = _connect_socket(self.path, self._timeout)
                 try:
                     opened = open_userfaultfd(tracking=tracking)
                 except BaseException:
-                    connection.close()
+                    connected.close()
                     raise
-                link = DeviceConnection(connection, opened)
-        except DeviceGoneError as gone:  # it does not take us, and says why, or ends just now
+                connection = DeviceConnection(connected, opened)
+        except DeviceGoneError as gone:  # the server refused, and says why, or is ending
             raise DeviceGoneError(gone.errno or 0, f"no device at {self.path}: {gone.strerror}") from gone
-        link.hold()
-        return link
+        connection.acquire()
+        return connection
 
     def map(
         self,
@@ -149,40 +151,42 @@ class DeviceClient:
         track_dirty: bool = False,
         colocate: bool = False,
     ) -> Area:
-        """Map a part of it: as :func:`prefault.device.map`."""
+        """Map a part of the device; the arguments and errors are those of :func:`prefault.device.map`."""
         if self.closed:
             raise ValueError("the connection to the device is closed")
-        link = self._link
-        link.check()
-        if track_dirty and not link.facts.evicts:
-            # Such a device needs no write-protection of its own, so that the kernel can note writes alone: by a userfaultfd
-            # that was opened for that.
+        connection = self._connection
+        connection.check()
+        if track_dirty and not connection.device_info.evicts:
+            # A device that does not evict needs no write-protection of its own, so that the kernel can record writes
+            # without the server: through a userfaultfd that was opened for that.
             with self._lock:
                 if self._tracking is None:
                     self._tracking = self._connected(tracking=True)
                     self._ends.detach()
-                    self._ends = weakref.finalize(self, _release_all, [self._link, self._tracking])
+                    self._ends = weakref.finalize(self, _release_all, [self._connection, self._tracking])
                     self._ends.atexit = False
-                link = self._tracking
-        if not link.hold():
-            link.check()
-        return _map(link, length, offset, populate, access, track_dirty, colocate)
+                connection = self._tracking
+        if not connection.acquire():
+            connection.check()
+        return _map(connection, length, offset, populate, access, track_dirty, colocate)
 
     @property
     def closed(self) -> bool:
-        """Whether it was closed."""
+        """Whether :meth:`close` was called."""
         return not self._ends.alive
 
     def close(self) -> None:
-        """End the connection. A second call does nothing.
+        """End the connection. Idempotent.
 
         Raises:
             BufferError: an area is still open. Close that first.
         """
         if self.closed:
             return
-        own = [link for link in (self._link, self._tracking) if link is not None and link.usable]
-        areas = sum(link.holders - 1 for link in own)
+        own = [
+            connection for connection in (self._connection, self._tracking) if connection is not None and connection.usable
+        ]
+        areas = sum(connection.users - 1 for connection in own)
         if areas:
             raise BufferError(f"{areas} area{' is' if areas == 1 else 's are'} still open: close them first")
         self._ends()
@@ -198,42 +202,42 @@ class DeviceClient:
                 raise
 
     def __repr__(self) -> str:
-        state = "connected" if not self.closed and self._link.usable else "not connected"
+        state = "connected" if not self.closed and self._connection.usable else "not connected"
         return f"<DeviceClient of {self.name}, {format_size(self.length)}, at {self.path}, {state}>"
 
 
-def _release_all(links: list[DeviceConnection]) -> None:
-    for link in links:
-        link.release()
+def _release_all(connections: list[DeviceConnection]) -> None:
+    for connection in connections:
+        connection.release()
 
 
-# --- links
+# --- connections
 
 
-def _private_link(device: Device) -> DeviceConnection:
-    """A link to the server of this device object, held; started if there is none."""
+def _acquire_private(device: Device) -> DeviceConnection:
+    """Return a connection to the server of a device object, acquired for the caller; start the server if needed."""
     from prefault.device.process.launching import launch
 
     with _starting:
-        link = _running.get(id(device))
-        if link is not None and link.device is device and link.hold():
-            return link
+        connection = _running.get(id(device))
+        if connection is not None and connection.device is device and connection.acquire():
+            return connection
         with limit_messages.explained(f"{type(device).__name__} cannot be mapped"):
-            # First, as it is refused more often than all that follows. Where the driver never takes pages back, the kernel
-            # needs no help in tracking writes.
+            # First, because it is refused more often than all that follows. Where the driver never evicts, the kernel tracks
+            # writes without the server.
             opened = open_userfaultfd(tracking=device.writable and not device.evicts)
             try:
                 launched = launch(device)
             except BaseException:
                 os.close(opened.fd)
                 raise
-            link = DeviceConnection(launched.connection, opened, launched, device)
-        link.hold()
-        _running[id(device)] = link
-        return link
+            connection = DeviceConnection(launched.connection, opened, launched, device)
+        connection.acquire()
+        _running[id(device)] = connection
+        return connection
 
 
-def _connection(path: str, timeout: float) -> socket.socket:
+def _connect_socket(path: str, timeout: float) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         try:
@@ -253,7 +257,7 @@ def _connection(path: str, timeout: float) -> socket.socket:
 
 
 def _map(
-    link: DeviceConnection,
+    connection: DeviceConnection,
     length: Size | None,
     offset: Size,
     populate: PopulateChoice,
@@ -261,15 +265,15 @@ def _map(
     track_dirty: bool,
     colocate: bool,
 ) -> Area:
-    """An area of a link that is held for it."""
+    """Map an area on a connection that was acquired for it; release the connection if that fails."""
     memory: AreaPageProvider | None = None
-    at_end: Callable[[], None] = link.release
+    at_end: Callable[[], None] = connection.release
     try:
-        facts = link.facts
+        info = connection.device_info
         if populate not in (False, True, "read", "write"):
             raise ValueError(f"populate is False, True, 'read' or 'write', not {populate!r}")
-        start, count = _extent(facts.name, facts.length, facts.page_size, length, offset)
-        chosen = _access(facts.name, facts.writable, access)
+        start, count = _extent(info.name, info.length, info.page_size, length, offset)
+        chosen = _access(info.name, info.writable, access)
         if populate == "write" and chosen == "read":
             raise ValueError("an area that is mapped for reading cannot be populated writable")
         if track_dirty and chosen == "read":
@@ -280,9 +284,9 @@ def _map(
 
             def at_end() -> None:
                 undo()
-                link.release()
+                connection.release()
 
-        memory = AreaPageProvider(link, start, chosen, track_dirty=track_dirty, at_end=at_end)
+        memory = AreaPageProvider(connection, start, chosen, track_dirty=track_dirty, at_end=at_end)
         memory.attach(count, cpu)
         area = Area(memory, count)
         if populate is not False:
@@ -297,7 +301,7 @@ def _map(
 
 
 def _extent(name: str, device_length: int, page_size: int, length: Size | None, offset: Size) -> tuple[int, int]:
-    """The first byte and the number of bytes, checked."""
+    """Return the offset and the length in bytes, checked against the device."""
     start = parse_size(offset)
     if start % page_size:
         raise ValueError(f"an offset in {name} is a multiple of its page size, {page_size} bytes, not {start}")
@@ -323,11 +327,11 @@ def _access(name: str, writable: bool, access: Access | None) -> Access:
 
 _pinning = threading.RLock()  # reentrant: a finalizer undoes it
 _pinned: dict[int, tuple[set[int], int]] = {}
-"""The CPUs of a thread before it was pinned, and for how many areas it is."""
+"""CPUs of a thread before it was pinned, and the number of areas that it is pinned for; by thread id."""
 
 
 def _pin_thread() -> tuple[int, Callable[[], None]]:
-    """Pin the calling thread to the CPU that it runs on; which, and how to undo that."""
+    """Pin the calling thread to the CPU that it runs on; return the CPU and a function that undoes it."""
     thread = threading.get_native_id()
     with _pinning:
         before, count = _pinned.get(thread) or (os.sched_getaffinity(thread), 0)
@@ -342,7 +346,7 @@ def _pin_thread() -> tuple[int, Callable[[], None]]:
     def undo() -> None:
         with _pinning:
             _, count = _pinned[thread]
-            if count > 1:  # for another area, in whatever order they are closed
+            if count > 1:  # still pinned for another area; areas close in any order
                 _pinned[thread] = before, count - 1
                 return
             del _pinned[thread]
@@ -369,7 +373,7 @@ def _after_fork() -> None:
 
 
 def _at_exit() -> None:
-    mapped_area.leave()
+    mapped_area.close_areas_at_exit()
 
 
 fork_hooks.register(in_child=_after_fork)

@@ -1,9 +1,9 @@
-"""What is said between a device's server, its clients and its warden: typed messages in MessagePack, one a packet.
+"""Protocol between a device's server and its clients: one message per packet, one class per message, in MessagePack.
 
-Unix sockets of packets (SOCK_SEQPACKET) keep messages whole: there are no half ones, so that a new server can go on with
-the connections of one that died. A request is answered by one final reply with the same ``id``; before it may come
-:class:`Progress` and parts of a list (:class:`Runs` with ``more``). :class:`Restarted` and :class:`Gone` come unasked.
-Descriptors travel with :class:`Hello` and :class:`Welcome` only.
+Packet sockets (SOCK_SEQPACKET) deliver whole messages, so that a new server can go on with the connections of one that
+died. Each request gets one final reply with the same ``id``; :class:`Progress` and parts of a list (:class:`Runs` with
+``more``) may precede it. :class:`Restarted` and :class:`Gone` are not replies. Descriptors travel with :class:`Hello` and
+:class:`Welcome` only.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from prefault.ipc.messages import encode as encode
 VERSION = 1
 
 MAX_MESSAGE = 64 << 10
-"""Bytes in a message. Long lists are sent in parts."""
+"""Most bytes in a message. Longer lists are sent in parts."""
 
 MAX_RUNS = 2000
-"""Runs of pages in a message."""
+"""Most runs of pages in a message."""
 
 MAX_DESCRIPTORS = 3
 
 Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=4000)]
 Run: TypeAlias = tuple[Number, Number]
-"""First page and stop page, of the device's pages: half open."""
+"""Half-open run of the device's pages: first page and stop page."""
 RunList: TypeAlias = Annotated[tuple[Run, ...], msgspec.Meta(max_length=MAX_RUNS)]
 
 
@@ -42,36 +42,37 @@ RunList: TypeAlias = Annotated[tuple[Run, ...], msgspec.Meta(max_length=MAX_RUNS
 
 
 class Hello(NumberedMessage, frozen=True):
-    """The first message of a client process, with three descriptors.
+    """Open a connection: the first message of a client process, with three descriptors.
 
-    Its userfaultfd; the end of a pipe to write into, of which the client has the other with O_ASYNC (closed by all, it ends
-    the client); and a duplicate of that other end, so that a server that ends in an orderly way can call that off.
+    The descriptors are the client's userfaultfd; the write end of the lifeline, a pipe whose read end signals the client
+    (O_ASYNC) once all write ends are closed; and a duplicate of the read end, with which a server that ends in an orderly
+    way switches the signal off.
     """
 
     version: Number
 
 
 class Map(NumberedMessage, frozen=True):
-    """A part of the frames is mapped and registered with the userfaultfd; in whole pages, as bytes."""
+    """Announce an area that the client has mapped and registered with its userfaultfd; in bytes, whole pages."""
 
     address: Number
     offset: Number
     length: Number
     access: Literal["read", "write"]
     track_dirty: bool
-    """Fill in pages write-protected, so that the server, or with WP_ASYNC the kernel, notes first writes."""
+    """Map pages write-protected, so that the server, or the kernel with WP_ASYNC, records first writes."""
     cpu: Number | None = None
-    """The server is to run on this CPU until the area is unmapped (``colocate``)."""
+    """Pin the server to this CPU until the area is unmapped (``colocate``)."""
 
 
 class Unmap(NumberedMessage, frozen=True):
-    """The area is about to be unmapped."""
+    """Announce that the client is about to unmap an area."""
 
     area: Number
 
 
 class Populate(NumberedMessage, frozen=True):
-    """Map these pages: supply what is not. The runs are what the client's page table lacks."""
+    """Supply and map the pages of these runs, which the client's page table lacks."""
 
     area: Number
     runs: RunList
@@ -82,11 +83,11 @@ class Populate(NumberedMessage, frozen=True):
 
 
 class Cancel(NumberedMessage, frozen=True):
-    """Stop the populate with that id, which then ends with Failed; not answered itself."""
+    """Stop the populate with this id, which then ends with :class:`Failed`; Cancel itself gets no reply."""
 
 
 class Discard(NumberedMessage, frozen=True):
-    """Give pages back."""
+    """Give pages back to the device."""
 
     area: Number
     first: Number
@@ -94,20 +95,20 @@ class Discard(NumberedMessage, frozen=True):
 
 
 class DirtyPages(NumberedMessage, frozen=True):
-    """Which pages were written since they were filled in, or since the last time with ``clear``."""
+    """Ask for the pages that were written since they were supplied, or since the last request with ``clear``."""
 
     area: Number
     clear: bool
 
 
 class AskStatistics(NumberedMessage, frozen=True):
-    """What the server did for an area."""
+    """Ask for the counters of the server's work for an area."""
 
     area: Number
 
 
 class AskLog(NumberedMessage, frozen=True):
-    """Which pages were asked for, by fault or populate, in order."""
+    """Ask for the pages that were faulted in or populated, in order."""
 
     area: Number
 
@@ -116,7 +117,7 @@ class AskLog(NumberedMessage, frozen=True):
 
 
 class Welcome(NumberedMessage, frozen=True):
-    """To Hello; the descriptor of the frames comes with it."""
+    """Reply to Hello: description of the device, with the descriptor of its frames."""
 
     name: str
     length: Number
@@ -125,37 +126,37 @@ class Welcome(NumberedMessage, frozen=True):
     populates: bool
     evicts: bool
     huge: bool
-    """The frames are huge pages (hugetlb)."""
+    """Whether the frames are huge pages (hugetlb)."""
     notes: tuple[str, ...]
 
 
 class Mapped(NumberedMessage, frozen=True):
-    """To Map: the number of the area."""
+    """Reply to Map: the number of the area."""
 
     area: Number
 
 
 class Done(NumberedMessage, frozen=True):
-    """To Unmap."""
+    """Reply to Unmap."""
 
 
 class Discarded(NumberedMessage, frozen=True):
-    """To Discard: how many of the pages were supplied."""
+    """Reply to Discard: how many of the pages had been supplied."""
 
     pages: Number
 
 
 class Progress(NumberedMessage, frozen=True):
-    """Pages done so far, in the middle of a populate."""
+    """Progress of a Populate: the number of pages done so far."""
 
     pages: Number
 
 
 class Populated(NumberedMessage, frozen=True):
-    """To Populate: how many pages it mapped that were not.
+    """Reply to Populate: the number of pages that it mapped.
 
-    ``poisoned``: the client's entries of these say poison, though by now they are supplied. It drops the entries
-    (MADV_DONTNEED) and asks again.
+    ``poisoned``: runs that are supplied by now, but whose page-table entries in the client are still poison. The client
+    drops these entries (MADV_DONTNEED) and asks again.
     """
 
     mapped: Number
@@ -164,7 +165,7 @@ class Populated(NumberedMessage, frozen=True):
 
 
 class Failed(NumberedMessage, frozen=True):
-    """To Populate: why it stopped. ``mapped``: the runs that it mapped until then and that stay."""
+    """Reply to a Populate that failed or was cancelled. ``mapped``: runs that it had mapped and that stay."""
 
     kind: Literal["driver", "no populate", "full", "headroom", "cancelled", "gone"]
     number: Number
@@ -177,14 +178,14 @@ class Failed(NumberedMessage, frozen=True):
 
 
 class Runs(NumberedMessage, frozen=True):
-    """To DirtyPages and AskLog. ``more``: another part follows."""
+    """Reply to DirtyPages and AskLog. ``more``: another part of the list follows."""
 
     runs: RunList
     more: bool
 
 
 class Statistics(NumberedMessage, frozen=True):
-    """To AskStatistics. ``latency``: how many faults took less than ``2**n`` microseconds in the server, by ``n``."""
+    """Reply to AskStatistics. ``latency``: number of faults, by ``n``, that took less than ``2**n`` microseconds."""
 
     missing: Number
     minor: Number
@@ -196,7 +197,7 @@ class Statistics(NumberedMessage, frozen=True):
 
 
 class Refused(NumberedMessage, frozen=True):
-    """To anything: why not. After ``"protocol"`` the server hangs up."""
+    """Error reply to any request. After ``"protocol"`` the server closes the connection."""
 
     kind: Literal["value", "device", "gone", "protocol"]
     number: Number
@@ -204,13 +205,13 @@ class Refused(NumberedMessage, frozen=True):
 
 
 class Restarted(NumberedMessage, frozen=True):
-    """A new server goes on; requests that are not answered are to be asked again. Its ``id`` is 0."""
+    """Notification (id 0) that a new server has taken over: the client repeats requests without a reply."""
 
     generation: Number
 
 
 class Gone(NumberedMessage, frozen=True):
-    """There is no server any more. Pages that are supplied stay, others are SIGBUS. Its ``id`` is 0."""
+    """Notification (id 0) that the server is gone for good: supplied pages stay, others raise SIGBUS."""
 
     reason: str
 
@@ -227,7 +228,7 @@ FAILURES: dict[str, type[PopulateError]] = {
     "headroom": HeadroomError,
     "gone": DeviceGoneError,
 }
-"""The exception that tells of a failed populate; "cancelled" has none of its own."""
+"""Exception of a failed populate, by :attr:`Failed.kind`; "cancelled" has none of its own."""
 
 _REFUSALS: dict[str, type[Exception]] = {
     "value": ValueError,
@@ -237,10 +238,10 @@ _REFUSALS: dict[str, type[Exception]] = {
 }
 
 decode_request: Decoder[Request] = Decoder(Request)
-"""Decodes a message of a client; ProtocolError if it is none."""
+"""Decode a message of a client; ProtocolError if it is malformed."""
 
 decode_reply: Decoder[Reply] = Decoder(Reply)
-"""Decodes a message of a server; ProtocolError if it is none."""
+"""Decode a message of a server; ProtocolError if it is malformed."""
 
 
 def error_of(refused: Refused) -> Exception:

@@ -1,4 +1,4 @@
-"""How a device is made anew in another process, and whether what came out is one."""
+"""Recipes: check that one can be sent to another process, create its device there, and check that device."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MAX_DEPTH = 100
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Whether a recipe can be sent to another process and followed there, as far as can be seen from here.
+    """Check that a recipe can be sent to another process and that its factory is importable by name.
 
     Raises:
-        TypeError: it is no recipe, or has other arguments than those that :class:`Recipe` names.
+        TypeError: not a recipe, or an argument of a type that :class:`Recipe` does not list.
         ValueError: the factory is not ``"package.module:name"``.
     """
     if not isinstance(recipe, Recipe):
@@ -33,7 +33,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def check_factory(factory: str) -> None:
-    """Whether it says ``"package.module:name"``."""
+    """Check that a factory is ``"package.module:name"`` and not of ``__main__``; raise ValueError if not."""
     if not isinstance(factory, str) or not _FACTORY.fullmatch(factory):
         raise ValueError(f"the factory of a device is named 'package.module:name', not {factory!r}")
     if factory.startswith("__main__:"):
@@ -46,7 +46,7 @@ def check_factory(factory: str) -> None:
 def _check_plain(value: Any, where: str, depth: int) -> None:
     if depth > _MAX_DEPTH:
         raise TypeError(f"{where} is nested more than {_MAX_DEPTH} levels deep")
-    # Subclasses would arrive as what they are derived from.
+    # Exact types: a subclass would arrive as its base class.
     kind = type(value)
     if kind is dict:
         for key, item in value.items():
@@ -66,11 +66,11 @@ def _check_plain(value: Any, where: str, depth: int) -> None:
         )
 
 
-def follow(recipe: Recipe) -> Device:
-    """The device that a recipe makes.
+def make_device(recipe: Recipe) -> Device:
+    """Import the factory of a recipe, call it, and return the device.
 
     Raises:
-        DeviceError: the module is not there, the factory raised, or returned something else.
+        DeviceError: the module is missing, the factory raised, or it did not return a valid device.
     """
     module_name, _, name = recipe.factory.partition(":")
     try:
@@ -82,7 +82,7 @@ def follow(recipe: Recipe) -> Device:
         ) from error
     except (Exception, SystemExit) as error:
         raise DeviceError(
-            errno.EINVAL, f"the device {recipe.factory} cannot be made: to import {module_name} failed: {_what(error)}"
+            errno.EINVAL, f"the device {recipe.factory} cannot be made: to import {module_name} failed: {_describe(error)}"
         ) from error
     try:
         factory = getattr(module, name)
@@ -91,25 +91,25 @@ def follow(recipe: Recipe) -> Device:
     try:
         device = factory(**recipe.arguments)
     except (Exception, SystemExit) as error:
-        raise DeviceError(errno.EINVAL, f"the device {recipe.factory} cannot be made: {_what(error)}") from error
+        raise DeviceError(errno.EINVAL, f"the device {recipe.factory} cannot be made: {_describe(error)}") from error
     try:
-        check_device_facts(device)
+        check_device_attributes(device)
     except (TypeError, ValueError) as error:
         raise DeviceError(errno.EINVAL, f"what {recipe.factory} makes is no device: {error}") from error
     assert isinstance(device, Device)
     return device
 
 
-def _what(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     text = str(error)
     return f"{type(error).__name__}: {text}"[:2000] if text else type(error).__name__
 
 
-def check_device_facts(device: object) -> None:
-    """Whether the attributes of a device are such that it can be served.
+def check_device_attributes(device: object) -> None:
+    """Check the attributes of a device before it is served.
 
     Raises:
-        TypeError, ValueError: which one is not, and what it may be.
+        TypeError, ValueError: an attribute is invalid; the message names it and its allowed values.
     """
     if not isinstance(device, Device):
         raise TypeError(f"{type(device).__name__} is not a prefault.device.Device")

@@ -1,4 +1,4 @@
-"""A new Python process that becomes a warden: nothing of this one is in it but what it is told."""
+"""Start a fresh Python process that becomes a warden, with a socket and ``sys.path`` of this process and nothing else."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import sysconfig
 from prefault.device import limit_messages
 from prefault.errors import DeviceError
 
-# All of sys.path is given, not only the directory of prefault: the device is imported as it would be here.
+# The whole sys.path is passed, not only the directory of prefault: the device is imported as it would be here.
 _PROGRAM = (
     "import sys; fd, sys.path[:] = int(sys.argv[1]), sys.argv[2:];"
     " from prefault.device.process.startup import main; main(fd)"
 )
 
 
-def spawn(link: int) -> int:
-    """Start the process, which has nothing open but this descriptor and the standard ones; its pid, for the caller to reap.
+def spawn(socket_fd: int) -> int:
+    """Start the process with ``socket_fd`` and the standard streams open; return its pid, which the caller must reap.
 
     Raises:
-        DeviceError: there is no Python interpreter to run, or it cannot be.
+        DeviceError: there is no Python interpreter, or it cannot be executed.
         OSError: a limit is reached (of processes, of descriptors).
     """
     python = interpreter()
     with open(os.devnull, "r+b", buffering=0) as nothing:
-        # A driver's print goes there as well: the standard output is the user's, often a pipe that is read to its end.
-        # If this process was started without stderr, the number is that of something else by now.
+        # A driver's print goes to stderr: stdout is the user's, often a pipe that its reader drains to the end of file.
+        # In a process that was started without stderr, another file may have descriptor 2.
         errors = nothing.fileno() if sys.__stderr__ is None else 2
         try:
             process = subprocess.Popen(
-                [python, "-c", _PROGRAM, str(link), *search_path()],
-                stdin=nothing, stdout=errors, stderr=errors, pass_fds=[link], start_new_session=True,
+                [python, "-c", _PROGRAM, str(socket_fd), *search_path()],
+                stdin=nothing, stdout=errors, stderr=errors, pass_fds=[socket_fd], start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             if limit_messages.reason(error.errno) is not None:
@@ -41,13 +41,13 @@ def spawn(link: int) -> int:
             raise DeviceError(
                 error.errno or errno.EIO, f"no process can be started for the device: {error.strerror}"
             ) from error
-    # From here on it is only a pid: a Popen that goes away complains of a process that still runs.
+    # From here on only the pid counts: a Popen that is collected warns that its process still runs.
     process.returncode = 0
     return process.pid
 
 
 def search_path() -> list[str]:
-    """sys.path, with the directory that prefault was imported from."""
+    """Return ``sys.path``, including the directory that prefault was imported from."""
     path = [entry for entry in sys.path if isinstance(entry, str)]
     home = os.path.abspath(__file__)
     for _ in __name__.split("."):
@@ -56,10 +56,12 @@ def search_path() -> list[str]:
 
 
 def interpreter() -> str:
-    """The Python interpreter of this process. Programs that embed Python leave ``sys.executable`` empty, or name themselves.
+    """Find the Python interpreter of this process, also in a program that embeds Python.
+
+    Such programs leave ``sys.executable`` empty or set it to themselves.
 
     Raises:
-        DeviceError: there is none.
+        DeviceError: no interpreter was found.
     """
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     beside = [os.path.join(place, version) for place in (sysconfig.get_path("scripts"), sysconfig.get_config_var("BINDIR"))]

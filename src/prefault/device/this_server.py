@@ -1,4 +1,4 @@
-"""Which device this process serves, if it is a device's server: whatever would make it wait for itself is refused."""
+"""The device that this process serves, if it is a server: mapping that device here would deadlock and is refused."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ if TYPE_CHECKING:
     from prefault.device.driver import Device
 
 device: Device | None = None
-"""Set by the server before it calls the driver."""
+"""Device that this process serves; set by the server before it calls the driver. None in other processes."""

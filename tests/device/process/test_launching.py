@@ -123,7 +123,7 @@ def test_a_device_without_a_length() -> None:
     device = Pattern(4)
     del device.length
     with pytest.raises(TypeError, match=r"Pattern\.length is a number of bytes, set by __init__"):
-        recipes.check_device_facts(device)
+        recipes.check_device_attributes(device)
 
 
 def test_other_threads_at_the_time_of_the_fork() -> None:

@@ -23,8 +23,8 @@ from prefault.device import handover, protocol
 from prefault.device.driver import Access, DeviceArea, Supplied
 from prefault.device.page_states import DevicePageState
 from prefault.device.process import launching
-from prefault.device.process.launching import Launched
-from prefault.device.process.startup import registry_of
+from prefault.device.process.launching import LaunchedWarden
+from prefault.device.process.startup import create_registry
 from prefault.device.registry import ClientRecord
 from prefault.device.server.warden_link import WardenLink
 from prefault.device.warden.supervisor import Warden
@@ -132,9 +132,9 @@ def test_a_crash_in_a_batch_fails_one_populate_and_not_one_for_each_page() -> No
 
 def test_hello_that_the_dead_server_did_not_read_is_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
     start, started = launching.launch, threading.Event()
-    launched: list[Launched] = []
+    launched: list[LaunchedWarden] = []
 
-    def start_stopped(device: prefault.device.Device) -> Launched:
+    def start_stopped(device: prefault.device.Device) -> LaunchedWarden:
         launched.append(start(device))
         _stop(launched[0].server_pid)
         started.set()
@@ -302,7 +302,7 @@ def test_pages_whose_eviction_failed_may_be_dropped_as_before() -> None:
 
 def _areas_of_the_next_client() -> list[int]:
     device = Pattern(64)
-    registry = registry_of(device)
+    registry = create_registry(device)
     ours, theirs = handover.pair()
     names = handover.CLIENT_DESCRIPTORS
     descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in names]

@@ -28,7 +28,7 @@ PAGES = 16
 
 def _lose_connection(area: prefault.device.Area) -> None:
     assert area._memory is not None
-    area._memory.link.connection.shutdown(socket.SHUT_RDWR)
+    area._memory.connection.connection.shutdown(socket.SHUT_RDWR)
 
 
 def _take(address: int, length: int) -> None:
@@ -128,7 +128,7 @@ def test_a_client_that_made_its_userfaultfd_blocking_ends_by_sigbus() -> None:
     def client(say: Callable[[str], None]) -> None:
         with prefault.device.map(Pattern(PAGES)) as area:
             assert area._memory is not None
-            os.set_blocking(area._memory.link.userfaultfd.fd, True)
+            os.set_blocking(area._memory.connection.userfaultfd.fd, True)
             say("touches ")
             say(str(area.memoryview()[0]))
 

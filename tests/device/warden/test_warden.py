@@ -139,7 +139,7 @@ def test_a_killed_warden_is_replaced_once() -> None:
             unmapping = threading.Thread(target=other.close)
             unmapping.start()
             assert area._memory is not None
-            connection = area._memory.link.connection
+            connection = area._memory.connection.connection
             unread = struct.pack("i", 0)
             assert processes.eventually(lambda: fcntl.ioctl(connection, termios.TIOCOUTQ, unread) != unread)
             _kill(before["warden"])

@@ -1,4 +1,4 @@
-"""An area: a part of a device, mapped into this process."""
+"""Area: a part of a device, mapped into this process."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AreaStatistics:
-    """What the server did for an area since it was mapped.
+    """Counters of the server's work for an area since it was mapped.
 
     Attributes:
         missing: faults on pages that had to be supplied.
         minor: faults on pages that were supplied already, and were mapped.
-        write_protect: first writes to pages that are tracked, and writes to pages that are being evicted.
+        write_protect: first writes to tracked pages, and writes to pages that are being evicted.
         populated_pages: pages that populate mapped.
         supplied_pages: pages that the driver supplied for this area.
         errors: faults that ended in poison.
-        latency: how many faults took less than ``2**n`` microseconds in the server, from reading to answering, by ``n``.
+        latency: number of faults, by ``n``, that took less than ``2**n`` microseconds in the server, from read to answer.
     """
 
     missing: int
@@ -53,7 +53,7 @@ class AreaStatistics:
 
     @property
     def faults(self) -> int:
-        """Page faults of any kind."""
+        """Number of page faults of any kind."""
         return self.missing + self.minor + self.write_protect
 
     def __str__(self) -> str:
@@ -64,79 +64,79 @@ class AreaStatistics:
 
 
 class Area(MappedMemory):
-    """A part of a device as memory: plain loads and stores, whose page faults the device's server answers.
+    """A part of a device as memory, used by plain loads and stores; the device's server answers the page faults.
 
-    Made by :func:`prefault.device.map` and :meth:`DeviceClient.map`. A context manager; :meth:`close` refuses (BufferError)
-    while a view is alive, and the last area of a private device ends its server. A page that the driver cannot supply
-    is a SIGBUS for whoever touches it, and an exception for :meth:`populate` and :meth:`read`. A child of fork has none of
-    it: touching it there is a SIGSEGV.
+    Made by :func:`prefault.device.map` and :meth:`DeviceClient.map`. A context manager. :meth:`close` raises BufferError
+    while a view is alive; closing the last area of a private device ends its server. Touching a page that the driver
+    cannot supply raises SIGBUS, whereas :meth:`populate` and :meth:`read` raise an exception. A child of fork does not
+    inherit the memory: touching it there raises SIGSEGV.
 
     Attributes:
-        device: the name of the device.
-        offset: where in the device it starts, bytes.
-        page_size: what one fault brings in, bytes.
-        access: what it was mapped for.
+        device: name of the device.
+        offset: of the area in the device, bytes.
+        page_size: of the device: bytes that one fault brings in.
+        access: that the area was mapped with, "read" or "write".
         track_dirty: whether :meth:`dirty_pages` works.
-        user_mode_only: see :attr:`notes`.
-        populated: what was populated when it was mapped, if that was asked for.
+        user_mode_only: faults raised by the kernel itself are not answered: see :attr:`notes`.
+        populated: result of the populate that :func:`prefault.device.map` was asked for; None without.
     """
 
     _what = "area"
     _memory: AreaPageProvider | None
 
     def __init__(self, memory: AreaPageProvider, length: int) -> None:
-        """Not for users."""
+        """Not public: use :func:`prefault.device.map`."""
         self._memory = memory
         self._length = length
         self.populated: PopulateResult | None = None
-        self._link = link = memory.link
-        self.device = link.facts.name
+        self._connection = connection = memory.connection
+        self.device = connection.device_info.name
         self.offset = memory.offset
-        self.page_size = link.facts.page_size
+        self.page_size = connection.device_info.page_size
         self.access: Access = memory.access
         self.track_dirty = memory.track_dirty
-        self.user_mode_only = link.userfaultfd.user_mode_only
+        self.user_mode_only = connection.userfaultfd.user_mode_only
 
     # --- the memory
 
     @property
     def fd(self) -> int | None:
-        """The descriptor of the device's frames, which belongs to the connection."""
+        """Descriptor of the device's frames, which the connection owns."""
         self._open_memory()
-        return self._link.frames
+        return self._connection.frames
 
     @property
     def file_offset(self) -> int:
-        """Where in the frames it starts, in bytes."""
+        """Offset of the area in the file of frames, bytes."""
         return self.offset
 
     @property
     def address(self) -> int:
-        """Of its first byte."""
+        """Address of the area's first byte."""
         return self._here().address
 
     @property
     def range(self) -> PageRange:
-        """The addresses, in whole pages of the device."""
+        """Addresses of the area, rounded outward to whole pages of the device."""
         memory = self._here()
         return PageRange(memory.address, memory.address + memory.mapped)
 
     @property
     def writable(self) -> bool:
-        """Whether it may be written now."""
+        """Whether the area may be written now; :meth:`protect` changes that."""
         return bool(self._here().prot & mman.PROT_WRITE)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is weaker here than one might expect."""
+        """Sentences that name what is weaker on this machine than usual."""
         own = (USER_MODE_ONLY_NOTE,) if self.user_mode_only else ()
-        return self._link.facts.notes + own
+        return self._connection.device_info.notes + own
 
     def __len__(self) -> int:
         return self._length
 
     def memoryview(self) -> memoryview:
-        """The bytes. It keeps the memory; :meth:`close` refuses while it lives."""
+        """Return a view of the bytes, which pins the memory: :meth:`close` raises BufferError while it is alive."""
         memory = self._here()
         view = memoryview(memory.exporter(self._length)).cast("B")
         return view if memory.prot & mman.PROT_WRITE else view.toreadonly()
@@ -144,11 +144,11 @@ class Area(MappedMemory):
     def ndarray(
         self, dtype: numpy.typing.DTypeLike = "uint8", shape: int | tuple[int, ...] | None = None
     ) -> numpy.ndarray[Any, Any]:
-        """The memory as an array, without a copy.
+        """Return the memory as an array, without a copy.
 
         Args:
-            dtype: anything that numpy takes for one, but no Python objects.
-            shape: default: one dimension, as many items as fit.
+            dtype: any dtype of numpy except Python objects.
+            shape: of the array; None: one dimension, as many items as fit.
         """
         return self._array(self.memoryview(), dtype, shape)
 
@@ -157,14 +157,14 @@ class Area(MappedMemory):
         if memory is None:
             raise ValueError("the area is closed")
         if memory.pid != os.getpid():
-            self._link.check()  # raises: a fork
+            self._connection.check()  # raises in a fork
         return memory
 
     def _borrow(self) -> Borrowed:
         memory = self._here()
         pin = MemoryPin(memory)
         return Borrowed(
-            memory.address, self._length, readonly=not memory.prot & mman.PROT_WRITE, fd=self._link.frames,
+            memory.address, self._length, readonly=not memory.prot & mman.PROT_WRITE, fd=self._connection.frames,
             page_provider=memory, pin=pin,
         )  # fmt: skip
 
@@ -174,53 +174,53 @@ class Area(MappedMemory):
         self, access: Access | None = None, *, offset: Size = 0, length: Size | None = None, rollback: bool = False,
         progress: Progress | bool = False, headroom: HeadroomChoice = "check",
     ) -> PopulateResult:  # fmt: skip
-        """Have the driver supply all pages, in few calls, and map them: :func:`prefault.populate` of this area."""
+        """Have the driver supply all pages in few calls, and map them: :func:`prefault.populate` of this area."""
         return populate(
             self, access=access, offset=offset, length=length, rollback=rollback, progress=progress, headroom=headroom
         )
 
     def discard(self, *, offset: Size = 0, length: Size | None = None) -> DiscardResult:
-        """Give pages back to the device, for all who map it: :func:`prefault.discard`. Inward to whole pages."""
+        """Give pages back, for all clients: :func:`prefault.discard` of this area. Rounds inward to whole pages."""
         return discard(self, offset=offset, length=length)
 
     def residency(self, *, offset: Size = 0, length: Size | None = None) -> Residency:
-        """What this process has mapped: :func:`prefault.residency`."""
+        """Return which pages this process has mapped: :func:`prefault.residency` of this area."""
         return residency(self, offset=offset, length=length)
 
     def lock(
         self, *, access: Access | None = None, offset: Size = 0, length: Size | None = None,
         progress: Progress | bool = False, headroom: HeadroomChoice = "check",
     ) -> LockResult:  # fmt: skip
-        """Populate it, and keep it from being swapped out: :func:`prefault.lock`. A driver may evict it all the same."""
+        """Populate and lock against swapping: :func:`prefault.lock` of this area. The driver may still evict the pages."""
         return lock(self, access=access, offset=offset, length=length, progress=progress, headroom=headroom)
 
     def unlock(self, *, offset: Size = 0, length: Size | None = None) -> int:
-        """The end of :meth:`lock`: :func:`prefault.unlock`."""
+        """Undo :meth:`lock`: :func:`prefault.unlock` of this area."""
         return unlock(self, offset=offset, length=length)
 
     def protect(self, access: Literal["none", "read", "write"], *, populate: bool = False) -> PopulateResult | None:
-        """Change what may be done with the memory, with mprotect(2), and populate it for that.
+        """Change the protection of the area with mprotect(2), and populate it for the new access if ``populate`` is True.
 
-        Views that are alive keep their own notion of being writable; a write through them is then a SIGSEGV.
+        Live views keep their own flag of being writable; a write through them then raises SIGSEGV.
 
-        If it fails, or Ctrl-C stops it, the protection is put back to what each part of the area had, as
-        ``/proc/self/maps`` told before; pages that were populated until then stay. What other threads protect meanwhile is
-        put back as well. Where the kernel refuses to put it back (ENOMEM: parts of an area that was protected in parts are
-        mappings of their own, of which a process has ``vm.max_map_count`` at most), a note on the exception says so.
+        If the call fails, or Ctrl-C stops it, each part of the area gets back the protection that ``/proc/self/maps``
+        reported before, even if another thread has changed it since; pages that were populated until then stay. Where the
+        kernel refuses to restore it (ENOMEM: differently protected parts are separate mappings, of which a process has
+        ``vm.max_map_count`` at most), a note on the exception says so.
 
         Raises:
             ValueError: "write" on an area that was mapped with ``access="read"``.
-            PopulateError: as :meth:`populate`.
+            PopulateError: the populate failed, as :meth:`populate` describes.
         """
         memory = self._here()
-        self._link.check()
+        self._connection.check()
         prots = {"none": mman.PROT_NONE, "read": mman.PROT_READ, "write": mman.PROT_READ | mman.PROT_WRITE}
         if access not in prots:
             raise ValueError(f"access is 'none', 'read' or 'write', not {access!r}")
         if access == "write" and self.access == "read":
             raise ValueError("the area was mapped for reading: map the device with access='write' to write to it")
         if access == "none" and populate:
-            raise ValueError("memory that nobody may access cannot be populated")
+            raise ValueError("memory without any access (access='none') cannot be populated")
         pin = MemoryPin(memory)
         before = memory.protections()
         try:
@@ -228,7 +228,7 @@ class Area(MappedMemory):
             return self.populate("write" if access == "write" else "read") if populate else None
         except BaseException as failure:
             try:
-                memory.put_back(before)
+                memory.restore_protections(before)
             except OSError as error:
                 failure.add_note(
                     f"the protection of the area could not be put back ({error.strerror}): it is {access!r} now"
@@ -238,84 +238,86 @@ class Area(MappedMemory):
             pin.release()
 
     def read(self, offset: Size = 0, length: Size | None = None) -> bytes:
-        """A copy of bytes, populated first: what the driver cannot supply is an exception and no SIGBUS.
+        """Populate bytes, then return a copy: pages that the driver cannot supply raise an exception instead of SIGBUS.
 
-        Not so for a driver that declares population as meaningless (``Device.populates``): the copy then touches the pages.
+        For a driver that declares population as meaningless (``Device.populates``), the copy touches the pages, and a
+        failure is SIGBUS.
 
         Raises:
-            PopulateError: as :meth:`populate`.
-            ValueError: outside of the area.
+            PopulateError: the driver cannot supply a page, or there is no room for it.
+            ValueError: the range is not inside the area.
         """
         with self._borrow() as borrowed:
             span = borrowed.select(offset, length)
         start = span.start - borrowed.address
-        if self._link.facts.populates:
+        if self._connection.device_info.populates:
             self.populate("read", offset=start, length=span.stop - span.start)
         elif not self._here().prot & mman.PROT_READ:
             raise ProtectionError(errno.EINVAL, f"the area of {self.device} is not readable: change that with protect()")
         with self.memoryview() as view:
             return bytes(view[start : start + span.stop - span.start])
 
-    # --- what the server knows
+    # --- records of the server
 
     def stats(self) -> AreaStatistics:
-        """What the server did for this area so far."""
+        """Ask the server for the counters of its work for this area."""
         memory = self._here()
-        request = protocol.AskStatistics(self._link.next_id(), memory.numbered())
-        found = self._link.ask(request, protocol.Statistics)
+        request = protocol.AskStatistics(self._connection.next_id(), memory.require_number())
+        found = self._connection.ask(request, protocol.Statistics)
         return AreaStatistics(
             found.missing, found.minor, found.write_protect, found.populated_pages, found.supplied_pages, found.errors,
             found.latency,
         )  # fmt: skip
 
     def dirty_pages(self, *, clear: bool = False) -> RangeSet:
-        """The pages that this process wrote since they were filled in, or since the last time with ``clear``.
+        """Return the pages that this process wrote since they were supplied, or since the last call with ``clear``.
 
-        As byte offsets from the start of the area, in whole pages of the device or smaller. A page may be told that was not
-        written, where the kernel or a server that died lost count; never the other way round. The bytes of
-        a page are to be read *after* this call with ``clear``: what is written meanwhile is told the next time.
+        The result is byte offsets from the start of the area, in whole pages of the device or smaller. It may include pages
+        that were not written (where a crash of the server lost the record), and never omits one that was. Read the bytes of
+        the pages *after* the call with ``clear``: writes from then on are in the next result.
 
         Raises:
             ValueError: the area was mapped without ``track_dirty=True``.
         """
         memory = self._here()
         if not self.track_dirty:
-            raise ValueError("nobody tracks writes to this area: map it with track_dirty=True")
-        if self._link.tracks_by_itself:
-            from prefault.device.client.dirty_pages import written
+            raise ValueError("writes to this area are not tracked: map it with track_dirty=True")
+        if self._connection.kernel_tracks_writes:
+            from prefault.device.client.dirty_pages import written_pages
 
             pin = MemoryPin(memory)
             try:
-                return written(memory.address, memory.mapped, clear=clear).shifted(-memory.address)
+                return written_pages(memory.address, memory.mapped, clear=clear).shifted(-memory.address)
             finally:
                 pin.release()
-        request = protocol.DirtyPages(self._link.next_id(), memory.numbered(), clear)
+        request = protocol.DirtyPages(self._connection.next_id(), memory.require_number(), clear)
         unit = self.page_size
         return RangeSet(
-            PageRange(first * unit - self.offset, last * unit - self.offset) for first, last in self._link.ask_runs(request)
+            PageRange(first * unit - self.offset, last * unit - self.offset)
+            for first, last in self._connection.ask_runs(request)
         )
 
     def access_log(self) -> AccessLog:
-        """What was asked for of this area, by fault or populate, in order."""
+        """Ask the server for the pages that were faulted in or populated through this area, first use first."""
         memory = self._here()
-        runs = self._link.ask_runs(protocol.AskLog(self._link.next_id(), memory.numbered()))
+        runs = self._connection.ask_runs(protocol.AskLog(self._connection.next_id(), memory.require_number()))
         unit = self.page_size
         logged = tuple(LoggedRun(first * unit, (last - first) * unit) for first, last in runs)
-        return AccessLog(self.device, self._link.facts.length, logged)
+        return AccessLog(self.device, self._connection.device_info.length, logged)
 
     def replay(self, log: AccessLog) -> PopulateResult:
-        """Populate what an earlier run asked for, in its order, as far as it lies in this area.
+        """Populate the pages that an access log names, in its order, as far as they lie in this area.
 
         Raises:
             ValueError: the log is of another device, or of one of another length.
-            PopulateError: as :meth:`populate`.
+            PopulateError: the driver cannot supply a page, or there is no room for it.
         """
         began = perf_counter()
         memory = self._here()
-        if (log.device, log.length) != (self.device, self._link.facts.length):
+        if (log.device, log.length) != (self.device, self._connection.device_info.length):
             raise ValueError(
                 f"the log is of {log.device} of {log.length} bytes, and this is {self.device} of"
-                f" {self._link.facts.length} bytes"
+                f" {self._connection.device_info.length} bytes"
             )
         stop = self.offset + memory.mapped
         spans: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""A client process's side of a device: one connection, one userfaultfd and one lifeline, shared by all of its areas."""
+"""The client process's end of a device: one connection, one userfaultfd and one lifeline, shared by all of its areas."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from prefault._kernel.userfaultfd import UffdFeature
 from prefault._system import fork_hooks
@@ -21,36 +21,29 @@ from prefault.device.client.fault_descriptor import OpenedUserfaultfd
 from prefault.errors import DeviceError, DeviceGoneError
 
 _GREET_S = 60.0
-"""How long the first answer may take: a driver that works in the server's own thread may be busy with another client."""
+"""Seconds for the first answer: a driver that works in the server's own thread may be busy with another client."""
 
 _REAP_S = 5.0
-"""How long the end of a private server is waited for."""
+"""Seconds to wait for the end of a private server."""
 
 
 class Process(Protocol):
-    """The handle of a private server's warden, which is a child of this process."""
+    """Handle of a private server's warden, which is a child of this process."""
 
     def reap(self, timeout: float) -> Any:
-        """Wait for its end."""
-
-
-class Facts(NamedTuple):
-    """What the server says of its device: see :class:`~prefault.device.protocol.Welcome`."""
-
-    name: str
-    length: int
-    page_size: int
-    writable: bool
-    populates: bool
-    evicts: bool
-    huge: bool
-    notes: tuple[str, ...]
+        """Wait for the end of the process, at most ``timeout`` seconds."""
 
 
 class DeviceConnection(Channel):
-    """What the areas of one device share.
+    """Connection, userfaultfd and lifeline that the areas of one device share; counts its users and closes with the last.
 
-    No thread of this process is needed for a page fault to be answered: the server does that through the userfaultfd.
+    The server answers page faults through the userfaultfd, without any thread of this process.
+
+    Attributes:
+        device_info: the server's description of its device.
+        frames: descriptor of the memory file that holds the device's frames.
+        userfaultfd: that areas are registered with.
+        device: the object that a private server was started for; None on a connection to another process's device.
     """
 
     def __init__(
@@ -60,29 +53,29 @@ class DeviceConnection(Channel):
         process: Process | None = None,
         device: object = None,
     ) -> None:
-        """Takes over the connection and the userfaultfd, and closes them if it fails.
+        """Take over the connection and the userfaultfd, and close them on failure.
 
-        ``device``: the object that a private server was started for, kept so that its id stays its own.
+        ``device`` is referenced for as long as the connection is open, so that no other object gets its id.
         """
         super().__init__(connection)
         self.userfaultfd = userfaultfd
         self.device = device
         self._process = process
-        self._holders = 0
+        self._users = 0
         self._lock = threading.RLock()
         self.frames = -1
         self._lifeline = -1
         self._lifeline_write = -1
-        _links.add(self)
+        _connections.add(self)
         try:
-            self.facts = self._greet()
+            self.device_info = self._greet()
         except BaseException:
             self.close()
             raise
 
     # --- the start
 
-    def _greet(self) -> Facts:
+    def _greet(self) -> protocol.Welcome:
         self._lifeline, self._lifeline_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         exchange = Exchange(protocol.Hello(self.next_id(), protocol.VERSION))
         self._exchanges[exchange.request.id] = exchange
@@ -99,27 +92,24 @@ class DeviceConnection(Channel):
                 )
             raise DeviceError(errno.EPROTO, f"the server of {welcome.name} sent no descriptor of its frames")
         self._tie_lifeline()
-        return Facts(
-            welcome.name, welcome.length, welcome.page_size, welcome.writable, welcome.populates, welcome.evicts,
-            welcome.huge, welcome.notes,
-        )  # fmt: skip
+        return welcome
 
     def _tie_lifeline(self) -> None:
         os.close(self._lifeline_write)
         self._lifeline_write = -1
         # Once all processes that could still answer our faults are gone, the other end closes, and the kernel ends this
-        # process: a thread that waits for a page would wait for ever. The signal is that of memory that cannot be had.
+        # process: a thread that waits for a page would wait for ever. SIGBUS is the signal of memory that is unavailable.
         fcntl.fcntl(self._lifeline, fcntl.F_SETOWN, self._pid)
         fcntl.fcntl(self._lifeline, fcntl.F_SETSIG, signal.SIGBUS)
         fcntl.fcntl(self._lifeline, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
         poll = select.poll()
         poll.register(self._lifeline, select.POLLIN)
-        if poll.poll(0):  # closed before anybody listened
+        if poll.poll(0):  # closed before F_SETSIG took effect
             raise DeviceGoneError(errno.ECONNRESET, "the device's server and its warden are gone")
 
     @property
-    def answered_for(self) -> bool:
-        """Whether the connection is lost, and somebody may still act upon the memory of areas: the lifeline is held."""
+    def lost_but_served(self) -> bool:
+        """Whether the connection is lost while a server or warden, which still holds the lifeline, may act on areas."""
         if not self._silent or self._lifeline < 0:
             return False
         poll = select.poll()
@@ -127,8 +117,8 @@ class DeviceConnection(Channel):
         return not poll.poll(0)
 
     @property
-    def tracks_by_itself(self) -> bool:
-        """Whether the kernel notes writes to tracked areas of this link, without a fault (WP_ASYNC)."""
+    def kernel_tracks_writes(self) -> bool:
+        """Whether the kernel records writes to tracked areas of this connection without a fault (WP_ASYNC)."""
         return bool(self.userfaultfd.features & UffdFeature.WP_ASYNC)
 
     def _descriptors_of(self, request: protocol.Request) -> list[int]:
@@ -144,40 +134,40 @@ class DeviceConnection(Channel):
 
     # --- the end
 
-    def hold(self) -> bool:
-        """One more area or client object that needs the link; False if it is too late."""
+    def acquire(self) -> bool:
+        """Count one more user, an area or a client object; return False if the connection is closed or lost."""
         with self._lock:
             if not self.usable:
                 return False
-            self._holders += 1
+            self._users += 1
             return True
 
     def release(self) -> None:
-        """One less; the last closes it."""
+        """Count one user less; close the connection after the last."""
         with self._lock:
-            self._holders -= 1
-            last = self._holders <= 0
+            self._users -= 1
+            last = self._users <= 0
         if last:
             self.close()
 
     @property
-    def holders(self) -> int:
-        """How many hold it."""
-        return self._holders
+    def users(self) -> int:
+        """Number of areas and client objects that acquired the connection."""
+        return self._users
 
     def close(self) -> None:
-        """Close in an orderly way: the server then does not take us for dead, nor the other way round."""
+        """Close in an orderly way, so that neither the server nor this process takes the other for dead. Idempotent."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        _links.discard(self)
+        _connections.discard(self)
         if os.getpid() == self._pid:
             if self._lifeline >= 0:
                 # The server has a duplicate, which would keep the signal alive after our own descriptor is closed.
                 fcntl.fcntl(self._lifeline, fcntl.F_SETFL, os.O_NONBLOCK)
-            # For all who have the socket: a process that was forked without Python's knowing would keep it open.
-            with contextlib.suppress(OSError):  # the other side has ended it
+            # shutdown(2) acts on every copy of the socket: a process forked without Python's knowledge keeps one open.
+            with contextlib.suppress(OSError):  # the server has ended it
                 self.connection.shutdown(socket.SHUT_RDWR)
             self._close_descriptors()
             if self._process is not None:
@@ -185,15 +175,15 @@ class DeviceConnection(Channel):
         self.device = None
 
     def __del__(self) -> None:
-        # Whoever held it was stopped by Ctrl-C, perhaps. Left alone, the lifeline would end us with the server.
+        # Its user may have been stopped by Ctrl-C before release(). The lifeline would end this process with the server.
         if not getattr(self, "_closed", True):
-            self._process = None  # nobody waits in a finalizer
+            self._process = None  # a finalizer does not wait
             self.close()
 
-    def leave(self) -> None:
-        """This process ends, with memory mapped: let the kernel close everything, after the last touch."""
+    def detach(self) -> None:
+        """Leave the descriptors to the kernel, which closes them at exit: mapped areas may be touched until then."""
         self._closed = True
-        self.connection.detach()  # the descriptor stays: closed before, it would be said to have been forgotten
+        self.connection.detach()  # the descriptor stays open, without a ResourceWarning
 
     def _close_descriptors(self) -> None:
         self.connection.close()
@@ -207,11 +197,11 @@ class DeviceConnection(Channel):
             os.close(fd)
 
     def after_fork(self) -> None:
-        """In the child: nothing of the connection is ours; what waits for the parent's threads is forgotten."""
+        """Forget the parent's threads and close the child's copies of the descriptors; called in a child of fork."""
         self._forget_threads()
         self._lock = threading.RLock()
         self._process = None
         self._close_descriptors()
 
 
-_links = fork_hooks.instances(DeviceConnection.after_fork)
+_connections = fork_hooks.instances(DeviceConnection.after_fork)

@@ -1,4 +1,4 @@
-"""Which pages were written, noted by the kernel alone: write-protection in asynchronous mode (Linux 6.7)."""
+"""Dirty pages as the kernel records them without the server: write-protection in asynchronous mode (Linux 6.7)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from prefault.sizes import GIB
 
 _REGIONS = 1024
 _WORDS = 3  # of a struct page_region
-_SCAN_BYTES = 96  # sizeof(struct pm_scan_arg), by which the kernel tells its versions apart
+_SCAN_BYTES = 96  # sizeof(struct pm_scan_arg), from which the kernel infers its version
 _GONE = int(PageCategory.PRESENT | PageCategory.SWAPPED)
 
 _pagemap = KeptFile("/proc/self/pagemap")
 
 
-def written(address: int, length: int, *, clear: bool) -> RangeSet:
-    """The pages of a range, every page of which was write-protected once, that are not any more: as addresses.
+def written_pages(address: int, length: int, *, clear: bool) -> RangeSet:
+    """Return the addresses of written pages in a range whose pages were all write-protected once.
 
-    Besides those that are present and written that is what has no entry and no mark at all: such a page was written, and
-    then taken out of the page table, to swap space perhaps; a page that was never touched has its mark. With ``clear`` they
-    are protected again, each in one step with being looked at, so that no write falls in between.
+    Written are pages that are present without write-protection, and pages with neither an entry nor a marker: the latter
+    were written and then left the page table, for swap space perhaps, whereas an untouched page keeps its marker.
+    ``clear`` protects the pages again, atomically with the scan of each, so that no write is lost in between.
     """
-    written = int(PageCategory.WRITTEN)
-    found = _scan(address, address + length, mask=written, inverted=0, clear=clear)
+    written_pages = int(PageCategory.WRITTEN)
+    found = _scan(address, address + length, mask=written_pages, inverted=0, clear=clear)
     found += _scan(address, address + length, mask=_GONE, inverted=_GONE, clear=clear)
     return RangeSet(found)
 
@@ -43,6 +43,6 @@ def _scan(start: int, stop: int, *, mask: int, inverted: int, clear: bool) -> li
         argument.start, argument.end = start, min(stop, start + GIB)
         count = _pagemap.ioctl(pagemap.PAGEMAP_SCAN, argument)
         found += [PageRange(words[at], words[at + 1]) for at in range(0, count * _WORDS, _WORDS)]
-        # See residency.py for why not walk_end.
+        # inspection/scan.py says why walk_end is not used.
         start = argument.end if count < _REGIONS else words[count * _WORDS - 2]
     return found

@@ -1,4 +1,4 @@
-"""Opening a userfaultfd: three ways, from the most capable to the one that every process may go, and why none is open."""
+"""Open a userfaultfd, in the most capable of three ways that this process is permitted, or explain why it may not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prefault.errors import DeviceError
 
 _FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 
-# Pages are filled into shared memory, mapped where they lie already, and poisoned where they cannot be had.
+# Missing pages of shared memory are supplied, supplied ones mapped (minor faults), and those that failed poisoned.
 _NEEDED = {
     UffdFeature.MISSING_SHMEM: "missing pages of shared memory (Linux 4.11)",
     UffdFeature.MINOR_SHMEM: "minor faults of shared memory (Linux 5.14)",
@@ -34,7 +34,7 @@ _BY_CAPABILITY = {
     "uffd_poison": UffdFeature.POISON,
     "uffd_wp_async": UffdFeature.WP_ASYNC,
 }
-"""Named by PREFAULT_WITHOUT, they are as on a kernel that lacks them."""
+"""Features that are taken as missing when PREFAULT_WITHOUT names the capability."""
 _TRACKING = UffdFeature.WP_ASYNC | UffdFeature.WP_UNPOPULATED
 
 USER_MODE_ONLY_NOTE = (
@@ -45,12 +45,12 @@ USER_MODE_ONLY_NOTE = (
 
 
 class OpenedUserfaultfd(NamedTuple):
-    """A userfaultfd.
+    """A userfaultfd after its handshake.
 
     Attributes:
         fd: non-blocking and close-on-exec; the caller's to close.
-        features: that are switched on.
-        user_mode_only: faults that the kernel raises fail with EFAULT.
+        features: that the handshake enabled.
+        user_mode_only: faults that the kernel itself raises are not delivered, and fail with EFAULT.
     """
 
     fd: int
@@ -59,16 +59,17 @@ class OpenedUserfaultfd(NamedTuple):
 
 
 def open_userfaultfd(*, tracking: bool = False) -> OpenedUserfaultfd:
-    """A userfaultfd for shared memory, after the handshake.
+    """Open a userfaultfd for shared memory and do the handshake.
 
     Args:
-        tracking: the kernel itself resolves write-protection faults and so notes which pages are written (WP_ASYNC,
-            Linux 6.7), if it can; ``features`` says so.
+        tracking: have the kernel resolve write-protect faults and so record which pages are written (WP_ASYNC, Linux 6.7),
+            if it can; ``features`` says so.
 
     Raises:
-        DeviceError: none is to be had; the message names the setting that forbids it.
+        DeviceError: this process may not open one, or the kernel's lacks a feature; the message names the setting that
+            forbids it.
     """
-    probe, user_mode_only, _ = _open()
+    probe, _ = _open()
     try:
         offered, _ = kernel.api(probe)
     finally:
@@ -82,10 +83,10 @@ def open_userfaultfd(*, tracking: bool = False) -> OpenedUserfaultfd:
             errno.ENOSYS, f"device memory cannot be mapped: this kernel's userfaultfd lacks {', '.join(missing)}"
         )
     wanted = UffdFeature(sum(_NEEDED)) | _WANTED | (_TRACKING if tracking else UffdFeature(0))
-    if offered & _TRACKING != _TRACKING or not capabilities.PAGEMAP_SCAN.available:  # by which it is read
+    if offered & _TRACKING != _TRACKING or not capabilities.PAGEMAP_SCAN.available:  # reads the record
         wanted &= ~_TRACKING
-    # A descriptor takes one handshake; asking what there is was one.
-    fd, user_mode_only, _ = _open()
+    # A descriptor takes one handshake only, and the probe's asked for the features.
+    fd, user_mode_only = _open()
     try:
         features, _ = kernel.api(fd, wanted & offered)
     except BaseException:
@@ -94,8 +95,8 @@ def open_userfaultfd(*, tracking: bool = False) -> OpenedUserfaultfd:
     return OpenedUserfaultfd(fd, wanted & offered & features, user_mode_only)
 
 
-def _open() -> tuple[int, bool, list[str]]:
-    """A descriptor before its handshake, whether it is for user mode only, and what was refused on the way."""
+def _open() -> tuple[int, bool]:
+    """Return a descriptor before its handshake, and whether it is for user mode only."""
     refusals: list[str] = []
     last = 0
     if "userfaultfd" not in capabilities.disabled:
@@ -107,7 +108,7 @@ def _open() -> tuple[int, bool, list[str]]:
         without_kernel = "uffd_kernel_faults" in capabilities.disabled
         for name, way, flags in ways[2:] if without_kernel else ways:
             try:
-                return way(flags), bool(flags & kernel.UFFD_USER_MODE_ONLY), refusals
+                return way(flags), bool(flags & kernel.UFFD_USER_MODE_ONLY)
             except OSError as error:
                 if error.errno not in (
                     errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EPERM, errno.ENOSYS, errno.EINVAL,

@@ -1,4 +1,4 @@
-"""The memory of an area: a mapping of the device's frames, registered and known to the device's server."""
+"""The memory of an area: a mapping of the device's frames, registered with userfaultfd and announced to the server."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from prefault.sizes import MIB, PAGE_SIZE
 
 
 class MappedArea(OwnedMemory, PageProvider):
-    """Mapped frames, known to the server as an area.
+    """Mapping of a device's frames that the server knows as an area.
 
-    Views refer to this object, so that :func:`prefault.populate` of a view reaches the driver however long ago the
-    :class:`~prefault.device.Area` was forgotten.
+    Views refer to this object, so that :func:`prefault.populate` of a view still reaches the driver after the
+    :class:`~prefault.device.Area` is garbage.
 
     Attributes:
-        link: to the server.
+        connection: to the server.
         offset: of its first page in the device, bytes.
-        length: bytes that were asked for; ``mapped`` is that in whole pages of the device.
-        number: of the area at the server; None before and after.
-        access: what the server was told: nothing more may be done with it.
-        prot: PROT_* as it is now.
+        length: bytes that were asked for; ``mapped`` is the same in whole pages of the device.
+        number: by which the server knows the area; None before it is attached and after it is closed.
+        access: that the area was mapped with, the most that :meth:`Area.protect` may grant.
+        prot: PROT_* of the whole area now.
     """
 
     def __init__(
-        self, link: DeviceConnection, offset: int, access: Access, *, track_dirty: bool, at_end: Callable[[], None]
+        self, connection: DeviceConnection, offset: int, access: Access, *, track_dirty: bool, at_end: Callable[[], None]
     ) -> None:
         super().__init__(None)
-        self.link = link
+        self.connection = connection
         self.offset = offset
         self.length = 0
         self.number: int | None = None
@@ -51,68 +51,72 @@ class MappedArea(OwnedMemory, PageProvider):
         self.prot = mman.PROT_READ | (mman.PROT_WRITE if access == "write" else 0)
         self.pid = os.getpid()
         self._opening: Exchange | None = None
-        """The Map, from when it is sent until the memory is unmapped."""
+        """The exchange of the Map request, from its sending until the memory is unmapped."""
         self._at_end: Callable[[], None] | None = at_end
         _all_areas.add(self)
 
     @property
     def write_protects(self) -> bool:
-        """Whether the server, or the kernel, write-protects its pages."""
-        return self.track_dirty or (self.link.facts.evicts and self.access == "write")
+        """Whether the server or the kernel write-protects pages of the area."""
+        return self.track_dirty or (self.connection.device_info.evicts and self.access == "write")
 
     def attach(self, length: int, cpu: int | None) -> None:
-        """Map ``length`` bytes, and tell the server."""
+        """Map ``length`` bytes, register them and open the area at the server, which may pin itself to ``cpu``."""
         self.length = length
-        facts = self.link.facts
-        if self.write_protects and not self.link.userfaultfd.features & UffdFeature.WP_HUGETLBFS_SHMEM:
-            what = "track_dirty=True" if self.track_dirty else f"writing to {facts.name}, which evicts what clients wrote,"
+        device_info = self.connection.device_info
+        if self.write_protects and not self.connection.userfaultfd.features & UffdFeature.WP_HUGETLBFS_SHMEM:
+            what = (
+                "track_dirty=True"
+                if self.track_dirty
+                else f"writing to {device_info.name}, which evicts what clients wrote,"
+            )
             raise DeviceError(
                 errno.ENOSYS, f"{what} needs write-protection of shared memory by userfaultfd (Linux 5.19, on arm64 6.11),"
                 " which this kernel does not have",
             )  # fmt: skip
         # Huge frames come in huge pages only; others are collapsed into them where both addresses are aligned.
-        opened = OpenedBacking(self.link.frames, facts.page_size if facts.huge else PAGE_SIZE, self.offset)
-        length += -length % facts.page_size
-        align = max(facts.page_size, 2 * MIB if length >= 2 * MIB else PAGE_SIZE)
+        opened = OpenedBacking(self.connection.frames, device_info.page_size if device_info.huge else PAGE_SIZE, self.offset)
+        length += -length % device_info.page_size
+        align = max(device_info.page_size, 2 * MIB if length >= 2 * MIB else PAGE_SIZE)
         self.map(length, opened, shared=True, prot=self.prot, noreserve=True, align=align)
-        # Not registered in a child of fork, it would give zeros there, and put them into the frames for everybody.
+        # A child of fork would have it unregistered: a touch there would put zeros into the frames of all clients.
         mman.madvise(self.address, self.mapped, mman.MADV_DONTFORK)
         mode = kernel.UFFDIO_REGISTER_MODE_MISSING | kernel.UFFDIO_REGISTER_MODE_MINOR
         if self.write_protects:
             mode |= kernel.UFFDIO_REGISTER_MODE_WP
-        kernel.register(self.link.userfaultfd.fd, self.address, self.mapped, mode)
-        if self.track_dirty and self.link.tracks_by_itself:
-            # Marks every page, also those that are not there: later a page without a mark is one that was written, though
-            # the kernel may have taken it out of the page table since.
+        kernel.register(self.connection.userfaultfd.fd, self.address, self.mapped, mode)
+        if self.track_dirty and self.connection.kernel_tracks_writes:
+            # Marks every page, absent ones too: later a page without a mark is one that was written, even if the kernel has
+            # taken it out of the page table since.
             kernel.writeprotect(
-                self.link.userfaultfd.fd, self.address, self.mapped, kernel.UFFDIO_WRITEPROTECT_MODE_WP
+                self.connection.userfaultfd.fd, self.address, self.mapped, kernel.UFFDIO_WRITEPROTECT_MODE_WP
             )  # fmt: skip
         request = protocol.Map(
-            self.link.next_id(), self.address, self.offset, self.mapped, self.access, self.track_dirty, cpu
+            self.connection.next_id(), self.address, self.offset, self.mapped, self.access, self.track_dirty, cpu
         )  # fmt: skip
         self._opening = opening = Exchange(request)
-        self.number = self.link.open(opening).area
+        self.number = self.connection.open(opening).area
         add_page_provider(self.address, self.mapped, self)
 
-    # --- the end
+    # --- closing
 
     def unmap(self) -> None:
-        """Have the server let go of it, then unmap it."""
+        """Close the area at the server, then unmap it."""
         if self.mapped:
             remove_page_provider(self.address)
-        if _leaving:
-            return  # the kernel unmaps it, when nobody can touch it any more
+        if _exiting:
+            return  # the kernel unmaps it at exit, after the last touch
         self.number = None
         if self._opening is None or os.getpid() != self.pid:
             self._unmap_now()
         else:
-            self.link.give_up(self._opening, self._unmap_now, _deadline)
+            self.connection.give_up(self._opening, self._unmap_now, _deadline)
 
     def _unmap_now(self) -> None:
         try:
-            if self.mapped and os.getpid() == self.pid and self.link.answered_for:
-                # The server was not told. It would poison or unprotect whatever is mapped here next, also through another
-                # userfaultfd: the kernel does not tell them apart.
+            if self.mapped and os.getpid() == self.pid and self.connection.lost_but_served:
+                # The server did not get the Unmap. It would poison or unprotect the next mapping at these addresses, even
+                # one of another userfaultfd: the kernel does not tell them apart. An inaccessible mapping keeps them taken.
                 mapped, self.mapped = self.mapped, 0
                 mman.mmap(
                     self.address, mapped, mman.PROT_NONE,
@@ -126,7 +130,7 @@ class MappedArea(OwnedMemory, PageProvider):
                 at_end()
 
     def after_fork(self) -> None:
-        """In the child: the memory is not there (MADV_DONTFORK). A fence takes its place, so that nothing else ever does."""
+        """Reserve the addresses in a child of fork, which has no such memory (MADV_DONTFORK): a touch there is SIGSEGV."""
         if not self.mapped:
             return
         self._at_end = None
@@ -135,21 +139,21 @@ class MappedArea(OwnedMemory, PageProvider):
                 self.address, self.mapped, mman.PROT_NONE,
                 mman.MAP_PRIVATE | mman.MAP_ANONYMOUS | mman.MAP_NORESERVE | mman.MAP_FIXED_NOREPLACE,
             )  # fmt: skip
-        except OSError:  # somebody else's at-fork handler was faster: then it is not ours to unmap
+        except OSError:  # another at-fork handler mapped something there first, which is not ours to unmap
             self.mapped = 0
 
     def page_at(self, address: int) -> int:
-        """The device's page that is mapped there."""
-        return (address - self.address + self.offset) // self.link.facts.page_size
+        """Return the number of the device's page that is mapped at an address."""
+        return (address - self.address + self.offset) // self.connection.device_info.page_size
 
     def address_of(self, page: int) -> int:
-        """Where a page of the device is mapped."""
-        return self.address + page * self.link.facts.page_size - self.offset
+        """Return the address at which a page of the device is mapped."""
+        return self.address + page * self.connection.device_info.page_size - self.offset
 
-    def numbered(self) -> int:
-        """Its number at the server. ValueError if it is closed."""
+    def require_number(self) -> int:
+        """Return :attr:`number`; raise ValueError if the area is closed."""
         if self.number is None:
-            self.link.check()
+            self.connection.check()
             raise ValueError("the area is closed")
         return self.number
 
@@ -157,24 +161,24 @@ class MappedArea(OwnedMemory, PageProvider):
 _all_areas = fork_hooks.instances(MappedArea.after_fork)
 
 
-_LEAVE_S = 2.0
+_EXIT_S = 2.0
 
-_leaving = False
+_exiting = False
 _deadline: float | None = None
 
 
-def leave() -> None:
-    """At the end of the process: close all areas that nobody looks at, if their servers answer soon.
+def close_areas_at_exit() -> None:
+    """Close all areas without a view, as far as their servers answer within 2 seconds; called at exit.
 
-    What is still viewed may be touched until the very end, by threads and by finalizers, and so is left as it is.
+    Areas that are still viewed stay mapped: threads and finalizers may touch them until the process ends.
     """
-    global _leaving, _deadline
-    _deadline = time.monotonic() + _LEAVE_S
+    global _exiting, _deadline
+    _deadline = time.monotonic() + _EXIT_S
     for memory in list(_all_areas):
         if memory.number is not None and memory.pid == os.getpid():
             with contextlib.suppress(BufferError, OSError, RuntimeError):
                 memory.close()
-    _leaving = True
+    _exiting = True
     for memory in list(_all_areas):
         if memory.mapped:
-            memory.link.leave()
+            memory.connection.detach()

@@ -1,4 +1,4 @@
-"""The one hook: whatever asks for population of device memory comes here, and from here to the driver."""
+"""The page provider of device memory: populate, replay, discard and protect of an area, as requests to the server."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import PAGE_SIZE, format_size
 
 _CANCEL_S = 5.0
-"""How long a populate that was cancelled is waited for: a call of the driver that is under way ends first."""
+"""Seconds to wait for the answer to a cancelled populate: a driver call that is under way ends first."""
 
 _POISON_TRIES = 4
 
 _REPLAYED_RUNS = 64
-"""How many runs of an access log are asked for at once."""
+"""Runs of an access log in one request."""
 
 
 class Protections(NamedTuple):
-    """What may be done with an area: PROT_* of all of it as we know it, and of its parts as the kernel does."""
+    """Protection of an area: PROT_* of the whole as :meth:`Area.protect` set it, and of its parts as the kernel reports."""
 
     prot: int
     parts: tuple[tuple[PageRange, int], ...]
 
 
 class AreaPageProvider(MappedArea):
-    """Memory that its device supplies."""
+    """Memory of an area whose pages the device's driver supplies."""
 
     def protections(self) -> Protections:
-        """As they are now."""
+        """Return the protection of the area and of its parts now."""
         stop = self.address + self.mapped
         return Protections(
             self.prot,
@@ -62,12 +62,12 @@ class AreaPageProvider(MappedArea):
         )
 
     def protect(self, prot: int) -> None:
-        """mprotect(2) of all of it."""
+        """Call mprotect(2) on the whole area."""
         mman.mprotect(self.address, self.mapped, prot)
         self.prot = prot
 
-    def put_back(self, before: Protections) -> None:
-        """As they were."""
+    def restore_protections(self, before: Protections) -> None:
+        """Restore what :meth:`protections` returned."""
         for part, prot in before.parts:
             mman.mprotect(part.start, part.length, prot)
         self.prot = before.prot
@@ -76,15 +76,15 @@ class AreaPageProvider(MappedArea):
         self, span: Span, origin: int, access: Literal["read", "write"], *, rollback: bool,
         progress: Callable[[int, int], None] | None, check_headroom: bool,
     ) -> ProvidedPages:  # fmt: skip
-        """See :class:`~prefault.memory.borrowing.PageProvider`."""
-        unit = self.link.facts.page_size
+        """Populate the device's pages of a span; see :class:`~prefault.memory.borrowing.PageProvider`."""
+        unit = self.connection.device_info.page_size
         start = span.start - (span.start - self.address) % unit
         stop = span.stop + (self.address - span.stop) % unit
         job = _PopulateCall(self, start, stop, origin, access, rollback=rollback, progress=progress, headroom=check_headroom)
         return job.run([(start, stop)])
 
     def replay(self, spans: Iterable[tuple[int, int]]) -> ProvidedPages:
-        """Populate readable, in this order: addresses of whole pages of the device."""
+        """Populate spans (addresses of whole pages of the device) readable, in the order that they are given in."""
         job = _PopulateCall(
             self, self.address, self.address + self.mapped, self.address, "read",
             rollback=False, progress=None, headroom=True,
@@ -93,18 +93,18 @@ class AreaPageProvider(MappedArea):
         return job.run(spans, _REPLAYED_RUNS)
 
     def discard(self, span: Span) -> tuple[int, int]:
-        """See :class:`~prefault.memory.borrowing.PageProvider`."""
-        self.link.check()
-        unit = self.link.facts.page_size
+        """Give the device's pages inside a span back; see :class:`~prefault.memory.borrowing.PageProvider`."""
+        self.connection.check()
+        unit = self.connection.device_info.page_size
         start = span.start + (self.address - span.start) % unit
-        # The rest of the device's last page is nobody else's; that of a page inside of it may be another area's.
-        at_end = span.stop == self.address + self.length and self.offset + self.length == self.link.facts.length
+        # No other area maps the rest of the device's last page; the rest of a page inside the device, one may.
+        at_end = span.stop == self.address + self.length and self.offset + self.length == self.connection.device_info.length
         stop = self.address + self.mapped if at_end else span.stop - (span.stop - self.address) % unit
         if stop <= start:
             return 0, 0
-        request = protocol.Discard(self.link.next_id(), self.numbered(), self.page_at(start), self.page_at(stop))
+        request = protocol.Discard(self.connection.next_id(), self.require_number(), self.page_at(start), self.page_at(stop))
         try:
-            return stop - start, self.link.ask(request, protocol.Discarded).pages * unit
+            return stop - start, self.connection.ask(request, protocol.Discarded).pages * unit
         except DeviceGoneError:
             raise
         except (OSError, ValueError) as error:
@@ -114,14 +114,14 @@ class AreaPageProvider(MappedArea):
 
 
 class _PopulateCall:
-    """One populate call at work."""
+    """A populate call in progress: asks the server for absent pages, accounts for them and explains failures."""
 
     def __init__(
         self, memory: AreaPageProvider, start: int, stop: int, origin: int, access: Access, *, rollback: bool,
         progress: Callable[[int, int], None] | None, headroom: bool,
     ) -> None:  # fmt: skip
         self._memory = memory
-        self._link = memory.link
+        self._connection = memory.connection
         self._start, self._stop = start, stop
         self._origin = origin
         self._access = access
@@ -134,8 +134,8 @@ class _PopulateCall:
         self._threads = 1
 
     def run(self, spans: Iterable[tuple[int, int]], most_runs: int = protocol.MAX_RUNS) -> ProvidedPages:
-        self._link.check()
-        self._refuse()
+        self._connection.check()
+        self._check_permitted()
         wanted: list[protocol.Run] = []
         for start, stop in spans:
             self._total += stop - start
@@ -143,31 +143,32 @@ class _PopulateCall:
         lacking = sum(last - first for first, last in wanted) * self._unit
         self._done_bytes = present = max(0, self._total - lacking)
         for index in range(0, len(wanted), most_runs):
-            self._part(wanted[index : index + most_runs])
+            self._populate_runs(wanted[index : index + most_runs])
         notes = self._collapse(wanted)
         return ProvidedPages(lacking, present, self._threads, notes)
 
     @property
     def _unit(self) -> int:
-        return self._link.facts.page_size
+        return self._connection.device_info.page_size
 
-    def _refuse(self) -> None:
-        """What needs no question to the server."""
+    def _check_permitted(self) -> None:
+        """Refuse what this process knows to be impossible, without a request."""
+        name = self._connection.device_info.name
         needed = mman.PROT_WRITE if self._access == "write" else mman.PROT_READ
         if not self._memory.prot & needed:
             how = "writable" if self._access == "write" else "readable"
             raise ProtectionError(
-                errno.EINVAL, f"the area of {self._link.facts.name} is not {how}: ask for access='read', or change it with"
-                " protect()", address=self._start, offset=max(0, self._start - self._origin),
+                errno.EINVAL, f"the area of {name} is not {how}: ask for access='read', or change it with protect()",
+                 address=self._start, offset=max(0, self._start - self._origin),
             )  # fmt: skip
-        if not self._link.facts.populates:
+        if not self._connection.device_info.populates:
             raise NoPopulateError(
-                errno.EOPNOTSUPP, f"the driver of {self._link.facts.name} declares population as meaningless: its pages come"
-                " when they are touched", address=self._start, offset=max(0, self._start - self._origin),
+                errno.EOPNOTSUPP, f"the driver of {name} declares population as meaningless: its pages come when they are"
+                " touched", address=self._start, offset=max(0, self._start - self._origin),
             )  # fmt: skip
 
     def _lacking(self, start: int, stop: int) -> list[protocol.Run]:
-        """Runs of the device's pages that the page table lacks."""
+        """Return the runs of the device's pages that the page table lacks."""
         page_at, unit = self._memory.page_at, self._unit
         runs: list[protocol.Run] = []
         at = start
@@ -183,10 +184,10 @@ class _PopulateCall:
             at = max(at, beyond)
         return runs
 
-    # --- asking
+    # --- requests
 
-    def _part(self, runs: list[protocol.Run]) -> None:
-        """Runs that one message holds."""
+    def _populate_runs(self, runs: list[protocol.Run]) -> None:
+        """Populate as many runs as one message holds."""
         wanted = runs
         for _ in range(_POISON_TRIES):
             reply = self._ask(wanted)
@@ -195,7 +196,7 @@ class _PopulateCall:
             self._threads = max(self._threads, reply.threads)
             if not reply.poisoned:
                 break
-            # The driver failed there once, and supplied the pages since. Only we can take the poison out of our page table.
+            # The driver failed there once, and has supplied the pages since. Only this process can drop its poison entries.
             for first, last in reply.poisoned:
                 self._drop(self._range(first, last))
             wanted = list(reply.poisoned)
@@ -209,13 +210,13 @@ class _PopulateCall:
 
     def _ask(self, runs: list[protocol.Run]) -> protocol.Populated | protocol.Failed:
         request = protocol.Populate(
-            self._link.next_id(), self._memory.numbered(), tuple(runs), self._access, self._rollback,
+            self._connection.next_id(), self._memory.require_number(), tuple(runs), self._access, self._rollback,
             self._progress is not None, self._headroom,
         )  # fmt: skip
         try:
-            with self._link.asking(request) as exchange:
+            with self._connection.asking(request) as exchange:
                 try:
-                    self._link.wait(exchange, progress=self._report)
+                    self._connection.wait(exchange, progress=self._report)
                 except (DeviceGoneError, RuntimeError):
                     raise
                 except BaseException as interruption:  # Ctrl-C, or what the caller's progress function raised
@@ -238,13 +239,13 @@ class _PopulateCall:
         if self._progress is not None:
             self._progress(min(self._total, self._done_bytes + pages * self._unit), self._total)
 
-    # --- failing
+    # --- failures
 
     def _failed(self, failed: protocol.Failed) -> BaseException:
         mapped = RangeSet(self._range(first, last) for first, last in failed.mapped)
         kept = self._kept(mapped)
         if failed.kind == "cancelled":
-            return PopulateInterrupted(f"cancelled: {self._text(kept)}", kept)
+            return PopulateInterrupted(f"cancelled: {self._outcome(kept)}", kept)
         if failed.kind == "headroom":
             message = self._message(failed.page, failed.message, kept)
             address = self._memory.address_of(failed.page)
@@ -263,21 +264,21 @@ class _PopulateCall:
         return kind(number, message, address=address, offset=self._offset(page), populated=kept)
 
     def _message(self, page: int, what: str, kept: RangeSet) -> str:
-        name = self._link.facts.name
+        name = self._connection.device_info.name
         where = f"offset {self._offset(page)} (page {page} of the device)"
-        return f"{name} cannot supply the page at {where}: {what}; {self._text(kept)}"
+        return f"{name} cannot supply the page at {where}: {what}; {self._outcome(kept)}"
 
     def _offset(self, page: int) -> int:
-        """In the buffer that was given: the first byte of it that lies on that page."""
+        """Return the offset in the caller's buffer of its first byte on that page."""
         return max(0, self._memory.address_of(page) - self._origin)
 
-    def _text(self, kept: RangeSet) -> str:
+    def _outcome(self, kept: RangeSet) -> str:
         undone = ", the rest given back" if self._rollback else ""
         return f"{format_size(kept.length)} of {format_size(self._total)} populated{undone}"
 
     def _interrupted(self, interruption: BaseException, exchange: Exchange, runs: list[protocol.Run]) -> None:
-        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C: not even the answer is waited for
-            self._link.cancel(exchange, _CANCEL_S)
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C ends the wait for the answer
+            self._connection.cancel(exchange, _CANCEL_S)
         reply = exchange.reply
         if isinstance(reply, protocol.Failed):
             mapped = RangeSet(self._range(first, last) for first, last in reply.mapped)
@@ -289,11 +290,11 @@ class _PopulateCall:
                 mapped = RangeSet()
         kept = self._kept(mapped)
         if isinstance(interruption, KeyboardInterrupt):
-            raise PopulateInterrupted(f"interrupted: {self._text(kept)}", kept) from None
-        interruption.add_note(f"populate was stopped: {self._text(kept)}")
+            raise PopulateInterrupted(f"interrupted: {self._outcome(kept)}", kept) from None
+        interruption.add_note(f"populate was stopped: {self._outcome(kept)}")
 
     def _present(self, runs: list[protocol.Run]) -> RangeSet:
-        """What the page table has by now of pages that it lacked."""
+        """Return what the page table has by now of pages that it lacked."""
         found: list[PageRange] = []
         for first, last in runs:
             pages = self._range(first, last)
@@ -302,16 +303,16 @@ class _PopulateCall:
         return RangeSet(found)
 
     def _kept(self, mapped: RangeSet) -> RangeSet:
-        """What this call brought in and what stays: parts that were finished, and ``mapped``."""
+        """Return what this call mapped and what stays: finished runs and ``mapped``. Roll the former back if asked."""
         if self._rollback:
-            # The frames stay supplied: others may have them by now.
+            # The frames stay supplied: other areas may map them by now.
             for pages in self._done:
                 self._drop(pages)
             self._done.clear()
         return RangeSet(self._done) | mapped
 
     def _drop(self, pages: PageRange) -> None:
-        """Take pages out of our page table."""
+        """Drop pages from this process's page table."""
         mman.madvise(pages.start, pages.length, mman.MADV_DONTNEED)
 
     def _range(self, first: int, last: int) -> PageRange:
@@ -320,8 +321,8 @@ class _PopulateCall:
     # --- huge pages
 
     def _collapse(self, runs: list[protocol.Run]) -> tuple[str, ...]:
-        """Map huge what came in huge pages of the device but in small frames."""
-        if self._unit == PAGE_SIZE or self._link.facts.huge or not runs:
+        """Collapse runs of 2 MiB device pages in small frames into huge pages; return a note where that was refused."""
+        if self._unit == PAGE_SIZE or self._connection.device_info.huge or not runs:
             return ()
         if self._memory.write_protects:
             return ("mapped in small pages: write-protected memory cannot be collapsed into huge ones",)
@@ -330,8 +331,8 @@ class _PopulateCall:
             try:
                 mman.madvise(pages.start, pages.length, mman.MADV_COLLAPSE)
             except OSError as error:
-                # EINVAL: no such advice (before 6.1), or huge pages are denied for shared memory. ENOMEM, EBUSY, EAGAIN: not
-                # now; that is no failure of the populate.
+                # EINVAL: no such advice (before Linux 6.1), or huge pages are denied for shared memory. ENOMEM, EBUSY and
+                # EAGAIN are temporary. The populate succeeded all the same.
                 if error.errno not in (errno.EINVAL, errno.ENOMEM, errno.EBUSY, errno.EAGAIN):
                     raise
                 reason = os.strerror(error.errno)

@@ -1,1 +1,1 @@
-"""How the processes of a device are started."""
+"""Start the processes of a device: a warden and its server, for one client or for many at a path."""

@@ -1,4 +1,4 @@
-"""How a client starts the server of a device: the warden is a fork of it, or a fresh process that follows a recipe."""
+"""Start a warden, which starts the server of a device: a fork of this process, or a fresh process that follows a recipe."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from prefault.device.process import startup
 from prefault.errors import DeviceError
 
 _START_S = 60.0
-"""Seconds for a fresh process to import the device and make it."""
-_GIVE_UP_S = 2.0
+"""Seconds for a fresh process to import the factory and create the device."""
+_SIGNAL_S = 2.0
+"""Seconds for a warden to end after a signal."""
 
 _unreaped: set[int] = set()
 _lock = threading.RLock()  # reentrant: a finalizer reaps
 
 
-class Launched:
-    """A warden that was started here.
+class LaunchedWarden:
+    """A warden that this process started.
 
     Attributes:
-        connection: to its server; of packets. For a server that listens: to the warden, which ends when it is closed.
+        connection: packet socket to the server of a private device; of a device at a path, the control connection to the
+            warden, which ends when it is closed.
         pid: of the warden, a child of this process.
-        server_pid: of its first server.
+        server_pid: of the warden's first server.
     """
 
     def __init__(self, connection: socket.socket, pid: int, server_pid: int) -> None:
@@ -42,18 +44,18 @@ class Launched:
             _unreaped.add(pid)
 
     def reap(self, timeout: float) -> bool:
-        """Wait for the warden's end, so many seconds at most; whether it has ended. What has not is reaped another time."""
+        """Wait at most ``timeout`` seconds for the warden; return whether it ended. A later launch reaps it otherwise."""
         if os.getpid() != self._owner:
             return False
         return _reap(self.pid, timeout)
 
     def __repr__(self) -> str:
-        return f"<Launched warden {self.pid}>"
+        return f"<LaunchedWarden {self.pid}>"
 
 
 def _reap(pid: int, timeout: float) -> bool:
     with _lock:
-        if pid not in _unreaped:  # by then the number may be another process'
+        if pid not in _unreaped:  # reaped: the kernel may have given the pid to another process
             return True
     if handover.reap(pid, timeout) is None:
         return False
@@ -63,7 +65,7 @@ def _reap(pid: int, timeout: float) -> bool:
 
 
 def _forget() -> None:
-    """In a fork: they are not its children."""
+    """Forget the wardens in a fork, whose children they are not."""
     global _lock  # another thread may have held it
     _lock = threading.RLock()
     _unreaped.clear()
@@ -72,28 +74,28 @@ def _forget() -> None:
 fork_hooks.register(in_child=_forget)
 
 
-def launch(device: Device, path: str | None = None) -> Launched:
+def launch(device: Device, path: str | None = None) -> LaunchedWarden:
     """Start the processes of a device.
 
     Args:
-        device: to be served.
-        path: of a socket at which clients connect; None: the connection that is returned is that of the only one.
+        device: to serve.
+        path: of the socket at which clients connect. None: a private device, whose only client has the returned connection.
 
     Raises:
-        TypeError, ValueError: an attribute of the device, or its recipe, is not what it should be.
-        DeviceError: the device cannot be made in its process, there is no memory for its frames, or a limit is reached (of
-            processes, of descriptors): the message says which.
+        TypeError, ValueError: an attribute of the device, or its recipe, is invalid.
+        DeviceError: the device cannot be created in its process, there is no memory for its frames, or a limit is reached
+            (of processes, of descriptors); the message says which.
     """
-    recipes.check_device_facts(device)
+    recipes.check_device_attributes(device)
     return _launch(device, device.recipe(), path)
 
 
-def launch_recipe(recipe: Recipe, path: str) -> Launched:
-    """The same for a device that is not made here at all."""
+def launch_recipe(recipe: Recipe, path: str) -> LaunchedWarden:
+    """Start the processes of a device from its recipe, without creating the device in this process; see :func:`launch`."""
     return _launch(None, recipe, path)
 
 
-def _launch(device: Device | None, recipe: Recipe | None, path: str | None) -> Launched:
+def _launch(device: Device | None, recipe: Recipe | None, path: str | None) -> LaunchedWarden:
     if recipe is not None:
         recipes.check_recipe(recipe)
     with _lock:
@@ -104,7 +106,7 @@ def _launch(device: Device | None, recipe: Recipe | None, path: str | None) -> L
         return _start(device, recipe, path)
 
 
-def _start(device: Device | None, recipe: Recipe | None, path: str | None) -> Launched:
+def _start(device: Device | None, recipe: Recipe | None, path: str | None) -> LaunchedWarden:
     ours, theirs = handover.pair()
     pid: int | None = None
     owner = -1
@@ -118,7 +120,7 @@ def _start(device: Device | None, recipe: Recipe | None, path: str | None) -> La
                 pid = _fork(device, ours, theirs, owner, path)
         if recipe is not None:
             _send_recipe(ours, recipe, owner, path)
-        return Launched(ours, pid, _started(ours, pid))
+        return LaunchedWarden(ours, pid, _wait_for_start(ours, pid))
     except BaseException:
         ours.close()
         if pid is not None:
@@ -135,20 +137,20 @@ def _fork(device: Device, ours: socket.socket, theirs: socket.socket, owner: int
     try:
         pid = daemon.fork()
         if not pid:
-            _be_warden(device, ours, theirs, owner, path)
+            _become_warden(device, ours, theirs, owner, path)
         return pid
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _be_warden(device: Device, ours: socket.socket, theirs: socket.socket, owner: int, path: str | None) -> NoReturn:
+def _become_warden(device: Device, ours: socket.socket, theirs: socket.socket, owner: int, path: str | None) -> NoReturn:
     try:
         try:
-            daemon.leave_the_caller()
+            daemon.detach_from_caller()
             ours.close()
-            daemon.settle()
+            daemon.set_up_streams()
         except OSError as error:
-            startup.say_not_started(theirs, error)
+            startup.report_not_started(theirs, error)
         startup.become_warden(lambda: device, None, theirs, owner, path)
     finally:
         os._exit(70)
@@ -165,11 +167,11 @@ def _send_recipe(link: socket.socket, recipe: Recipe, owner: int, path: str | No
         os.close(arguments)
 
 
-def _started(link: socket.socket, pid: int) -> int:
-    """The pid of the server, when it runs."""
+def _wait_for_start(link: socket.socket, pid: int) -> int:
+    """Wait until the server runs; return its pid."""
     poll = select.poll()
     poll.register(link, select.POLLIN)
-    # The end of the warden is not the end of the link: its server, or a fork of ours, may hold the other side.
+    # The link outlives the warden where its server, or a fork of this process, has the other end open: poll the pid too.
     ended = os.pidfd_open(pid)
     try:
         poll.register(ended, select.POLLIN)
@@ -181,7 +183,7 @@ def _started(link: socket.socket, pid: int) -> int:
     taken = handover.receive(link) if link.fileno() in found else None
     if taken is None:
         raise DeviceError(
-            errno.ECONNRESET, f"the device's process (pid {pid}) ended while the device was made; what it said is on stderr"
+            errno.ECONNRESET, f"the device's process (pid {pid}) ended while the device was made; its output is on stderr"
         )
     message, _ = taken
     if isinstance(message, handover.ServerNotStarted):
@@ -191,10 +193,10 @@ def _started(link: socket.socket, pid: int) -> int:
 
 
 def _abandon(pid: int) -> None:
-    """It may be in the middle of an import, where it does not see that nobody waits for it."""
+    """End a warden whose start failed; it may be in the middle of an import and not notice that the caller is gone."""
     if handover.reap(pid, 0.2) is not None:
         return
-    for number, patience_s in ((signal.SIGTERM, _GIVE_UP_S), (signal.SIGKILL, _GIVE_UP_S)):
+    for number, patience_s in ((signal.SIGTERM, _SIGNAL_S), (signal.SIGKILL, _SIGNAL_S)):
         os.kill(pid, number)
         if handover.reap(pid, patience_s) is not None:
             return

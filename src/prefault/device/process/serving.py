@@ -1,4 +1,4 @@
-"""A device for many clients, at a path."""
+"""Serve a device to many clients, at the path of a socket."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import time
 
 from prefault.device import handover
 from prefault.device.driver import Device, Recipe
-from prefault.device.process.launching import Launched, launch, launch_recipe
+from prefault.device.process.launching import LaunchedWarden, launch, launch_recipe
 from prefault.errors import DeviceError
 from prefault.ipc import socket_path
 
 _SLACK_S = 10.0
-"""Besides the time that a driver has for a call: for the end of a server and its warden."""
+"""Seconds for the end of a server and its warden, besides the timeout of a driver call."""
 
 
 class DeviceServer:
-    """A device that is served at a path, until :meth:`close`; made by :func:`serve`. A context manager.
+    """A device that is served at a path until :meth:`close`; made by :func:`serve`. A context manager.
 
-    It ends with this process as well. Clients keep the pages that were supplied; others are SIGBUS from then on.
+    The processes end with this process as well. From then on clients keep the pages that were supplied; other pages raise
+    SIGBUS.
 
     Attributes:
         path: of the socket.
-        pid: of the warden, which watches the server.
+        pid: of the warden, which supervises the server.
     """
 
-    def __init__(self, launched: Launched, path: str, timeout_s: float) -> None:
+    def __init__(self, launched: LaunchedWarden, path: str, timeout_s: float) -> None:
         self.path = path
         self.pid = launched.pid
         self._launched = launched
@@ -40,10 +41,10 @@ class DeviceServer:
         self._place = socket_path.Place(path, made.st_dev, made.st_ino)
 
     def close(self) -> None:
-        """Close all areas at the driver, end its processes, and remove the socket. Idempotent; a fork only forgets it.
+        """Close all areas at the driver, end its processes, and remove the socket. Idempotent; does nothing in a fork.
 
         Raises:
-            DeviceError: they do not end (ETIMEDOUT).
+            DeviceError: the processes do not end in time (ETIMEDOUT).
         """
         if self._closed:
             return
@@ -56,7 +57,7 @@ class DeviceServer:
             ended = _ends(link, self._timeout_s + _SLACK_S)
         self._launched.reap(_SLACK_S if ended else 0.0)
         if ended:
-            socket_path.leave(self._place)  # where warden and server were killed at once
+            socket_path.leave(self._place)  # left there if warden and server were killed
         if not ended:
             raise DeviceError(
                 errno.ETIMEDOUT, f"the processes of the device at {self.path} do not end (warden: pid {self.pid})"
@@ -72,14 +73,14 @@ class DeviceServer:
         if not self._closed:
             with self._launched.connection as link, contextlib.suppress(OSError):  # they have ended already
                 if os.getpid() == self._owner:
-                    link.shutdown(socket.SHUT_RDWR)  # whereupon they end, also where a fork of ours has it
+                    link.shutdown(socket.SHUT_RDWR)  # ends them even if a fork has a copy of the socket
 
     def __repr__(self) -> str:
-        return f"<Server at {self.path}, {'closed' if self._closed else f'warden {self.pid}'}>"
+        return f"<DeviceServer at {self.path}, {'closed' if self._closed else f'warden {self.pid}'}>"
 
 
 def _ends(link: socket.socket, timeout: float) -> bool:
-    """Whether warden and server, who have the other end, both close it in time."""
+    """Wait until warden and server have both closed the other end; return False after ``timeout`` seconds."""
     poll = select.poll()
     poll.register(link, select.POLLIN)
     give_up = time.monotonic() + timeout
@@ -90,15 +91,15 @@ def _ends(link: socket.socket, timeout: float) -> bool:
 
 
 def serve(device: Device | Recipe, path: str | os.PathLike[str]) -> DeviceServer:
-    """Serve a device to many processes of the same user, who map it with :func:`prefault.device.connect`.
+    """Serve a device to many processes of the same user, which map it with :func:`prefault.device.connect`.
 
     Args:
-        device: the driver, or a recipe; with a recipe nothing of the driver is made in this process.
-        path: of the socket to make, which only its owner may connect to.
+        device: the driver; or a recipe, so that this process does not create the device itself.
+        path: of the socket to create, which only its owner may connect to.
 
     Raises:
-        TypeError, ValueError: an attribute of the device, or a recipe, is not what it should be.
-        DeviceError: the device cannot be made, or the socket not be (EEXIST, EADDRINUSE: there is one already).
+        TypeError, ValueError: an attribute of the device, or a recipe, is invalid.
+        DeviceError: the device or the socket cannot be created (EEXIST, EADDRINUSE: the path is taken).
     """
     where = os.path.abspath(os.fsdecode(path))
     if isinstance(device, Recipe):

@@ -1,4 +1,4 @@
-"""How a process becomes a warden: a fork of a client, a fresh process, one in the place of a dead one, or the command."""
+"""Become a warden: in a fork of a client, a fresh process, a replacement of a dead warden, or the command."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _START_S = 60.0
 _SOFTWARE = 70  # EX_SOFTWARE
 
 
-def registry_of(device: Device) -> Registry:
-    """With frames, and without clients. DeviceError if there is no memory for the frames."""
+def create_registry(device: Device) -> Registry:
+    """Create the registry of a device, with its frames and without clients; DeviceError if there is no memory for them."""
     frames = Frames.create(device.length, device.page_size, device.capacity)
     return Registry(
         type(device).__name__, device.length, device.page_size, device.writable, device.restartable, device.timeout_s, frames
     )
 
 
-def _made(recipe: Recipe) -> Device:
-    """The device of a recipe. DeviceError also where a module raises what is no Exception, or cannot be printed."""
+def _make_device(recipe: Recipe) -> Device:
+    """Create the device of a recipe; turn any failure into DeviceError, also exceptions that cannot be printed."""
     try:
-        return recipes.follow(recipe)
+        return recipes.make_device(recipe)
     except (DeviceError, KeyboardInterrupt):
         raise
     except BaseException as error:
@@ -47,18 +47,23 @@ def _made(recipe: Recipe) -> Device:
 
 
 def serve_in_foreground(recipe: Recipe, path: str, started: Callable[[Device], None]) -> str:
-    """Become the warden of a device for many clients, until a signal (SIGTERM, SIGINT, SIGHUP) ends it in an orderly way.
+    """Become the warden of a device for many clients, until SIGTERM, SIGINT or SIGHUP ends it in an orderly way.
+
+    Args:
+        recipe: of the device.
+        path: of the socket to create.
+        started: called with the device once clients can connect.
 
     Returns:
-        ``""``, or why the server could not go on.
+        ``""``, or the reason why the server could not go on.
     """
     recipes.check_recipe(recipe)
-    device = _made(recipe)
-    registry = registry_of(device)
+    device = _make_device(recipe)
+    registry = create_registry(device)
     daemon.raise_descriptor_limit()
     listener, listens_at = socket_path.listen_at(path, socket.SOCK_SEQPACKET)
     try:
-        daemon.be_called(daemon.WARDEN)
+        daemon.set_process_name(daemon.WARDEN)
         daemon.log_to_stderr()
         with limit_messages.explained("the device cannot be served"):
             warden = Warden(registry, device=device, recipe=recipe, listener=listener, listens_at=listens_at)
@@ -74,15 +79,15 @@ def serve_in_foreground(recipe: Recipe, path: str, started: Callable[[Device], N
 def become_warden(
     make: Callable[[], Device], recipe: Recipe | None, link: socket.socket, owner: int, path: str | None
 ) -> NoReturn:
-    """In a process of our own: make the device, start its server, say so on ``link``, and watch it to the end."""
+    """Create the device, start its server, report that on ``link``, and supervise it; call in a process made for this."""
     status = _SOFTWARE
     try:
-        daemon.be_called(daemon.WARDEN)
+        daemon.set_process_name(daemon.WARDEN)
         daemon.raise_descriptor_limit()
         listener = listens_at = None
         try:
             device = make()
-            registry = registry_of(device)
+            registry = create_registry(device)
             if path is not None:
                 listener, listens_at = socket_path.listen_at(path, socket.SOCK_SEQPACKET)
             private = path is None
@@ -95,36 +100,36 @@ def become_warden(
         except (OSError, ValueError) as error:
             if listens_at is not None:
                 socket_path.leave(listens_at)
-            say_not_started(link, error)
+            report_not_started(link, error)
         assert warden.server_pid is not None
-        with contextlib.suppress(OSError):  # it does not wait any more, and the server will see that
+        with contextlib.suppress(OSError):  # the client is gone, and the server will see that
             handover.send(link, handover.ServerStarted(warden.server_pid))
         warden.run()
         status = 0
-    except BaseException:  # noqa: BLE001  nothing of the caller's program may run in here
+    except BaseException:  # noqa: BLE001  no code of the caller's program may run in here
         _log.exception("a warden failed")
     finally:
         os._exit(status)
 
 
-def say_not_started(link: socket.socket, error: OSError | ValueError) -> NoReturn:
-    """Tell the process that waits for the start why there is none, and end."""
+def report_not_started(link: socket.socket, error: OSError | ValueError) -> NoReturn:
+    """Send the process that waits for the start the reason of the failure, and exit."""
     number, message = errno.EINVAL, str(error)
     if isinstance(error, OSError):
         number, message = error.errno or errno.EIO, error.strerror or str(error)
-        if message.endswith(os.strerror(number)):  # which does not say what is to be done
+        if message.endswith(os.strerror(number)):  # lacks the remedy
             message = f"a process of the device cannot be started: {limit_messages.reason(number) or message}"
-    with contextlib.suppress(OSError):  # it does not wait any more
+    with contextlib.suppress(OSError):  # the client is gone
         handover.send(link, handover.ServerNotStarted(number, message))
     os._exit(1)
 
 
 def main(descriptor: int) -> NoReturn:
-    """A fresh process, started by :func:`prefault.device.spawning.spawn`."""
+    """Run a fresh process, started by :func:`prefault.device.spawning.spawn`: make a device, or replace a dead warden."""
     link = socket.socket(fileno=descriptor)
     os.set_inheritable(descriptor, False)
     sys.argv[:] = [daemon.WARDEN]
-    daemon.settle()
+    daemon.set_up_streams()
     link.settimeout(_START_S)
     taken = handover.receive(link)
     if taken is None:
@@ -132,21 +137,21 @@ def main(descriptor: int) -> NoReturn:
     message, descriptors = taken
     if isinstance(message, handover.Start):
         if len(descriptors) != 2:
-            say_not_started(link, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+            report_not_started(link, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
         arguments, owner = descriptors
         recipe = Recipe(message.factory, handover.read_arguments(arguments))
         os.close(arguments)
         link.settimeout(None)
         where = None if message.path is None else os.fsdecode(message.path)
-        become_warden(lambda: _made(recipe), recipe, link, owner, where)
+        become_warden(lambda: _make_device(recipe), recipe, link, owner, where)
     assert isinstance(message, handover.Reattach), message
-    _adopt(link, message, dict(zip(message.descriptors, descriptors, strict=True)))
+    _replace_warden(link, message, dict(zip(message.descriptors, descriptors, strict=True)))
 
 
-def _adopt(link: socket.socket, message: handover.Reattach, given: dict[str, int]) -> NoReturn:
+def _replace_warden(link: socket.socket, message: handover.Reattach, given: dict[str, int]) -> NoReturn:
     status = _SOFTWARE
     try:
-        daemon.be_called(daemon.WARDEN)
+        daemon.set_process_name(daemon.WARDEN)
         daemon.raise_descriptor_limit()
         recipe = handover.make_recipe(message.factory, given["arguments"])
         os.close(given.pop("arguments"))
@@ -165,7 +170,7 @@ def _adopt(link: socket.socket, message: handover.Reattach, given: dict[str, int
         warden.reattach(given["server"], link)
         warden.run()
         status = 0
-    except BaseException:  # noqa: BLE001  there is nobody to raise it to
+    except BaseException:  # noqa: BLE001  no caller to raise it to
         _log.exception("a warden failed")
     finally:
         os._exit(status)

@@ -234,9 +234,9 @@ class Warden:
             for number in (signal.SIGINT, signal.SIGHUP):  # sent to the whole process group: the warden says what follows
                 signal.signal(number, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            daemon.be_called(daemon.SERVER)
+            daemon.set_process_name(daemon.SERVER)
             with limit_messages.explained(f"the server of {self._registry.name} cannot be started"):
-                daemon.settle()
+                daemon.set_up_streams()
             self._selector.close()
             for end in (self._signals, self._signal_writer, self._link):
                 end.close()
@@ -251,7 +251,7 @@ class Warden:
                 # Clients wait already: should it not return, the warden sees that. It has as long as at the first start.
                 heartbeat = self._registry.frames.heartbeat
                 heartbeat[0] = time.monotonic_ns() + int(max(0.0, _START_S - self._registry.timeout_s) * 1e9)
-                self._device = recipes.follow(self._recipe)
+                self._device = recipes.make_device(self._recipe)
                 heartbeat[0] = 0
             run_server(self._device, self._registry, warden_link, self._listener, first, warden)
             warden_link.finished()

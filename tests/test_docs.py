@@ -55,3 +55,85 @@ def test_there_are_blocks() -> None:
 def test_a_block_can_be_pasted(where: str, code: str) -> None:
     ast.parse(code, where)
     assert _undefined(code) == set()
+
+
+# --- docs/architecture.md: "`engine/planning.py` `make_plan()`" says that src/prefault/engine/planning.py defines make_plan
+
+_ARCHITECTURE = (_ROOT / "docs" / "architecture.md").read_text()
+_SOURCE = _ROOT / "src" / "prefault"
+_WALKS = {"One populate call", "One page fault of device memory", "One eviction", "One death of a server"}
+
+
+def _code_references(page: str) -> Iterator[tuple[str, str]]:
+    """Yield each path in backquotes with "", and each name in backquotes with the path before it in the same paragraph."""
+    for paragraph in re.split(r"\n\s*\n|\n(?=\d+\. |- |\|)|(?<= )\|(?= )", page):
+        path = ""
+        for quoted in re.findall(r"`([^`]+)`", paragraph):
+            if re.fullmatch(r"[\w/]+(\.py|/)", quoted):
+                path = quoted
+                yield path, ""
+            elif path.endswith(".py") and re.fullmatch(r"(?!prefault\.)[A-Za-z_][\w.]*\(\)|_?[A-Z]\w+", quoted):
+                yield path, quoted
+
+
+def _is_true(path: str, name: str) -> bool:
+    """Return whether the path exists and its file defines ``function()`` or ``Class.method()``, or contains ``Name``."""
+    file = (_ROOT if path.startswith("tests/") else _SOURCE) / path
+    if not name or not file.is_file():
+        return file.exists() and not name
+    text = file.read_text()
+    *classes, last = name.removesuffix("()").split(".")
+    if not name.endswith("()"):
+        return re.search(rf"\b{last}\b", text) is not None
+    bodies = [ast.parse(text)]
+    for each in classes:
+        bodies = [node for body in bodies for node in ast.walk(body) if isinstance(node, ast.ClassDef) and node.name == each]  # type: ignore[misc]
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return any(isinstance(node, kinds) and node.name == last for body in bodies for node in ast.walk(body))
+
+
+def test_references_of_a_page_are_found() -> None:
+    page = "1. `a/b.py` `f()`: reads `x`.\n2. `c/` `g()`\n| `d.py` `C.m()`, `Ee` | `h()` |\n\n`prefault.j()`, `tests/k.py`"
+    assert list(_code_references(page)) == [
+        ("a/b.py", ""), ("a/b.py", "f()"), ("c/", ""), ("d.py", ""), ("d.py", "C.m()"), ("d.py", "Ee"), ("tests/k.py", ""),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "expected"),
+    [
+        ("ranges.py", "", True),
+        ("range.py", "", False),
+        ("_kernel/", "", True),
+        ("tests/test_docs.py", "_is_true()", True),
+        ("ranges.py", "RangeSet()", True),
+        ("ranges.py", "RangeSet.shifted()", True),
+        ("ranges.py", "RangeSet.lost()", False),
+        ("ranges.py", "shifted()", True),
+        ("ranges.py", "Lost", False),
+        ("missing.py", "shifted()", False),
+    ],
+)
+def test_a_false_reference_is_found(path: str, name: str, expected: bool) -> None:
+    assert _is_true(path, name) is expected
+
+
+@pytest.mark.parametrize(("path", "name"), sorted(set(_code_references(_ARCHITECTURE))))
+def test_the_architecture_page_names_what_exists(path: str, name: str) -> None:
+    assert _is_true(path, name), f"docs/architecture.md names {name or 'it'} in {path}"
+
+
+def test_each_walk_of_the_architecture_page_has_at_most_ten_stops() -> None:
+    sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", _ARCHITECTURE, re.MULTILINE | re.DOTALL))
+    assert sections.keys() >= _WALKS
+    for title in _WALKS:
+        stops = [int(number) for number in re.findall(r"^(\d+)\. ", sections[title], re.MULTILINE)]
+        assert stops == list(range(1, len(stops) + 1)), title
+        assert 5 <= len(stops) <= 10, title
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in _PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.relative_to(_ROOT)} links {target}"

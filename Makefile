@@ -6,55 +6,57 @@ BIN    := $(VENV)/bin
 
 .PHONY: quickstart test check stress coverage bench-measures bench-cliffs bench-sparse bench-device bench-remote format clean
 
-## Install into .venv and run the main job: how fast can this machine populate memory?
+## Install into .venv and measure how fast this machine populates memory.
 quickstart: $(VENV)/.installed
 	$(BIN)/prefault bench --quick
 
-## Install what the tests need, and run them all but the long ones.
+## Install what the tests need, and run all tests except the long ones.
 test: $(VENV)/.test-installed $(VENV)/uapi/.extracted
 	$(BIN)/python -m pytest
 
-## Lint, types and the layering rule.
+## Check style, types, the layering rule and the public names.
 check: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layering.py tests/test_public.py
 
-## The long, random and large tests.
+## Run the long, random and large tests.
 stress: $(VENV)/.test-installed $(VENV)/uapi/.extracted
 	$(BIN)/python -m pytest -m 'stress or big' --timeout 900
 
-## Line coverage of src, child processes included.
+## Measure the line coverage of src, child processes included.
 coverage: $(VENV)/.test-installed $(VENV)/uapi/.extracted
 	rm -f .coverage .coverage.*
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
 
-## The measures of docs/results/measures.md, against C.
+## Measure the populate call against C: docs/results/measures.md.
 bench-measures: $(VENV)/.test-installed
 	$(BIN)/python bench/measures.py
 
-## Inputs that could be far slower than a simple loop in C: docs/results/cliffs.md.
+## Measure inputs that could be far slower than a simple loop in C: docs/results/cliffs.md.
 bench-cliffs: $(VENV)/.test-installed
 	$(BIN)/python bench/cliffs.py
 
-## The measures of docs/results/sparse.md.
+## Measure sparse memory and growable arrays: docs/results/sparse.md.
 bench-sparse: $(VENV)/.test-installed
 	$(BIN)/python bench/sparse.py
 	$(BIN)/python bench/growable.py
 
-## The measures of docs/results/device.md, against a page-fault handler in C.
+## Measure device memory against a page-fault handler in C: docs/results/device.md.
 bench-device: $(VENV)/.test-installed
 	$(BIN)/python bench/device.py
 
-## The measures of remote files, against fsspec and bare range requests.
+## Measure remote files against fsspec and bare range requests: docs/results/device.md.
 bench-remote: $(VENV)/.test-installed
 	$(BIN)/python bench/remote.py
 
+## Fix and format the code.
 format: $(VENV)/.test-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+## Remove the environment and all caches.
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
 
@@ -65,7 +67,7 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
-# The lock pins every package that the tests run with.
+# requirements/test.txt pins every package that the tests run with.
 $(VENV)/.test-installed: $(VENV)/.installed requirements/test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/test.txt
 	touch $@

@@ -1,7 +1,7 @@
-"""Inputs that could make a call far slower than a simple loop in C: the ratio for each.
+"""Measure inputs that could make a call far slower than a simple loop in C, as ratios.
 
-Run with ``make bench-cliffs``. Prints a table in Markdown for docs/results/cliffs.md. Nothing here asserts: whether a figure
-is good is for the reader to say.
+``make bench-cliffs`` prints a table in Markdown for docs/results/cliffs.md. It asserts nothing: the reader judges the
+figures.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from prefault.sizes import GIB, MIB, PAGE_SIZE
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Nanoseconds of a call."""
+    """Return how many nanoseconds a call takes."""
     began = time.perf_counter_ns()
     action()
     return float(time.perf_counter_ns() - began)
@@ -73,7 +73,7 @@ def many_mappings(library: ctypes.CDLL, rounds: int) -> Iterator[Measure]:
 
 @contextmanager
 def busy_threads(count: int) -> Iterator[None]:
-    """Threads that compute in Python all the time."""
+    """Run ``count`` threads that compute in Python all the time."""
     stop = False
 
     def compute() -> None:

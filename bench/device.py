@@ -1,7 +1,7 @@
-"""The measures of device memory: against a handler in C (bench/uffd.c), which is a process too, alternating in the same run.
+"""Measure device memory against a handler process in C (bench/uffd.c), alternating in the same run.
 
-Run with ``make bench-device``. Prints a table in Markdown, and histograms of fault latencies. Nothing here asserts: whether
-a figure is good is for the reader to say.
+``make bench-device`` prints a table in Markdown, and histograms of fault latencies, for docs/results/device.md. It asserts
+nothing: the reader judges the figures.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _HUGE = 2 * MIB
 
 @contextmanager
 def native() -> Iterator[Path]:
-    """bench/uffd.c as a program."""
+    """Compile bench/uffd.c into a program."""
     with tempfile.TemporaryDirectory() as directory:
         program = Path(directory) / "uffd"
         subprocess.run(["gcc", "-O2", "-o", program, _HERE / "uffd.c"], check=True)
@@ -47,7 +47,7 @@ def native() -> Iterator[Path]:
 
 @contextmanager
 def continued_in_c(program: Path, area: Area) -> Iterator[Callable[[int], float]]:
-    """A function: nanoseconds that C takes to map the area's frames elsewhere, so many bytes a call (0: in one)."""
+    """Yield a function of bytes per call (0: one call) that returns the ns that C takes to map the area's frames."""
     frames = area.fd
     assert frames is not None
     command = [str(program), "continue", str(len(area)), str(frames)]
@@ -66,7 +66,7 @@ def continued_in_c(program: Path, area: Area) -> Iterator[Callable[[int], float]
 
 
 def loads_in_c(program: Path, count: int, placement: str) -> list[int]:
-    """Nanoseconds of each load of a new page, answered by the handler in C."""
+    """Return nanoseconds of each load of a new page that the handler in C answers."""
     done = subprocess.run([str(program), "latency", str(count), placement], check=True, stdout=subprocess.PIPE, text=True)
     return [int(line) for line in done.stdout.split()]
 
@@ -86,7 +86,7 @@ def ready_area(length: int, page_size: int = PAGE_SIZE) -> Iterator[Area]:
 
 
 def populated_ns(area: Area) -> float:
-    """Nanoseconds of the populate call, with everything that belongs to it."""
+    """Return nanoseconds of one populate call, from an empty page table."""
     forget(area)
     began = time.perf_counter_ns()
     result = area.populate("read")
@@ -96,7 +96,7 @@ def populated_ns(area: Area) -> float:
 
 
 def against_c(program: Path, effort: Effort, page_size: int) -> Iterator[Measure]:
-    """Bulk populate of ready frames."""
+    """Measure bulk populate of ready frames."""
     length = effort.length
     kind = "2 MiB hugetlb frames" if page_size == _HUGE else "4 KiB frames"
     with ready_area(length, page_size) as area, continued_in_c(program, area) as in_c:
@@ -110,7 +110,7 @@ def against_c(program: Path, effort: Effort, page_size: int) -> Iterator[Measure
         for round_ in range(effort.rounds + 1):
             for name, route in routes if round_ % 2 else reversed(routes):
                 took = route()
-                if round_:  # the first does not count
+                if round_:  # round 0 does not count
                     times[name].append(took)
     ours = times["ours"]
     for name, what in (("pieces", f"{PIECE} entries a call, as the server does"), ("one", "one call")):
@@ -127,7 +127,7 @@ def against_c(program: Path, effort: Effort, page_size: int) -> Iterator[Measure
 
 
 def against_touching(effort: Effort) -> Iterator[Measure]:
-    """Bulk populate against one fault a page, in the order of addresses: both of ready frames, and both with the driver."""
+    """Measure bulk populate against one fault per page in address order: of ready frames, and with the driver's work."""
     length = effort.length
     touched: dict[str, list[float]] = {"ready": [], "supplied": []}
     populated: dict[str, list[float]] = {"ready": [], "supplied": []}
@@ -165,11 +165,11 @@ def against_touching(effort: Effort) -> Iterator[Measure]:
 
 @contextmanager
 def huge_pool(pages: int) -> Iterator[str]:
-    """A pool of so many free huge pages, if it is to be had; else why not."""
+    """Provide a pool with ``pages`` free huge pages, and yield ""; where that fails, yield the reason."""
     if _HUGE not in hugetlb.page_sizes():
         yield "the kernel has no huge pages of 2 MiB"
         return
-    with open(Path(tempfile.gettempdir()) / "prefault-hugetlb-pool.lock", "w") as lock:  # that of the tests
+    with open(Path(tempfile.gettempdir()) / "prefault-hugetlb-pool.lock", "w") as lock:  # the lock that the tests take
         fcntl.flock(lock, fcntl.LOCK_EX)
         before = hugetlb.read_pool(_HUGE)
         if before.available >= pages:
@@ -200,7 +200,7 @@ def populating(program: Path, effort: Effort) -> Iterator[Measure]:
 
 
 def loads(view: memoryview, offsets: Sequence[int], pause_ns: int = 0) -> list[int]:
-    """Nanoseconds of each load, by perf_counter_ns around it. ``pause_ns``: what this thread computes in between."""
+    """Return nanoseconds of each load, by perf_counter_ns around it; the thread computes for ``pause_ns`` before each."""
     clock = time.perf_counter_ns
     took = []
     for at in offsets:
@@ -215,7 +215,7 @@ def loads(view: memoryview, offsets: Sequence[int], pause_ns: int = 0) -> list[i
 
 
 def our_loads(count: int, *, colocate: bool = False, pause_ns: int = 0) -> tuple[list[int], list[int], list[int]]:
-    """Of new pages, of ready frames, and of pages that are there, which is what measuring costs."""
+    """Return nanoseconds of loads of new pages, of ready frames, and of mapped pages (the cost of measuring)."""
     offsets = range(0, count * PAGE_SIZE, PAGE_SIZE)
     with devices.map(Trivial(count * PAGE_SIZE), colocate=colocate) as area, area.memoryview() as view:
         new = loads(view, offsets, pause_ns)
@@ -225,7 +225,7 @@ def our_loads(count: int, *, colocate: bool = False, pause_ns: int = 0) -> tuple
 
 
 def histogram(values: list[int]) -> list[str]:
-    """How many lie between powers of two of microseconds."""
+    """Return lines that count the values between powers of two of microseconds."""
     counts: dict[int, int] = {}
     for value in values:
         bucket = (value // 1000).bit_length()
@@ -248,7 +248,7 @@ _IN_C = {
 
 
 def latency(program: Path, effort: Effort) -> Iterator[Measure | str]:
-    """Fault latency, round by round through all placements."""
+    """Measure fault latency, round by round through all placements."""
     count = effort.loads
     times: dict[str, list[int]] = {name: [] for name in (*_IN_C, "ours", "colocated", "ready", "paused", "nothing")}
     for _ in range(effort.rounds):
@@ -286,7 +286,7 @@ def latency(program: Path, effort: Effort) -> Iterator[Measure | str]:
 
 
 def idle(effort: Effort) -> Iterator[Measure]:
-    """What the processes cost when nothing happens, just after faults."""
+    """Measure the CPU time of idle server and warden, just after faults."""
     count = effort.loads
     with devices.map(Trivial(count * PAGE_SIZE)) as area, area.memoryview() as view:
         pids = helpers()
@@ -306,8 +306,8 @@ def idle(effort: Effort) -> Iterator[Measure]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=["populate", "touch", "latency", "idle", "many", "cycles"])
-    parser.add_argument("--quick", action="store_true", help="a tenth of everything: to see that it works")
-    parser.add_argument("--rounds", type=int, help="of each measure that is repeated")
+    parser.add_argument("--quick", action="store_true", help="do a tenth of the work, as a trial")
+    parser.add_argument("--rounds", type=int, help="rounds of each measure that is repeated")
     options = parser.parse_args()
     rounds = options.rounds or (3 if options.quick else 11)
     effort = Effort(rounds, GIB, 2000, 10_000, 2.0)

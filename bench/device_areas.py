@@ -1,4 +1,4 @@
-"""The measures of device memory with many areas: latency, and what is left of them."""
+"""Measure device memory with many areas: fault latency, and leaks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from prefault.sizes import KIB, PAGE_SIZE
 
 
 def many(effort: Effort) -> Iterator[Measure]:
-    """1 000 areas at once on one server against one area on another, in turns of 50 faults, on new servers each time.
+    """Measure 1 000 areas on one server against one area on another, in turns of 50 faults, on new servers each round.
 
-    In the same order: forwards, or at random. What is touched at random costs more of itself (page tables, caches, frames
-    allocated one by one), however many areas there are.
+    Both touch their pages in the same order, ascending or at random. Random touches cost more with any number of areas (page
+    tables, caches, frames allocated one by one).
     """
     areas, turn = 1000, 50
     turns = max(2, effort.loads // 10)
@@ -70,7 +70,7 @@ def each_load(places: list[tuple[memoryview, int]]) -> list[int]:
 
 
 def cycles(effort: Effort) -> Iterator[Measure]:
-    """Areas opened, touched and closed, one after the other, while another area keeps the server; what is left of them."""
+    """Measure leaks: open, touch and close areas one by one, while another area keeps the server alive."""
     length = 64 * KIB
     device = Trivial(16 * length)
     opening: list[int] = []
@@ -88,7 +88,7 @@ def cycles(effort: Effort) -> Iterator[Measure]:
 
     with devices.map(device):
         pids = {"client": os.getpid(), **helpers()}
-        for number in range(effort.cycles // 10):  # what is allocated once is there after this
+        for number in range(effort.cycles // 10):  # afterwards everything that is allocated once exists
             cycle(number)
         opening.clear()
         closing.clear()

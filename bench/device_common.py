@@ -1,4 +1,4 @@
-"""What the measures of device memory share: the driver, rows of the report, a look at processes."""
+"""Shared parts of the measures of device memory: the driver, rows of the report, figures of processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prefault.sizes import MIB, PAGE_SIZE
 
 
 class Trivial(Device):
-    """Copies the same 4 KiB into each page: what the handler in C does as well."""
+    """A driver that copies the same 4 KiB into each page, as the handler in C does."""
 
     writable = False
     _content = b"\x5a" * PAGE_SIZE
@@ -47,7 +47,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is done."""
+    """How much each measure does: rounds, bytes, loads per round, cycles of open and close, seconds of idleness."""
 
     rounds: int
     length: int
@@ -60,14 +60,14 @@ class Effort:
 
 
 def stat(pid: int) -> tuple[str, int, int]:
-    """Name, parent, and CPU ticks of a process: proc_pidstat(5)."""
+    """Return name, parent pid and CPU ticks of a process: proc_pidstat(5)."""
     name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
     fields = rest.split()
     return name, int(fields[1]), int(fields[11]) + int(fields[12])
 
 
 def helpers() -> dict[str, int]:
-    """The warden and the server of the device that was mapped last, by what they are."""
+    """Return the pids of warden and server, by role, of the device that was mapped last."""
     found: dict[str, int] = {}
     parent = os.getpid()
     for role in ("warden", "server"):
@@ -83,13 +83,13 @@ def helpers() -> dict[str, int]:
 
 
 def cpu_ns(pid: int) -> int:
-    """CPU time of all threads, from the scheduler's own count: ticks of 10 ms are coarse."""
+    """Return CPU ns of all threads by the scheduler's count, since ticks of 10 ms are coarse."""
     return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
 
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """What a process has: open descriptors, mappings, and anonymous memory that is resident."""
+    """A process's open descriptors, mappings, and resident anonymous memory in KiB."""
 
     descriptors: int
     mappings: int
@@ -104,7 +104,7 @@ class Holdings:
 
 
 def warm(length: int = 256 * MIB) -> None:
-    """Have the host back memory that is free: a page that went back to it costs 9 us more at its first touch here."""
+    """Make the host back free memory: the first touch of a page that the host took back costs 9 us more here."""
     with prefault.Mapping(length) as memory:
         prefault.populate(memory)
 

@@ -1,9 +1,9 @@
-"""GrowableArray against what one does without it: time and peak memory, each run in a fresh process of its own, alternating.
+"""Measure time and peak memory of GrowableArray and its alternatives, each run in a fresh process, alternating.
 
     python bench/growable.py [--size "4 GiB"] [--piece "1 MiB"] [--rounds 3] [--appends 2000000]
 
-Prints tables in Markdown. Nothing here asserts: whether a figure is good is for the reader to say. The candidates need up to
-twice ``--size`` of memory, one at a time. Memory is warmed up once before.
+Prints tables in Markdown for docs/results/sparse.md, and asserts nothing: the reader judges the figures. The candidates need
+up to twice ``--size`` of memory, one at a time. Memory is warmed up once before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from prefault.sizes import MIB
 from prefault.sparse.growable import GrowableArray
 
 Pieces = tuple[numpy.ndarray[Any, Any], int]
-"""A piece of float64, and how often it is added."""
+"""A piece of float64, and how many times it is added."""
 
 
 def growable(pieces: Pieces) -> int:
@@ -39,7 +39,7 @@ def growable(pieces: Pieces) -> int:
 
 
 def known(pieces: Pieces) -> int:
-    """The length is known before: what nobody can do better without huge pages of one's own."""
+    """Fill an array whose final length is known: the lower bound without huge pages of one's own."""
     piece, count = pieces
     whole = numpy.empty(len(piece) * count)
     for at in range(0, len(whole), len(piece)):
@@ -48,7 +48,7 @@ def known(pieces: Pieces) -> int:
 
 
 def doubling(pieces: Pieces) -> int:
-    """The capacity doubles, by a larger array and a copy."""
+    """Double the capacity by a larger array and a copy."""
     piece, count = pieces
     whole, length = numpy.empty(len(piece)), 0
     for _ in range(count):
@@ -73,7 +73,7 @@ def doubling_by_concatenate(pieces: Pieces) -> int:
 
 
 def doubling_by_resize(pieces: Pieces) -> int:
-    """``ndarray.resize``: realloc, which moves no bytes but page tables, and zeros behind; no view may exist."""
+    """Double by ``ndarray.resize``: realloc moves page tables, not bytes, and zeros the rest; no view may exist."""
     piece, count = pieces
     whole, length = numpy.empty(len(piece)), 0
     for _ in range(count):
@@ -85,14 +85,14 @@ def doubling_by_resize(pieces: Pieces) -> int:
 
 
 def list_of_pieces(pieces: Pieces) -> int:
-    """All pieces in a list, and one concatenate at the end."""
+    """Keep all pieces in a list, and concatenate once at the end."""
     piece, count = pieces
     parts = [piece.copy() for _ in range(count)]
     return numpy.concatenate(parts).nbytes
 
 
 def concatenate_each(pieces: Pieces) -> int:
-    """The obvious loop: all is copied for every piece."""
+    """Concatenate for each piece: the obvious loop, which copies all of the data each time."""
     piece, count = pieces
     whole = piece.copy()
     for _ in range(count - 1):
@@ -151,7 +151,7 @@ APPENDS: dict[str, Callable[[Pieces], int]] = {
 
 
 class Run(NamedTuple):
-    """One candidate, once."""
+    """Result of one run of one candidate."""
 
     seconds: float
     peak_bytes: int
@@ -163,8 +163,8 @@ def _peak() -> int:
 
 
 def measure(candidate: Callable[[Pieces], int], pieces: Pieces, expected: int) -> Run:
-    """In this process, which does nothing else."""
-    candidate((pieces[0], 2))  # imports, and what numpy sets up at its first use
+    """Run a candidate in this process, which does nothing else."""
+    candidate((pieces[0], 2))  # so that imports and the first use of numpy do not count
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
     before = _peak()
     began = time.perf_counter()
@@ -181,7 +181,7 @@ def in_a_process(name: str, piece: int, count: int) -> Run:
 
 
 def alternate(names: list[str], piece: int, count: int, rounds: int) -> dict[str, list[Run]]:
-    """All candidates in turn, forwards and backwards."""
+    """Run all candidates in turn, in alternating order."""
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names[:: -1 if number % 2 else 1]:
@@ -231,7 +231,7 @@ def main() -> None:
         return
     size, piece = prefault.parse_size(options.size), prefault.parse_size(options.piece)
     print(f"{date.today()}, Linux {platform.release()}, Python {platform.python_version()}, numpy {numpy.__version__}\n")
-    with prefault.Mapping(2 * size) as warm:  # the host's own page faults are over after this
+    with prefault.Mapping(2 * size) as warm:  # afterwards the host has backed this memory: its own page faults are over
         prefault.populate(warm)
     compare(size, piece, options.rounds)
     if size > _QUADRATIC_AT_MOST:

@@ -1,7 +1,7 @@
-"""The measures of the populate call: against the bare system call in C, in the same process, alternating.
+"""Measure the populate call against the bare system call in C, in the same process, alternating.
 
-Run with ``make bench-measures``. Prints a table in Markdown for docs/results/measures.md. Nothing here asserts: whether a
-figure is good is for the reader to say.
+``make bench-measures`` prints a table in Markdown for docs/results/measures.md. It asserts nothing: the reader judges the
+figures.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Measure:
 
 @contextmanager
 def native() -> Iterator[ctypes.CDLL]:
-    """bench/native.c as a library."""
+    """Compile bench/native.c and load it as a library."""
     with tempfile.TemporaryDirectory() as directory:
         library = Path(directory) / "native.so"
         subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", library, _HERE / "native.c"], check=True)
@@ -56,7 +56,7 @@ def native() -> Iterator[ctypes.CDLL]:
 
 
 def alternate(first: Callable[[], float], second: Callable[[], float], rounds: int) -> tuple[list[float], list[float]]:
-    """Results of both, A B B A A B B A ..., after one round that does not count."""
+    """Return the results of both, called in the order A B B A A B B A ..., after one round that does not count."""
     first(), second()
     a: list[float] = []
     b: list[float] = []
@@ -69,7 +69,7 @@ def alternate(first: Callable[[], float], second: Callable[[], float], rounds: i
 def against_c(
     length: int, *, huge: bool, threads: int | None, rounds: int, library: ctypes.CDLL
 ) -> tuple[list[float], list[float]]:
-    """Nanoseconds of the C call and of ``prefault.populate``, on the same empty private anonymous memory."""
+    """Return nanoseconds of the C call and of ``prefault.populate``, on the same empty private anonymous memory."""
     with prefault.Mapping(length, huge="advise" if huge else "never") as mapping:
         start = mapping.range.start
 
@@ -127,7 +127,7 @@ def one_page(library: ctypes.CDLL, rounds: int) -> Iterator[Measure]:
 
 
 class Stalls:
-    """A thread that looks at the clock, and notes the longest time between two looks."""
+    """A thread that reads the clock in a loop, and keeps the longest time between two reads."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self._action = action
@@ -156,7 +156,7 @@ class Stalls:
 
 
 def map_and_unmap() -> None:
-    """What malloc and free of something large do: it needs the mmap lock for writing."""
+    """Map and unmap 1 MiB, as malloc and free of a large block do: both take the mmap lock for writing."""
     mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
 
 
@@ -165,7 +165,7 @@ _IN_ANOTHER_PROCESS = "import prefault; prefault.populate(prefault.Mapping(4 << 
 
 def stalls(rounds: int) -> Iterator[Measure]:
     size = 4 * GIB
-    # What this machine does to a thread that nothing of ours can hold up: neither the GIL nor the mmap lock is shared.
+    # The control: stalls by the machine itself, where populate can hold neither the GIL nor the mmap lock of the thread.
     controls: tuple[tuple[str, Callable[[], object]], ...] = (
         ("nothing happens for 2 s", lambda: time.sleep(2)),
         (
@@ -255,7 +255,7 @@ def import_time(rounds: int) -> Iterator[Measure]:
 
         return once
 
-    # As an installer does; some environments never write bytecode (PYTHONDONTWRITEBYTECODE).
+    # An installer compiles bytecode too; some environments never write it (PYTHONDONTWRITEBYTECODE).
     compileall.compile_dir(Path(prefault.__file__).parent, quiet=1)
     empty, ours = alternate(run("pass"), run("import prefault"), rounds)
     yield Measure(
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["large", "page", "stalls", "interrupts", "import"])
     options = parser.parse_args()
     rounds = options.rounds
-    with prefault.Mapping(5 * GIB) as warm:  # the host's own page faults are over after this
+    with prefault.Mapping(5 * GIB) as warm:  # afterwards the host has backed this memory: its own page faults are over
         prefault.populate(warm)
     cpus = len(os.sched_getaffinity(0))
     print(f"{date.today()}, Linux {platform.release()}, {cpus} CPUs, Python {platform.python_version()}\n")

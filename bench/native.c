@@ -1,4 +1,4 @@
-/* The bare system calls, timed in C: what bench/measures.py and bench/cliffs.py compare with. */
+/* The bare system calls, timed in C, for bench/measures.py and bench/cliffs.py to compare with. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/types.h>
@@ -23,7 +23,7 @@ static int64_t now_ns(void)
 	return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
-/* Nanoseconds of one MADV_POPULATE_WRITE over the range; -1 on failure. */
+/* Return ns of one MADV_POPULATE_WRITE over the range; -1 on failure. */
 int64_t populate_ns(void *start, size_t length)
 {
 	int64_t began = now_ns();
@@ -32,7 +32,7 @@ int64_t populate_ns(void *start, size_t length)
 	return now_ns() - began;
 }
 
-/* Nanoseconds of one call a page: even pages are populated writable, odd ones readable. */
+/* Return ns of one call per page: even pages are populated writable, odd ones readable. */
 int64_t populate_alternating_ns(char *start, size_t pages)
 {
 	int64_t began = now_ns();
@@ -42,7 +42,7 @@ int64_t populate_alternating_ns(char *start, size_t pages)
 	return now_ns() - began;
 }
 
-/* Nanoseconds of one MADV_DONTNEED a page. */
+/* Return ns of one MADV_DONTNEED per page. */
 int64_t discard_each_ns(char *start, size_t pages)
 {
 	int64_t began = now_ns();
@@ -52,7 +52,7 @@ int64_t discard_each_ns(char *start, size_t pages)
 	return now_ns() - began;
 }
 
-/* Nanoseconds of reading the pagemap entries of a range, and counting the pages that are present. */
+/* Return ns of reading the pagemap entries of a range and counting its present pages. */
 int64_t read_pagemap_ns(uintptr_t start, size_t length)
 {
 	static uint64_t entries[1 << 16];
@@ -76,7 +76,7 @@ int64_t read_pagemap_ns(uintptr_t start, size_t length)
 struct region { uint64_t start, end, categories; };
 struct scan { uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages, inverted, mask, any_of, returned; };
 
-/* Nanoseconds of PAGEMAP_SCAN over a range, for the same answer as prefault.residency, and adding up the present bytes. */
+/* Return ns of a PAGEMAP_SCAN that answers as prefault.residency does, and of adding up the present bytes. */
 int64_t scan_ns(uintptr_t start, size_t length)
 {
 	static struct region regions[1024];

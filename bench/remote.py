@@ -1,6 +1,6 @@
-"""The measures of remote files: a real HTTP server on loopback, in a process of its own, with 20 ms of added latency.
+"""Measure remote files, on an HTTP server on loopback in a process of its own, with 20 ms of added latency.
 
-Run by hand; prints text. Nothing here asserts: whether a figure is good is for the reader.
+Prints text for docs/results/device.md, and asserts nothing: the reader judges the figures.
 
 python bench/remote.py [populate] [random] [--mib 512] [--rounds 5]
 """
@@ -44,7 +44,7 @@ def _pieces(length: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _populate(url: str, expected: int, **options: Any) -> dict[str, float]:
-    """Seconds of mapping and of populating, apart."""
+    """Return seconds of populating, and of mapping and populating."""
     began = time.perf_counter()
     device = RemoteFile(url, **options)
     with prefault.device.map(device) as area:
@@ -58,7 +58,7 @@ def _populate(url: str, expected: int, **options: Any) -> dict[str, float]:
 
 
 def _touch(url: str, pages: int) -> float:
-    """Seconds a page, one after the other, without fault-around."""
+    """Return seconds per page, touched one after another without fault-around."""
     with prefault.device.map(RemoteFile(url, fault_around=(0, 0))) as area:
         content = area.ndarray()
         began = time.perf_counter()
@@ -74,7 +74,7 @@ def _cat_ranges(url: str, length: int, size: int, expected: int) -> dict[str, fl
 
     fs = HTTPFileSystem(skip_instance_cache=True, use_listings_cache=False)
     starts, stops = zip(*_pieces(length, size), strict=True)
-    fs.cat_file(url, 0, 1)  # the session
+    fs.cat_file(url, 0, 1)  # opens the session
     began = time.perf_counter()
     found = fs.cat_ranges([url] * len(starts), list(starts), list(stops))
     seconds = time.perf_counter() - began
@@ -84,9 +84,9 @@ def _cat_ranges(url: str, length: int, size: int, expected: int) -> dict[str, fl
 
 
 def _threads(server: HttpServer, length: int, size: int, workers: int, expected: int, kind: str) -> dict[str, float]:
-    """Range requests by threads, each with a connection, into memory that was just allocated: the least there is to do.
+    """Return seconds of range requests by threads, each with its connection, into fresh memory: the lower bound.
 
-    ``kind``: "private" is numpy's, which asks for huge pages; "memfd" is what several processes can share, as frames are.
+    ``kind``: "private" is numpy's memory, which asks for huge pages; "memfd" can be shared by processes, as frames are.
     """
     mapping = None if kind == "private" else prefault.Mapping(length, backing="memfd")
     content = numpy.empty(length, numpy.uint8) if mapping is None else mapping.ndarray("uint8")
@@ -154,7 +154,7 @@ def populate(server: HttpServer, length: int, rounds: int) -> None:
     )
 
 
-def random_access(server: HttpServer, length: int, rounds: int) -> None:  # noqa: ARG001  bytes do not vary
+def random_access(server: HttpServer, length: int, rounds: int) -> None:  # noqa: ARG001  the bytes moved do not vary
     url = server.url("f")
     for piece, around in ((PAGE_SIZE, (0, 0)), (PAGE_SIZE, (64 * KIB, 64 * KIB)), (64 * KIB, (MIB, 8 * MIB)),
                           (MIB, (MIB, 8 * MIB))):  # fmt: skip

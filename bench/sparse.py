@@ -1,6 +1,6 @@
-"""The measures of sparse memory. Run by hand; prints text. Nothing here asserts: whether a figure is good is for the reader.
+"""Measure sparse memory. Prints text for docs/results/sparse.md, and asserts nothing: the reader judges the figures.
 
-python bench/sparse.py [many] [scaling] [islands] [fences] [cycles] [huge]
+python bench/sparse.py [many] [scaling] [islands] [protection] [cycles] [huge]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy
 
+from measures import alternate
 from prefault._kernel import mman
 from prefault.inspection.scan import residency
 from prefault.mapping.mapping import HugeAdvice, Mapping
@@ -38,23 +39,12 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _alternate(first: Callable[[], float], second: Callable[[], float], rounds: int) -> tuple[list[float], list[float]]:
-    """Results of both, A B B A A B ..., after one round that does not count."""
-    first(), second()
-    a: list[float] = []
-    b: list[float] = []
-    for number in range(rounds):
-        for one, results in ((first, a), (second, b)) if number % 2 else ((second, b), (first, a)):
-            results.append(one())
-    return a, b
-
-
 def _median_us(seconds: list[float], count: int = 1) -> str:
     return f"{statistics.median(seconds) / count * 1e6:.2f}"
 
 
 def _status(key: str) -> int:
-    """A line of /proc/self/status in KiB."""
+    """Return KiB of a line of /proc/self/status."""
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
 
 
@@ -78,7 +68,7 @@ def _quiet() -> Iterator[None]:
 
 
 def many(count: int = 100_000, rounds: int = 7) -> None:
-    """populate_many of scattered pages against a Python loop of single madvise calls, on fresh memory of the same kind."""
+    """Measure populate_many of scattered pages against a Python loop of madvise calls, on fresh memory of the same kind."""
     ranges = numpy.empty((count, 2), numpy.int64)
     ranges[:, 0] = numpy.arange(count, dtype=numpy.int64) * _GAP
     ranges[:, 1] = PAGE_SIZE
@@ -100,7 +90,7 @@ def many(count: int = 100_000, rounds: int = 7) -> None:
                 return _seconds(lambda: memory.populate_many(ranges))
 
         with _quiet():
-            one, other = _alternate(loop, ours, rounds)
+            one, other = alternate(loop, ours, rounds)
         print(
             f"{count} pages, every third, {backing}, unpopulated={unpopulated}:"
             f" loop {_median_us(one, count)} us a range (best {min(one) / count * 1e6:.2f}),"
@@ -111,7 +101,7 @@ def many(count: int = 100_000, rounds: int = 7) -> None:
 
 
 def scaling() -> None:
-    """Cost a range, from 1 000 to 1 000 000."""
+    """Measure the cost per range, of 1 000 to 1 000 000 ranges."""
     for unpopulated in _UNPOPULATED:
         for count in (1_000, 10_000, 100_000, 1_000_000):
             ranges = numpy.empty((count, 2), numpy.int64)
@@ -129,7 +119,7 @@ def scaling() -> None:
 
 
 def islands(count: int = 10_000) -> None:
-    """The property ``populated`` of 1 TiB with scattered islands."""
+    """Measure the property ``populated`` of 1 TiB with scattered islands."""
     generator = numpy.random.default_rng(1)
     for unpopulated in _UNPOPULATED:
         with SparseMemory("1 TiB", huge="never", unpopulated=unpopulated) as memory:
@@ -146,8 +136,8 @@ def islands(count: int = 10_000) -> None:
             )
 
 
-def fences(rounds: int = 2000) -> None:
-    """Protection against guards, on one block of 2 MiB; and what they cost in mappings and page tables."""
+def protection(rounds: int = 2000) -> None:
+    """Measure mprotect against guard regions on a block of 2 MiB, and their cost in mappings and page tables."""
     for populate in (False, True):
         with Mapping(GIB, huge="never", noreserve=True) as protected, Mapping(GIB, huge="never", noreserve=True) as guarded:
             a, b = protected.range.start + GIB // 2, guarded.range.start + GIB // 2
@@ -176,7 +166,7 @@ def fences(rounds: int = 2000) -> None:
 
                 return _seconds(all_of_them) / count * 1e6
 
-            one, other = _alternate(lambda: repeated(by_protection), lambda: repeated(by_guards), 5)
+            one, other = alternate(lambda: repeated(by_protection), lambda: repeated(by_guards), 5)
             what = "open, populate, discard and shut" if populate else "open and shut"
             print(f"{what} 2 MiB: mprotect {statistics.median(one):.1f} us, guards {statistics.median(other):.1f} us")
     for size, scattered in ((GIB, 256), (64 * GIB, 4096)):
@@ -191,7 +181,7 @@ def fences(rounds: int = 2000) -> None:
 
 
 def cycles(count: int = 2000) -> None:
-    """populate and discard of one 2 MiB block."""
+    """Measure populate and discard of one 2 MiB block."""
     for unpopulated in _UNPOPULATED:
         for huge in _HUGE:
             with SparseMemory("1 TiB", huge=huge, unpopulated=unpopulated, block=_BLOCK) as memory:
@@ -216,16 +206,16 @@ def cycles(count: int = 2000) -> None:
 
 
 def huge() -> None:
-    """Transparent huge pages in memory with guards."""
+    """Count transparent huge pages in memory with guard regions."""
     with SparseMemory("1 TiB", huge="advise", unpopulated="fault", block=_BLOCK) as memory:
-        for block in (10, 30, 20):  # the last one lies between the others, where there are guards
+        for block in (10, 30, 20):  # block 20 lies between the others, where guard regions are
             memory.populate(block * _BLOCK, _BLOCK)
         for block in (10, 20, 30):
             found = residency(memory, offset=block * _BLOCK, length=_BLOCK)
             print(f"block {block}: {(found.huge_bytes or 0) // KIB} KiB of huge pages")
 
 
-_MEASURES = {measure.__name__: measure for measure in (many, scaling, islands, fences, cycles, huge)}
+_MEASURES = {measure.__name__: measure for measure in (many, scaling, islands, protection, cycles, huge)}
 
 
 def main() -> None:

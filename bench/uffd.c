@@ -1,12 +1,12 @@
-/* A page-fault handler in C, in a process of its own: what bench/device.py compares with.
+/* A page-fault handler in C, in a process of its own, for bench/device.py to compare with.
  *
- *   uffd continue BYTES FD              for each line with a CHUNK: nanoseconds of UFFDIO_CONTINUE over BYTES of the memfd FD, whose
- *                                       frames are ready; CHUNK bytes a call (0: all in one)
- *   uffd latency N same|two|free|spin   N lines: nanoseconds that a load of a new page takes
+ *   uffd continue BYTES FD              for each line CHUNK: ns of UFFDIO_CONTINUE over BYTES of the memfd FD, whose frames are
+ *                                       ready, CHUNK bytes per call (0: one call)
+ *   uffd latency N same|two|free|spin   N lines: ns of a load of a new page
  *
  * In both, the client opens and registers the userfaultfd, maps a memfd, and hands the descriptor to the handler, which is
- * another process: as in prefault. The memfd is given to the first, so that both map the very same frames: how these lie in
- * memory makes a difference of 15 %.
+ * another process, as in prefault. The first command gets the memfd from prefault, so that both map the same frames: their
+ * placement in memory makes a difference of 15 %.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -50,7 +50,7 @@ static int64_t now_ns(void)
 	return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
-/* The nth CPU that this process may use; the last one if there are fewer. */
+/* Return the nth CPU that this process may use, or the last one if there are fewer. */
 static int nth_cpu(int n)
 {
 	cpu_set_t set;
@@ -97,7 +97,7 @@ static int receive_fd(int socket, uint64_t *address)
 	return fd;
 }
 
-/* In the client: map the frames, register them, and tell the handler. */
+/* Map the frames, register them, and notify the handler. Runs in the client. */
 static char *map_frames(int frames, uint64_t bytes, int socket)
 {
 	struct uffdio_api api = {
@@ -127,7 +127,7 @@ static void continue_run(int uffd, uint64_t start, uint64_t length)
 	check(!ioctl(uffd, UFFDIO_CONTINUE, &run) && run.mapped == (int64_t)length, "UFFDIO_CONTINUE");
 }
 
-/* Forks; returns 0 in the client, which ends with its parent. */
+/* Fork. Returns 0 in the client, which ends with its parent. */
 static pid_t fork_client(int sockets[2])
 {
 	check(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sockets), "socketpair");
@@ -186,7 +186,7 @@ static void measure_loads(volatile char *memory, long count)
 	fflush(stdout);
 }
 
-/* Supply each page that is asked for: copy 4 KiB into its frame, then map it. */
+/* Supply each faulting page: copy 4 KiB into its frame, then map it. */
 static void answer(int uffd, int socket, char *frames, uint64_t start, int spin)
 {
 	static char content[SMALL];

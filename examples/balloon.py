@@ -1,7 +1,7 @@
-"""A balloon: two guests share a pool that is too small for both, and the less important one gives way.
+"""A balloon: two guests share a pool that is too small for both, and the less important one yields memory.
 
-A guest's memory is a sparse range. Inflating its balloon takes blocks that the guest does not use, and discards them; so
-the pool can give them to the other guest. Deflating populates blocks again: all of them or none.
+A guest's memory is a sparse range. Inflating its balloon discards blocks that the guest does not use, so that the pool can
+give them to the other guest. Deflating populates blocks again: all of them or none.
 
     python examples/balloon.py
 """
@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 class Guest:
-    """A guest with memory of its own, which tells the balloon what it does not use."""
+    """A guest with its own memory, which reports unused blocks to the balloon."""
 
     def __init__(self, pool: prefault.Pool, name: str, size: int, reserved: int) -> None:
         self.name = name
@@ -25,18 +25,18 @@ class Guest:
         self.unused: list[int] = []
 
     def boot(self, length: int) -> None:
-        """Populate the first `length` bytes: what the guest starts with. Nothing of it is in use yet."""
+        """Populate the first `length` bytes, all unused."""
         self.memory.populate(0, length)
         self.unused = list(range(0, length, BLOCK))
 
     def work(self, blocks: int) -> None:
-        """Use some of the blocks that are there."""
+        """Use some of the populated blocks."""
         for _ in range(blocks):
             offset = self.unused.pop(0)
             self.memory.write(offset, self.name.encode())
 
     def grow(self, length: int) -> None:
-        """Plug more memory in, and use it."""
+        """Populate and use more memory."""
         start = self.memory.populated.span.stop
         self.memory.populate(start, length)
         for offset in range(start, start + length, BLOCK):
@@ -44,14 +44,14 @@ class Guest:
 
 
 class Balloon:
-    """Takes memory from a guest, and gives it back."""
+    """A balloon that takes unused memory from a guest and gives it back."""
 
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
         self.taken: list[int] = []
 
     def inflate(self, length: int) -> int:
-        """Take up to `length` bytes that the guest does not use; how many it was."""
+        """Discard up to `length` bytes that the guest does not use, and return how many."""
         count = min(length // BLOCK, len(self.guest.unused))
         blocks = self.guest.unused[-count:] if count else []
         del self.guest.unused[len(self.guest.unused) - count :]
@@ -60,7 +60,7 @@ class Balloon:
         return count * BLOCK
 
     def deflate(self, length: int) -> None:
-        """Give `length` bytes back. Raises prefault.PopulateError if the pool does not have all of them; none are then."""
+        """Populate `length` bytes again, or none of them: prefault.PopulateError if the pool has too few."""
         blocks = self.taken[-(length // BLOCK) :]
         self.guest.memory.populate_many((offset, BLOCK) for offset in blocks)
         del self.taken[-len(blocks) :]
@@ -68,7 +68,7 @@ class Balloon:
 
 
 def main() -> None:
-    """Two guests, a balloon, and a pool that is too small."""
+    """Run two guests and a balloon on a pool that is too small."""
     balloons: list[Balloon] = []
     inflated = threading.Event()
 
@@ -85,9 +85,9 @@ def main() -> None:
         balloons.append(Balloon(batch))
         batch.boot(160 * MIB)
         batch.work(48)
-        database.boot(64 * MIB)  # crosses the mark: the balloon inflates, in a thread of the pool's
+        database.boot(64 * MIB)  # crosses the high-water mark: a thread of the pool inflates the balloon
         inflated.wait(10)
-        database.grow(64 * MIB)  # what the balloon took
+        database.grow(64 * MIB)  # takes the blocks that the balloon freed
         print(pool.statistics())
 
         try:
@@ -96,7 +96,7 @@ def main() -> None:
             print(f"the balloon stays: {error}")
         database.memory.discard(0, 64 * MIB)
         balloons[0].deflate(32 * MIB)
-        assert batch.memory.read(0, 5) == b"batch"  # what it uses was never taken
+        assert batch.memory.read(0, 5) == b"batch"  # blocks in use were never discarded
         print(pool.statistics())
         batch.memory.close()
         database.memory.close()

@@ -1,7 +1,7 @@
-"""A file behind a small pool of frames, as a page cache is: what is written comes back into the file.
+"""A page cache in user space: a file behind a small pool of frames, with writeback.
 
-The server's process has frames for 1 MiB of a file of 16. The driver makes room by a hand that goes round as in a clock, and
-saves what clients wrote: when it takes pages back, and when a client gives its mapping up.
+The server's process has frames for 1 MiB of a file of 16 MiB. The driver makes room with a clock hand, and writes pages back
+when it evicts them and when a client closes its mapping.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ PAGE = 4096
 
 
 class Cache(Device):
-    """Maps a file of whole pages."""
+    """A driver that maps a file of whole pages."""
 
     capacity = 1 << 20  # bytes of frames
-    evicts = True  # it is writable (the default), and takes pages back
+    evicts = True  # a writable device (the default) that evicts has to say so
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -31,13 +31,13 @@ class Cache(Device):
         self.hand = 0
 
     def recipe(self) -> Recipe | None:
-        """A fresh process for the server, with nothing of ours in it; where it can import this module."""
+        """Return how a fresh server process makes this device; None, for a fork, where it cannot import this module."""
         return None if __name__ == "__main__" else Recipe(f"{__name__}:Cache", {"path": self.path})
 
     def open(self, area: DeviceArea) -> None:  # noqa: ARG002
-        """In the server, where work belongs, and not into __init__. For every area."""
+        """Open the file, once. Runs in the server, for every area; work belongs here, not into __init__."""
         if self.file is None:
-            self.file = open(self.path, "r+b", buffering=0)  # noqa: SIM115  as long as the process
+            self.file = open(self.path, "r+b", buffering=0)  # noqa: SIM115  closed with the process
 
     def fault(self, area: DeviceArea, page: int, access: str) -> None:  # noqa: ARG002
         """Read a page."""
@@ -45,14 +45,14 @@ class Cache(Device):
         self.file.readinto(area.frame(page))
 
     def reclaim(self, area: DeviceArea, pages: int) -> None:
-        """Before so many pages more would not fit: evict some, which the next ones will not have to."""
+        """Evict pages to make room for `pages` more, and some in advance for the next faults."""
         everything = self.length // PAGE
         wanted = max(pages, 64)
-        for _ in range(0, everything + 1024, 1024):  # the last is what lies before the first
+        for _ in range(0, everything + 1024, 1024):  # the last window ends where the first began
             window = range(self.hand, min(self.hand + 1024, everything))
             for run in area.ready(window):
                 some = run[:wanted]
-                area.evict(some, self.save)  # write-protected, saved, gone: no write is lost
+                area.evict(some, self.save)  # write-protected, saved, punched: no write is lost
                 wanted -= len(some)
                 self.hand = some.stop % everything
                 if not wanted:
@@ -60,18 +60,18 @@ class Cache(Device):
             self.hand = window.stop % everything
 
     def save(self, run: range, content: memoryview) -> None:
-        """Write pages."""
+        """Write pages back."""
         self.file.seek(run.start * PAGE)
         self.file.write(content)
 
     def close(self, area: DeviceArea) -> None:
-        """What is still in the pool goes into the file, or it would go with the server."""
+        """Write the rest of the pool back: the frames vanish with the server."""
         for run in area.ready(area.pages):
             area.evict(run, self.save)
 
 
 def main() -> None:
-    """Write everywhere, and look at the file."""
+    """Write all over the mapping, and compare the file."""
     chance = random.Random(1)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "data"

@@ -1,9 +1,9 @@
-"""An array that is somewhere else: it is there at once, and what is touched is downloaded.
+"""A remote array: mapped at once, and downloaded page by page as it is touched.
 
-    python examples/remote_array.py            an array on a web server of its own
-    python examples/remote_array.py URL        yours: a .npy file on http(s), s3, gs, in a zip archive, ...
+    python examples/remote_array.py            an array on a web server that the example starts
+    python examples/remote_array.py URL        a .npy file on http(s), s3, gs, in a zip archive, ...
 
-The first run notes what it touched; the second downloads that first, in parallel, and then waits for nothing.
+The first run saves a log of the pages that it touched. The second downloads those in parallel before it starts.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from prefault.drivers import area_of
 
 
 def use(url: str, plan: Path) -> None:
-    """The same work whether the array is near or far."""
+    """Read from the array as if it were local."""
     array = prefault.open_remote(url, plan=plan)
     print(f"{array.dtype}{array.shape}, {prefault.format_size(array.nbytes)}, is mapped")
 
-    row = array[len(array) // 2]  # nothing has moved but the header
+    row = array[len(array) // 2]  # until here only the header was downloaded
     print(f"mean of one row: {row.mean():.4f}")
 
     part = array[: len(array) // 8]
-    print(prefault.populate(part))  # in parallel, and an exception if it cannot be read
+    print(prefault.populate(part))  # in parallel; a failure is an exception
     print(f"mean of an eighth: {part.mean():.4f}")
 
     area = area_of(array)
@@ -43,7 +43,7 @@ def use(url: str, plan: Path) -> None:
 
 
 class RangeServer(http.server.SimpleHTTPRequestHandler):
-    """The standard library's file server, with ranges, which it lacks."""
+    """The standard library's file server, with range requests added."""
 
     protocol_version = "HTTP/1.1"
 
@@ -76,7 +76,7 @@ def serve() -> None:
 
 @contextlib.contextmanager
 def an_array_on_a_server() -> Iterator[str]:
-    """The URL of 64 MiB of numbers, on a server in a process of its own."""
+    """Serve 64 MiB of numbers from a process of its own, and yield the URL."""
     with tempfile.TemporaryDirectory() as directory:
         numpy.save(Path(directory) / "numbers.npy", numpy.random.default_rng(1).random((1024, 8192)))
         with subprocess.Popen(
@@ -90,7 +90,7 @@ def an_array_on_a_server() -> Iterator[str]:
 
 
 def main() -> None:
-    """Twice the same, the second time with the plan of the first."""
+    """Run twice, the second time with the log of the first."""
     with contextlib.ExitStack() as stack:
         url = sys.argv[1] if len(sys.argv) > 1 else stack.enter_context(an_array_on_a_server())
         plan = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "plan.json"

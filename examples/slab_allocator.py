@@ -1,8 +1,8 @@
-"""A slab allocator on sparse memory: a small one, but it gives memory back and survives a refusal.
+"""A small slab allocator on sparse memory that returns memory to the system and survives a refusal.
 
 It reserves an address range once, populates a slab (one block) when no slab of a size has room, and discards the slab when
 its last object is freed. An object never moves. When memory is refused, `allocate` raises, and everything allocated before
-is untouched. What is freed is fenced off: a stray access dies at once, and reads nobody's bytes.
+is untouched. Freed slabs are inaccessible: a stray access is a SIGSEGV at once, and never reads another object's bytes.
 
     python examples/slab_allocator.py
 """
@@ -31,12 +31,12 @@ class Slab:
 
     @property
     def empty(self) -> bool:
-        """Whether no object of it is in use."""
+        """True if no object of the slab is in use."""
         return len(self.free) == SLAB // self.object_bytes
 
 
 class SlabAllocator:
-    """Objects of 64 bytes to 512 KiB, by their offset in one reservation."""
+    """An allocator of 64 bytes to 512 KiB, which returns offsets in one reservation."""
 
     def __init__(self, reservation: str = "64 GiB") -> None:
         self.memory = prefault.SparseMemory(reservation, block=SLAB, unpopulated="fault")
@@ -46,7 +46,7 @@ class SlabAllocator:
         self._next = 0
 
     def allocate(self, length: int) -> int:
-        """The offset of `length` bytes. Raises prefault.PopulateError when there is no memory; nothing has changed then."""
+        """Return the offset of `length` free bytes. Raises prefault.PopulateError without memory, and changes nothing."""
         if not 0 < length <= LARGEST:
             raise ValueError(f"objects have 1 to {LARGEST} bytes, not {length}")
         size = max(SMALLEST, 1 << (length - 1).bit_length())
@@ -60,7 +60,7 @@ class SlabAllocator:
         return offset
 
     def free(self, offset: int) -> None:
-        """Give an object back; the memory of its slab as well, if it was the last one."""
+        """Free an object, and discard its slab if it was the last one."""
         slab = self._slabs[offset - offset % SLAB]
         slab.free.append(offset)
         room = self._with_room[slab.object_bytes]
@@ -75,7 +75,7 @@ class SlabAllocator:
         offset = self._unused[-1] if self._unused else self._next
         if offset + SLAB > len(self.memory):
             raise MemoryError(f"the reservation of {prefault.format_size(len(self.memory))} is used up")
-        self.memory.populate(offset, SLAB)  # the only line that can fail: until here nothing has changed
+        self.memory.populate(offset, SLAB)  # the only line that can fail; until here nothing has changed
         if self._unused:
             self._unused.pop()
         else:
@@ -84,12 +84,12 @@ class SlabAllocator:
         return offset
 
     def close(self) -> None:
-        """Give the reservation up."""
+        """Unmap the reservation."""
         self.memory.close()
 
 
 def main() -> None:
-    """Allocate, free, and look at what is populated."""
+    """Allocate, free, and print how much is populated."""
     rng = random.Random(1)
     allocator = SlabAllocator()
     memory = allocator.memory
@@ -101,7 +101,7 @@ def main() -> None:
         objects[offset] = content
     print(f"{len(objects)} objects, {prefault.format_size(memory.populated.length)} populated of {memory!r}")
 
-    for offset in list(objects)[:15_000]:  # the oldest: where single old ones stay, their slabs stay
+    for offset in list(objects)[:15_000]:  # the oldest; a slab stays while one of its objects does
         allocator.free(offset)
         del objects[offset]
     print(f"{len(objects)} objects, {prefault.format_size(memory.populated.length)} populated")
@@ -114,7 +114,7 @@ def main() -> None:
     try:
         memory.read(0, 8)
     except prefault.NotPopulatedError as error:
-        print(f"reading what was freed: {error}")
+        print(f"reading a freed object: {error}")
     allocator.close()
 
 

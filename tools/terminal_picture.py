@@ -19,7 +19,7 @@ _COLUMNS = 100
 
 
 def run(command: list[str]) -> str:
-    """What ``command`` writes to its terminal."""
+    """Run ``command`` in a terminal, and return its output."""
     os.environ |= {"COLUMNS": str(_COLUMNS), "LINES": "50", "TERM": "xterm-256color"}
     output = io.BytesIO()
 
@@ -35,13 +35,13 @@ def run(command: list[str]) -> str:
 
 
 def main(target: Path, command: list[str]) -> None:
-    # stderr (the progress bar) goes elsewhere: it is not what stays on the screen.
+    # stderr has the progress bar, which does not stay on the screen: it is dropped.
     text = run(["sh", "-c", 'exec "$@" 2>/dev/null', "sh", *command])
     console = Console(record=True, width=_COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(f"$ {' '.join([Path(command[0]).name, *command[1:]])}\n", highlight=False)
     console.print(Text.from_ansi(text.rstrip()))
     picture = console.export_svg(title="prefault")
-    # rich loads a web font, whose host the picture must not depend on: the viewer's own monospace font does as well.
+    # rich links a web font. The picture must not depend on its host; the viewer's own monospace font will do.
     picture = re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL)
     target.write_text(re.sub(r"^\s*<!-- .*? -->\n", "", picture, flags=re.MULTILINE))
 

@@ -1,6 +1,6 @@
-"""Take the Linux user-space headers out of the ziglang wheel, which carries those of a recent kernel.
+"""Extract the Linux user-space headers of a recent kernel from the ziglang wheel.
 
-The distribution's own headers are often older than the interfaces that this package uses. Usage: uapi_headers.py DIRECTORY
+The distribution's own headers are often older than the interfaces that prefault uses. Usage: uapi_headers.py DIRECTORY
 """
 
 from __future__ import annotations

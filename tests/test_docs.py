@@ -1,4 +1,4 @@
-"""The code in README and docs: every block can be pasted, so it compiles and brings the imports that it needs."""
+"""README and docs against the code: blocks can be pasted, links lead somewhere, and named files and functions exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def _blocks() -> Iterator[tuple[str, str]]:
-    """Where a block begins, and its code."""
+    """Yield the page and line of each block of Python, and its code."""
     for page in _PAGES:
         text = page.read_text()
         for match in _BLOCK.finditer(text):
@@ -26,7 +26,7 @@ def _blocks() -> Iterator[tuple[str, str]]:
 
 
 def _undefined(code: str) -> set[str]:
-    """The global names that the code uses and nothing in it defines, wherever in it they are."""
+    """Return the global names that the code uses but does not define."""
     used: set[str] = set()
     pending = [symtable.symtable(code, "block", "exec")]
     top = pending[0]

@@ -48,7 +48,7 @@ def _page_cache(file: Path, frames: int) -> Device:
 
 
 def test_the_page_cache_keeps_the_contract(tmp_path: Path) -> None:
-    """It is what the guide tells people to begin with."""
+    """The guide tells its readers to begin with this example."""
     content = os.urandom(40 * PAGE_SIZE)
     numbers = itertools.count()
 

@@ -1,4 +1,4 @@
-"""Who may import whom: read off the source, function-level imports included."""
+"""The layering rule, checked against all imports of the source, function-level ones included."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ _HEAVY_ALLOWED = ("prefault.cli", "prefault.bench", "prefault.doctor.report")
 
 @dataclass(frozen=True)
 class _Import:
-    """One import of one module, as written."""
+    """One import statement's module, line and place."""
 
     module: str
     line: int
     at_start: bool
-    """It is run when the importing module is imported: not in a function, not only for a type checker."""
+    """True if importing the module runs it: it is not in a function, and not only for a type checker."""
 
 
 def _is_for_type_checkers(node: ast.AST) -> bool:
@@ -93,7 +93,7 @@ def _is_for_type_checkers(node: ast.AST) -> bool:
 
 
 def _walk(tree: ast.Module, modules: frozenset[str]) -> Iterator[_Import]:
-    """Every import of a module. ``from package import name`` imports the submodule where there is one of that name."""
+    """Yield each import of a module. ``from package import name`` imports the submodule if there is one of that name."""
     pending: list[tuple[ast.AST, bool]] = [(tree, True)]
     while pending:
         node, at_start = pending.pop()
@@ -141,7 +141,7 @@ def _layer(module: str) -> str:
 
 
 def _complaints(sources: dict[str, str]) -> list[str]:
-    """What is wrong with the imports of these modules (name: source text)."""
+    """Return a complaint for each wrong import of these modules (name: source text)."""
     modules = frozenset(sources)
     found = []
     siblings: dict[str, set[str]] = {}
@@ -174,7 +174,7 @@ def _complaints(sources: dict[str, str]) -> list[str]:
     try:
         TopologicalSorter(siblings).prepare()
     except CycleError as error:
-        found.append(f"a circle of imports: {' -> '.join(error.args[1])}")
+        found.append(f"a cycle of imports: {' -> '.join(error.args[1])}")
     return found
 
 
@@ -187,7 +187,7 @@ def _has_rank(module: str) -> bool:
 
 
 def _package() -> dict[str, str]:
-    """The modules of the package: name and source text."""
+    """Return all modules of the package: name and source text."""
     sources = {}
     for path in sorted(_SOURCE.rglob("*.py")):
         parts = path.relative_to(_SOURCE.parent).with_suffix("").parts
@@ -208,7 +208,7 @@ def test_the_picture_of_the_layers_is_the_same_everywhere() -> None:
 
 
 def test_no_two_modules_have_the_same_name() -> None:
-    """But for a command's module, and for the main module of a folder, which may have the folder's name."""
+    """Exempt are modules of commands, and the main module of a folder, which may have the folder's name."""
     names = [name for name in _package() if not re.search(r"^prefault\.cli\.|\.(\w+)\.\1$", name)]
     last = [name.rpartition(".")[2] for name in names]
     assert sorted(name for name in names if last.count(name.rpartition(".")[2]) > 1) == []
@@ -272,7 +272,7 @@ def test_every_rank_and_every_exception_is_in_use() -> None:
         ("prefault.sizes", "from prefault.novelty import x", "which has no rank"),
     ],
 )
-def test_it_would_be_noticed(module: str, line: str, complaint: str) -> None:
+def test_a_wrong_import_is_found(module: str, line: str, complaint: str) -> None:
     sources = _package()
     if "has no rank" in complaint:
         sources["prefault.novelty"] = ""
@@ -283,12 +283,12 @@ def test_it_would_be_noticed(module: str, line: str, complaint: str) -> None:
     assert all(text.startswith((module, "prefault.novelty")) for text in complaints)
 
 
-def test_circles_inside_a_package_would_be_noticed() -> None:
+def test_a_cycle_inside_a_package_is_found() -> None:
     sources = _package()
     sources["prefault.bench.one"] = "from prefault.bench import two"
     assert not any("prefault.bench.two" in text for text in _complaints(sources))
     sources["prefault.bench.two"] = "def later():\n    import prefault.bench.one"
-    assert any("circle" in text and "prefault.bench.two" in text for text in _complaints(sources))
+    assert any("cycle" in text and "prefault.bench.two" in text for text in _complaints(sources))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_circles_inside_a_package_would_be_noticed() -> None:
         "from prefault._kernel import mman",
     ],
 )
-def test_what_is_allowed(line: str) -> None:
+def test_a_right_import_is_not_found(line: str) -> None:
     sources = _package()
     sources["prefault.engine.planning"] += f"\n{line}\n"
     assert _complaints(sources) == _complaints(_package())

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from ctypes import addressof, sizeof
 
 from prefault._kernel import cachestat as _cachestat
-from prefault._kernel import futex, memfd, mman, pagemap, procmap, uio, userfaultfd
+from prefault._kernel import futex, memfd, mman, pagemap, procmap, uio
 from prefault._system import fork_hooks, hugetlb, proc
 from prefault.sizes import PAGE_SIZE
 
@@ -247,6 +247,8 @@ def _memory_cgroup() -> None:
 
 @contextmanager
 def _userfaultfd(features: int = 0) -> Iterator[int]:
+    from prefault._kernel import userfaultfd
+
     fd = _any_userfaultfd()
     try:
         userfaultfd.api(fd, features)
@@ -256,6 +258,8 @@ def _userfaultfd(features: int = 0) -> Iterator[int]:
 
 
 def _any_userfaultfd() -> int:
+    from prefault._kernel import userfaultfd
+
     try:
         return userfaultfd.userfaultfd(os.O_CLOEXEC | userfaultfd.UFFD_USER_MODE_ONLY)
     except OSError as error:
@@ -270,6 +274,8 @@ def _any_userfaultfd() -> int:
 
 
 def _privileged_userfaultfd() -> int:
+    from prefault._kernel import userfaultfd
+
     try:
         return userfaultfd.userfaultfd_from_device(os.O_CLOEXEC)
     except OSError as error:
@@ -279,6 +285,8 @@ def _privileged_userfaultfd() -> int:
 
 
 def _userfaultfd_call() -> None:
+    from prefault._kernel import userfaultfd
+
     with _userfaultfd() as fd, _page() as address:
         userfaultfd.register(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_MISSING)
 
@@ -303,24 +311,32 @@ def _shared_page() -> Iterator[int]:
 
 
 def _uffd_minor_shmem() -> None:
+    from prefault._kernel import userfaultfd
+
     with _userfaultfd(userfaultfd.UffdFeature.MINOR_SHMEM) as fd, _shared_page() as address:
         userfaultfd.register(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_MINOR)
         userfaultfd.continue_(fd, address, PAGE_SIZE)
 
 
 def _uffd_wp_shmem() -> None:
+    from prefault._kernel import userfaultfd
+
     with _userfaultfd(userfaultfd.UffdFeature.WP_HUGETLBFS_SHMEM) as fd, _shared_page() as address:
         userfaultfd.register(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_WP)
         userfaultfd.writeprotect(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_WRITEPROTECT_MODE_WP)
 
 
 def _uffd_poison() -> None:
+    from prefault._kernel import userfaultfd
+
     with _userfaultfd(userfaultfd.UffdFeature.POISON) as fd, _page() as address:
         userfaultfd.register(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_MISSING)
         userfaultfd.poison(fd, address, PAGE_SIZE)
 
 
 def _uffd_wp_async() -> None:
+    from prefault._kernel import userfaultfd
+
     features = userfaultfd.UffdFeature.WP_ASYNC | userfaultfd.UffdFeature.WP_UNPOPULATED
     with _userfaultfd(features) as fd, _shared_page() as address:
         userfaultfd.register(fd, address, PAGE_SIZE, userfaultfd.UFFDIO_REGISTER_MODE_WP)

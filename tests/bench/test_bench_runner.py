@@ -215,8 +215,8 @@ def test_too_little_memory(where: Places, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_private_mapping_of_a_file_takes_twice_its_size() -> None:
-    shared, private = (Cell(1 << 30, sharing, "tmpfs", "write") for sharing in grid._PUBLISHED)
-    assert {obstacles.memory_bytes(shared) >> 30, obstacles.memory_bytes(private) >> 30} == {1, 2}
+    shared, private = Cell(1 << 30, "shared", "tmpfs", "write"), Cell(1 << 30, "private", "tmpfs", "write")
+    assert (obstacles.memory_bytes(shared) >> 30, obstacles.memory_bytes(private) >> 30) == (1, 2)
 
 
 def test_a_file_directory_in_memory() -> None:

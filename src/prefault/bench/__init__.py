@@ -7,11 +7,11 @@ Modules, lowest first:
     stopping, places           Ctrl-C as a descriptor; the hugetlb pool and hugetlbfs, set up and restored
     obstacles                  reasons why a cell cannot run on this machine
     measure, worker            one cell, in this process; the process that runs cells
-    client, runner             the parent's side of the worker; the whole grid
-    ratios, findings, report   comparison with the published figures; in words; as a table
-    progress                   the display while the grid runs
+    worker_process, runner     the parent's side of the worker; the whole grid
+    ratios, findings           comparison with the published figures; in words
+    grid_report, live_display  the table; the display while the grid runs
 
-prefault bench device: five routes to populated device memory, on one device.
+prefault bench device (in ``routes``): five routes to populated device memory, on one device.
 
     device_driver              the device
     device_results, device_json  cells and records; the file format

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from prefault.sizes import GIB, MIB
 
@@ -22,51 +22,47 @@ PREFAULT = "prefault"
 TOUCHING = ("read", "write", "read/write", "populate_read", "populate_write")
 ALLOCATING = ("fallocate", *(f"fallocate+{method}" for method in TOUCHING))
 METHODS = (*TOUCHING, *ALLOCATING, PREFAULT)
+_QUICK_SHARED = ("write", "populate_write", "fallocate+populate_write")
+_QUICK_FILE = ("write", "populate_read", "populate_write", "fallocate+populate_read")
 
-# As published: private mappings of files were not preceded by fallocate, which allocates for the file and not for them.
-_PUBLISHED: dict[Sharing, dict[str, tuple[str, ...]]] = {
-    "private": {
-        "Anon 4 KiB": TOUCHING,
-        "Memfd 4 KiB": TOUCHING,
-        "Memfd 2 MiB": TOUCHING,
-        "tmpfs": TOUCHING,
-        "file": TOUCHING,
-        "hugetlbfs": TOUCHING,
-    },
-    "shared": {
-        "Anon 4 KiB": TOUCHING,
-        "Anon 2 MiB": TOUCHING,
-        "Memfd 4 KiB": TOUCHING + ALLOCATING,
-        "Memfd 2 MiB": TOUCHING + ALLOCATING,
-        "tmpfs": TOUCHING + ALLOCATING,
-        "file": TOUCHING + ALLOCATING,
-        "hugetlbfs": TOUCHING + ALLOCATING,
-    },
-}
 
-# Rows that were not published: what the package itself does, huge pages without a pool, and private memory over a file in
-# the page cache (docs/bench-json.md says why).
-_OURS: dict[Sharing, dict[str, tuple[str, ...]]] = {
-    "private": {
-        "Anon 4 KiB": (PREFAULT,),
-        "Anon THP": ("write", "populate_write", PREFAULT),
-        "Memfd filled": TOUCHING,
-    },
-    "shared": {"Memfd 4 KiB": (PREFAULT,), "file": (PREFAULT,)},
-}
+class Row(NamedTuple):
+    """The methods that are measured over one backing, mapped private or shared.
 
-_QUICK: dict[Sharing, dict[str, tuple[str, ...]]] = {
-    "private": {
-        "Anon 4 KiB": (*TOUCHING, PREFAULT),
-        "Anon THP": ("write", "populate_write", PREFAULT),
-    },
-    "shared": {
-        "Memfd 4 KiB": ("write", "populate_write", "fallocate+populate_write", PREFAULT),
-        "Memfd 2 MiB": ("write", "populate_write", "fallocate+populate_write"),
-        "tmpfs": ("write", "populate_write"),
-        "file": ("write", "populate_read", "populate_write", "fallocate+populate_read"),
-    },
-}
+    Attributes:
+        sharing, backing: of the mapping; the backing is a name in :data:`prefault.bench.kinds.KINDS`.
+        published: methods of the published measurement.
+        unpublished: methods beside it: the package itself, and backings that were not published.
+        quick: methods of the quick grid.
+    """
+
+    sharing: Sharing
+    backing: str
+    published: tuple[str, ...] = ()
+    unpublished: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ()
+
+
+# Private mappings of files were published without fallocate, which allocates for the file and not for them. Huge pages
+# without a pool, and private memory over a file in the page cache, were not published (docs/bench-json.md says why).
+_ROWS = (
+    Row("private", "Anon 4 KiB", TOUCHING, (PREFAULT,), quick=(*TOUCHING, PREFAULT)),
+    Row("private", "Memfd 4 KiB", TOUCHING),
+    Row("private", "Memfd 2 MiB", TOUCHING),
+    Row("private", "tmpfs", TOUCHING),
+    Row("private", "file", TOUCHING),
+    Row("private", "hugetlbfs", TOUCHING),
+    Row("private", "Anon THP", (), ("write", "populate_write", PREFAULT), quick=("write", "populate_write", PREFAULT)),
+    Row("private", "Memfd filled", (), TOUCHING),
+    Row("shared", "Anon 4 KiB", TOUCHING),
+    Row("shared", "Anon 2 MiB", TOUCHING),
+    Row("shared", "Memfd 4 KiB", TOUCHING + ALLOCATING, (PREFAULT,), quick=(*_QUICK_SHARED, PREFAULT)),
+    Row("shared", "Memfd 2 MiB", TOUCHING + ALLOCATING, quick=_QUICK_SHARED),
+    Row("shared", "tmpfs", TOUCHING + ALLOCATING, quick=("write", "populate_write")),
+    Row("shared", "file", TOUCHING + ALLOCATING, (PREFAULT,), quick=_QUICK_FILE),
+    Row("shared", "hugetlbfs", TOUCHING + ALLOCATING),
+)
+"""The grid; a row more is a backing more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,22 +98,16 @@ class Cell:
 def full_grid(sizes: Sequence[int] = PUBLISHED_SIZES) -> list[Cell]:
     """Return the published cells and, beside them, the rows that were not published."""
     return [
-        Cell(size, sharing, backing, method)
+        Cell(size, row.sharing, row.backing, method)
         for size in sizes
-        for sharing, published in _PUBLISHED.items()
-        for backing, methods in _joined(published, _OURS[sharing])
-        for method in methods
+        for row in _ROWS
+        for method in row.published + row.unpublished
     ]
 
 
 def quick_grid(size: int = QUICK_SIZE) -> list[Cell]:
     """Return the main rows."""
-    return [
-        Cell(size, sharing, backing, method)
-        for sharing, backings in _QUICK.items()
-        for backing, methods in backings.items()
-        for method in methods
-    ]
+    return [Cell(size, row.sharing, row.backing, method) for row in _ROWS for method in row.quick]
 
 
 def select(
@@ -135,13 +125,3 @@ def select(
         and (not backings or cell.backing in backings)
         and (not sharings or cell.sharing in sharings)
     ]
-
-
-def _joined(
-    published: dict[str, tuple[str, ...]], ours: dict[str, tuple[str, ...]]
-) -> Iterator[tuple[str, tuple[str, ...]]]:
-    for backing, methods in published.items():
-        yield backing, methods + ours.get(backing, ())
-    for backing, methods in ours.items():
-        if backing not in published:
-            yield backing, methods

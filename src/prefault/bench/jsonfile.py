@@ -20,6 +20,8 @@ from prefault.bench.results import BenchRun, CellResult, Status
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from prefault.bench.routes.device_results import DeviceRun
+
 Run = TypeVar("Run", bound="DataclassInstance")
 
 KIND = "prefault-bench"
@@ -92,15 +94,9 @@ def load(path: Path) -> BenchRun:
 def to_json(run: BenchRun) -> dict[str, Any]:
     """Convert a run to a document. It has derived figures for other readers; :func:`from_json` reads the raw values."""
     beside = ratios(run.results)
-    head = {
-        field.name: getattr(run, field.name) for field in dataclasses.fields(run) if field.name not in ("machine", "results")
-    }
     return {
-        "kind": KIND,
-        "schema": SCHEMA,
-        **head,
+        **run_to_json(run, KIND, SCHEMA),
         "published_source": published.SOURCE,
-        "machine": dataclasses.asdict(run.machine),
         "cells": [_cell_to_json(result, beside[result.cell]) for result in run.results],
     }
 
@@ -114,6 +110,21 @@ def from_json(document: Any) -> BenchRun:
     return read_run(document, KIND, SCHEMA, "prefault bench", BenchRun, _cell_from_json)
 
 
+def run_to_json(run: BenchRun | DeviceRun, kind: str, schema: int) -> dict[str, Any]:
+    """Convert a run to a document of ``kind``, all but its results; :func:`read_run` reads it."""
+    plain = _plain_fields(type(run))
+    return {
+        "kind": kind,
+        "schema": schema,
+        **{name: getattr(run, name) for name in plain},
+        "machine": dataclasses.asdict(run.machine),
+    }
+
+
+def _plain_fields(run: type[DataclassInstance]) -> list[str]:
+    return [field.name for field in dataclasses.fields(run) if field.name not in ("machine", "results")]
+
+
 def read_run(
     document: Any, kind: str, schema: int, command: str, run: type[Run], read_result: Callable[[Any], Any]
 ) -> Run:  # fmt: skip
@@ -123,9 +134,7 @@ def read_run(
     if document.get("schema") != schema:
         raise SchemaError(f"schema {document.get('schema')!r} is unknown: this version of prefault reads schema {schema}")
     try:
-        head = {
-            field.name: document[field.name] for field in dataclasses.fields(run) if field.name not in ("machine", "results")
-        }
+        head = {name: document[name] for name in _plain_fields(run)}
         machine = {field.name: document["machine"][field.name] for field in dataclasses.fields(BenchMachine)}
         head["machine"] = BenchMachine(**machine)
         head["results"] = tuple(read_result(entry) for entry in document["cells"])
@@ -138,14 +147,7 @@ def _cell_to_json(result: CellResult, beside: Ratios) -> dict[str, Any]:
     figures = result.statistics
     derived: dict[str, Any] = {}
     if figures is not None:
-        derived = {
-            "best_ms": figures.best_ns / 1e6,
-            "median_ms": figures.median_ns / 1e6,
-            "mean_ms": figures.mean_ns / 1e6,
-            "worst_ms": figures.worst_ns / 1e6,
-            "stdev_ms": None if figures.stdev_ns is None else figures.stdev_ns / 1e6,
-            "doubts": list(figures.doubts),
-        }
+        derived = {**figures.milliseconds, "doubts": list(figures.doubts)}
     cell = result.cell
     return {
         **dataclasses.asdict(cell),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from prefault._system import cgroups, hugetlb, proc, thp
 from prefault._system.cpus import usable_cpus
+from prefault._system.machine_identity import identify_machine
 from prefault._version import __version__
 from prefault.sizes import PAGE_SIZE, format_size
 
@@ -64,20 +64,19 @@ class BenchMachine:
 
 def this_machine() -> BenchMachine:
     """Describe this machine as it is now."""
-    uname = os.uname()
-    cpuinfo = _cpuinfo()
+    here = identify_machine()
     return BenchMachine(
-        kernel=f"{uname.sysname} {uname.release} {uname.version}",
-        architecture=uname.machine,
-        cpu=cpuinfo.get("model name") or cpuinfo.get("Processor") or uname.machine,
+        kernel=here.kernel,
+        architecture=here.architecture,
+        cpu=here.cpu_model or here.architecture,
         cpus=os.cpu_count() or 1,
         usable_cpus=usable_cpus(),
         memory_bytes=proc.read_meminfo()["MemTotal"],
         page_bytes=PAGE_SIZE,
-        virtual="hypervisor" in cpuinfo.get("flags", "").split(),
+        virtual=bool(here.hypervisor),
         thp={name: thp.read_setting(name) for name in _THP_SETTINGS},
         hugetlb_pages={str(size): hugetlb.read_pool(size).total for size in hugetlb.page_sizes()},
-        python=platform.python_version(),
+        python=here.python,
         numpy=metadata.version("numpy"),
         prefault=__version__,
     )
@@ -101,14 +100,3 @@ def _cgroup_room(directory: Path) -> int | None:
             counters = dict(line.split(" ", 1) for line in (cgroups.read_text(directory / "memory.stat") or "").splitlines())
             return max(0, limit - usage + int(counters.get(cache_name, 0)))
     return None
-
-
-def _cpuinfo() -> dict[str, str]:
-    """Read the entry of the first CPU from /proc/cpuinfo."""
-    entry = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if not line.strip():
-            break
-        key, _, value = line.partition(":")
-        entry[key.strip()] = value.strip()
-    return entry

@@ -25,8 +25,23 @@ class Status(enum.StrEnum):
     STOPPED = "stopped"
 
 
+class Timed:
+    """Base of results: the statistics of their times."""
+
+    __slots__ = ()
+    values_ns: tuple[int, ...]
+    status: Status
+
+    @property
+    def statistics(self) -> CellStatistics | None:
+        """The statistics of the times; None without a time, and for a failed cell: its times are incomplete."""
+        if not self.values_ns or self.status is Status.FAILED:
+            return None
+        return CellStatistics.of(self.values_ns)
+
+
 @dataclass(frozen=True, slots=True)
-class CellResult:
+class CellResult(Timed):
     """The times of one cell.
 
     Attributes:
@@ -42,13 +57,6 @@ class CellResult:
     values_ns: tuple[int, ...] = ()
     reason: str | None = None
     note: str | None = None
-
-    @property
-    def statistics(self) -> CellStatistics | None:
-        """The statistics of the times; None without a time, and for a failed cell: its times are incomplete."""
-        if not self.values_ns or self.status is Status.FAILED:
-            return None
-        return CellStatistics.of(self.values_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +93,17 @@ class CellStatistics:
     def spread(self) -> float | None:
         """The standard deviation as a part of the mean; None of a single value."""
         return None if self.stdev_ns is None else self.stdev_ns / self.mean_ns
+
+    @property
+    def milliseconds(self) -> dict[str, float | None]:
+        """The figures in milliseconds, by their names in files."""
+        return {
+            "best_ms": self.best_ns / 1e6,
+            "median_ms": self.median_ns / 1e6,
+            "mean_ms": self.mean_ns / 1e6,
+            "worst_ms": self.worst_ns / 1e6,
+            "stdev_ms": None if self.stdev_ns is None else self.stdev_ns / 1e6,
+        }
 
     @property
     def doubts(self) -> tuple[str, ...]:

@@ -15,8 +15,8 @@ from prefault.bench.machine import available_memory_bytes, this_machine
 from prefault.bench.obstacles import memory_bytes, obstacle, pool_pages
 from prefault.bench.places import MARGIN_BYTES, Hugetlbfs, TemporaryHugetlbPool, hugetlb_pool, hugetlbfs
 from prefault.bench.results import BenchRun, CellResult, Status
-from prefault.bench.stopping import StopRequest
-from prefault.bench.worker_process import CellFailedError, StoppedError, Worker, WorkerError
+from prefault.bench.stopping import StoppedError, StopRequest
+from prefault.bench.worker_process import CellFailedError, Worker, WorkerError
 from prefault.sizes import GIB
 
 # The time for an answer of a worker: a repetition takes a second per GiB, and ten where the host has to find memory.

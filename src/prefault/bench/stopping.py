@@ -14,6 +14,10 @@ from typing import Any
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class StoppedError(Exception):
+    """The user asked for a stop in the middle of a measurement."""
+
+
 class StopRequest:
     """Remember SIGINT, SIGTERM and SIGHUP instead of acting upon them, while entered in the main thread.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from prefault.bench.grid import Cell
 from prefault.bench.kinds import Places
-from prefault.bench.stopping import StopRequest
+from prefault.bench.stopping import StoppedError, StopRequest
 
 _END_SECONDS = 10.0
 # A killed worker takes longer than this to free 4 GiB; a user at a prompt should not wait for that.
@@ -35,10 +35,6 @@ class WorkerError(Exception):
 
 class CellFailedError(Exception):
     """The worker could not measure the cell, and is ready for more requests."""
-
-
-class StoppedError(Exception):
-    """The user asked for a stop, and the worker was killed."""
 
 
 class Worker:

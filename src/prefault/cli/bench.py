@@ -10,28 +10,13 @@ from click.core import ParameterSource
 
 from prefault.bench import grid, jsonfile, places, runner
 from prefault.bench.grid import Cell
-from prefault.bench.kinds import HUGE_PAGE_BYTES, KINDS, Places
+from prefault.bench.kinds import KINDS, Places
 from prefault.bench.stopping import StopRequest
 from prefault.cli.bench_device import device
-from prefault.sizes import parse_size
+from prefault.cli.bench_options import check_json_path, exit_if_stopped, json_option, mapping_sizes
 
 _QUICK_REPEATS = 3
 _FULL_REPEATS = 10
-
-
-def _sizes(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...]:
-    sizes = []
-    for value in values:
-        try:
-            size = parse_size(value)
-        except ValueError as error:
-            raise click.UsageError(f"--{parameter.name}: {error}") from error
-        if size == 0 or size % HUGE_PAGE_BYTES:
-            raise click.UsageError(
-                f"--{parameter.name} {value} is not a multiple of 2 MiB: not every backing has such a size"
-            )
-        sizes.append(size)
-    return tuple(dict.fromkeys(sizes))
 
 
 def _one_of(valid: Iterable[str]) -> Callable[[click.Context, click.Parameter, tuple[str, ...]], tuple[str, ...]]:
@@ -50,8 +35,10 @@ def _one_of(valid: Iterable[str]) -> Callable[[click.Context, click.Parameter, t
 
 @click.group(invoke_without_command=True)
 @click.option("--quick", is_flag=True, help="Measure the main rows only, with 256 MiB and three repetitions: some seconds.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Save the run in FILE.")
-@click.option("--size", multiple=True, callback=_sizes, help="Mapping size; repeatable. [2 MiB and 4 GiB, quick: 256 MiB]")
+@json_option
+@click.option(
+    "--size", multiple=True, callback=mapping_sizes, help="Mapping size; repeatable. [2 MiB and 4 GiB, quick: 256 MiB]"
+)
 @click.option("--repeats", type=click.IntRange(1, 1000), help="Repetitions of each cell. [10, quick: 3]")
 @click.option("--method", multiple=True, callback=_one_of(grid.METHODS), help="Measure only this method; repeatable.")
 @click.option("--backing", multiple=True, callback=_one_of(KINDS), help="Measure only this backing; repeatable.")
@@ -90,8 +77,7 @@ def bench(
         for cell in cells:
             click.echo(str(cell))
         return
-    if json_path is not None:
-        _check_writable(json_path)
+    check_json_path(json_path)
     if file_directory is not None and not Path(file_directory).is_dir():
         raise click.UsageError(f"--file-directory {file_directory} is not a directory")
     places_used = Places(file=file_directory or places.default_file_directory())
@@ -107,22 +93,13 @@ def bench(
         if json_path is not None:
             jsonfile.save(run, json_path)
         render(run, console_for())
-        if stop.signal is not None:
-            stop.ignore_more()
-            context.exit(128 + stop.signal)
+        exit_if_stopped(context, stop)
 
 
 def _grid(quick: bool, sizes: Sequence[int]) -> list[Cell]:
     if quick:
         return [cell for size in sizes or (grid.QUICK_SIZE,) for cell in grid.quick_grid(size)]
     return grid.full_grid(sizes or grid.PUBLISHED_SIZES)
-
-
-def _check_writable(path: Path) -> None:
-    try:
-        jsonfile.check_writable(path)
-    except OSError as error:
-        raise click.ClickException(f"--json {path} cannot be written: {error.strerror or error}") from error
 
 
 bench.add_command(device)

@@ -7,36 +7,25 @@ from typing import get_args
 
 import click
 
-from prefault.bench import jsonfile
-from prefault.bench.kinds import HUGE_PAGE_BYTES
 from prefault.bench.routes.device_results import FRAMES, PAGE_SIZES, Frames, RouteCell, RouteResult, cells
 from prefault.bench.stopping import StopRequest
-from prefault.sizes import GIB, MIB, parse_size
+from prefault.cli.bench_options import check_json_path, exit_if_stopped, json_option, mapping_sizes, sizes
+from prefault.sizes import GIB, MIB
 
 _REPEATS = 3
 _SIZES = (64 * MIB, GIB)
 
 
-def _bytes(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[int, ...]:
-    sizes = []
-    for value in values:
-        try:
-            size = parse_size(value)
-        except ValueError as error:
-            raise click.UsageError(f"{parameter.opts[0]}: {error}") from error
-        if parameter.name == "page_size" and size not in PAGE_SIZES:
-            raise click.UsageError(f"--page-size {value}: pages of a device are 4 KiB or 2 MiB")
-        if parameter.name == "size" and (size == 0 or size % HUGE_PAGE_BYTES):
-            raise click.UsageError(f"--size {value} is not a multiple of 2 MiB")
-        sizes.append(size)
-    return tuple(dict.fromkeys(sizes))
+_page_sizes = sizes(lambda size: size in PAGE_SIZES, ": pages of a device are 4 KiB or 2 MiB")
 
 
 @click.command()
 @click.option("--quick", is_flag=True, help="Measure 64 MiB with ready frames only: some seconds.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Save the run in FILE.")
-@click.option("--size", multiple=True, callback=_bytes, help="Size of the area; repeatable. [64 MiB and 1 GiB]")
-@click.option("--page-size", multiple=True, callback=_bytes, help="Page size of the device; repeatable. [4 KiB and 2 MiB]")
+@json_option
+@click.option("--size", multiple=True, callback=mapping_sizes, help="Size of the area; repeatable. [64 MiB and 1 GiB]")
+@click.option(
+    "--page-size", multiple=True, callback=_page_sizes, help="Page size of the device; repeatable. [4 KiB and 2 MiB]"
+)
 @click.option(
     "--frames", multiple=True, type=click.Choice(get_args(Frames)), help="Supplied before, or during, a run. [both]"
 )
@@ -61,11 +50,7 @@ def device(
     wanted = cells(
         size or (_SIZES[:1] if quick else _SIZES), page_size or PAGE_SIZES, frames or (FRAMES[:1] if quick else FRAMES)
     )
-    if json_path is not None:
-        try:
-            jsonfile.check_writable(json_path)
-        except OSError as error:
-            raise click.ClickException(f"--json {json_path} cannot be written: {error.strerror or error}") from error
+    check_json_path(json_path)
     finished = 0
 
     def show(event: RouteCell | RouteResult) -> None:
@@ -86,6 +71,4 @@ def device(
         if json_path is not None:
             device_json.save(run, json_path)
         render(run, console_for())
-        if stop.signal is not None:
-            stop.ignore_more()
-            context.exit(128 + stop.signal)
+        exit_if_stopped(context, stop)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
 import resource
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from pathlib import Path
 from prefault._kernel import mman, userfaultfd
 from prefault._system import capabilities, cgroups, hugetlb, proc, thp
 from prefault._system.cpus import usable_cpus
+from prefault._system.machine_identity import identify_machine, read_fields
 from prefault._version import __version__
 from prefault.doctor.record import NOT_MOUNTED, CapabilityAnswer, HugetlbPoolFacts, MachineFacts, Reading, Record, Unit
 from prefault.doctor.words import MEANINGS, WITHOUT
@@ -48,32 +48,20 @@ def _reason(error: Exception) -> str:
 
 
 def _machine() -> MachineFacts:
-    uname = os.uname()
-    cpu = _fields("/proc/cpuinfo")
-    seccomp = _fields("/proc/self/status").get("Seccomp")
-    flags = cpu.get("flags")
+    machine = identify_machine()
+    seccomp = read_fields("/proc/self/status").get("Seccomp")
     return MachineFacts(
-        kernel=uname.release,
-        architecture=uname.machine,
-        cpu_model=cpu.get("model name"),
-        hypervisor=None if flags is None else "hypervisor" in flags.split(),
+        kernel=machine.release,
+        architecture=machine.architecture,
+        cpu_model=machine.cpu_model,
+        hypervisor=machine.hypervisor,
         page_size=PAGE_SIZE,
-        python=platform.python_version(),
+        python=machine.python,
         prefault=__version__,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         user_id=os.geteuid(),
         seccomp=int(seccomp) if seccomp is not None and seccomp.isdigit() else None,
     )
-
-
-def _fields(path: str) -> dict[str, str]:
-    """Read the first paragraph of a file of ``key: value`` lines; empty where it cannot be read."""
-    try:
-        text = Path(path).read_text()
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _capabilities() -> Iterator[CapabilityAnswer]:
@@ -125,7 +113,7 @@ def _thp_setting(file: str, unit: str) -> int | str:
 
 
 def _thp_of_process() -> int:
-    return int(_fields("/proc/self/status")["THP_enabled"])
+    return int(read_fields("/proc/self/status")["THP_enabled"])
 
 
 def _shm_mount() -> proc.Mount:

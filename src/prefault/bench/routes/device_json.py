@@ -30,15 +30,9 @@ def save(run: DeviceRun, path: Path) -> None:
 def to_json(run: DeviceRun) -> dict[str, Any]:
     """Convert a run to a document. It has derived figures for other readers; :func:`from_json` reads the raw values."""
     compared = ratios(run.results)
-    head = {
-        field.name: getattr(run, field.name) for field in dataclasses.fields(run) if field.name not in ("machine", "results")
-    }
     return {
-        "kind": KIND,
-        "schema": SCHEMA,
-        **head,
+        **jsonfile.run_to_json(run, KIND, SCHEMA),
         "counting": COUNTING,
-        "machine": dataclasses.asdict(run.machine),
         "cells": [_to_json(result, compared.get(result.cell, Ratio(None, None))) for result in run.results],
     }
 
@@ -52,14 +46,7 @@ def _to_json(result: RouteResult, compared: Ratio) -> dict[str, Any]:
     figures = result.statistics
     derived: dict[str, Any] = {}
     if figures is not None:
-        derived = {
-            "best_ms": figures.best_ns / 1e6,
-            "median_ms": figures.median_ns / 1e6,
-            "worst_ms": figures.worst_ns / 1e6,
-            "stdev_ms": None if figures.stdev_ns is None else figures.stdev_ns / 1e6,
-            "us_per_page": result.us_per_page,
-            "doubts": list(figures.doubts),
-        }
+        derived = {**figures.milliseconds, "us_per_page": result.us_per_page, "doubts": list(figures.doubts)}
     return {
         **result.cell._asdict(),
         "pages": result.cell.pages,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 from prefault.bench.machine import BenchMachine
-from prefault.bench.results import CellStatistics, Status
+from prefault.bench.results import Status, Timed
 from prefault.sizes import MIB, PAGE_SIZE, format_size
 
 Frames: TypeAlias = Literal["ready", "cold"]
@@ -91,7 +91,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class RouteResult:
+class RouteResult(Timed):
     """The times and counts of one cell.
 
     Attributes:
@@ -111,13 +111,6 @@ class RouteResult:
     counts: Counts | None = None
     reason: str | None = None
     note: str | None = None
-
-    @property
-    def statistics(self) -> CellStatistics | None:
-        """The statistics of the times; None without a time, and for a failed cell."""
-        if not self.values_ns or self.status is Status.FAILED:
-            return None
-        return CellStatistics.of(self.values_ns)
 
     @property
     def us_per_page(self) -> float | None:

@@ -17,6 +17,7 @@ from prefault._kernel import mman
 from prefault._system import capabilities
 from prefault.bench.routes.device_driver import CONTENT, BenchDevice
 from prefault.bench.routes.device_results import Counts, Route, RouteCell, system_calls
+from prefault.bench.stopping import StoppedError
 from prefault.device.client.area import Area
 from prefault.device.daemon import SERVER
 from prefault.device.server.populate_requests import PIECE
@@ -25,10 +26,6 @@ from prefault.sizes import MIB, format_size
 
 CHUNK_BYTES = 32 * MIB
 """Bytes after which a long route checks whether it is to stop."""
-
-
-class RouteStoppedError(Exception):
-    """The user asked for a stop."""
 
 
 class RouteRefusedError(Exception):
@@ -93,7 +90,7 @@ def repetition(bed: Bed, cell: RouteCell, stopping: Callable[[], bool]) -> Route
 
     Raises:
         StoppedError: ``stopping`` returned True in the middle.
-        RefusedError: the machine does not have the route.
+        RouteRefusedError: the machine does not have the route.
         WrongError: the memory was not populated, or does not hold the bytes of the device.
         OSError: the route failed.
     """
@@ -140,7 +137,7 @@ def _touch(area: Area, page_size: int, stopping: Callable[[], bool]) -> Exceptio
     bytes_ = area.ndarray()
     for start in range(0, len(area), CHUNK_BYTES):
         if stopping():
-            return RouteStoppedError()
+            return StoppedError()
         if bytes_[start : start + CHUNK_BYTES : page_size].min() != CONTENT:
             return WrongError("a page that was touched does not hold what the device does")
     return None
@@ -149,7 +146,7 @@ def _touch(area: Area, page_size: int, stopping: Callable[[], bool]) -> Exceptio
 def _madvise(area: Area, stopping: Callable[[], bool]) -> Exception | None:
     for start in range(0, len(area), CHUNK_BYTES):
         if stopping():
-            return RouteStoppedError()
+            return StoppedError()
         try:
             mman.madvise(area.address + start, min(CHUNK_BYTES, len(area) - start), mman.MADV_POPULATE_READ)
         except OSError as error:

@@ -18,11 +18,10 @@ from prefault.bench.routes.device_routes import (
     Bed,
     RouteRefusedError,
     RouteRepetition,
-    RouteStoppedError,
     WrongError,
     repetition,
 )
-from prefault.bench.stopping import StopRequest
+from prefault.bench.stopping import StoppedError, StopRequest
 from prefault.device.client.fault_descriptor import USER_MODE_ONLY_NOTE
 from prefault.sizes import format_size
 
@@ -114,9 +113,9 @@ class _RouteSession:
         try:
             for _ in range(self._repeats):
                 if self._stopping():
-                    raise RouteStoppedError
+                    raise StoppedError
                 done.append(repetition(bed, cell, self._stopping))
-        except RouteStoppedError:
+        except StoppedError:
             status, reason = Status.STOPPED, f"stopped after {len(done)} of {self._repeats} repetitions"
         except RouteRefusedError as error:
             status, reason = Status.UNAVAILABLE, str(error)

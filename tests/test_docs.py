@@ -118,6 +118,20 @@ def test_a_false_reference_is_found(path: str, name: str, expected: bool) -> Non
     assert _is_true(path, name) is expected
 
 
+def test_paths_in_pages_exist() -> None:
+    folders = (_SOURCE, _ROOT, _ROOT / "docs", _ROOT / "docs" / "design")
+    missing = []
+    for page in _PAGES:
+        for path in re.findall(r"`([\w/.]+/[\w.]*|\w+\.py)`", page.read_text()):
+            if not path.startswith("/") and path.rpartition(".")[2] in ("py", "md", "txt", "c"):
+                found = any((folder / path).exists() for folder in folders)
+                if "/" not in path:
+                    found = any([*_SOURCE.rglob(path), *(_ROOT / "tests").rglob(path)])
+                if not found:
+                    missing.append(f"{page.relative_to(_ROOT)}: {path}")
+    assert missing == []
+
+
 @pytest.mark.parametrize(("path", "name"), sorted(set(_code_references(_ARCHITECTURE))))
 def test_the_architecture_page_names_what_exists(path: str, name: str) -> None:
     assert _is_true(path, name), f"docs/architecture.md names {name or 'it'} in {path}"

@@ -285,7 +285,7 @@ def modules(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("made_up:made", 1, f"'Good' object is not callable: {_NAME_ONE}"),
         ("made_up:Unfinished", 1, "made_up:Unfinished cannot be made: TypeError: Can't instantiate abstract class"),
         ("made_up:Empty", 1, "Empty.length is at least 1 byte and at most"),
-        ("made_up:Endless", 1, "made_up:Endless: no frames of 2.0 EiB can be had"),
+        ("made_up:Endless", 1, "made_up:Endless: cannot create frames of 2.0 EiB"),
         ("made_up:Raising", 1, "made_up:Raising cannot be made: RuntimeError: no such disk: /dev/none"),
         ("made_up:raising", 1, "made_up:raising cannot be made: OSError: no such bus\n"),
         ("made_up:Exiting", 1, "made_up:Exiting cannot be made: SystemExit: 0"),

@@ -188,7 +188,7 @@ def test_a_limit_on_the_size_of_the_frames_is_named(limit: int, number: int, sen
 
     found, message = in_child(limited)
     assert found == number
-    assert "no frames of 1.0 TiB can be had for the device: " + sentence.format(format_size(most)) in message
+    assert "cannot create frames of 1.0 TiB for the device: " + sentence.format(format_size(most)) in message
 
 
 class _Huge(Device):

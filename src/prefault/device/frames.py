@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 HUGE_PAGE = 2 * MIB
 
 SLOTS = PAGE_SIZE // 8
-"""Times that the warden sees: of the driver call in the loop, of those in workers, and :data:`RESULTS`."""
+"""Slots of the heartbeat: the driver call in the loop, those in workers, and :data:`RESULTS`."""
 
 RESULTS = SLOTS - 1
-"""The slot of results of workers that the loop has not taken yet: since when it is to take them."""
+"""Slot of the heartbeat for results of workers that the loop has not collected yet."""
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _POPULATE = mman.MADV_POPULATE_WRITE
 _STEP = 32 * MIB
 _AHEAD = 64 << 10
-"""Bytes that are secured at once, at most, because faults go forward."""
+"""Bytes that are allocated ahead, at most, while faults go forward."""
 _SPARSE = 64 << 10
-"""States that are looked at without asking first which of them were ever written."""
+"""States that are searched without asking the kernel first which of them were ever written."""
 
 
 @functools.cache
@@ -46,23 +46,23 @@ def _pattern(states: tuple[int, ...]) -> re.Pattern[bytes]:
 
 
 class Frames:
-    """The memfd of the frames and that of the states, each mapped shared.
+    """Two memfds, mapped shared: the frames, and the states of the pages.
 
     Args:
         fd, states_fd: the two, owned from now on.
         length: of the device, in bytes.
-        page_size: of the device.
-        huge: whether the frames are huge pages of hugetlb.
-        notes: what is weaker than asked for.
+        page_size: of the device, in bytes.
+        huge: the frames are huge pages of hugetlb.
+        notes: how the frames are weaker than asked for.
 
     Attributes:
-        length: in whole pages, in bytes.
-        pages: how many.
-        unit: what a page-table entry of a client maps, in bytes: the page size, but 4 KiB for 2 MiB pages without hugetlb.
+        length: whole pages, in bytes.
+        pages: number of pages.
+        unit: bytes that a page-table entry of a client maps: the page size, but 4 KiB for 2 MiB pages without hugetlb.
         states: a byte a page, :class:`DevicePageState`.
-        heartbeat: by slot, since when the warden waits (CLOCK_MONOTONIC, ns): for a call into the driver to return, or for
-            the loop to take results; 0: it does not.
-        tail: bytes of the last page that lie behind the end of the device.
+        heartbeat: per slot, the start (CLOCK_MONOTONIC, ns) of the driver's call, or of the loop's delay in taking results;
+            0: there is none.
+        tail: bytes of the last page behind the end of the device.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Frames:
         self._advise = self._frames_map.madvise
         self._next = -1
         self._ahead = 0
-        """From ``_next`` to here pages are secured already."""
+        """Pages from ``_next`` to here are allocated already."""
         self._step = 1
         self._most = max(1, _AHEAD // page_size)
         everything = memoryview(self._states_map)
@@ -96,11 +96,11 @@ class Frames:
 
     @classmethod
     def create(cls, length: int, page_size: int, capacity: int | None = None) -> Frames:
-        """Make both, with all pages missing. ``capacity``: bytes of frames that there will be at once, None: all.
+        """Create both memfds, with all pages MISSING. ``capacity``: bytes of frames that there will be at once, None: all.
 
         Raises:
-            DeviceError: the memory cannot be had.
-            ValueError: no length, or a page size that is neither 4 KiB nor 2 MiB.
+            DeviceError: there is no memory for them, or a limit is reached.
+            ValueError: the length is not positive, or the page size is neither 4 KiB nor 2 MiB.
         """
         if length <= 0:
             raise ValueError(f"a device has a length of at least one byte, not {length}")
@@ -128,10 +128,10 @@ class Frames:
                 os.close(fd)
             number = error.errno if isinstance(error, OSError) and error.errno else errno.EFBIG
             why = limit_messages.reason(number) or os.strerror(number)
-            raise DeviceError(number, f"no frames of {format_size(length)} can be had for the device: {why}") from error
+            raise DeviceError(number, f"cannot create frames of {format_size(length)} for the device: {why}") from error
 
     def close(self) -> None:
-        """Unmap and close both. Views of frames must be gone; a second call does nothing."""
+        """Unmap and close both memfds; idempotent. Views of frames must be gone."""
         if self.fd < 0:
             return
         self.states.release()
@@ -146,24 +146,24 @@ class Frames:
     # --- the memory
 
     def view(self, pages: range) -> memoryview:
-        """The memory of pages that follow each other."""
+        """Return the memory of adjacent pages."""
         size = self.page_size
         return self._frames[pages.start * size : pages.stop * size]
 
     def view_one(self, page: int) -> memoryview:
-        """The memory of a page."""
+        """Return the memory of a page."""
         start = page * self.page_size
         return self._frames[start : start + self.page_size]
 
     def secure(self, pages: range) -> None:
-        """Allocate the frames, so that no access to them fails; those that are new are zeros.
+        """Allocate the frames, so that no access to them fails; new ones are zeros.
 
         Raises:
             OSError: ENOSPC: there is no memory for them, or no huge page.
         """
         start, stop = pages.start * self.page_size, pages.stop * self.page_size
         try:
-            if self.huge:  # not by populating: that says EFAULT, and a first access after fallocate cannot fail
+            if self.huge:  # not by populating, which fails with EFAULT; a first access after fallocate cannot fail
                 os.posix_fallocate(self.fd, start, stop - start)
                 return
             while start < stop:
@@ -188,10 +188,10 @@ class Frames:
             raise OSError(errno.ENOSPC, message) from error
 
     def secure_one(self, page: int) -> None:
-        """The same for one page, by a call that takes 1.5 us less, but lets no other thread run meanwhile.
+        """Allocate the frame of one page, by a call that is 1.5 us faster than :meth:`secure`, and keeps the GIL.
 
-        Pages that are secured one behind the other bring some of the next with them, as many as there were, which takes
-        another 1.5 us less for each. In one thread only.
+        While pages are allocated in order, one call allocates some of the next ones too, as many as there were, which saves
+        another 1.5 us for each. For one thread only.
         """
         if not self.huge:
             forward = page == self._next
@@ -200,20 +200,20 @@ class Frames:
                 return
             count = min(2 * self._step, self._most, self.pages - page) if forward else 1
             self._step = count
-            self._ahead = page + count  # before: punch(), in another thread, takes that back after it punched
+            self._ahead = page + count  # before the call: punch(), in another thread, resets it after it punched
             try:
                 self._advise(_POPULATE, page * self.page_size, count * self.page_size)
                 return
             except OSError:
-                self._ahead = 0  # what it means is said below
+                self._ahead = 0  # secure() reads its meaning
         self.secure(range(page, page + 1))
 
     def has(self, offset: int) -> bool:
-        """Whether there is a frame at an offset that is a multiple of the unit."""
+        """Return whether there is a frame at an offset, which is a multiple of the unit."""
         try:
             if not self.huge:
                 return os.lseek(self.fd, offset, os.SEEK_DATA) == offset
-            # hugetlbfs says that all of a file is data; but what is allocated already takes nothing more.
+            # hugetlbfs reports all of a file as data; but allocating what is allocated takes nothing more.
             before = os.fstat(self.fd).st_blocks
             os.posix_fallocate(self.fd, offset, self.page_size)
             return os.fstat(self.fd).st_blocks == before
@@ -223,21 +223,21 @@ class Frames:
             return False
 
     def punch(self, pages: range) -> None:
-        """Give the frames back: out of every process's page table as well."""
+        """Free the frames, which removes them from every process's page tables as well."""
         size = self.page_size
         fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, pages.start * size, len(pages) * size)
-        # What lies ahead would never be given back where pages are taken back one by one: none is allocated ahead any more.
+        # Frames ahead would never be freed where pages are punched one by one: none is allocated ahead any more.
         self._most, self._ahead = 1, 0
 
     def clear_tail(self, pages: range) -> None:
-        """What the driver wrote behind the end of the device is not the client's to see."""
+        """Zero the bytes that the driver wrote behind the end of the device, if the last page is one of these."""
         if self.tail and pages.stop == self.pages:
             self._frames[self.length - self.tail :] = bytes(self.tail)
 
     # --- the states
 
     def mark(self, pages: range, state: DevicePageState) -> None:
-        """Set the state of pages that follow each other."""
+        """Set the state of adjacent pages."""
         count = pages.stop - pages.start
         if count == 1:
             self.states[pages.start] = state
@@ -245,18 +245,18 @@ class Frames:
             self.states[pages.start : pages.stop] = bytes((state,)) * count
 
     def runs(self, pages: range, *states: DevicePageState) -> list[range]:
-        """The pages that are in one of these states, in runs."""
+        """Return the pages that are in one of these states, in runs."""
         return list(self._matches(pages, states))
 
     def count(self, pages: range, *states: DevicePageState) -> int:
-        """How many of the pages are in one of these states."""
+        """Return the number of pages that are in one of these states."""
         return sum(len(run) for run in self._matches(pages, states))
 
     def _matches(self, pages: range, states: tuple[int, ...]) -> Iterator[range]:
         if len(pages) <= _SPARSE:
             yield from self._matches_in(pages, states)
             return
-        # Of a large device most states were never written: to look at them would allocate them, and take its time.
+        # Most states of a large device were never written: reading them would allocate them, and be slow.
         before = range(pages.start, pages.start)
         for piece, written in self._pieces(pages):
             found = self._matches_in(piece, states) if written else [piece] if DevicePageState.MISSING in states else []
@@ -275,7 +275,7 @@ class Frames:
             yield range(match.start(), match.end())
 
     def _pieces(self, pages: range) -> Iterator[tuple[range, bool]]:
-        """The pages, in pieces whose states were written at some time, and others, which are MISSING."""
+        """Split the pages into pieces whose states were ever written, and others, which are MISSING."""
         at = pages.start
         while at < pages.stop:
             try:
@@ -291,18 +291,18 @@ class Frames:
             at = hole
 
     def run_at(self, page: int, stop: int) -> tuple[int, int]:
-        """The state of a page, and where the run of pages in that state ends, at ``stop`` at the latest."""
+        """Return the state of a page, and the end of the run of pages in that state, at most ``stop``."""
         state = self.states[page]
         found = _pattern((state,)).match(self.states, page, stop)
         return state, found.end() if found else page + 1
 
     def run_before(self, page: int, start: int) -> int:
-        """Where the run of pages in the state of ``page`` begins, at ``start`` at the earliest."""
+        """Return the start of the run of pages in the state of ``page``, at least ``start``."""
         before = bytes(self.states[start:page])
         return start + len(before.rstrip(bytes((self.states[page],))))
 
     def repair(self) -> None:
-        """After a server died: no page is in the middle of something, and no call runs."""
+        """Settle the states after a server died: no page is FILLING, EVICTING or PUNCHING, and no call runs."""
         everything = range(self.pages)
         for run in self.runs(everything, DevicePageState.FILLING, DevicePageState.PUNCHING):
             self.punch(run)

@@ -1,4 +1,4 @@
-"""What is said between a warden and its server, and by whoever starts a warden: typed messages, one a packet, never pickles.
+"""Messages between a warden, its server, and the process that starts a warden: typed, one a packet, never pickles.
 
 All of them are processes of one user and one program. Long arguments travel as a file in memory, since a packet has at most
 some 200 KiB.
@@ -42,7 +42,7 @@ class PlaceFacts(NamedTuple):
 
 
 class AreaFacts(NamedTuple):
-    """An :class:`AreaRecord`."""
+    """An :class:`AreaRecord`, to be sent."""
 
     number: int
     address: int
@@ -56,9 +56,10 @@ class AreaFacts(NamedTuple):
 
 
 class Start(TaggedMessage, frozen=True):
-    """Make the device and serve it; with two descriptors: the arguments of the recipe, a pidfd of the process that asks.
+    """Request to a fresh warden: make the device and serve it.
 
-    Without a path, the connection that this comes on is that of the only client afterwards.
+    Two descriptors come with it: the arguments of the recipe, and a pidfd of the process that asks. Without a path, the
+    connection of this message is that of the only client afterwards.
     """
 
     version: int
@@ -67,11 +68,11 @@ class Start(TaggedMessage, frozen=True):
 
 
 class Reattach(TaggedMessage, frozen=True):
-    """A server lives whose warden has died. ``descriptors`` names what comes with it, in order.
+    """Request to a fresh warden: supervise a live server whose warden has died.
 
-    After it come the areas and the clients, each client after its areas: its descriptors arrive when all is known that is
-    needed to answer for it, and not before, so that its lifeline ends it if that never happens. The last is
-    :class:`HandoverDone`.
+    ``descriptors`` names the descriptors that come with it, in order. Areas and clients follow, each client after its
+    areas: its descriptors arrive when all is known that is needed to answer for it, and not before, so that its lifeline
+    ends it if that never happens. The last message is :class:`HandoverDone`.
     """
 
     version: int
@@ -87,7 +88,7 @@ class Reattach(TaggedMessage, frozen=True):
     factory: str | None
     place: PlaceFacts | None
     lingers: bool
-    """To be ended when the last client leaves."""
+    """The server is to end with its last client."""
     descriptors: tuple[str, ...]
 
 
@@ -95,7 +96,7 @@ class Reattach(TaggedMessage, frozen=True):
 
 
 class Admitted(TaggedMessage, frozen=True):
-    """A client; ``descriptors`` names what comes with it, in order: fields of its record."""
+    """A client; ``descriptors`` names the descriptors that come with it, in order: fields of its record."""
 
     number: int
     pid: int
@@ -104,7 +105,7 @@ class Admitted(TaggedMessage, frozen=True):
 
 
 class Areas(TaggedMessage, frozen=True):
-    """These areas of a client are mapped, besides those that were."""
+    """Areas that a client mapped, in addition to those that are known."""
 
     client: int
     areas: tuple[AreaFacts, ...]
@@ -124,14 +125,14 @@ class Left(TaggedMessage, frozen=True):
 
 
 class HandoverDone(TaggedMessage, frozen=True):
-    """That was all: of what is handed over, or at the end of a server."""
+    """The end of a handover, or of a server that ends in an orderly way."""
 
 
-# --- to a server from its warden, and to a warden from who started it
+# --- to a warden, from the process that started it
 
 
 class End(TaggedMessage, frozen=True):
-    """End in an orderly way."""
+    """Request to a warden: end in an orderly way."""
 
 
 # --- from a server to its warden, and from a warden to the process that started it
@@ -144,7 +145,7 @@ class ServerStarted(TaggedMessage, frozen=True):
 
 
 class ServerNotStarted(TaggedMessage, frozen=True):
-    """It does not, and why."""
+    """The server could not be started, and why."""
 
     number: int
     message: str
@@ -160,15 +161,15 @@ _decode: Decoder[Message] = Decoder(Message)
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Two connected sockets of packets, neither of which is one of the three standard descriptors."""
+    """Return two connected sockets of packets, neither of which is one of the three standard descriptors."""
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return socket.socket(fileno=above_stdio(one.detach())), socket.socket(fileno=above_stdio(other.detach()))
 
 
 def above_stdio(fd: int) -> int:
-    """A descriptor that is none of the three standard ones, in place of ``fd``.
+    """Return ``fd``, or a duplicate that is none of the three standard descriptors in its place.
 
-    Where a process was started with its standard input closed, say, the next descriptor is 0, and a process that it starts
+    Where a process was started with its standard input closed, the next descriptor is 0, and a process that it starts
     has /dev/null there.
     """
     if fd > 2:
@@ -180,7 +181,7 @@ def above_stdio(fd: int) -> int:
 
 
 def send(link: socket.socket, message: Message, descriptors: list[int] | None = None) -> None:
-    """Send a message; OSError if nobody is there to receive it."""
+    """Send a message; OSError if the other side is gone."""
     packet = encode(message)
     if descriptors:
         socket.send_fds(link, [packet], descriptors)
@@ -189,10 +190,10 @@ def send(link: socket.socket, message: Message, descriptors: list[int] | None = 
 
 
 def receive(link: socket.socket) -> tuple[Message, list[int]] | None:
-    """The next message, with descriptors that are the caller's to close; None if the other side has hung up.
+    """Return the next message, and its descriptors, the caller's to close; None if the other side has hung up.
 
     Raises:
-        ProtocolError: it was none.
+        ProtocolError: the packet is no message.
         BlockingIOError: there is none yet, on a socket that does not block.
     """
     try:
@@ -210,7 +211,7 @@ def receive(link: socket.socket) -> tuple[Message, list[int]] | None:
 
 
 def receive_all(link: socket.socket) -> Iterator[tuple[Message, list[int]]]:
-    """What is there now, without waiting; it ends at the end of that, or where the other side has hung up."""
+    """Yield the messages that are there now, without waiting, until there is none or the other side has hung up."""
     link.setblocking(False)
     while True:
         try:
@@ -223,11 +224,11 @@ def receive_all(link: socket.socket) -> Iterator[tuple[Message, list[int]]]:
 
 
 def arguments_file(arguments: dict[str, Any]) -> int:
-    """Write the arguments of a recipe to a new file in memory; its descriptor."""
+    """Write the arguments of a recipe to a new file in memory; return its descriptor."""
     fd = os.memfd_create("prefault-arguments", os.MFD_CLOEXEC)
     try:
         with open(fd, "wb", closefd=False) as file:
-            # Not MessagePack: a str need not be UTF-8, and the file that it names is to be found by the other process.
+            # Not MessagePack: a str need not be UTF-8, and the other process is to find the file that it names.
             marshal.dump(arguments, file)
     except BaseException:
         os.close(fd)
@@ -236,18 +237,18 @@ def arguments_file(arguments: dict[str, Any]) -> int:
 
 
 def read_arguments(fd: int) -> dict[str, Any]:
-    """Read what :func:`arguments_file` wrote, by the same version of Python."""
+    """Read a file of :func:`arguments_file`, written by the same version of Python."""
     arguments: dict[str, Any] = marshal.loads(os.pread(fd, _MAX_ARGUMENTS, 0))
     return arguments
 
 
 def make_recipe(factory: str | None, arguments: int) -> Recipe | None:
-    """The recipe in a message, whose arguments are in this file."""
+    """Return the recipe of a message, with its arguments from this file."""
     return None if factory is None else Recipe(factory, read_arguments(arguments))
 
 
 def place_facts(listens_at: socket_path.Place | None) -> PlaceFacts | None:
-    """Return a place, to be sent."""
+    """Return a place in the form in which it is sent."""
     return None if listens_at is None else PlaceFacts(os.fsencode(listens_at.path), listens_at.device, listens_at.inode)
 
 
@@ -257,22 +258,22 @@ def make_place(facts: PlaceFacts | None) -> socket_path.Place | None:
 
 
 def area_facts(area: AreaRecord) -> AreaFacts:
-    """An area, to be sent."""
+    """Return an area in the form in which it is sent."""
     return AreaFacts(area.number, area.address, area.offset, area.length, area.access, area.track_dirty)
 
 
 def descriptor_names(client: ClientRecord) -> tuple[str, ...]:
-    """Which descriptors of a client there are: not its connection, when that has ended."""
+    """Return the names of a client's descriptors that are open: its connection may have ended."""
     return tuple(name for name in CLIENT_DESCRIPTORS if getattr(client, name) >= 0)
 
 
 def descriptors_of(client: ClientRecord) -> list[int]:
-    """These descriptors, in the same order."""
+    """Return a client's open descriptors, in the order of :func:`descriptor_names`."""
     return [getattr(client, name) for name in descriptor_names(client)]
 
 
 def client_record(message: Admitted, descriptors: list[int]) -> ClientRecord:
-    """The client that was admitted; it has the descriptors from here on."""
+    """Return the client that was admitted; it owns the descriptors from now on."""
     named = dict(zip(message.descriptors, descriptors, strict=True))
     connection, pidfd, userfaultfd, write, read = (named.get(name, -1) for name in CLIENT_DESCRIPTORS)
     return ClientRecord(message.number, message.pid, message.uid, connection, pidfd, userfaultfd, write, read)
@@ -286,20 +287,20 @@ def close_client(client: ClientRecord) -> None:
 
 
 def wait_for(pidfd: int, timeout: float) -> bool:
-    """Whether a process ends within so many seconds."""
+    """Wait until a process ends, ``timeout`` seconds at most; return whether it did."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(max(0.0, timeout) * 1000))
 
 
 def kill(pidfd: int, number: int = signal.SIGKILL) -> None:
-    """Send a signal to a process, if it is still there."""
+    """Send a signal to a process, if it still exists."""
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, number)
 
 
 def is_stopped(pidfd: int) -> bool:
-    """Return whether a process is stopped by a signal, and does nothing until it is continued."""
+    """Return whether a process is stopped by a signal."""
     with open(f"/proc/self/fdinfo/{pidfd}") as facts:
         pid = facts.read().partition("\nPid:")[2].split()[0]
     try:
@@ -312,7 +313,7 @@ def is_stopped(pidfd: int) -> bool:
 def reap(pid: int, timeout: float) -> int | None:
     """Wait for a child, ``timeout`` seconds at most; its exit status, or minus the signal. None: it lives.
 
-    0 if it is not there any more: the program has a handler of SIGCHLD that reaps whatever ends.
+    0 if it is gone already: the program has a handler of SIGCHLD that reaps every child.
     """
     try:
         pidfd = os.pidfd_open(pid)
@@ -331,7 +332,7 @@ def reap(pid: int, timeout: float) -> int | None:
 
 
 class RateLimit:
-    """Tells a mishap from one that keeps happening: more than ``most`` times in ``window_s`` seconds."""
+    """Limit on repeated events: more than ``most`` of them in ``window_s`` seconds exceed it."""
 
     def __init__(self, most: int, window_s: float) -> None:
         self._most = most
@@ -339,7 +340,7 @@ class RateLimit:
         self._times: deque[float] = deque()
 
     def record(self) -> bool:
-        """It happened again; whether that is too often."""
+        """Record an event; return whether there were too many."""
         now = time.monotonic()
         self._times.append(now)
         while self._times[0] < now - self._window_s:

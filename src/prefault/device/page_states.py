@@ -6,11 +6,11 @@ import enum
 
 
 class DevicePageState(enum.IntEnum):
-    """Of a page of a device; a byte in memory that the warden and all servers share."""
+    """State of a page of a device; a byte in memory that the warden and all servers share."""
 
     MISSING = 0
     FILLING = 1
-    """The driver writes into the frame. Nobody has it mapped. After a crash: MISSING, and the frame is punched."""
+    """The driver writes into the frame, which no client has mapped. After a crash: MISSING, and the frame is punched."""
     READY = 2
     """Supplied."""
     EVICTING = 3

@@ -1,7 +1,7 @@
-"""What outlives a server: the frames, the state of each page, and the clients with their descriptors.
+"""The state that outlives a server: the frames, the state of each page, and the clients with their descriptors.
 
-The warden has it, and the server is a fork of the warden, so that each new server finds all of it in place. What a server
-adds it tells the warden at once (``internal.py``).
+The warden keeps it, and the server is a fork of the warden, so that each new server finds all of it in place. The server
+notifies the warden of each change at once (``handover.py``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class AreaRecord:
 
 @dataclass(slots=True)
 class ClientRecord:
-    """A client process: its connection, its userfaultfd, and what it maps. The descriptors are owned by this record."""
+    """A client process: its connection, its userfaultfd, and its areas. The record owns the descriptors."""
 
     number: int
     pid: int
@@ -55,10 +55,10 @@ class Registry:
     frames: Frames
     clients: dict[int, ClientRecord] = field(default_factory=dict)
     generation: int = 0
-    """How many servers there were before this one."""
+    """Number of servers before this one."""
     blamed: dict[int, str] = field(default_factory=dict)
-    """Pages that a server died of: its driver did not come back from the call, or ended the process. By page, what to say.
+    """Pages that were being supplied when a driver did not return from the call, or ended its process; with the reason.
 
-    The next server does not ask the driver for such a page at the first request, which fails with that message as if
-    the driver had raised it; then the page is taken out. Otherwise the page would cost one server after the other its life.
+    The first request for such a page fails in the next server with that reason, as if the driver had raised it; then the
+    page is removed. Otherwise it could end one server after the other.
     """

@@ -1,1 +1,1 @@
-"""The process that runs a driver: it answers page faults and requests."""
+"""The process that runs a device's driver: it answers faults and requests."""

@@ -1,4 +1,4 @@
-"""What a server did for an area, and in which order it was asked."""
+"""Counters of an area's faults and populates, and the log of the pages that were asked for."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ LOG_ENTRIES = 1 << 16
 
 
 class Counters:
-    """Plain numbers, added to in the loop's thread only.
+    """Statistics of an area, written in the loop's thread only.
 
     Attributes:
-        missing, minor, write_protect: faults by what was asked for: a page that had to be supplied, one that was there, the
-            first write to a page.
-        populated_pages: mapped by populate.
-        supplied_pages: brought in by the driver, for whatever reason.
-        errors: that the driver raised.
-        latency: faults that took less than ``2**n`` microseconds, and not less than half of it, by ``n``; from reading the
-            message to having answered it.
+        missing: faults on pages that the driver had to supply.
+        minor: faults on pages that were supplied already.
+        write_protect: faults by the first write to a page.
+        populated_pages: pages that populate requests mapped.
+        supplied_pages: pages that the driver supplied, by fault or populate.
+        errors: calls in which the driver raised.
+        latency: histogram of fault latencies: entry ``n`` counts faults that took less than ``2**n`` microseconds, and at
+            least half of it, from reading the message to answering it.
+        log: pages and runs that were asked for, in order; the oldest entries are dropped.
     """
 
     __slots__ = (
@@ -32,11 +34,11 @@ class Counters:
         self.log: deque[int | tuple[int, int]] = deque(maxlen=LOG_ENTRIES)
 
     def record_latency(self, took_ns: int) -> None:
-        """A fault took so long."""
+        """Add a fault that took so many nanoseconds to the histogram."""
         self.latency[min((took_ns // 1000).bit_length(), BUCKETS - 1)] += 1
 
     def access_runs(self) -> list[tuple[int, int]]:
-        """The log: runs of pages, as first and stop, in the order of asking; what follows each other is one run."""
+        """Return the log as runs of pages, first and stop, in the order of asking; adjacent entries are merged."""
         runs: list[tuple[int, int]] = []
         for entry in list(self.log):
             first, stop = entry if isinstance(entry, tuple) else (entry, entry + 1)

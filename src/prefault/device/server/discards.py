@@ -19,10 +19,10 @@ class _Discard:
     """A discard under way.
 
     Attributes:
-        then: called in the loop at its end, with what the driver raised, and how many pages were given back.
-        seen: ``state.changes`` when it was last looked whether pages are still filled or evicted.
-        called: the driver has it.
-        waiting: faults on its pages, which come again when they are woken: area and page.
+        then: called in the loop at the end, with the driver's failure and the number of pages that were given back.
+        seen: ``ServerState.changes`` at the last check for pages that are still filled or evicted.
+        called: the driver's ``discard`` has been called.
+        waiting: faults on its pages, as area and page; they are raised again when they are woken.
     """
 
     __slots__ = ("area", "called", "count", "pages", "seen", "then", "waiting")
@@ -38,14 +38,14 @@ class _Discard:
 
 
 class Discards:
-    """All discards under way. Only the loop uses this, and it waits for none of them.
+    """All discards under way; used by the loop only, which waits for none of them.
 
     A call of the driver that fills or saves a page cannot be called off. One that began before the discard may have read
-    what is to be forgotten, or still write it, so that the driver is asked to discard after it. None begins until the driver
-    has forgotten: faults on these pages wait, and populates leave them for later.
+    the old content, or still write it, so that the driver is asked to discard after it. No new one begins until the driver
+    has forgotten the pages: faults on them wait, and populates defer them.
 
     Attributes:
-        active: those under way.
+        active: the discards under way.
     """
 
     def __init__(self, state: ServerState, page_tables: PageTables, eviction: Eviction, jobs: Jobs) -> None:
@@ -56,23 +56,23 @@ class Discards:
         self.active: list[_Discard] = []
 
     def start(self, area: ServedArea, pages: range, then: Callable[[FillFailure | None, int], None]) -> None:
-        """Give pages back on behalf of an area, and ``then`` go on in the loop."""
+        """Discard pages on behalf of an area, and call ``then`` in the loop at the end."""
         discard = _Discard(area, pages, then)
         self.active.append(discard)
         self._advance(discard)
 
     def step(self) -> None:
-        """Go on with those whose pages may have been filled or evicted by now."""
+        """Advance the discards whose pages may have been filled or evicted by now."""
         for discard in [waits for waits in self.active if not waits.called and waits.seen != self._state.changes]:
             self._advance(discard)
 
     def drop(self, area: ServedArea, failure: FillFailure) -> None:
-        """End those of an area that is given up, unless the driver has them."""
+        """End the discards of a released area with a failure, unless the driver is called already."""
         for discard in [waits for waits in self.active if not waits.called and waits.area is area]:
             self._finish(discard, failure)
 
     def defer_fault(self, area: ServedArea, page: int) -> bool:
-        """Whether a fault has to wait for the discard of its page; it comes again when that is over."""
+        """Queue a fault whose page is being discarded, and return True: it is raised again at the end of the discard."""
         for discard in self.active:
             if page in discard.pages:
                 discard.waiting.append((area, page))
@@ -80,7 +80,7 @@ class Discards:
         return False
 
     def split_at(self, page: int, pages: range) -> tuple[bool, range]:
-        """Return whether ``page`` is being discarded, and those of ``pages`` around it of which the same is true."""
+        """Return whether ``page`` is being discarded, and the run of ``pages`` around it that shares the answer."""
         start, stop = pages.start, pages.stop
         for discard in self.active:
             if discard.pages.start > page:

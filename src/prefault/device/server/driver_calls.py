@@ -1,4 +1,4 @@
-"""Calls into the driver: what it raises is a result, the warden sees when each began, and capacity is kept."""
+"""Calls into the driver: exceptions become results, the warden sees when each call began, and the capacity is kept."""
 
 from __future__ import annotations
 
@@ -26,9 +26,14 @@ _EVICTING_S = 0.001
 
 
 class FillFailure(NamedTuple):
-    """Why pages were not supplied, or a call was not done.
+    """Reason why pages were not supplied, or why another call of the driver failed.
 
-    ``over_capacity``: the capacity was used up; what others are filling just now may be dropped or evicted when it is READY.
+    Attributes:
+        kind: ``"driver"``: it raised; ``"full"``: there was no memory for the frames, or no capacity.
+        number: errno.
+        message: for people.
+        page: the first page that was not supplied.
+        over_capacity: the capacity was exhausted; pages that are being filled may be dropped or evicted once they are READY.
     """
 
     kind: Literal["driver", "full"]
@@ -39,18 +44,18 @@ class FillFailure(NamedTuple):
 
 
 class Fill:
-    """Pages in the making, one behind the other: FILLING until it is finished.
+    """A run of pages that the driver is to supply; they are FILLING until it is finished.
 
     Attributes:
-        area: the driver is asked on behalf of.
+        area: the driver is asked on behalf of it.
         single: one page, by ``fault``; else by ``populate``.
         keep: pages that are not to be dropped for these.
-        waiting: who is to get an entry: area, page, whether to write, when its fault was read (ns).
-        changes: ``state.changes`` before there was found to be no room.
+        waiting: faults to be answered: area, page, whether it is a write, when it was read (ns).
+        changes: ``ServerState.changes`` before the capacity was found exhausted.
         done: the page up to which they are supplied.
-        around: a window around a fault.
-        reserved: whether their frames count against the capacity.
-        finished: called in the loop, under the lock, after the pages' states are set; what it returns is started then.
+        around: the window around a fault, of which not every page was asked for.
+        reserved: their frames count against the capacity.
+        finished: called in the loop, under the lock, after the pages' states are set; the fill that it returns is started.
     """
 
     __slots__ = (
@@ -77,7 +82,7 @@ class Fill:
 
 
 class DriverCalls:
-    """The driver, as the rest of the server calls it. In any thread; each has a slot of the heartbeat.
+    """The driver, as the rest of the server calls it, in any thread. Each thread has a slot of the heartbeat.
 
     Attributes:
         page_by_page: the driver has no ``populate`` of its own.
@@ -95,11 +100,11 @@ class DriverCalls:
 
     @property
     def unlimited(self) -> bool:
-        """Whether it does not matter which pages were supplied, and when: there is no capacity."""
+        """Whether the device has no capacity, so that the order in which pages were supplied does not matter."""
         return self._state.capacity is None
 
     def fill(self, fill: Fill, slot: int) -> None:
-        """Supply the pages. Never raises: the failure is in ``fill``."""
+        """Call the driver to supply the pages of a fill. Never raises: the failure is in ``fill``."""
         pages = fill.pages
         heartbeat = self._frames.heartbeat
         heartbeat[slot] = time.monotonic_ns()
@@ -141,9 +146,9 @@ class DriverCalls:
             self._frames.clear_tail(range(pages.start, fill.done))
 
     def fill_one(self, area: ServedArea, page: int, access: Access, now: int) -> FillFailure | None:
-        """The same in the loop for one page, FILLING, of a device without a capacity: what went wrong, if anything did.
+        """Call the driver in the loop to supply one FILLING page of a device without a capacity; return its failure, if any.
 
-        Its frame is not counted here.
+        The caller counts the frame.
         """
         heartbeat = self._heartbeat
         heartbeat[0] = now
@@ -155,18 +160,18 @@ class DriverCalls:
             answer = self._device.fault(area, page, access)
             if answer is not None and answer is not ZERO:
                 raise TypeError(f"fault() returns None or prefault.device.ZERO, not {_describe(answer)}")
-        except BaseException as error:  # noqa: BLE001  as above
+        except BaseException as error:  # noqa: BLE001  drivers may raise anything
             return self._driver_failure("fault", error, range(page, page + 1))
         finally:
             heartbeat[0] = 0
         return None
 
     def call(self, slot: int, name: str, function: Callable[..., object], *arguments: object) -> FillFailure | None:
-        """Call another method of the driver; what went wrong, if anything did."""
+        """Call another method of the driver; return its failure, if any."""
         self._frames.heartbeat[slot] = time.monotonic_ns()
         try:
             function(*arguments)
-        except BaseException as error:  # noqa: BLE001  as above
+        except BaseException as error:  # noqa: BLE001  drivers may raise anything
             return self._driver_failure(name, error, None)
         finally:
             self._frames.heartbeat[slot] = 0
@@ -174,13 +179,13 @@ class DriverCalls:
 
     def _driver_failure(self, name: str, error: BaseException, pages: range | None) -> FillFailure:
         text = _describe(error, str)
-        said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
         where = "" if pages is None else f" (page {pages[0]})" if len(pages) == 1 else f" (pages {pages[0]} to {pages[-1]})"
-        said = f"the driver raised in {name}(){where}: {said}"[:_MESSAGE_MOST] + _raising_line(error)
-        _log.error("device %s: %s", self._state.name, said)
-        return FillFailure("driver", errno.EIO, said, pages[0] if pages else 0)
+        message = f"the driver raised in {name}(){where}: {reason}"[:_MESSAGE_MOST] + _raising_line(error)
+        _log.error("device %s: %s", self._state.name, message)
+        return FillFailure("driver", errno.EIO, message, pages[0] if pages else 0)
 
-    # --- what is checked before
+    # --- checks before a call
 
     def _raise_if_blamed(self, fill: Fill) -> None:
         blamed = self._state.registry.blamed
@@ -189,18 +194,18 @@ class DriverCalls:
             if not found:
                 return
             message = blamed[found[0]]
-            # Of a window nobody asked for every page: what was touched is asked for alone next, which counts.
+            # A window has pages that were not asked for: the one that was touched is asked for alone next, which counts.
             if not fill.around:
                 for page in found:
                     del blamed[page]
             raise _BlamedPageError(found[0], message)
 
     def _reserve(self, fill: Fill, slot: int) -> None:
-        """Room for the frames, which count from now on.
+        """Reserve frames: they count against the capacity from now on.
 
         Raises:
-            _NoRoom: there is none.
-            BaseException: whatever the driver's ``reclaim`` raises.
+            _CapacityError: the capacity is exhausted.
+            BaseException: raised by the driver's ``reclaim``.
         """
         state, count = self._state, len(fill.pages)
         if state.capacity is None:
@@ -208,7 +213,7 @@ class DriverCalls:
                 state.used += count
                 fill.reserved = True
             return
-        # One at a time: another thread is not to take the room that was made for this one. The time of its call is not ours.
+        # One at a time: another thread must not take the room that was made for this one. Waiting is not a call's time.
         self._heartbeat[slot] = 0
         with self._reclaim_lock:
             if self._take_room(fill, count):
@@ -220,13 +225,13 @@ class DriverCalls:
                 self._heartbeat[slot] = 0
                 if self._take_room(fill, count):
                     return
-                # What another thread of the driver evicts just now was no good for reclaim, and makes room in a moment.
+                # Pages that another thread of the driver is evicting did not help reclaim, and make room in a moment.
                 if self._eviction.evicting:
                     time.sleep(_EVICTING_S)
                 elif state.changes == changes:
                     break
         raise _CapacityError(
-            f"the device's capacity of {state.capacity} pages has no room for {count} more: {state.used} are received, and"
+            f"the device's capacity of {state.capacity} pages has no room for {count} more: {state.used} are taken, and"
             " reclaim() made no room"
         )
 
@@ -245,11 +250,11 @@ class DriverCalls:
     # --- in the loop, under the lock
 
     def begin(self, fill: Fill) -> None:
-        """Its pages, all MISSING, are being filled from now on."""
+        """Mark the pages of a fill, all MISSING, as FILLING."""
         self._frames.mark(fill.pages, DevicePageState.FILLING)
 
     def settle(self, fill: Fill) -> None:
-        """After :meth:`fill`: what is supplied is READY, what is not is MISSING again."""
+        """Set the states after :meth:`fill`: supplied pages become READY, the others MISSING again."""
         ready, lost = range(fill.pages.start, fill.done), range(fill.done, fill.pages.stop)
         if len(ready):
             self._eviction.mark_supplied(ready)
@@ -261,15 +266,15 @@ class DriverCalls:
 
 
 class _FrameAllocationError(Exception):
-    """No memory."""
+    """No memory for a frame."""
 
 
 class _CapacityError(_FrameAllocationError):
-    """The device's capacity is used up."""
+    """The device's capacity is exhausted."""
 
 
 class _BlamedPageError(Exception):
-    """The last server died of it."""
+    """The server before this one died while it supplied this page."""
 
     def __init__(self, page: int, message: str) -> None:
         super().__init__(message)
@@ -277,7 +282,7 @@ class _BlamedPageError(Exception):
 
 
 def _raising_line(error: BaseException) -> str:
-    """The line that raised, for whoever writes the driver; nothing if it is ours."""
+    """Name the driver's line that raised, for its author; an empty string if the call itself failed."""
     frames = list(traceback.walk_tb(error.__traceback__))
     if len(frames) < 2:
         return ""

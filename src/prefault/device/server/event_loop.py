@@ -1,4 +1,4 @@
-"""The server of a device: one thread that answers faults and requests, and runs the driver, itself or in workers."""
+"""The event loop of a device's server: one thread answers faults and requests, and runs the driver, itself or by workers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _EVENTS = 64
 _SWITCH_S = 0.0005
-"""How long a worker may keep the interpreter while the loop has a fault to answer."""
+"""Switch interval, in seconds: how long a worker may keep the interpreter while the loop has a fault to answer."""
 _ERRORS = select.EPOLLERR | select.EPOLLHUP
 
 
@@ -46,20 +46,20 @@ def run_server(
     device: Device, registry: Registry, warden_link: WardenLink, listener: socket.socket | None,
     first: socket.socket | None, warden_pidfd: int,
 ) -> None:  # fmt: skip
-    """Serve until all is over: a private server until its client is gone, one with a listener until SIGTERM.
+    """Serve a device: a private server until its client is gone, one with a listener until SIGTERM.
 
-    In a process of its own, in its main thread; it is the process' affair from then on how signals are handled.
+    Call it in the main thread of a process of its own, whose handling of signals it takes over.
 
     Args:
         device: the driver.
-        registry: what outlives a server. If it has clients, this server goes on where another ended.
-        warden_link: is told what changes in it.
-        listener: where clients connect, for a server of many.
+        registry: the state that outlives a server. If it has clients, this server resumes them.
+        warden_link: notified of changes in the registry.
+        listener: where clients of a shared server connect.
         first: the connection of a private server's client.
         warden_pidfd: of the warden, or -1.
 
     Raises:
-        DeviceError: a limit is reached (of threads, of descriptors) before anything was answered.
+        DeviceError: a limit is reached (of threads, of descriptors) before any request was answered.
     """
     this_server.device = device
     sys.setswitchinterval(_SWITCH_S)
@@ -122,13 +122,13 @@ class _EventLoop:
             self._connections.admit(first)
 
     def notify_started(self) -> None:
-        """Tell the warden that all is there that can be missing."""
+        """Notify the warden that the server has its threads and descriptors."""
         self._notify_warden(self._warden_link.started)
 
     # --- the loop
 
     def run(self) -> None:
-        """Until all is over."""
+        """Run until the end of the server."""
         self._loop()
         self._end()
 
@@ -143,7 +143,7 @@ class _EventLoop:
                 events = poll(0 if more or self._state.gone_clients else self._connections.patience(), _EVENTS)
             arrived = time.monotonic_ns()
             for fd, mask, handler in [(fd, mask, handlers.get(fd)) for fd, mask in events]:
-                # What one handler closes and opens may have the number of what a later event is about.
+                # A handler may close a descriptor, and open another of that number: a later event is not about that one.
                 if handler is not None and handlers.get(fd) is handler:
                     handler(mask)
             events = []
@@ -182,7 +182,7 @@ class _EventLoop:
         os.eventfd_read(self._waker)
 
     def stop(self) -> None:
-        """End in an orderly way; from a signal handler."""
+        """End in an orderly way; to be called by a signal handler."""
         self._stopping = True
         self._wake()
 
@@ -202,7 +202,7 @@ class _EventLoop:
 
     def _forget(self, fd: int) -> None:
         if self._handlers.pop(fd, None) is not None:
-            # Before it is closed: others have the same open file, and closing ours would not end it.
+            # Before it is closed: other processes have the same open file, which epoll would go on watching.
             self._epoll.unregister(fd)
 
     # --- clients
@@ -234,7 +234,7 @@ class _EventLoop:
         )  # fmt: skip
 
     def _admit(self, client: ServedClient) -> None:
-        """Listen to its faults, and to its end."""
+        """Watch the faults of a client, and its end."""
         record = client.record
         self._registry.clients[record.number] = record
         self._state.clients[record.number] = client
@@ -242,21 +242,22 @@ class _EventLoop:
         faults = self._faults
 
         def faulted(mask: int) -> None:
-            if mask & _ERRORS:  # it was made blocking, say: reading it would stop us
+            if mask & _ERRORS:  # the client made it blocking, for example: reading it would stop the loop
                 return self._state.schedule_removal(client)
             return faults.read(client)
 
         self._watch(record.userfaultfd, EPOLLIN, faulted)
 
     def connection_lost(self, client: ServedClient) -> None:
-        """Its connection is over. Without areas it has no more to ask of us; with some it lives, or its pidfd will say.
+        """Remove a client whose connection ended if it is another program by now.
 
-        Unless it has become another program by exec: that has the same pid, and none of the areas.
+        Without areas it asks no more. With areas it lives, or its pidfd reports the end, except after execve(2), which
+        keeps the pid and none of the areas.
         """
         if self._ended or client.gone:
             return  # its descriptors are closed, and the numbers may be another client's
         if client.opening:
-            return  # asked again when that is done
+            return  # checked again when the area is open
         if fault_resolution.is_another_program(client.record):
             fault_resolution.disarm(client.record.lifeline_read)
             self._state.schedule_removal(client)
@@ -265,7 +266,7 @@ class _EventLoop:
         gone_clients, self._state.gone_clients = self._state.gone_clients, []
         for client in gone_clients:
             record = client.record
-            # It has nothing left to fear from our end; or it called exec while it was answered.
+            # It has no areas that the end of the server could hurt; or it called execve(2) meanwhile.
             if fault_resolution.is_another_program(record):
                 fault_resolution.disarm(record.lifeline_read)
             for area in list(client.areas.values()):
@@ -283,18 +284,20 @@ class _EventLoop:
     # --- the warden
 
     def area_added(self, area: ServedArea, cpu: int | None) -> None:
+        """Notify the warden of a new area, and run on this CPU for it, if it is given."""
         self._notify_warden(lambda: self._warden_link.area_added(area.client.record, area.record))
         if cpu is not None:
             self._fault_polling.colocate(area.number, cpu)
 
     def area_removed(self, area: ServedArea, quietly: bool) -> None:
+        """Notify the warden of the end of an area, unless its client is gone (``quietly``)."""
         self._fault_polling.separate(area.number)
         if not quietly:
             self._notify_warden(lambda: self._warden_link.area_removed(area.client.record.number, area.number))
 
-    def _notify_warden(self, what: Callable[[], None]) -> None:
+    def _notify_warden(self, notify: Callable[[], None]) -> None:
         try:
-            what()
+            notify()
         except OSError:
             self._warden_died(0)
 
@@ -304,7 +307,7 @@ class _EventLoop:
             self._watch(pidfd, EPOLLIN, self._warden_died)
 
     def _warden_died(self, _: int) -> None:
-        """The warden is gone: a new one gets all that there is."""
+        """Replace a warden that is gone, and hand over the whole registry."""
         former, self._warden_pidfd = self._warden_pidfd, -1
         self._forget(former)
         pidfd = self._warden_link.replace_warden(self._registry)
@@ -321,8 +324,8 @@ class _EventLoop:
             client = ServedClient(record, connection)
             client.resumed = True
             for area in record.areas.values():
-                # The last server may have died between protecting and unprotecting. Threads that wait ask again, and what
-                # was read by it, and not answered, as well.
+                # The last server may have died between protecting and unprotecting. Waiting threads fault again, also those
+                # whose faults it had read and not answered.
                 fault_resolution.unprotect(record.userfaultfd, area.address, area.length)
                 restored.append(self._requests.restore(client, area))
             self._admit(client)
@@ -338,7 +341,7 @@ class _EventLoop:
             self._connections.say(client, protocol.Restarted(0, self._registry.generation))
 
     def _open(self, area: ServedArea) -> None:
-        """At a new driver. What it raises is logged; faults will show whether it can serve the area."""
+        """Open an area at a new driver. A failure is logged; faults will show whether the driver can serve the area."""
         self._driver_calls.call(0, "open", self._device.open, area)
 
     # --- the end
@@ -349,7 +352,7 @@ class _EventLoop:
         for client in clients:
             for area in list(client.areas.values()):
                 self._driver_calls.call(0, "close", self._device.close, area)
-        # For good: a thread of the driver that evicts from now on would take pages that nobody supplies again.
+        # For good: a thread of the driver that evicts from now on would take pages that are never supplied again.
         self._state.lock.acquire()
         for client in clients:
             fault_resolution.resolve_all(self._state.frames, client.record)
@@ -360,7 +363,7 @@ class _EventLoop:
         for fd in list(self._handlers):
             self._forget(fd)
         self._epoll.close()
-        # The eventfd ends with the process: a thread of the driver may be about to tell of an eviction.
+        # The eventfd ends with the process: a thread of the driver may be about to announce the end of an eviction.
         if self._warden_pidfd >= 0:
             os.close(self._warden_pidfd)
 

@@ -1,7 +1,8 @@
-"""Taking pages back, so that no write is lost; and hearing of first writes.
+"""Eviction of pages without losing a write, reclaim by age, and tracking of first writes.
 
-Evict: write-protect a page in every client, read it, punch it out of the memfd (which takes it out of every page table), and
-wake who waited. While a page is EVICTING no client gets a new entry for it, so that protecting those that exist is enough.
+Evicting write-protects a page in every client, reads it, punches it out of the memfd (which removes it from every page
+table), and wakes the threads that waited. While a page is EVICTING no client gets a new entry for it, so that protecting the
+existing entries is enough.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ _UNSEEN = re.compile(b"\x00+")
 
 
 class Eviction:
-    """The primitive that takes pages back, and what the framework does with it."""
+    """The primitive that evicts pages, and reclaim for devices that are not writable."""
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._frames = state.frames
         self.evicting = 0
-        """Calls of :meth:`evict` under way, in whichever thread."""
+        """Calls of :meth:`evict` under way, in all threads."""
         self._order: deque[range] | None = None
         self._listed = 0  # pages in it
         if state.capacity is not None and not state.device.writable:
@@ -39,10 +40,10 @@ class Eviction:
     # --- evict
 
     def evict(self, pages: range, save: Any = None) -> bytes:
-        """See :meth:`DeviceArea.evict`. From any thread."""
+        """Implement :meth:`DeviceArea.evict`; from any thread."""
         state = self._state
         if state.device.writable and not state.device.evicts:
-            raise RuntimeError(f"{type(state.device).__name__} is writable and evicts: it has to say so, with evicts = True")
+            raise RuntimeError(f"{type(state.device).__name__} is writable and evicts: it has to declare evicts = True")
         with state.lock:
             runs = self._frames.runs(pages, DevicePageState.READY)
             protected = []
@@ -88,11 +89,11 @@ class Eviction:
                 )
 
     def _restore(self, run: range) -> None:
-        """They stay: whoever may write goes on writing."""
+        """Return a run to READY and unprotect it: writers go on."""
         self._frames.mark(run, DevicePageState.READY)
         for area, start, length in self._state.areas_over(run):
             if area.tracks:
-                # Pages that nobody wrote to remain protected.
+                # Clean pages remain protected.
                 for dirty in dirty_runs(area, area.overlap(run)):
                     fault_resolution.unprotect(area.fd, area.address(dirty.start), len(dirty) * self._frames.page_size)
             elif area.protectable:
@@ -100,24 +101,27 @@ class Eviction:
             fault_resolution.wake(area.fd, start, length)
 
     def _punch_and_wake(self, run: range) -> None:
-        """Their frames go, and who waited faults again. Under the lock."""
+        """Punch the frames of a run, and wake the threads that wait, which fault again; under the lock."""
         self.punch(run)
         for area, start, length in self._state.areas_over(run):
             if area.protectable:
-                fault_resolution.unprotect(area.fd, start, length)  # what is left of it in page tables without entries
+                fault_resolution.unprotect(area.fd, start, length)  # markers in page tables, where there was no entry
             fault_resolution.wake(area.fd, start, length)
 
     # --- the rest, under the lock
 
     def punch(self, run: range) -> None:
-        """Pages whose content nobody misses are gone: FILLING, READY or EVICTING before. No one waits for READY ones."""
+        """Drop the frames of a run that is FILLING, READY or EVICTING: it becomes MISSING.
+
+        No thread waits for READY pages.
+        """
         self._frames.mark(run, DevicePageState.PUNCHING)
         self._frames.punch(run)
         self._frames.mark(run, DevicePageState.MISSING)
         self._state.used -= len(run)
 
     def mark_supplied(self, run: range) -> None:
-        """The driver supplied them, in this order."""
+        """Mark a run as READY, and append it to the order of reclaim."""
         self._frames.mark(run, DevicePageState.READY)
         if self._order is not None:
             if self._order and self._order[-1].stop == run.start:
@@ -129,7 +133,7 @@ class Eviction:
                 self._remove_duplicates()
 
     def _remove_duplicates(self) -> None:
-        """Pages that were given back and supplied again are in the order several times: the last one counts."""
+        """Keep the last entry of each page in the order: pages that were dropped and supplied again are listed twice."""
         assert self._order is not None
         seen = zeros(self._frames.pages)
         kept: deque[range] = deque()
@@ -141,9 +145,9 @@ class Eviction:
         self._order, self._listed = kept, sum(map(len, kept))
 
     def drop_oldest(self, pages: int, keep: list[range]) -> None:
-        """Make room for so many pages by dropping those that were supplied first, but for those in ``keep``.
+        """Reclaim so many pages, those that were supplied first, except those in ``keep``; it may find fewer.
 
-        Only for devices that nobody can write to. There may be less room than that afterwards.
+        Only for devices that are not writable.
         """
         if self._order is None:
             return
@@ -157,13 +161,13 @@ class Eviction:
                     if take:
                         self.punch(range(piece.start, piece.start + take))
                         pages -= take
-            # What of it is still there, for this reason or that, is as old as it was.
+            # Pages that stay, because they are kept or being evicted, are as old as they were.
             kept += self._frames.runs(oldest, DevicePageState.READY, DevicePageState.EVICTING)
         self._order.extendleft(reversed(kept))
         self._listed += sum(map(len, kept))
 
     def discard(self, pages: range) -> int:
-        """Give pages back that are READY; how many there were. Those that are being filled or evicted are left."""
+        """Punch the READY pages of a range, and return their number. Pages that are FILLING or EVICTING are left alone."""
         count = 0
         with self._state.lock:
             for run in self._frames.runs(pages, DevicePageState.READY):
@@ -173,7 +177,7 @@ class Eviction:
 
 
 def subtract(run: range, keep: list[range]) -> list[range]:
-    """The parts of a run that lie in none of the others."""
+    """Return the pieces of a run that lie in none of the runs in ``keep``."""
     pieces = [run]
     for other in keep:
         pieces = [
@@ -189,12 +193,12 @@ def subtract(run: range, keep: list[range]) -> list[range]:
 
 
 def mark_dirty(area: ServedArea, page: int) -> None:
-    """It is being written to."""
+    """Record a write to a page of an area that tracks them."""
     area.dirty[page - area.first] = 1
 
 
 def dirty_runs(area: ServedArea, pages: range) -> list[range]:
-    """Those of the pages, which the area maps, that were written to."""
+    """Return the runs of these pages of the area that were written to."""
     first = area.first
     return [
         range(match.start() + first, match.end() + first)
@@ -203,8 +207,8 @@ def dirty_runs(area: ServedArea, pages: range) -> list[range]:
 
 
 def clear_dirty(area: ServedArea, runs: list[range], page_size: int, unit: int) -> None:
-    """Hear of the next writes to them again."""
+    """Forget the writes to these runs, and write-protect them so that the next one is noticed."""
     for run in runs:
-        # Protected first: whoever writes from now on waits until it is marked again.
+        # Protected first: a thread that writes from now on waits until the page is marked again.
         fault_resolution.protect(area.fd, area.address(run.start), len(run) * page_size, unit)
         area.dirty[run.start - area.first : run.stop - area.first] = bytes(len(run))

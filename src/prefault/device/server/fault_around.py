@@ -1,4 +1,4 @@
-"""Fault-around: which pages a fault brings in besides its own."""
+"""Fault-around: the pages that a fault brings in besides its own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ if TYPE_CHECKING:
     from prefault.device.server.served_areas import ServedArea, ServerState
 
 _THREADS = 64
-"""Whose sequences are remembered in an area."""
+"""Threads whose sequence of faults an area remembers."""
 
 
 class FaultAroundWindows:
-    """The window of a fault: aligned and of the first size for faults from anywhere, growing where they go forward."""
+    """Windows around faults: aligned and of the first size for random faults, doubled while a thread's faults go forward."""
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
@@ -29,7 +29,7 @@ class FaultAroundWindows:
         return self._most > 1
 
     def window_of(self, area: ServedArea, page: int, thread: int) -> range:
-        """The pages around a fault of a thread, inside the area."""
+        """Return the window of a thread's fault, clipped to the area."""
         known = area.windows.pop(thread, None)
         if known is not None and known[0] == page:
             size = min(2 * known[1], self._most)

@@ -1,4 +1,4 @@
-"""Waiting for the next fault: awake for a moment where it will come soon, asleep else; and on which CPU."""
+"""Polling for the next fault while faults come in quick succession, and the CPU on which the server runs."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 _SPIN_NS = 100_000
-"""How long to stay awake after a fault."""
+"""How long to poll after a fault."""
 _SOON_NS = 250_000
-"""Faults that are no further apart than this come in a row: a sleeping process takes 50 to 200 us to be woken."""
+"""Faults closer together than this count as a sequence: waking a sleeping process takes 50 to 200 us."""
 _EVENTS = 64
 
 Events: TypeAlias = list[tuple[int, int]]
-"""Of an epoll: descriptors, and what can be done with them."""
+"""Results of an epoll: descriptors and event masks."""
 
 
 class FaultPolling:
-    """Stays awake only while faults come one soon after the other, so that an idle server uses no CPU.
+    """Decides when to poll for the next fault instead of sleeping, so that an idle server uses no CPU.
 
-    On the CPU that the faulting thread runs on it would keep that from running: then it sleeps at once, which wakes it.
+    On the CPU of the faulting thread polling would keep that thread from running: a colocated server sleeps at once.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class FaultPolling:
         self._places: dict[int, int] = {}
 
     def wanted(self, arrived_ns: int) -> bool:
-        """After faults that arrived then were answered: whether to wait awake for the next."""
+        """Return whether to poll for the next fault, after the answer to those that arrived at this time (monotonic, ns)."""
         soon = arrived_ns - self._last < _SOON_NS
         self._last = time.monotonic_ns()
         return soon and not self._alone and not self._places
@@ -39,13 +39,13 @@ class FaultPolling:
     def wait(
         self, poll: Callable[[float, int], Events], expected: Events, answer: Callable[[], None], calm: Callable[[], bool]
     ) -> Events:
-        """The next events, if they come soon.
+        """Poll for a moment, and return the next events, if they come.
 
         Args:
             poll: of the epoll.
             expected: the most likely events.
-            answer: deals with these right here.
-            calm: whether to go on waiting after that.
+            answer: answers these right here.
+            calm: whether to go on polling after that.
         """
         until = self._last + _SPIN_NS
         while True:
@@ -60,14 +60,14 @@ class FaultPolling:
                 return events
 
     def colocate(self, area: int, cpu: int) -> None:
-        """For an area run on that CPU, if we may; the last one that asks wins."""
+        """Run on that CPU for an area, if this process may; the last area that asks wins."""
         if cpu in self._home:
             self._places.pop(area, None)
             self._places[area] = cpu
             _run_on({cpu})
 
     def separate(self, area: int) -> None:
-        """The area is no more."""
+        """Run on the CPU of another area, or on all, after an area ended."""
         if self._places.pop(area, None) is not None:
             _run_on({list(self._places.values())[-1]} if self._places else self._home)
 

@@ -1,6 +1,6 @@
-"""What a userfaultfd is told, and what its errors mean: for the server, and for the warden when there is no server.
+"""The ioctls of a userfaultfd and the meaning of their errors: for the server, and for the warden when there is no server.
 
-Nothing here raises for what a client did to its memory or to itself.
+No function here raises for what a client did to its memory or to itself.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
     from prefault.device.registry import AreaRecord, ClientRecord
 
 _MAX_UNREACHABLE = 2000
-"""Pages in a row that are not mapped or not registered, before the rest is received to be so as well."""
+"""Consecutive pages that are not mapped or not registered, after which the rest is assumed to be so as well."""
 _PATIENCE = 100
 _NOWHERE = 1 << 20
-"""An address that mmap(2) never chooses. A question asked of areas would take away the protection that evictions rely on."""
+"""An address that mmap(2) never chooses. Probing an area would take away the protection that evictions rely on."""
 _CHUNK = 16 << 20
 
 
 class Result:
-    """What became of a run of addresses.
+    """Outcome for a run of addresses.
 
     Attributes:
         mapped: spans that have new entries.
-        present: spans that had entries already; who waits there was woken.
+        present: spans that had entries already; threads that waited there were woken.
         holes: addresses whose frame does not exist.
-        unreachable: whether some of it is not mapped there any more, or not registered.
-        busy: whether the client's address space is changing (fork, mremap) and the rest is to be tried again.
-        gone: whether the process has no such memory any more: it ended, or called execve(2); or its descriptor is no good.
+        unreachable: some of it is not mapped any more, or not registered.
+        busy: the client's address space is changing (fork, mremap); the rest is to be tried again.
+        gone: the process has no such memory any more: it ended, or called execve(2); or its descriptor is broken.
         failed: an errno that has no other meaning here.
     """
 
@@ -52,7 +52,7 @@ class Result:
         self.failed = 0
 
     def add(self, other: Result) -> None:
-        """What became of a run behind this one."""
+        """Add the outcome of a run behind this one."""
         self.mapped += other.mapped
         self.present += other.present
         self.holes += other.holes
@@ -63,14 +63,14 @@ class Result:
 
 
 def map_run(fd: int, start: int, length: int, unit: int, write_protect: bool) -> Result:
-    """UFFDIO_CONTINUE: make entries for frames that are supplied, and wake who waits for them."""
+    """Map supplied frames by UFFDIO_CONTINUE, and wake the threads that wait for them."""
     mode = userfaultfd.UFFDIO_CONTINUE_MODE_WP if write_protect else 0
     return _run(fd, start, length, unit, lambda at, size: userfaultfd.continue_(fd, at, size, mode))
 
 
 def poison_run(fd: int, start: int, length: int, unit: int) -> Result:
-    """UFFDIO_POISON: whoever touches what has no entry gets SIGBUS; wakes who waits."""
-    # A marker of write protection counts as an entry; what has a real one keeps it.
+    """Poison addresses without entries by UFFDIO_POISON: touching them is SIGBUS, also for the threads that wait."""
+    # A marker of write protection counts as an entry; real entries stay.
     unprotect(fd, start, length)
     return _run(fd, start, length, unit, lambda at, size: userfaultfd.poison(fd, at, size))
 
@@ -136,12 +136,12 @@ def _extend(spans: list[tuple[int, int]], start: int, stop: int) -> None:
         spans.append((start, stop))
 
 
-# What the client may have done to its memory, or to itself.
+# Errors that a client causes by changes to its memory, or to itself.
 _THEIRS = (errno.ENOENT, errno.ESRCH, errno.EINVAL, errno.EBADF, errno.ENOTTY, errno.EFAULT)
 
 
 def wake(fd: int, start: int, length: int) -> None:
-    """UFFDIO_WAKE: who waits there tries again."""
+    """Wake the threads that wait at these addresses, by UFFDIO_WAKE: they fault again."""
     try:
         userfaultfd.wake(fd, start, length)
     except OSError as error:
@@ -150,10 +150,10 @@ def wake(fd: int, start: int, length: int) -> None:
 
 
 def protect(fd: int, start: int, length: int, unit: int) -> bool:
-    """UFFDIO_WRITEPROTECT: from now on nobody writes there; pages without an entry are marked as well.
+    """Write-protect addresses by UFFDIO_WRITEPROTECT; pages without an entry are marked as well.
 
     Returns:
-        False: the client's address space keeps changing, and writing may go on.
+        False: the client's address space keeps changing, and threads may go on writing.
     """
     pending = [(start, start + length)]
     while pending:
@@ -170,11 +170,11 @@ def protect(fd: int, start: int, length: int, unit: int) -> bool:
 
 
 def unprotect(fd: int, start: int, length: int) -> bool:
-    """The same backwards; wakes who waits. False: they will fault again."""
+    """Remove the write protection of addresses, and wake the threads that wait there. False: they fault again."""
     try:
         return _write_protect(fd, start, length, 0)
     except FileNotFoundError:
-        return True  # who writes behind the page that is not registered any more has us told of it, and is let go then
+        return True  # a write behind the page that is not registered any more is a fault, which unprotects its page
 
 
 def _write_protect(fd: int, start: int, length: int, mode: int) -> bool:
@@ -193,7 +193,10 @@ def _write_protect(fd: int, start: int, length: int, mode: int) -> bool:
 
 
 def is_another_program(client: ClientRecord) -> bool:
-    """Whether a process has none of its areas: there are none, it ended, or called exec. WAKE says nothing of either."""
+    """Return whether a process has none of its areas: it mapped none, ended, or called execve(2).
+
+    UFFDIO_WAKE reports neither.
+    """
     if not client.areas:
         return True
     try:
@@ -204,7 +207,7 @@ def is_another_program(client: ClientRecord) -> bool:
 
 
 def resolve_all(frames: Frames, client: ClientRecord) -> None:
-    """The orderly end for a client: what is supplied is mapped, all else is SIGBUS, and no fault waits for anybody."""
+    """Map every supplied page of a client and poison all others, so that no fault waits: the orderly end."""
     for area in client.areas.values():
         for start, stop, ready in _pieces(frames, area):
             if ready:
@@ -215,13 +218,13 @@ def resolve_all(frames: Frames, client: ClientRecord) -> None:
                 result = poison_run(client.userfaultfd, start, stop - start, frames.unit)
             if result.gone:
                 return
-        # First writes are heard of no more, and nothing is evicted: both would wait for an answer.
+        # First writes are not tracked any more, and nothing is evicted: both would wait for an answer.
         unprotect(client.userfaultfd, area.address, area.length)
         wake(client.userfaultfd, area.address, area.length)
 
 
 def _pieces(frames: Frames, area: AreaRecord) -> list[tuple[int, int, bool]]:
-    """The addresses of an area, in runs of supplied pages and others."""
+    """Return the addresses of an area, in runs of supplied pages and of others."""
     size, pages = frames.page_size, range(area.offset // frames.page_size, (area.offset + area.length) // frames.page_size)
     pieces, page = [], pages.start
     while page < pages.stop:
@@ -233,6 +236,6 @@ def _pieces(frames: Frames, area: AreaRecord) -> list[tuple[int, int, bool]]:
 
 
 def disarm(lifeline_read: int) -> None:
-    """Clear O_ASYNC: the end of server and warden is no longer the end of the client."""
+    """Clear O_ASYNC on a lifeline: the end of server and warden does not end the client any more."""
     with contextlib.suppress(OSError):
         fcntl.fcntl(lifeline_read, fcntl.F_SETFL, fcntl.fcntl(lifeline_read, fcntl.F_GETFL) & ~os.O_ASYNC)

@@ -1,4 +1,4 @@
-"""Page faults: read, sorted, and answered; or given to the driver."""
+"""Page faults: read from userfaultfds, sorted, and answered from READY pages or by the driver."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _BATCH = 64
 _AGAIN_NS = 500_000
 """How long to go on reading one userfaultfd. On one CPU the thread that was answered runs at once, and may fault again
-before we are back: to look for that takes 2 us less than to be told by epoll. Others wait meanwhile."""
+before the loop continues: to read again takes 2 us less than epoll. Other clients wait meanwhile."""
 _READY = int(DevicePageState.READY)
 _MISSING = int(DevicePageState.MISSING)
 _FILLING = int(DevicePageState.FILLING)
@@ -40,7 +40,7 @@ _unpack = MESSAGE.unpack_from
 
 
 class Faults:
-    """Answers what comes out of userfaultfds."""
+    """Answers the messages of userfaultfds."""
 
     def __init__(
         self,
@@ -67,13 +67,13 @@ class Faults:
         self._recent: ServedClient | None = None
         self._fill_one = calls.fill_one
         self._map_one = page_tables.map_one
-        # Who needs no room, no windows and no threads is served in few steps, but for a page that the device ends in.
+        # Without a capacity, windows and workers a fault is answered in few steps, except in the device's partial last page.
         self._fast_path = calls.unlimited and not jobs.threaded and not self._around
         self._blamed = state.registry.blamed
         self._tail = state.frames.pages - 1 if state.frames.tail else -1
 
     def read(self, client: ServedClient) -> None:
-        """Something can be read from a client's userfaultfd."""
+        """Read and answer the faults of a client, until none is left or others have waited long enough."""
         self._recent = client
         heartbeat, buffer, read_into = self._heartbeat, self._buffer, client.read_into
         until = 0
@@ -98,14 +98,14 @@ class Faults:
                     until = now + _AGAIN_NS
                 elif now > until:
                     return None
-                # Should the client have made it blocking just now, we stop here until its next fault. As with a driver that
-                # does not come back, the warden sees to that.
+                # Should the client have made it blocking just now, the loop stops here until its next fault. The warden ends
+                # that, as it does for a driver that does not return.
                 heartbeat[0] = now
         finally:
             heartbeat[0] = 0
 
     def take_recent(self) -> ServedClient | None:
-        """Whose faults were answered since the last time, the last one's."""
+        """Return the client whose faults were answered last since the last call, if any."""
         recent, self._recent = self._recent, None
         return recent
 
@@ -119,7 +119,7 @@ class Faults:
                 return self._answer_one(area, (address - area.base) >> self._shift, flags, thread, now)
         return self._answer_many(client, size, now)
 
-    # Straight through, as this is what a thread waits for.
+    # In as few steps as possible, since a thread waits for it.
     def _answer_one(self, area: ServedArea, page: int, flags: int, thread: int, now: int) -> None:
         if flags & UFFD_PAGEFAULT_FLAG_WP:
             return self._resolve_write(area, page, now)
@@ -137,7 +137,7 @@ class Faults:
                     counters.latency[min(((monotonic_ns() - now) // 1000).bit_length(), 31)] += 1
                     return None
                 if state != _MISSING:
-                    # An eviction wakes everybody at its end, under the lock that we hold now: so after this.
+                    # An eviction wakes all threads at its end, under the lock that is held now: so after this.
                     if state == _FILLING:
                         self._wait(area, page, flags & UFFD_PAGEFAULT_FLAG_WRITE != 0, now)
                     return None
@@ -149,7 +149,7 @@ class Faults:
         return self._supply(area, page, bool(flags & UFFD_PAGEFAULT_FLAG_WRITE), thread, now)
 
     def _answer_many(self, client: ServedClient, size: int, now: int) -> None:
-        """Several at once: sorted, each page once, and neighbours answered together."""
+        """Answer several faults: sorted, each page once, and neighbours together."""
         wanted: dict[tuple[int, int], tuple[ServedArea, int, int]] = {}
         messages = bytes(self._buffer[:size])
         for at in range(0, size, MESSAGE_BYTES):
@@ -192,7 +192,7 @@ class Faults:
     # --- under the lock
 
     def _map(self, area: ServedArea, page: int, write: bool, thread: int) -> None:
-        """A page that is there, and what else is there in its window."""
+        """Map a READY page, and the other READY pages of its window."""
         first, stop = page, page + 1
         if self._around:
             window, frames = self._windows.window_of(area, page, thread), self._state.frames
@@ -207,16 +207,16 @@ class Faults:
     def _wait(self, area: ServedArea, page: int, write: bool, now: int) -> None:
         fill = self._jobs.fill_of(page)
         if fill is None:
-            raise AssertionError(f"page {page} is being filled by nobody")
+            raise AssertionError(f"page {page} is FILLING and belongs to no fill")
         area.counters.missing += 1
         area.counters.log.append(page)
         fill.waiting.append((area, page, write, now))
 
     def _resolve_write(self, area: ServedArea, page: int, now: int) -> None:
-        """A write to a page that is write-protected: the first in an area that tracks, or one while it is evicted."""
+        """Answer a write to a write-protected page: the first one in an area that tracks, or one during an eviction."""
         with self._lock:
             if self._states[page] == _EVICTING:
-                return  # who evicts wakes it
+                return  # the eviction wakes it
             area.counters.write_protect += 1
             if area.tracks:
                 mark_dirty(area, page)
@@ -226,7 +226,7 @@ class Faults:
     # --- not under the lock
 
     def _supply(self, area: ServedArea, page: int, write: bool, thread: int, now: int) -> None:
-        """A page that is MISSING, which only the loop changes."""
+        """Have the driver supply a MISSING page, and its window; only the loop starts fills."""
         area.counters.missing += 1
         pages = range(page, page + 1)
         if self._around:
@@ -241,7 +241,7 @@ class Faults:
         self._jobs.start(fill)
 
     def _supply_one(self, area: ServedArea, page: int, flags: int, now: int) -> None:
-        """The same for one page, in the loop and right away, of which nobody else hears: a third of the time of a Fill."""
+        """Have the driver supply one MISSING page in the loop at once: a third of the time of a :class:`Fill`."""
         counters = area.counters
         counters.missing += 1
         counters.log.append(page)
@@ -268,14 +268,14 @@ class Faults:
         left = self._page_tables.answer_waiting(fill, around)
         if left is None:
             return None
-        # The window could not be supplied. What was touched is one page, which alone may do.
+        # The window could not be supplied. The page that was touched may be supplied alone.
         area, page, write, now = left
         alone = Fill(area, range(page, page + 1), access_of(write), single=True, keep=[], finished=self._filled)
         alone.waiting.append((area, page, write, now))
         return alone
 
     def _stray(self, client: ServedClient, address: int) -> None:
-        """Registered, but no area of ours: after Unmap, most likely. Nobody would ever supply it."""
+        """Poison an address that is registered but lies in no area: after Unmap, as a rule. Nothing else would answer it."""
         unit = self._state.unit
         result = fault_resolution.poison_run(client.record.userfaultfd, address & -unit, unit, unit)
         if result.gone:
@@ -283,7 +283,7 @@ class Faults:
 
 
 def _discard_event(messages: bytes, at: int) -> None:
-    """Events that no client of ours asks for; it waits until they are read, which they are."""
+    """Read an event that no client asks for, since its cause waits until it is read."""
     try:
         event = decode(messages, at)
     except OSError:

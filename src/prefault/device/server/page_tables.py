@@ -1,4 +1,4 @@
-"""Entries in the page tables of clients: made for pages that are READY, under the lock, and in no other way."""
+"""Entries in the page tables of clients: made for READY pages only, and under the lock."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class PageTables:
         self._argument = bytearray(UFFDIO_RUN_ARGUMENT.size)
 
     def map(self, area: ServedArea, pages: range, *, write: bool = False) -> fault_resolution.Result:
-        """Entries for pages that are READY, and wake who waits; under the lock.
+        """Map READY pages and wake the threads that wait for them; under the lock.
 
-        An area that tracks gets them write-protected, unless ``write`` says that they are written to at once.
+        An area that tracks writes gets write-protected entries, unless ``write`` says that the pages are written at once.
         """
         if write or not area.had_entry:
             return self._map(area, pages, protect=area.tracks and not write, write=write)
-        # A page that had an entry, and lost it, may have been written: protected, it would pass for one that was not.
+        # A page that had an entry, and lost it, may have been written: protected, it would pass for a clean one.
         result = fault_resolution.Result()
         for match in _RUN.finditer(area.had_entry, pages.start - area.first, pages.stop - area.first):
             piece = range(match.start() + area.first, match.end() + area.first)
@@ -55,7 +55,7 @@ class PageTables:
             fault_resolution.unprotect(area.fd, area.address(pages.start), len(pages) * size)
         if result.holes and self._resolve_holes(area, result.holes):
             result.unreachable = True
-        if result.failed:  # no memory for page tables, or the frame's own memory is broken: no use in trying for ever
+        if result.failed:  # no memory for page tables, or the frame's own memory is broken: retrying would not end
             fault_resolution.poison_run(area.fd, area.address(pages.start), len(pages) * size, self._frames.unit)
         if result.gone:
             self._state.schedule_removal(area.client)
@@ -72,29 +72,30 @@ class PageTables:
         return result
 
     def map_one(self, area: ServedArea, page: int, write: bool) -> None:
-        """The same for one page, which is what a thread waits for: the usual case in as few steps as it takes."""
+        """Map one READY page, for which a thread waits, in as few steps as possible; under the lock."""
         if not area.tracks and not area.poisoned:
             try:
                 _pack_into(self._argument, 0, area.base + page * self._size, self._size, 0, 0)
                 ioctl(area.fd, UFFDIO_CONTINUE, self._argument, True)
             except OSError:
-                pass  # what it means, and what is to be done, is known below
+                pass  # map() reads its meaning
             else:
                 return
         self.map(area, range(page, page + 1), write=write)
 
     def pages_of(self, area: ServedArea, span: tuple[int, int]) -> range:
-        """The pages of an area at these addresses."""
+        """Return the pages of an area at these addresses."""
         size = self._frames.page_size
         return range((span[0] - area.base) // size, -(-(span[1] - area.base) // size))
 
     def _resolve_holes(self, area: ServedArea, holes: list[int]) -> bool:
-        """The kernel finds no frames there: somebody punched them, as who has the memfd can, or it is other memory.
+        """Answer for addresses at which the kernel finds no frame.
 
-        Frames that were punched are missing, and asked for again. Memory that is not ours is the client's own fault.
+        Frames that were punched, by any process that has the memfd, become MISSING and are asked for again. Foreign memory
+        that the client mapped there is poisoned.
 
         Returns:
-            Whether there was some that is not ours.
+            Whether some of the memory is foreign.
         """
         size, foreign = self._frames.page_size, False
         by_page = {(address - area.base) // size: address for address in holes}
@@ -109,25 +110,25 @@ class PageTables:
         return foreign
 
     def wake(self, area: ServedArea, page: int) -> None:
-        """Who waits for it asks again."""
+        """Wake the threads that wait for a page: they fault again."""
         fault_resolution.wake(area.fd, area.address(page), self._frames.page_size)
 
     def poison(self, area: ServedArea, page: int) -> None:
-        """Who touches the page in that area gets SIGBUS, and who waits for it; under the lock."""
+        """Poison a page in one area, so that touching it is SIGBUS, and wake the threads that wait; under the lock."""
         result = fault_resolution.poison_run(area.fd, area.address(page), self._frames.page_size, self._frames.unit)
         area.poisoned.add(page)
         if result.gone:
             self._state.schedule_removal(area.client)
 
     def answer_waiting(self, fill: Fill, mapped: bool) -> tuple[ServedArea, int, bool, int] | None:
-        """After a fill: who waited for its pages gets an entry, or poison if it was the only page asked for.
+        """Answer the faults that waited for a fill: map its pages, or poison the one page that was asked for alone.
 
         Args:
-            fill: whose pages' states are set.
-            mapped: whether the area that asked has entries by now.
+            fill: a fill whose pages' states are set.
+            mapped: the area that asked has its entries already.
 
         Returns:
-            The first that could not be answered, if there is one; others were woken, to ask again.
+            The first fault that could not be answered, if any; later ones were woken, to fault again.
         """
         left = None
         for waiting in fill.waiting:

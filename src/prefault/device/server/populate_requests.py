@@ -1,4 +1,4 @@
-"""Populate requests: what is READY gets entries in large pieces, what is MISSING is supplied batch by batch."""
+"""Populate requests: READY pages are mapped in large pieces, MISSING ones are supplied batch by batch."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from prefault.device.server.workers import Jobs, Workers
 
 PIECE = 4096
-"""Entries that one UFFDIO_CONTINUE makes: about a millisecond, after which faults and Cancel are looked at."""
+"""Entries that one UFFDIO_CONTINUE makes: about a millisecond, after which faults and Cancel are handled."""
 _PAGES_ONE_BY_ONE = 64
 _MAX_RETRIES = 100
 _PROGRESS_NS = 50_000_000
 
 
 class _PopulateRequest:
-    """A request under way.
+    """A populate request under way.
 
     Attributes:
-        runs: what is left to be looked at.
-        deferred: what is filled, evicted or discarded just now on behalf of others.
-        deferred_at: ``state.changes`` when that was seen.
-        mapped, supplied: what was done.
-        filling: batches that are with the driver.
+        runs: pages that are left to be examined.
+        deferred: runs that are filled, evicted or discarded on behalf of others at the moment.
+        deferred_at: ``ServerState.changes`` when that was seen.
+        mapped, supplied: runs that this request mapped, and had supplied.
+        filling: batches that the driver has.
         failed: why it is to end.
     """
 
@@ -59,7 +59,7 @@ class _PopulateRequest:
 
 
 class PopulateRequests:
-    """All requests under way, served in turn.
+    """All populate requests under way, served in turn.
 
     Args:
         page_by_page: the driver has no ``populate`` of its own.
@@ -89,7 +89,7 @@ class PopulateRequests:
         self._active: deque[_PopulateRequest] = deque()
         self._piece_pages = max(1, PIECE * state.unit // state.page_size)
         self._batch_pages = max(1, state.device.batch // state.page_size)
-        if page_by_page:  # no call would be saved, and faults wait for a batch
+        if page_by_page:  # a larger batch saves no call, and faults wait for it
             self._batch_pages = min(self._batch_pages, _PAGES_ONE_BY_ONE)
         if state.capacity is not None:
             self._batch_pages = max(1, min(self._batch_pages, state.capacity))
@@ -101,28 +101,28 @@ class PopulateRequests:
     # --- requests
 
     def start(self, client: ServedClient, area: ServedArea, request: protocol.Populate) -> None:
-        """Begin; or refuse at once. ValueError: it makes no sense."""
+        """Begin a request, or refuse it by its first reply. ValueError: it makes no sense."""
         runs = self._checked(area, request)
         populate = _PopulateRequest(client, area, request, runs)
         populate.failed = self._refusal(populate)
         self._active.append(populate)
 
     def cancel(self, client: ServedClient, number: int) -> None:
-        """End the request with that id, if there is one."""
+        """End the client's request with that id, if it is under way."""
         for populate in self._active:
             if populate.client is client and populate.request.id == number and populate.failed is None:
                 populate.failed = ("cancelled", errno.ECANCELED, "cancelled")
 
     def drop(self, area: ServedArea) -> None:
-        """The area is given up: nobody waits for an answer, or only for one that says so."""
+        """End the requests of a released area; pages that it may have written are exempt from the rollback of others."""
         for populate in self._active:
             if populate.area is area and populate.failed is None:
                 populate.failed = ("gone", errno.ENODEV, "the area was unmapped while it was populated")
-            if populate.client is not area.client and area.access == "write":  # what was written there is not to be undone
+            if populate.client is not area.client and area.access == "write":  # rollback must not drop its writes
                 populate.supplied = [part for run in populate.supplied for part in subtract(run, [area.pages])]
 
     def count(self, client: ServedClient) -> int:
-        """Requests of a client under way."""
+        """Return the number of requests of a client under way."""
         return sum(populate.client is client for populate in self._active)
 
     def _checked(self, area: ServedArea, request: protocol.Populate) -> list[range]:
@@ -158,7 +158,7 @@ class PopulateRequests:
     # --- work
 
     def step(self) -> bool:
-        """Do one piece of one request; whether there is more to do at once."""
+        """Do one piece of one request; return whether there is more to do at once."""
         for _ in range(len(self._active)):
             populate = self._active[0]
             self._active.rotate(-1)
@@ -229,7 +229,7 @@ class PopulateRequests:
             populate.runs.popleft()
 
     def _filled(self, populate: _PopulateRequest, fill: Fill) -> Fill | None:
-        """A batch is back, under the lock."""
+        """Take a finished batch, under the lock."""
         populate.filling -= 1
         ready = range(fill.pages.start, fill.done)
         cancelled = populate.over
@@ -239,7 +239,7 @@ class PopulateRequests:
                 self._map(populate, ready)
         self._answer_waiting(fill, mapped=not cancelled)
         failure, before = fill.failure, populate.failed
-        # Of several that fail at once, in workers, the first page is the one that is told.
+        # Several may fail at once, in workers: the first page is reported.
         if failure is not None and (before is None or (isinstance(before, FillFailure) and failure.page < before.page)):
             populate.failed = failure
         if cancelled and populate.request.rollback:
@@ -248,7 +248,7 @@ class PopulateRequests:
 
     def _answer_waiting(self, fill: Fill, *, mapped: bool) -> None:
         left = self._page_tables.answer_waiting(fill, mapped)
-        if left is not None:  # who touched the page asks for it alone, by a new fault
+        if left is not None:  # the thread that touched the page asks for it alone, by a new fault
             area, page, _, _ = left
             self._page_tables.wake(area, page)
 
@@ -272,7 +272,7 @@ class PopulateRequests:
             populate.runs.extend(again)
             populate.retried_pages += sum(map(len, again))
             if populate.retried_pages > _MAX_RETRIES + sum(map(len, populate.all)):
-                result.unreachable = True  # it punches them faster than they are supplied
+                result.unreachable = True  # the client punches them faster than they are supplied
         if result.busy or result.failed or result.unreachable or result.gone:
             self._unmappable(populate, pages, result.failed, busy=result.busy)
         populate.done_pages += len(pages)
@@ -321,11 +321,11 @@ class PopulateRequests:
             case (kind, code, message):
                 reply = protocol.Failed(number, kind, code, message, page, mapped, "", 0, 0)  # type: ignore[arg-type]
             case _:
-                raise AssertionError("it did not fail")
+                raise AssertionError("the request did not fail")
         self._reply(populate.client, reply)
 
     def _undo(self, populate: _PopulateRequest, supplied: list[range]) -> None:
-        """Give back what this request brought in, where nobody else can have written to it; under the lock."""
+        """Discard the supplied pages of a request that no other client can have written to; under the lock."""
         for run in supplied:
             kept: list[range] = []
             if self._state.device.writable:

@@ -1,4 +1,4 @@
-"""What clients ask for, checked: nothing that a client says is received for granted."""
+"""Requests of clients, validated: no value in a request is trusted."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from prefault.device.server.workers import Jobs
 
 MAX_AREAS = 100_000
-"""Of one client."""
+"""Areas of one client."""
 MAX_POPULATES = 1024
-"""That a client may have under way."""
+"""Populate requests that a client may have under way."""
 _ADDRESSES = 1 << 56
 
 
@@ -64,7 +64,7 @@ class Requests:
         self._events = events
 
     def handle(self, client: ServedClient, request: protocol.Request) -> None:
-        """Carry out a request, or refuse it. ProtocolError: the client is not to be listened to any more."""
+        """Carry out a request, or refuse it. ProtocolError: the client broke the protocol, and is to be disconnected."""
         if not isinstance(request, protocol.Cancel) and client.is_repeated(request.id):
             return
         try:
@@ -108,7 +108,7 @@ class Requests:
         known = client.find(record.address)
         if known is not None:
             record.number = known.number
-            if known.record == record:  # asked again, after a restart
+            if known.record == record:  # repeated after a restart
                 return self._reply(client, protocol.Mapped(request.id, known.number))
         self._check(client, record)
         state = self._state
@@ -122,7 +122,7 @@ class Requests:
                 area.alive = area.opened = False
                 return self._reply(client, protocol.Refused(request.id, "device", errno.EIO, failure.message))
             area.opened = True
-            if client.gone or client.connection is None:  # nobody would ever know of the area
+            if client.gone or client.connection is None:  # no reply can name the area
                 area.alive = False  # closed as soon as this call is over
                 return self._events.connection_lost(client)
             state.open_area(area)
@@ -152,18 +152,18 @@ class Requests:
         if client.overlaps(record):
             raise ValueError(f"another area of the client is at {record.address:#x}")
         if len(client.areas) + len(client.opening) >= MAX_AREAS:
-            raise ValueError(f"the client has {MAX_AREAS} areas, the most that one may have")
+            raise ValueError(f"the client has {MAX_AREAS} areas, the maximum")
 
     def _unmap(self, client: ServedClient, request: protocol.Unmap) -> None:
         area = client.areas.get(request.area)
         if area is not None:
             self.release_area(area)
-        self._reply(client, protocol.Done(request.id))  # also to one that asks again, after a restart
+        self._reply(client, protocol.Done(request.id))  # idempotent: clients repeat it after a restart
 
     def release_area(self, area: ServedArea, *, quietly: bool = False) -> None:
-        """The area is not served any more; its driver hears of it when no call has it.
+        """Serve an area no longer; it is closed at the driver when no call has it.
 
-        ``quietly``: nobody else does: its client is gone, which is said once.
+        ``quietly``: the warden is not notified, because the whole client is gone.
         """
         self._populate_requests.drop(area)
         self._discards.drop(area, FillFailure("driver", errno.ENODEV, "the area was unmapped while it was discarded"))
@@ -181,7 +181,7 @@ class Requests:
                 f"pages {request.first} to {request.stop} are not pages of the area, {area.first} to {area.last}"
             )
         if area.access == "read" and self._state.device.writable:
-            raise ValueError("the area is mapped for reading: what others wrote is not its to discard")
+            raise ValueError("the area is mapped for reading: its client may not discard the writes of others")
 
         def discarded(failure: FillFailure | None, count: int) -> None:
             if failure is not None:
@@ -219,7 +219,7 @@ class Requests:
     # --- after a restart
 
     def restore(self, client: ServedClient, record: AreaRecord) -> ServedArea:
-        """An area that the last server had: its driver is new, and its dirty pages are not known any more."""
+        """Return an area of the last server, open: the driver is new, and all its READY pages count as dirty."""
         area = ServedArea(record, client, self._state, self._eviction.evict)
         if area.tracks:
             for run in self._frames.runs(area.pages, DevicePageState.READY):

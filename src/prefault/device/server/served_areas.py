@@ -1,4 +1,4 @@
-"""Who maps what: the clients of a server and their areas, as the server knows them."""
+"""The clients of a server, their areas, and the state that the server's modules share."""
 
 from __future__ import annotations
 
@@ -27,30 +27,31 @@ _FILLING = int(DevicePageState.FILLING)
 
 _LARGE = 1 << 20
 _NUMBER_BITS = 40
-"""Of an area's number; above these is which server gave it."""
+"""Bits of an area's number; above them is the generation of the server that gave it."""
 
 
 def zeros(count: int) -> mmap.mmap | bytearray:
-    """So many zeros; many of them cost what is written to them, as an area may have a terabyte."""
+    """Return a writable buffer of zeros; a large one costs only what is written to it, since an area may have a terabyte."""
     if count < _LARGE:
         return bytearray(count)
     return mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mman.MAP_NORESERVE)
 
 
 class ServedArea(DeviceArea):
-    """An area in the server, and what its driver sees of it.
+    """An area in the server, as its driver sees it.
 
     Attributes:
         start, stop: addresses in the client.
-        base: where page 0 of the device would be.
+        base: address at which page 0 of the device would be.
         fd: the client's userfaultfd.
-        tracks: first writes are heard of: pages are filled in write-protected.
+        tracks: first writes are noticed: pages are mapped write-protected.
         protectable: registered for write protection.
         dirty: a byte a page of the area, if it tracks.
-        poisoned: pages whose entries say poison.
+        had_entry: a byte a page that was mapped before, if the kernel tracks writes alone: see :meth:`PageTables.map`.
+        poisoned: pages whose entries are poison.
         counters: statistics and log.
-        calls: driver calls that have the area now; it is closed at the driver when there are none.
-        alive: False once it is given up, or its client gone.
+        calls: driver calls that have the area now; a released area is closed at the driver when there are none.
+        alive: False once it is released, or its client gone.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class ServedArea(DeviceArea):
         self.tracks = record.track_dirty
         self.protectable = record.track_dirty or (state.device.evicts and record.access == "write")
         self.dirty = zeros(self.last - self.first) if self.tracks else bytearray()
-        # Where the kernel tracks alone, only we know that a page had an entry before: see Entries.map().
+        # Where the kernel tracks alone, only the server knows that a page had an entry before.
         self.had_entry = zeros(self.last - self.first) if self.tracks and not state.device.evicts else bytearray()
         self.poisoned: set[int] = set()
         self.counters = Counters()
@@ -81,60 +82,62 @@ class ServedArea(DeviceArea):
         self._evict = evict
 
     def address(self, page: int) -> int:
-        """Of a page of the device, in the client."""
+        """Return the address of a page of the device, in the client."""
         return self.base + page * self._state.page_size
 
     def overlap(self, pages: range) -> range:
-        """Those of the pages that it maps."""
+        """Return the pages that this area maps, out of these."""
         first, last = max(self.first, pages.start), min(self.last, pages.stop)
         return range(first, max(first, last))
 
-    # --- what the driver calls
+    # --- DeviceArea, for the driver
 
     @property
     def pages(self) -> range:
-        """The device's pages that it maps."""
+        """Pages of the device that this area maps."""
         return range(self.first, self.last)
 
     def frame(self, page: int) -> memoryview:
-        """The memory of a page that the driver was asked for."""
+        """Return the memory of a page that the driver is to supply."""
         frames = self._state.frames
         if not 0 <= page < frames.pages or frames.states[page] != _FILLING:
             raise ValueError(f"page {page} is not one that the driver was asked for just now: it is not to be written")
         return frames.view_one(page)
 
     def frames(self, pages: range) -> memoryview:
-        """The memory of pages that the driver was asked for."""
+        """Return the memory of pages that the driver is to supply."""
         self._state.check_pages(pages)
         if len(pages) and self._state.frames.run_at(pages.start, pages.stop) != (DevicePageState.FILLING, pages.stop):
             raise ValueError(f"{pages} are not all pages that the driver was asked for just now: they are not to be written")
         return self._state.frames.view(pages)
 
     def ready(self, pages: range) -> list[range]:
-        """Those of the pages that are supplied now."""
+        """Return the runs of these pages that are supplied now."""
         self._state.check_pages(pages)
         return self._state.frames.runs(pages, DevicePageState.READY)
 
     def evict(self, pages: range, save: Any = None) -> bytes:
-        """Take supplied pages back."""
+        """Evict supplied pages: see :meth:`DeviceArea.evict`."""
         self._state.check_pages(pages)
         return self._evict(pages, save)
 
 
 _IDS_REMEMBERED = 1 << 16
-"""Ids of requests that are remembered: more than a client has under way at once."""
+"""Request ids to remember: more than a client has under way at once."""
 
 
 class ServedClient:
     """A client process, its connection and its areas.
 
     Attributes:
-        connection: None once it is lost; the client may live on, and is served faults.
+        connection: None once it is lost; the client may live on, and its faults are answered.
         areas: by number.
         sorted: by address, without those that are not open yet.
         last: the area of the last fault.
-        read_into: reads from its userfaultfd: how many bytes, or None if there are none.
-        resumed: it was another server's before.
+        read_into: reads from its userfaultfd into a buffer; the number of bytes, or None if there are none.
+        opening: areas that the driver is opening.
+        gone: it ended, and is about to be removed.
+        resumed: the last server served it before.
     """
 
     def __init__(self, record: ClientRecord, connection: socket.socket | None) -> None:
@@ -144,7 +147,7 @@ class ServedClient:
         self.sorted: list[ServedArea] = []
         self._starts: list[int] = []
         self.last: ServedArea | None = None
-        # Gives None where os.readv would raise, which takes a microsecond.
+        # Returns None where os.readv would raise, which takes a microsecond.
         self.read_into = io.FileIO(record.userfaultfd, closefd=False).readinto
         self.opening: list[AreaRecord] = []
         self.gone = False
@@ -152,9 +155,9 @@ class ServedClient:
         self._seen_ids: dict[int, None] = {}
 
     def is_repeated(self, number: int) -> bool:
-        """Whether a request of that id came before: one that a new server found in the socket, and that is asked again.
+        """Return whether a request of that id came before: a new server found it in the socket, and the client repeated it.
 
-        Its answer is given once, and so is what it does: a discard that came twice could take what was written in between.
+        Each is carried out and answered once: a second discard could drop writes that were made after the first.
         """
         if not self.resumed:
             return False
@@ -166,7 +169,7 @@ class ServedClient:
         return False
 
     def find(self, address: int) -> ServedArea | None:
-        """The area that an address lies in."""
+        """Return the area that an address lies in."""
         index = bisect_right(self._starts, address) - 1
         if index < 0:
             return None
@@ -177,13 +180,13 @@ class ServedClient:
         return area
 
     def add(self, area: ServedArea) -> None:
-        """Faults in it are answered from now on."""
+        """Serve an area: faults in it are answered from now on."""
         self.areas[area.number] = area
         insort(self.sorted, area, key=_start)
         insort(self._starts, area.start)
 
     def remove(self, area: ServedArea) -> None:
-        """They are not any more."""
+        """Serve an area no longer."""
         area.alive = False
         del self.areas[area.number]
         index = bisect_right(self._starts, area.start) - 1
@@ -191,7 +194,7 @@ class ServedClient:
         self.last = None
 
     def overlaps(self, record: AreaRecord) -> bool:
-        """Whether it has an area, or one that is being opened, at some of these addresses."""
+        """Return whether an area of the client, open or being opened, has some of the addresses of this one."""
         start, stop = record.address, record.address + record.length
         index = bisect_right(self._starts, start)
         if index and self.sorted[index - 1].stop > start:
@@ -202,12 +205,14 @@ class ServedClient:
 
 
 class ServerState:
-    """What the parts of a server share.
+    """State that the modules of a server share.
 
     Attributes:
         lock: held for every change of a page's state and every new entry in a client's page table.
-        used: pages that have a frame, or are to get one.
-        changes: counts what who waits for pages in the making may wait for.
+        capacity: pages that may have a frame at once; None: any number.
+        used: pages that have a frame, or are about to get one.
+        changes: incremented whenever a page leaves FILLING or EVICTING, or a discard ends; waiters compare it before
+            they look again.
         notify: wakes the loop, from any thread.
         gone_clients: clients that ended, or that broke their userfaultfd: the loop removes them between two events.
     """
@@ -223,22 +228,22 @@ class ServerState:
         self.areas: dict[int, ServedArea] = {}
         self.clients: dict[int, ServedClient] = {}
         self.used = 0
-        if registry.generation:  # else none is there; to look would allocate the states of a device of any size
+        if registry.generation:  # else there are none, and reading would allocate the states of a device of any size
             self.used = self.frames.pages - self.frames.count(range(self.frames.pages), DevicePageState.MISSING)
         capacity = device.capacity
         self.capacity = None if capacity is None else capacity // self.page_size
         self.changes = 0
         self.notify = notify
         self.gone_clients: list[ServedClient] = []
-        # No number comes twice, not even from the server before this one: a client that had no answer asks again for the end
-        # of its area, which must not be the end of another.
+        # No number is given twice, not even by the server before this one: a client without an answer repeats the unmap of
+        # its area, which must not unmap another.
         self._numbers = itertools.count((registry.generation << _NUMBER_BITS) + 1)
 
     def check_pages(self, pages: range) -> None:
-        """Drivers give us ranges: those are to lie inside the device.
+        """Check that the pages which a driver names are a range inside the device.
 
         Raises:
-            TypeError, ValueError: it is none, or does not.
+            TypeError, ValueError: they are not.
         """
         if not isinstance(pages, range):
             raise TypeError(f"pages are a range, not {type(pages).__name__}")
@@ -246,7 +251,7 @@ class ServerState:
             raise ValueError(f"{pages} is not a range of the device's pages, 0 to {self.frames.pages - 1}")
 
     def areas_over(self, pages: range) -> list[tuple[ServedArea, int, int]]:
-        """The areas that map some of the pages, each with start and length of these in the client."""
+        """Return the areas that map some of the pages, each with the start and the length of these in the client."""
         first, stop, size = pages.start, pages.stop, self.page_size
         found = []
         for area in self.areas.values():
@@ -256,7 +261,7 @@ class ServerState:
         return found
 
     def next_number(self) -> int:
-        """Of an area."""
+        """Return the number of a new area."""
         return next(self._numbers)
 
     def schedule_removal(self, client: ServedClient) -> None:
@@ -266,18 +271,18 @@ class ServerState:
             self.gone_clients.append(client)
 
     def open_area(self, area: ServedArea) -> None:
-        """Serve it from now on."""
+        """Serve an area from now on."""
         with self.lock:
             self.areas[area.number] = area
             area.client.add(area)
 
     def close_area(self, area: ServedArea) -> None:
-        """Serve it no more."""
+        """Serve an area no longer."""
         with self.lock:
             self.areas.pop(area.number, None)
             area.client.remove(area)
 
 
 def access_of(write: bool) -> Access:
-    """What a fault wanted."""
+    """Return the access that a fault asks for."""
     return "write" if write else "read"

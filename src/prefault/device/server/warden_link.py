@@ -1,4 +1,4 @@
-"""The server's end of what it tells its warden, and how it gets another one."""
+"""The server's connection to its warden, which keeps all that a new server needs, and the start of another warden."""
 
 from __future__ import annotations
 
@@ -15,21 +15,25 @@ from prefault.ipc import socket_path
 _log = logging.getLogger("prefault.device")
 
 _SEND_S = 2.0
-"""After that long a warden that takes nothing is as good as dead."""
+"""Time after which a warden that takes no messages counts as dead."""
 _HAND_OVER_S = 20.0
-"""How long a fresh warden may take to start: only a handover of hundreds of clients waits for that."""
+"""Time that a fresh warden may take to start: only a handover of hundreds of clients waits for that."""
 _WARDENS_MOST, _WARDENS_WINDOW_S = 5, 10.0
 
 
 class WardenLink:
-    """A connection to the warden, and what another warden would have to be given besides the registry.
+    """A connection to the warden, and all that another warden needs besides the registry.
+
+    Each notification returns when the socket has it. OSError: the warden is gone; :meth:`replace_warden` is the next call.
 
     Args:
         link: to the warden.
         warden: its pidfd, which stays the caller's.
         recipe: how a fresh warden can make the device; None: it cannot, so that this server is the last one.
-        listener, listens_at, first: how clients come.
-        control: where the process that started all this says that it is over; its pidfd: ``owner``.
+        listener, listens_at: where clients connect.
+        first: the connection of a private server's client, until it has said Hello.
+        control: connection to the process that started the warden, which sends ``End`` on it.
+        owner: pidfd of a process with which the device ends; -1: there is none.
     """
 
     def __init__(
@@ -50,11 +54,11 @@ class WardenLink:
         self._cpus = os.sched_getaffinity(0)
 
     def started(self) -> None:
-        """The server runs."""
+        """Notify the warden that the server is about to answer."""
         self._send(handover.ServerStarted(os.getpid()))
 
     def client_admitted(self, client: ClientRecord) -> None:
-        """A client, with duplicates of its descriptors."""
+        """Notify the warden of a client, with duplicates of its descriptors."""
         self._first = None  # its connection is the client's now
         self._send(
             handover.Admitted(client.number, client.pid, client.uid, handover.descriptor_names(client)),
@@ -62,19 +66,19 @@ class WardenLink:
         )
 
     def area_added(self, client: ClientRecord, area: AreaRecord) -> None:
-        """An area."""
+        """Notify the warden of an area."""
         self._send(handover.Areas(client.number, (handover.area_facts(area),)))
 
     def area_removed(self, client_number: int, area_number: int) -> None:
-        """An area less."""
+        """Notify the warden that a client unmapped an area."""
         self._send(handover.Removed(client_number, area_number))
 
     def client_left(self, client_number: int) -> None:
-        """A client less."""
+        """Notify the warden that a client is gone, with all of its areas."""
         self._send(handover.Left(client_number))
 
     def finished(self) -> None:
-        """All is over, in an orderly way."""
+        """Notify the warden that the server ends in an orderly way."""
         try:
             self._send(handover.HandoverDone())
         except OSError:
@@ -87,7 +91,11 @@ class WardenLink:
             raise OSError(error.errno, "the warden takes no messages") from error
 
     def replace_warden(self, registry: Registry) -> int:
-        """Start a fresh warden, and hand everything over; a pidfd of it, or -1."""
+        """Start another warden, and hand over all of ``registry``.
+
+        Returns:
+            Its pidfd, the caller's to close; -1: there is none, and the server goes on alone.
+        """
         while True:
             self._link.close()
             self._end_warden()
@@ -97,16 +105,16 @@ class WardenLink:
             try:
                 return self._start_warden(registry)
             except (BrokenPipeError, ConnectionResetError, ProcessLookupError):
-                continue  # it died before it had everything
+                continue  # it died during the handover
             except (OSError, DeviceError) as error:
                 _log.error("device %s: its warden has died, and there is no other: %s", registry.name, error)
                 self._link.close()
                 return -1
 
     def _end_warden(self) -> None:
-        """If it was our child it is reaped; the first was our parent.
+        """Kill the warden, and reap it if this process started it; the first one was the server's parent.
 
-        It is dead, as a rule. One that is not, because it takes no messages, would start a second server after this one.
+        It is dead, as a rule. One that only takes no messages would start a second server after the end of this one.
         """
         if self._warden >= 0:
             handover.kill(self._warden)
@@ -118,7 +126,7 @@ class WardenLink:
     def _start_warden(self, registry: Registry) -> int:
         lingers = self._listener is not None and self._control is None
         if lingers and self._place is not None:
-            # Nobody is in charge of it any more: it goes on for those who use it. Who starts it again finds the path free.
+            # Its owner is gone: it goes on for the clients that use it, and another server may listen at the path.
             socket_path.leave(self._place)
         self._link, theirs = handover.pair()
         with theirs:

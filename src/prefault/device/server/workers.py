@@ -1,4 +1,4 @@
-"""What the driver is asked to do: in the loop itself, or in workers that post what is done back to the loop."""
+"""Driver calls as jobs: run in the loop itself, or in worker threads that post their results back to the loop."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _log = logging.getLogger("prefault.device")
 _SOFTWARE = 70  # EX_SOFTWARE
 
 Work = Callable[[int], Callable[[], None]]
-"""Given a slot of the heartbeat, does something, and returns what the loop is to do then."""
+"""Function of a slot of the heartbeat, run in a worker; it returns a continuation for the loop."""
 
 
 class Workers:
-    """Threads that run only driver calls. Without any, calls run at once in whoever asks, which is the loop.
+    """Threads that run only driver calls. Without any, calls run at once in the calling thread, which is the loop.
 
     Attributes:
-        count: of threads.
+        count: threads.
     """
 
     def __init__(self, state: ServerState, count: int) -> None:
@@ -49,16 +49,16 @@ class Workers:
 
     @property
     def idle(self) -> int:
-        """How many would start at once with something new."""
+        """Number of calls that would start at once."""
         return self.count - self._busy - len(self._waiting)
 
     @property
     def busy(self) -> bool:
-        """Whether any works."""
+        """Whether any worker runs a call."""
         return self._busy > 0
 
     def submit(self, work: Work) -> None:
-        """Have it done: before whatever is not handed in yet. In the loop."""
+        """Run work in a worker, in order of submission; only in the loop."""
         if not self.count:
             work(0)()
         elif self._busy < self.count:
@@ -68,8 +68,8 @@ class Workers:
             self._waiting.append(work)
 
     def collect(self) -> None:
-        """What is finished goes on in the loop."""
-        self._heartbeat[RESULTS] = 0  # first: a result that comes from now on is received below, or announced again
+        """Continue with finished work in the loop."""
+        self._heartbeat[RESULTS] = 0  # first: a result that comes from now on is collected below, or announced again
         while self._finished:
             then = self._finished.popleft()
             if self._waiting:
@@ -79,9 +79,9 @@ class Workers:
             then()
 
     def stop(self, wait: Callable[[], None]) -> None:
-        """Finish what is under way, and begin no more pages; ``wait`` returns when something may be finished.
+        """Finish calls under way, and start no more fills; ``wait`` returns when one may be finished.
 
-        A call that does not end is the warden's affair, as at any time.
+        The warden ends a call that does not return, as at any time.
         """
         self._waiting = deque(work for work in self._waiting if not isinstance(work, _FillWork))
         while self._busy:
@@ -94,11 +94,11 @@ class Workers:
         try:
             while (work := self._given.get()) is not None:
                 self._finished.append(work(slot))
-                # Until the loop has it. Should it never hear of it, or be stopped, the warden finds out.
+                # Until the loop has it: the warden sees a loop that never takes it, or is stopped.
                 self._heartbeat[RESULTS] = time.monotonic_ns()
                 self._state.notify()
-        except BaseException:  # noqa: BLE001  nothing may go on
-            # The loop would wait for this thread, and so would clients. The end of the process is what the warden sees.
+        except BaseException:  # noqa: BLE001  the process must end
+            # The loop and its clients would wait for this thread. The end of the process is what the warden sees.
             try:
                 _log.exception("device %s: a worker failed outside of its driver", self._state.name)
             finally:
@@ -106,10 +106,10 @@ class Workers:
 
 
 class Jobs:
-    """The fills that are under way, and other calls of the driver.
+    """Fills under way, and other calls of the driver.
 
     Attributes:
-        threaded: the loop does not wait for the driver.
+        threaded: calls run in workers, and the loop does not wait for the driver.
     """
 
     def __init__(self, state: ServerState, calls: DriverCalls, workers: Workers) -> None:
@@ -122,7 +122,7 @@ class Jobs:
         self._starved: list[Fill] = []
 
     def fill_of(self, page: int) -> Fill | None:
-        """Which fill a FILLING page belongs to."""
+        """Return the fill that a FILLING page belongs to."""
         index = bisect_right(self._starts, page) - 1
         return self._fills[self._starts[index]] if index >= 0 else None
 
@@ -140,20 +140,20 @@ class Jobs:
         self._workers.submit(_FillWork(self, fill))
 
     def failed(self, fill: Fill, failure: FillFailure) -> None:
-        """:meth:`DriverCalls.fill_one` could not supply its page, which counts already."""
+        """Finish a fill whose page :meth:`DriverCalls.fill_one` could not supply; its frame counts already."""
         fill.area.calls += 1
         fill.reserved = True
         fill.failure = failure
         self._finish(fill, listed=False)
 
     def run(self, fill: Fill, slot: int) -> Callable[[], None]:
-        """Have the driver do it, in a worker."""
+        """Run a fill in a worker; return its continuation in the loop."""
         self._calls.fill(fill, slot)
         return lambda: self._finish(fill, listed=True)
 
     def _finish(self, fill: Fill, *, listed: bool) -> None:
         if listed and fill.failure is not None and fill.failure.over_capacity:
-            # What others are filling can make room as soon as it is READY: not before is it an error.
+            # Pages that others are filling can be reclaimed once they are READY: before that it is no error.
             if len(self._fills) > len(self._starved) + 1:
                 fill.failure = None
                 self._starved.append(fill)
@@ -182,7 +182,7 @@ class Jobs:
         self, area: ServedArea, name: str, function: Callable[..., object], *arguments: object,
         then: Callable[[FillFailure | None], None],
     ) -> None:  # fmt: skip
-        """Call another method of the driver on behalf of an area, and ``then`` in the loop."""
+        """Call another method of the driver on behalf of an area, and ``then`` in the loop with its failure."""
         area.calls += 1
 
         def work(slot: int) -> Callable[[], None]:
@@ -209,7 +209,7 @@ class Jobs:
 
 
 class _FillWork:
-    """Pages to be supplied, as work of a worker."""
+    """Work that supplies the pages of a fill."""
 
     __slots__ = ("_fill", "_jobs")
 

@@ -1,1 +1,1 @@
-"""The process that keeps what a server needs to be replaced, and answers when there is no server."""
+"""The process that keeps a device's clients alive when its server dies: it starts another, or answers instead."""

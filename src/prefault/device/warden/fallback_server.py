@@ -1,4 +1,4 @@
-"""When there is no server any more: the warden answers, with what there is, and with SIGBUS for the rest."""
+"""The warden in place of a server that is gone: supplied pages are mapped, all others are SIGBUS."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WP = userfaultfd.UFFD_PAGEFAULT_FLAG_WP
 
 
 def send_if_possible(connection: int, message: protocol.Reply) -> None:
-    """Send a message, if that needs no waiting, to whoever is there."""
+    """Send a message on a connection if that needs no waiting and the other side is there."""
     if connection < 0:
         return
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection)) as link:
@@ -28,9 +28,9 @@ def send_if_possible(connection: int, message: protocol.Reply) -> None:
 
 
 def release_client(client: ClientRecord) -> None:
-    """The end of all answering for a client whose pages are mapped or poisoned: the kernel is to ask nobody any more.
+    """Unregister the areas of a client whose pages are all mapped or poisoned, and disarm its lifeline.
 
-    Otherwise a page that is supplied, and whose entry the kernel takes away to write it to swap, would wait for us for ever.
+    The kernel reports no more faults: otherwise a supplied page whose entry it drops, for swap, would wait for ever.
     """
     for area in client.areas.values():
         with contextlib.suppress(OSError):  # unmapped, or its process is gone
@@ -39,13 +39,13 @@ def release_client(client: ClientRecord) -> None:
 
 
 class FallbackServer:
-    """What is left of a device without its server.
+    """Answers faults and refuses requests after the last server.
 
     Args:
-        registry: its clients and frames; repaired.
+        registry: clients and frames, repaired.
         first: a connection that has no client yet.
         selector: whose data are functions without arguments.
-        reason: why, for people.
+        reason: why there is no server, for people.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class FallbackServer:
 
     @property
     def over(self) -> bool:
-        """Whether nobody is left who could ask."""
+        """Whether no client is left."""
         return not self._registry.clients and self._first is None
 
     def _take_over(self, client: ClientRecord, reason: str) -> None:
@@ -73,7 +73,7 @@ class FallbackServer:
         if client.connection >= 0:
             self._watch(client.connection, lambda: self._receive(client))
         for area in client.areas.values():
-            # Whoever waits asks again: what the server had read and not answered is lost.
+            # Waiting threads fault again: faults that the server had read and not answered are lost.
             fault_resolution.unprotect(client.userfaultfd, area.address, area.length)
             fault_resolution.wake(client.userfaultfd, area.address, area.length)
         send_if_possible(client.connection, protocol.Gone(0, reason))
@@ -82,7 +82,7 @@ class FallbackServer:
         self._selector.register(fd, selectors.EVENT_READ, handler)
 
     def _forget(self, fd: int) -> None:
-        # Before it is closed: the client has the same open file.
+        # Before it is closed: the client has the same open file, which epoll would go on watching.
         if fd >= 0:
             with contextlib.suppress(KeyError):
                 self._selector.unregister(fd)
@@ -112,10 +112,10 @@ class FallbackServer:
                 return
 
     def _resolve(self, client: ClientRecord, address: int, protected: bool) -> bool:
-        """Answer a fault; False if the process is gone."""
+        """Answer a fault; return False if the process is gone."""
         frames, fd = self._registry.frames, client.userfaultfd
         area = _area_at(client, address)
-        if area is None:  # unmapped, or never told of
+        if area is None:  # unmapped, or mapped after the last message of the server
             start = address - address % frames.unit
             return not fault_resolution.poison_run(fd, start, frames.unit, frames.unit).gone
         page = (address - area.address + area.offset) // frames.page_size
@@ -137,7 +137,7 @@ class FallbackServer:
             with contextlib.suppress(OSError), socket.socket(fileno=client.connection) as link:
                 link.shutdown(socket.SHUT_RDWR)
             client.connection = -1
-            # With areas it lives, and its pidfd will say; unless it has become another program, which the ioctl knows.
+            # With areas it lives, and its pidfd reports the end, except after execve(2), which the ioctl reports.
             if fault_resolution.is_another_program(client):
                 self._remove_client(client)
         elif isinstance(request, protocol.Unmap):
@@ -157,7 +157,7 @@ class FallbackServer:
             send_if_possible(self._first.fileno(), protocol.Refused(request.id, "gone", errno.ECONNRESET, self._refusal))
 
     def _request(self, connection: int) -> protocol.Request | None:
-        """What came; None at the end of the connection, or where it should end."""
+        """Return the next request; None at the end of the connection, or after an invalid message."""
         descriptors: list[int] = []
         try:
             with socket.socket(fileno=os.dup(connection)) as link:

@@ -1,4 +1,4 @@
-"""The warden: it has what outlives a server, forks the server, watches it, and starts another or answers in its place."""
+"""The warden keeps what outlives a server, forks and supervises the server, and starts another or answers in its place."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from prefault.ipc.transport import ProtocolError
 _log = logging.getLogger("prefault.device")
 
 RESTARTS_MOST, RESTARTS_WINDOW_S = 5, 10.0
-"""A server that dies more often is not started again."""
+"""Deaths of servers, in a time in seconds, after which none is started again."""
 _TIMEOUTS_MOST = 3
-"""The same for drivers that do not come back from a call; in ten times the time that they have for one."""
+"""Timeouts of driver calls, in ten times the device's ``timeout_s``, after which no server is started again."""
 _END_S = 5.0
-"""How long a server may take to end, besides the time that its driver has for a call."""
+"""Time that a server may take to end, in seconds, besides the time that its driver has for a call."""
 _START_S = 60.0
 _LATE = 0.25
-"""Of the time that a driver has. Where a look comes later than that nobody ran, and the driver's time begins anew."""
+"""Share of ``timeout_s``. A check later than that means that no process ran, and the driver's time begins anew."""
 
 _SOFTWARE = 70  # EX_SOFTWARE
 
 
 class Warden:
-    """One device. Its process does nothing else.
+    """Supervisor of one device, in a process that does nothing else.
 
     Args:
         registry: the device's facts and frames; clients, when the server has some already.
-        device: to be served; None: made by the recipe when a server is to be started.
+        device: to be served; None: the server makes it by the recipe.
         recipe: how to make it, for a warden after this one.
         first: the connection of a private server's client, until it has said Hello.
-        listener, listens_at: where clients of a shared one connect.
-        control: whose other end says ``End``, or ends.
-        owner: pidfd of a process with which all this ends; -1: there is none.
+        listener, listens_at: where clients of a shared server connect.
+        control: connection to the process that started the warden: it sends ``End``, or closes it.
+        owner: pidfd of a process with which the device ends; -1: there is none.
         lingers: end with the last client.
     """
 
@@ -71,17 +71,17 @@ class Warden:
         self._owner = owner
         self._lingers = lingers
         self._unadmitted_areas: dict[int, dict[int, AreaRecord]] = {}
-        """Areas of clients that are not known yet."""
+        """Areas of clients that are not admitted yet, by number."""
         self._fallback: fallback_server.FallbackServer | None = None
         self._over = self._ending = self._orderly = False
         self._overdue = ""
-        """Why a server was killed that did not go on; else empty."""
+        """Reason why a server that made no progress was killed; else empty."""
         self._stopped_until: float | None = None
-        """When a server is killed that was found to be stopped, unless it is continued."""
+        """Time at which a server that was found stopped is killed, unless it is continued."""
         self._start_failure = ""
-        """What a server said that could not be started."""
+        """Message of a server that could not be started."""
         self.failed = ""
-        """Why there was no server any more, if it ended so."""
+        """Reason why no other server was started; empty after an orderly end."""
         self._end_deadline: float | None = None
         self._next_check = 0.0
         self._deaths = handover.RateLimit(RESTARTS_MOST, RESTARTS_WINDOW_S)
@@ -91,7 +91,7 @@ class Warden:
         self._link: socket.socket
         self._server_pidfd = -1
         self.server_pid: int | None = None
-        """None: the server is not our child."""
+        """None: the server is not a child of this process."""
         self._watch(self._signals.fileno(), self._receive_signal)
         if control is not None:
             self._watch(control.fileno(), self._receive_control)
@@ -104,7 +104,7 @@ class Warden:
     # --- the loop
 
     def end_by(self, *signals: signal.Signals) -> None:
-        """Have these signals end it in an orderly way."""
+        """Have these signals end the device in an orderly way."""
         for end in (self._signals, self._signal_writer):
             end.setblocking(False)
         signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
@@ -113,7 +113,7 @@ class Warden:
                 signal.signal(number, _wake_only)
 
     def run(self) -> None:
-        """Until all is over."""
+        """Run until the end of the device."""
         while not self._over:
             for key, _ in self._selector.select(self._timeout()):
                 if self._selector.get_map().get(key.fileobj) == key:  # else an earlier event of the same round ended it
@@ -128,7 +128,7 @@ class Warden:
         return max(0.0, until - time.monotonic())
 
     def _check_deadlines(self) -> None:
-        """Kill a server whose driver does not come back from a call, that stays stopped, or that does not end."""
+        """Kill a server whose driver does not return from a call, that stays stopped, or that does not end."""
         if self._fallback is not None or self._over:
             self._over = self._over or (self._fallback is not None and self._fallback.over)
             return
@@ -138,12 +138,12 @@ class Warden:
             self._kill_server()
         if now < self._next_check:
             return
-        # We were stopped, and so was the server: Ctrl-Z, or a frozen container.
+        # This process was stopped, and so was the server: Ctrl-Z, or a frozen container.
         if now > self._next_check + _LATE * self._registry.timeout_s:
             self._next_check = now + self._registry.timeout_s
             self._stopped_until = None
             return
-        # A call that begins after this look has its time until the next one at least.
+        # A call that begins after this check has its time until the next one at least.
         limit_ns = int(self._registry.timeout_s * 1e9)
         oldest = min((began for began in self._registry.frames.heartbeat if began), default=0)
         left_ns = oldest + limit_ns - time.monotonic_ns() if oldest else limit_ns
@@ -153,7 +153,7 @@ class Warden:
         elif not handover.is_stopped(self._server_pidfd):
             self._stopped_until = None
         elif self._stopped_until is None:
-            # By a thread of the driver, say. Where no call is under way nothing else tells of it.
+            # Stopped by a thread of the driver, for example. Where no call is under way nothing else shows it.
             self._stopped_until = self._next_check
         elif now >= self._stopped_until:
             self._kill_overdue("was stopped by a signal for")
@@ -169,7 +169,7 @@ class Warden:
     # --- its server
 
     def start_first_server(self) -> None:
-        """Fork it, and wait until it serves.
+        """Fork the server, and wait until it serves.
 
         Raises:
             DeviceError: it cannot be started, or it has ended; the message says why.
@@ -190,7 +190,7 @@ class Warden:
         raise DeviceError(errno.ECONNRESET, self._describe_end(status))
 
     def start_server(self) -> None:
-        """Fork it."""
+        """Fork the server."""
         self._link, theirs = handover.pair()
         myself = os.pidfd_open(os.getpid())
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -205,7 +205,7 @@ class Warden:
         self.watch_server(os.pidfd_open(pid), self._link, pid)
 
     def watch_server(self, pidfd: int, link: socket.socket, pid: int | None) -> None:
-        """A server runs."""
+        """Supervise a running server; ``pid`` is None if it is not a child of this process."""
         self._server_pidfd, self._link, self.server_pid = pidfd, link, pid
         self._overdue = ""
         self._stopped_until = None
@@ -214,11 +214,10 @@ class Warden:
         self._watch(link.fileno(), self._receive)
 
     def reattach(self, pidfd: int, link: socket.socket) -> None:
-        """Take over a server whose warden has died: it says who its clients are."""
+        """Supervise a server whose warden has died: it sends the registry of its clients."""
         link.settimeout(_START_S)
-        while (
-            received := handover.receive(link)
-        ) is not None:  # None: it has died as well; what is known by now is answered for
+        # None: the server has died as well; the clients that are known by now are answered for.
+        while (received := handover.receive(link)) is not None:
             if isinstance(received[0], handover.HandoverDone):
                 break
             self._apply(*received)
@@ -231,7 +230,7 @@ class Warden:
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            for number in (signal.SIGINT, signal.SIGHUP):  # sent to the whole process group: the warden says what follows
+            for number in (signal.SIGINT, signal.SIGHUP):  # sent to the whole process group: the warden decides
                 signal.signal(number, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             daemon.set_process_name(daemon.SERVER)
@@ -248,7 +247,7 @@ class Warden:
             )  # fmt: skip
             if self._device is None:
                 assert self._recipe is not None
-                # Clients wait already: should it not return, the warden sees that. It has as long as at the first start.
+                # Clients wait already: the warden sees if it does not return. It has as long as at the first start.
                 heartbeat = self._registry.frames.heartbeat
                 heartbeat[0] = time.monotonic_ns() + int(max(0.0, _START_S - self._registry.timeout_s) * 1e9)
                 self._device = recipes.make_device(self._recipe)
@@ -272,7 +271,7 @@ class Warden:
                 os._exit(status)
 
     def _receive(self) -> None:
-        """What the server says."""
+        """Apply the messages of the server."""
         try:
             for message, descriptors in handover.receive_all(self._link):
                 self._apply(message, descriptors)
@@ -306,9 +305,8 @@ class Warden:
                     clients[message.client].areas.pop(message.area, None)
             case handover.Left():
                 client_left = clients.pop(message.client, None)
-                self._unadmitted_areas.pop(
-                    message.client, None
-                )  # one that could not be received: its number will be another's
+                # A client that could not be admitted: its number will be another's.
+                self._unadmitted_areas.pop(message.client, None)
                 if client_left is not None:
                     handover.close_client(client_left)
                 if self._lingers and not clients:
@@ -320,7 +318,7 @@ class Warden:
             case handover.ServerNotStarted():
                 self._start_failure = message.message
             case _:
-                raise ProtocolError(f"a server does not say {type(message).__name__}")
+                raise ProtocolError(f"a server does not send {type(message).__name__}")
 
     def _refuse(self, message: handover.Admitted, descriptors: list[int]) -> None:
         for descriptor in descriptors:
@@ -333,14 +331,14 @@ class Warden:
         )
 
     def _release_first(self) -> None:
-        """It is a client's connection by now, or is over."""
+        """Close the first connection: the server has admitted its client, which has a duplicate, or it is over."""
         if self._first is not None:
             self._first.close()
             self._first = None
 
     def _reap_server(self) -> None:
         status = None if self.server_pid is None else handover.reap(self.server_pid, 1.0)
-        # All that it said is in the socket, though it is dead.
+        # All messages of the dead server are in the socket.
         if self._link.fileno() in self._selector.get_map():
             self._receive()
         if self._link.fileno() in self._selector.get_map():
@@ -354,26 +352,26 @@ class Warden:
         if self._orderly or self._ending:
             self._finish()
             return
-        what = self._describe_end(status)
-        # Killed from outside it says nothing about the driver.
+        reason = self._describe_end(status)
+        # A signal from outside is not the driver's fault.
         blame = bool(self._overdue) or (status is not None and status not in (-signal.SIGKILL, -signal.SIGTERM))
         filling = self._registry.frames.runs(range(self._registry.frames.pages), DevicePageState.FILLING)
         self._registry.frames.repair()
         if self._can_start_another():
-            _log.warning("device %s: %s; another is started", self._registry.name, what)
+            _log.warning("device %s: %s; another is started", self._registry.name, reason)
             self._registry.generation += 1
             if blame:
-                self._registry.blamed = {page: what for run in filling for page in run}
+                self._registry.blamed = {page: reason for run in filling for page in run}
             if self._first is not None:  # Hello may have gone with the server
                 fallback_server.send_if_possible(self._first.fileno(), protocol.Restarted(0, self._registry.generation))
             try:
                 self.start_server()
             except OSError as error:
-                what = f"{what}; no other can be started: {limit_messages.reason(error.errno) or error.strerror}"
+                reason = f"{reason}; no other can be started: {limit_messages.reason(error.errno) or error.strerror}"
             else:
                 self._registry.blamed = {}
                 return
-        self._fall_back(what)
+        self._fall_back(reason)
 
     def _describe_end(self, status: int | None) -> str:
         if self._overdue:
@@ -392,11 +390,11 @@ class Warden:
         too_often = self._timeouts.record() if self._overdue else self._deaths.record()
         return not too_often
 
-    def _fall_back(self, what: str) -> None:
-        _log.error("device %s: %s; pages that were not supplied are SIGBUS from now on", self._registry.name, what)
-        self.failed = what
+    def _fall_back(self, reason: str) -> None:
+        _log.error("device %s: %s; pages that were not supplied are SIGBUS from now on", self._registry.name, reason)
+        self.failed = reason
         self._stop_listening()
-        self._fallback = fallback_server.FallbackServer(self._registry, self._first, self._selector, what)
+        self._fallback = fallback_server.FallbackServer(self._registry, self._first, self._selector, reason)
         self._over = self._fallback.over
 
     def _stop_listening(self) -> None:
@@ -414,13 +412,13 @@ class Warden:
 
     def _receive_signal(self) -> None:
         self._signals.recv(64)
-        if self._ending and self._server_pidfd >= 0:  # asked twice
+        if self._ending and self._server_pidfd >= 0:  # the second signal
             self._kill_server()
         self.end()
 
     def _receive_control(self) -> None:
         assert self._control is not None
-        self._selector.unregister(self._control.fileno())  # there is only one thing to say
+        self._selector.unregister(self._control.fileno())  # only End, or the end of the connection, comes here
         self.end()
 
     def _end_with_owner(self) -> None:
@@ -437,7 +435,7 @@ class Warden:
             handover.kill(self._server_pidfd, signal.SIGTERM)
 
     def _finish(self) -> None:
-        """ForgetfulLink is to wait for us any more: pages that are supplied stay, all others are SIGBUS."""
+        """Resolve all faults for good: supplied pages stay, all others are SIGBUS."""
         self._over = True
         self._stop_listening()
         frames = self._registry.frames
@@ -454,7 +452,7 @@ class Warden:
 
 
 def _is_open(link: socket.socket) -> bool:
-    """Whether the other side can still say something."""
+    """Return whether the other side can still send."""
     try:
         return bool(link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
     except BlockingIOError:
@@ -464,11 +462,11 @@ def _is_open(link: socket.socket) -> bool:
 
 
 def _wake_only(*_: object) -> None:
-    """The signal's number is in the socket that wakes the loop."""
+    """Do nothing: the signal's number is in the socket that wakes the loop."""
 
 
 def _close_inherited(registry: Registry, *ends: socket.socket | None) -> None:
-    """In a process that the driver forked: it must not keep a client from seeing that the server has died."""
+    """Close the connections of clients in a process that the driver forked, where they would hide the server's death."""
     for client in registry.clients.values():
         handover.close_client(client)
     for end in ends:

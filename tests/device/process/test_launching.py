@@ -73,7 +73,7 @@ def test_a_warden_and_a_server_start_and_end_with_the_connection(device: Pattern
         (Recipe("support.wardens:a_number"), DeviceError, "makes is no device: int is not a prefault.device.Device"),
         (Recipe("support.wardens:lengthless"), DeviceError, "makes is no device: Pattern.length is at least 1 byte"),
         (Recipe("support.devices:Pattern", {"pages": 1 << 60}), DeviceError, "length is at least 1 byte and at most"),
-        (Recipe("support.devices:Pattern", {"pages": 1 << 49}), DeviceError, "no frames of"),
+        (Recipe("support.devices:Pattern", {"pages": 1 << 49}), DeviceError, "cannot create frames of"),
         (Recipe("support.devices:Remade", {"colour": 1}), DeviceError, "TypeError.*colour"),
         (Recipe("test_launch"), ValueError, "'package.module:name', not 'test_launch'"),
         (Recipe("os:path.join"), ValueError, "'package.module:name'"),

@@ -19,7 +19,7 @@ from prefault._kernel.mman import MADV_DONTFORK
 from prefault.device import handover, protocol
 from prefault.device.driver import Device
 from prefault.device.frames import Frames
-from prefault.device.registry import Registry
+from prefault.device.registry import DeviceFacts, Registry
 from prefault.device.server.event_loop import run_server
 from prefault.device.server.warden_link import WardenLink
 from prefault.memory.borrowing import borrow
@@ -53,10 +53,7 @@ class Running:
     ) -> None:  # fmt: skip
         made = Frames.create(device.length, device.page_size, device.capacity) if registry is None else registry.frames
         self.frames = made
-        self.registry = registry or Registry(
-            type(device).__name__, device.length, device.page_size, device.writable, device.restartable, device.timeout_s,
-            self.frames,
-        )  # fmt: skip
+        self.registry = registry or Registry(DeviceFacts.of(device, self.frames), self.frames)
         if connection is None or other is None:
             connection, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.connection = connection

@@ -16,10 +16,10 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from prefault.device.driver import Recipe
-from prefault.device.registry import AreaRecord, ClientRecord
+from prefault.device.registry import AreaRecord, ClientRecord, DeviceFacts
 from prefault.ipc import socket_path
 from prefault.ipc.messages import Decoder, TaggedMessage, encode
 from prefault.ipc.transport import ProtocolError
@@ -39,17 +39,6 @@ class PlaceFacts(NamedTuple):
     path: bytes
     device: int
     inode: int
-
-
-class AreaFacts(NamedTuple):
-    """An :class:`AreaRecord`, to be sent."""
-
-    number: int
-    address: int
-    offset: int
-    length: int
-    access: Literal["read", "write"]
-    track_dirty: bool
 
 
 # --- to a fresh warden
@@ -76,15 +65,8 @@ class Reattach(TaggedMessage, frozen=True):
     """
 
     version: int
-    name: str
-    length: int
-    page_size: int
-    writable: bool
-    restartable: bool
-    timeout_s: float
+    device: DeviceFacts
     generation: int
-    huge: bool
-    notes: tuple[str, ...]
     factory: str | None
     place: PlaceFacts | None
     lingers: bool
@@ -108,7 +90,7 @@ class Areas(TaggedMessage, frozen=True):
     """Areas that a client mapped, in addition to those that are known."""
 
     client: int
-    areas: tuple[AreaFacts, ...]
+    areas: tuple[AreaRecord, ...]
 
 
 class Removed(TaggedMessage, frozen=True):
@@ -255,11 +237,6 @@ def place_facts(listens_at: socket_path.Place | None) -> PlaceFacts | None:
 def make_place(facts: PlaceFacts | None) -> socket_path.Place | None:
     """Return the place in a message."""
     return None if facts is None else socket_path.Place(os.fsdecode(facts.path), facts.device, facts.inode)
-
-
-def area_facts(area: AreaRecord) -> AreaFacts:
-    """Return an area in the form in which it is sent."""
-    return AreaFacts(area.number, area.address, area.offset, area.length, area.access, area.track_dirty)
 
 
 def descriptor_names(client: ClientRecord) -> tuple[str, ...]:

@@ -10,14 +10,56 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from prefault.device.driver import Access
+from prefault.ipc.messages import msgspec
 
 if TYPE_CHECKING:
+    from prefault.device.driver import Device
     from prefault.device.frames import Frames
 
 
-@dataclass(slots=True)
-class AreaRecord:
-    """A part of the frames that a client has mapped and registered."""
+class DeviceFacts(msgspec.Struct, frozen=True, array_like=True):
+    """Properties of a device that do not change; as they are sent to another warden as well.
+
+    Attributes:
+        name: for people.
+        length: in bytes.
+        page_size: in bytes.
+        writable: clients may write.
+        restartable: another server may go on with the frames.
+        timeout_s: time that one call of the driver may take, in seconds.
+        huge: the frames are huge pages of hugetlb.
+        notes: how the frames are weaker than asked for.
+    """
+
+    name: str
+    length: int
+    page_size: int
+    writable: bool
+    restartable: bool
+    timeout_s: float
+    huge: bool
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, device: Device, frames: Frames) -> DeviceFacts:
+        """Return the facts of a device with these frames."""
+        return cls(
+            type(device).__name__, device.length, device.page_size, device.writable, device.restartable, device.timeout_s,
+            frames.huge, frames.notes,
+        )  # fmt: skip
+
+
+class AreaRecord(msgspec.Struct, array_like=True):
+    """A part of the frames that a client has mapped and registered.
+
+    Attributes:
+        number: given by the server, of the device's areas.
+        address: in the client.
+        offset: into the device, in bytes.
+        length: in bytes.
+        access: what the client may do with it.
+        track_dirty: first writes are noticed.
+    """
 
     number: int
     address: int
@@ -46,12 +88,7 @@ class ClientRecord:
 class Registry:
     """All that a new server needs besides the driver."""
 
-    name: str
-    length: int
-    page_size: int
-    writable: bool
-    restartable: bool
-    timeout_s: float
+    facts: DeviceFacts
     frames: Frames
     clients: dict[int, ClientRecord] = field(default_factory=dict)
     generation: int = 0

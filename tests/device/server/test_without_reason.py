@@ -25,7 +25,7 @@ from prefault.device.page_states import DevicePageState
 from prefault.device.process import launching
 from prefault.device.process.launching import LaunchedWarden
 from prefault.device.process.startup import create_registry
-from prefault.device.registry import ClientRecord
+from prefault.device.registry import AreaRecord, ClientRecord
 from prefault.device.server.warden_link import WardenLink
 from prefault.device.warden.supervisor import Warden
 from prefault.errors import DriverError
@@ -307,7 +307,7 @@ def _areas_of_the_next_client() -> list[int]:
     names = handover.CLIENT_DESCRIPTORS
     descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in names]
     handover.send(theirs, handover.Admitted(1, 10, 0, names), descriptors[:2])  # the others were cut off (RLIMIT_NOFILE)
-    handover.send(theirs, handover.Areas(1, (handover.AreaFacts(1, 1 << 30, 0, PAGE_SIZE, "write", False),)))
+    handover.send(theirs, handover.Areas(1, (AreaRecord(1, 1 << 30, 0, PAGE_SIZE, "write", False),)))
     handover.send(theirs, handover.Left(1))
     handover.send(theirs, handover.Admitted(1, 11, 0, names), descriptors)
     handover.send(theirs, handover.HandoverDone())

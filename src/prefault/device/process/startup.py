@@ -15,7 +15,7 @@ from typing import NoReturn
 from prefault.device import daemon, handover, limit_messages, recipes
 from prefault.device.driver import Device, Recipe
 from prefault.device.frames import Frames
-from prefault.device.registry import Registry
+from prefault.device.registry import DeviceFacts, Registry
 from prefault.device.warden.supervisor import Warden
 from prefault.errors import DeviceError
 from prefault.ipc import socket_path
@@ -29,9 +29,7 @@ _SOFTWARE = 70  # EX_SOFTWARE
 def create_registry(device: Device) -> Registry:
     """Create the registry of a device, with its frames and without clients; DeviceError if there is no memory for them."""
     frames = Frames.create(device.length, device.page_size, device.capacity)
-    return Registry(
-        type(device).__name__, device.length, device.page_size, device.writable, device.restartable, device.timeout_s, frames
-    )
+    return Registry(DeviceFacts.of(device, frames), frames)
 
 
 def _make_device(recipe: Recipe) -> Device:
@@ -155,11 +153,9 @@ def _replace_warden(link: socket.socket, message: handover.Reattach, given: dict
         daemon.raise_descriptor_limit()
         recipe = handover.make_recipe(message.factory, given["arguments"])
         os.close(given.pop("arguments"))
-        frames = Frames(given["frames"], given["states"], message.length, message.page_size, message.huge, message.notes)
-        registry = Registry(
-            message.name, message.length, message.page_size, message.writable, message.restartable, message.timeout_s,
-            frames, generation=message.generation,
-        )  # fmt: skip
+        device = message.device
+        frames = Frames(given["frames"], given["states"], device.length, device.page_size, device.huge, device.notes)
+        registry = Registry(device, frames, generation=message.generation)
         ends = {name: socket.socket(fileno=given[name]) for name in ("listener", "first", "control") if name in given}
         warden = Warden(
             registry, device=None, recipe=recipe, first=ends.get("first"), listener=ends.get("listener"),

@@ -223,12 +223,12 @@ class _EventLoop:
         self._welcome(link, request)
 
     def _welcome(self, link: ClientConnection, request: protocol.Hello) -> None:
-        state, device = self._state, self._device
+        state, device, facts = self._state, self._device, self._registry.facts
         self._connections.send(
             link,
             protocol.Welcome(
-                request.id, state.name[:1000], self._registry.length, state.page_size, device.writable, device.populates,
-                device.evicts, state.frames.huge, state.frames.notes,
+                request.id, facts.name[:1000], facts.length, facts.page_size, facts.writable, device.populates,
+                device.evicts, facts.huge, facts.notes,
             ),
             (state.frames.fd,),
         )  # fmt: skip

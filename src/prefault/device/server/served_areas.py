@@ -220,9 +220,9 @@ class ServerState:
     def __init__(self, device: Device, registry: Registry, notify: Callable[[], None]) -> None:
         self.device = device
         self.registry = registry
-        self.name = registry.name
+        self.name = registry.facts.name
         self.frames: Frames = registry.frames
-        self.page_size = registry.page_size
+        self.page_size = registry.facts.page_size
         self.unit = registry.frames.unit
         self.lock = threading.RLock()
         self.areas: dict[int, ServedArea] = {}

@@ -67,7 +67,7 @@ class WardenLink:
 
     def area_added(self, client: ClientRecord, area: AreaRecord) -> None:
         """Notify the warden of an area."""
-        self._send(handover.Areas(client.number, (handover.area_facts(area),)))
+        self._send(handover.Areas(client.number, (area,)))
 
     def area_removed(self, client_number: int, area_number: int) -> None:
         """Notify the warden that a client unmapped an area."""
@@ -100,14 +100,14 @@ class WardenLink:
             self._link.close()
             self._end_warden()
             if self._restarts.record():
-                _log.error("device %s: its wardens keep dying; its server goes on without one", registry.name)
+                _log.error("device %s: its wardens keep dying; its server goes on without one", registry.facts.name)
                 return -1
             try:
                 return self._start_warden(registry)
             except (BrokenPipeError, ConnectionResetError, ProcessLookupError):
                 continue  # it died during the handover
             except (OSError, DeviceError) as error:
-                _log.error("device %s: its warden has died, and there is no other: %s", registry.name, error)
+                _log.error("device %s: its warden has died, and there is no other: %s", registry.facts.name, error)
                 self._link.close()
                 return -1
 
@@ -159,8 +159,7 @@ class WardenLink:
             handover.send(
                 self._link,
                 handover.Reattach(
-                    handover.VERSION, registry.name, registry.length, registry.page_size, registry.writable,
-                    registry.restartable, registry.timeout_s, registry.generation, frames.huge, frames.notes,
+                    handover.VERSION, registry.facts, registry.generation,
                     None if self._recipe is None else self._recipe.factory,
                     handover.place_facts(self._place), lingers, tuple(given),
                 ),
@@ -170,7 +169,7 @@ class WardenLink:
             os.close(myself)
             os.close(arguments)
         for client in registry.clients.values():
-            areas = [handover.area_facts(area) for area in client.areas.values()]
+            areas = list(client.areas.values())
             for at in range(0, len(areas), handover.AREAS_A_PACKET):
                 handover.send(self._link, handover.Areas(client.number, tuple(areas[at : at + handover.AREAS_A_PACKET])))
             handover.send(

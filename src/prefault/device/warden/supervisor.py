@@ -85,7 +85,7 @@ class Warden:
         self._end_deadline: float | None = None
         self._next_check = 0.0
         self._deaths = handover.RateLimit(RESTARTS_MOST, RESTARTS_WINDOW_S)
-        self._timeouts = handover.RateLimit(_TIMEOUTS_MOST, 10 * registry.timeout_s)
+        self._timeouts = handover.RateLimit(_TIMEOUTS_MOST, 10 * registry.facts.timeout_s)
         self._selector = selectors.DefaultSelector()
         self._signals, self._signal_writer = socket.socketpair()
         self._link: socket.socket
@@ -134,17 +134,17 @@ class Warden:
             return
         now = time.monotonic()
         if self._end_deadline is not None and now >= self._end_deadline:
-            _log.error("device %s: its server does not end, and is killed", self._registry.name)
+            _log.error("device %s: its server does not end, and is killed", self._registry.facts.name)
             self._kill_server()
         if now < self._next_check:
             return
         # This process was stopped, and so was the server: Ctrl-Z, or a frozen container.
-        if now > self._next_check + _LATE * self._registry.timeout_s:
-            self._next_check = now + self._registry.timeout_s
+        if now > self._next_check + _LATE * self._registry.facts.timeout_s:
+            self._next_check = now + self._registry.facts.timeout_s
             self._stopped_until = None
             return
         # A call that begins after this check has its time until the next one at least.
-        limit_ns = int(self._registry.timeout_s * 1e9)
+        limit_ns = int(self._registry.facts.timeout_s * 1e9)
         oldest = min((began for began in self._registry.frames.heartbeat if began), default=0)
         left_ns = oldest + limit_ns - time.monotonic_ns() if oldest else limit_ns
         self._next_check = now + (left_ns if left_ns > 0 else limit_ns) / 1e9
@@ -209,7 +209,7 @@ class Warden:
         self._server_pidfd, self._link, self.server_pid = pidfd, link, pid
         self._overdue = ""
         self._stopped_until = None
-        self._next_check = time.monotonic() + self._registry.timeout_s
+        self._next_check = time.monotonic() + self._registry.facts.timeout_s
         self._watch(pidfd, self._reap_server)
         self._watch(link.fileno(), self._receive)
 
@@ -234,7 +234,7 @@ class Warden:
                 signal.signal(number, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             daemon.set_process_name(daemon.SERVER)
-            with limit_messages.explained(f"the server of {self._registry.name} cannot be started"):
+            with limit_messages.explained(f"the server of {self._registry.facts.name} cannot be started"):
                 daemon.set_up_streams()
             self._selector.close()
             for end in (self._signals, self._signal_writer, self._link):
@@ -249,7 +249,7 @@ class Warden:
                 assert self._recipe is not None
                 # Clients wait already: the warden sees if it does not return. It has as long as at the first start.
                 heartbeat = self._registry.frames.heartbeat
-                heartbeat[0] = time.monotonic_ns() + int(max(0.0, _START_S - self._registry.timeout_s) * 1e9)
+                heartbeat[0] = time.monotonic_ns() + int(max(0.0, _START_S - self._registry.facts.timeout_s) * 1e9)
                 self._device = recipes.make_device(self._recipe)
                 heartbeat[0] = 0
             run_server(self._device, self._registry, warden_link, self._listener, first, warden)
@@ -262,7 +262,7 @@ class Warden:
             except OSError:  # the warden is gone
                 _log.error("%s", error)
         except BaseException:  # noqa: BLE001  nothing of the warden may run in here
-            _log.exception("device %s: its server failed", self._registry.name)
+            _log.exception("device %s: its server failed", self._registry.facts.name)
         finally:
             try:
                 for stream in (sys.stdout, sys.stderr):
@@ -278,7 +278,7 @@ class Warden:
             if not _is_open(self._link):
                 self._selector.unregister(self._link.fileno())
         except ProtocolError as error:  # the driver wrote into its descriptors, say
-            _log.error("device %s: its server is killed: %s", self._registry.name, error)
+            _log.error("device %s: its server is killed: %s", self._registry.facts.name, error)
             self._kill_server()
             self._selector.unregister(self._link.fileno())
 
@@ -299,7 +299,7 @@ class Warden:
                     if message.client in clients
                     else self._unadmitted_areas.setdefault(message.client, {})
                 )
-                areas.update((facts.number, AreaRecord(*facts)) for facts in message.areas)
+                areas.update((area.number, area) for area in message.areas)
             case handover.Removed():
                 if message.client in clients:
                     clients[message.client].areas.pop(message.area, None)
@@ -325,7 +325,7 @@ class Warden:
             os.close(descriptor)
         _log.error(
             "device %s: process %d ends by SIGBUS if the server dies, as its warden takes no more descriptors: %s",
-            self._registry.name,
+            self._registry.facts.name,
             message.pid,
             limit_messages.no_descriptor(),
         )
@@ -358,7 +358,7 @@ class Warden:
         filling = self._registry.frames.runs(range(self._registry.frames.pages), DevicePageState.FILLING)
         self._registry.frames.repair()
         if self._can_start_another():
-            _log.warning("device %s: %s; another is started", self._registry.name, reason)
+            _log.warning("device %s: %s; another is started", self._registry.facts.name, reason)
             self._registry.generation += 1
             if blame:
                 self._registry.blamed = {page: reason for run in filling for page in run}
@@ -375,7 +375,7 @@ class Warden:
 
     def _describe_end(self, status: int | None) -> str:
         if self._overdue:
-            return f"the driver {self._overdue} {self._registry.timeout_s:g} s, and its process was killed"
+            return f"the driver {self._overdue} {self._registry.facts.timeout_s:g} s, and its process was killed"
         if self._start_failure:
             return f"the driver's process could not be started again: {self._start_failure}"
         if status is None:
@@ -385,13 +385,13 @@ class Warden:
         return f"the driver's process ended by itself, with exit status {status}"
 
     def _can_start_another(self) -> bool:
-        if not self._registry.restartable or (self._device is None and self._recipe is None):
+        if not self._registry.facts.restartable or (self._device is None and self._recipe is None):
             return False
         too_often = self._timeouts.record() if self._overdue else self._deaths.record()
         return not too_often
 
     def _fall_back(self, reason: str) -> None:
-        _log.error("device %s: %s; pages that were not supplied are SIGBUS from now on", self._registry.name, reason)
+        _log.error("device %s: %s; pages that were not supplied are SIGBUS from now on", self._registry.facts.name, reason)
         self.failed = reason
         self._stop_listening()
         self._fallback = fallback_server.FallbackServer(self._registry, self._first, self._selector, reason)
@@ -431,7 +431,7 @@ class Warden:
             self._finish()
         elif not self._ending:
             self._ending = True
-            self._end_deadline = time.monotonic() + self._registry.timeout_s + _END_S
+            self._end_deadline = time.monotonic() + self._registry.facts.timeout_s + _END_S
             handover.kill(self._server_pidfd, signal.SIGTERM)
 
     def _finish(self) -> None:
@@ -445,7 +445,7 @@ class Warden:
             if not self._orderly:
                 fault_resolution.resolve_all(frames, client)
                 fallback_server.send_if_possible(
-                    client.connection, protocol.Gone(0, f"device {self._registry.name} is not served any more")
+                    client.connection, protocol.Gone(0, f"device {self._registry.facts.name} is not served any more")
                 )
             fallback_server.release_client(client)
             handover.close_client(client)

@@ -38,6 +38,8 @@ _AHEAD = 64 << 10
 """Bytes that are allocated ahead, at most, while faults go forward."""
 _SPARSE = 64 << 10
 """States that are searched without asking the kernel first which of them were ever written."""
+_LARGE = 1 << 20
+"""Bytes from which on zeros are mapped, and not allocated."""
 
 
 @functools.cache
@@ -330,3 +332,10 @@ def _has_huge_pages(wanted: int) -> tuple[bool, tuple[str, ...]]:
         f"the hugetlb pool has {there} pages of 2 MiB left, and the device may take {wanted}: its pages are made of ordinary"
         f" ones (write a larger number of pages to {pool.setting})",
     )
+
+
+def zeros(count: int) -> mmap.mmap | bytearray:
+    """Return a writable buffer of zeros; a large one costs only what is written to it, since an area may have a terabyte."""
+    if count < _LARGE:
+        return bytearray(count)
+    return mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mman.MAP_NORESERVE)

@@ -9,7 +9,6 @@ from prefault.device.page_states import DevicePageState
 
 if TYPE_CHECKING:
     from prefault.device.server.driver_calls import FillFailure
-    from prefault.device.server.eviction import Eviction
     from prefault.device.server.page_tables import PageTables
     from prefault.device.server.served_areas import ServedArea, ServerState
     from prefault.device.server.workers import Jobs
@@ -48,10 +47,9 @@ class Discards:
         active: the discards under way.
     """
 
-    def __init__(self, state: ServerState, page_tables: PageTables, eviction: Eviction, jobs: Jobs) -> None:
+    def __init__(self, state: ServerState, page_tables: PageTables, jobs: Jobs) -> None:
         self._state = state
         self._page_tables = page_tables
-        self._eviction = eviction
         self._jobs = jobs
         self.active: list[_Discard] = []
 
@@ -94,7 +92,7 @@ class Discards:
     def _advance(self, discard: _Discard) -> None:
         with self._state.lock:
             discard.seen = self._state.changes
-            discard.count += self._eviction.discard(discard.pages)
+            discard.count += self._state.pool.discard(discard.pages)
             if self._state.frames.runs(discard.pages, DevicePageState.FILLING, DevicePageState.EVICTING):
                 return
         discard.called = True

@@ -12,10 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from prefault.device.driver import ZERO, Access, Device
-from prefault.device.page_states import DevicePageState
 
 if TYPE_CHECKING:
-    from prefault.device.server.eviction import Eviction
     from prefault.device.server.served_areas import ServedArea, ServerState
 
 _log = logging.getLogger("prefault.device")
@@ -88,20 +86,15 @@ class DriverCalls:
         page_by_page: the driver has no ``populate`` of its own.
     """
 
-    def __init__(self, state: ServerState, eviction: Eviction) -> None:
+    def __init__(self, state: ServerState) -> None:
         self._state = state
         self._frames = state.frames
-        self._eviction = eviction
+        self._pool = state.pool
         self._device = state.device
         self._heartbeat = state.frames.heartbeat
         self._secure_one = state.frames.secure_one
         self._reclaim_lock = threading.Lock()
         self.page_by_page = type(state.device).populate is Device.populate and "populate" not in vars(state.device)
-
-    @property
-    def unlimited(self) -> bool:
-        """Whether the device has no capacity, so that the order in which pages were supplied does not matter."""
-        return self._state.capacity is None
 
     def fill(self, fill: Fill, slot: int) -> None:
         """Call the driver to supply the pages of a fill. Never raises: the failure is in ``fill``."""
@@ -207,62 +200,36 @@ class DriverCalls:
             _CapacityError: the capacity is exhausted.
             BaseException: raised by the driver's ``reclaim``.
         """
-        state, count = self._state, len(fill.pages)
-        if state.capacity is None:
-            with state.lock:
-                state.used += count
-                fill.reserved = True
+        pool, state = self._pool, self._state
+        if pool.capacity is None:
+            self._take_room(fill)
             return
         # One at a time: another thread must not take the room that was made for this one. Waiting is not a call's time.
         self._heartbeat[slot] = 0
         with self._reclaim_lock:
-            if self._take_room(fill, count):
+            if self._take_room(fill):
                 return
             for _ in range(_RECLAIMS_MOST):
                 fill.changes = changes = state.changes
                 self._heartbeat[slot] = time.monotonic_ns()
-                self._device.reclaim(fill.area, count)
+                self._device.reclaim(fill.area, len(fill.pages))
                 self._heartbeat[slot] = 0
-                if self._take_room(fill, count):
+                if self._take_room(fill):
                     return
                 # Pages that another thread of the driver is evicting did not help reclaim, and make room in a moment.
-                if self._eviction.evicting:
+                if pool.evicting:
                     time.sleep(_EVICTING_S)
                 elif state.changes == changes:
                     break
         raise _CapacityError(
-            f"the device's capacity of {state.capacity} pages has no room for {count} more: {state.used} are taken, and"
-            " reclaim() made no room"
+            f"the device's capacity of {pool.capacity} pages has no room for {len(fill.pages)} more: {pool.used} are taken,"
+            " and reclaim() made no room"
         )
 
-    def _take_room(self, fill: Fill, count: int) -> bool:
-        state = self._state
-        assert state.capacity is not None
-        with state.lock:
-            if state.used + count > state.capacity:
-                self._eviction.drop_oldest(state.used + count - state.capacity, fill.keep)
-            if state.used + count > state.capacity:
-                return False
-            state.used += count
-            fill.reserved = True
-            return True
-
-    # --- in the loop, under the lock
-
-    def begin(self, fill: Fill) -> None:
-        """Mark the pages of a fill, all MISSING, as FILLING."""
-        self._frames.mark(fill.pages, DevicePageState.FILLING)
-
-    def settle(self, fill: Fill) -> None:
-        """Set the states after :meth:`fill`: supplied pages become READY, the others MISSING again."""
-        ready, lost = range(fill.pages.start, fill.done), range(fill.done, fill.pages.stop)
-        if len(ready):
-            self._eviction.mark_supplied(ready)
-            fill.area.counters.supplied_pages += len(ready)
-        if len(lost) and fill.reserved:
-            self._eviction.punch(lost)
-        elif len(lost):
-            self._frames.mark(lost, DevicePageState.MISSING)
+    def _take_room(self, fill: Fill) -> bool:
+        with self._state.lock:
+            fill.reserved = self._pool.reserve(len(fill.pages), fill.keep)
+        return fill.reserved
 
 
 class _FrameAllocationError(Exception):

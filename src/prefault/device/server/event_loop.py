@@ -93,21 +93,26 @@ class _EventLoop:
             self._watch, self._forget, restarted=registry.generation > 0, greeted=self._admit_new, welcome=self._welcome,
             asked=lambda client, request: self._requests.handle(client, request), lost=self.connection_lost,
         )  # fmt: skip
-        eviction = Eviction(state)
-        self._driver_calls = DriverCalls(state, eviction)
+        self._driver_calls = DriverCalls(state)
         self._workers = _workers(state, min(device.workers, RESULTS - 1))
         self._jobs = Jobs(state, self._driver_calls, self._workers)
-        self._page_tables = PageTables(state, eviction)
-        self._discards = Discards(state, self._page_tables, eviction, self._jobs)
+        self._page_tables = PageTables(state)
+        self._discards = Discards(state, self._page_tables, self._jobs)
         self._faults = Faults(
             state, self._page_tables, self._driver_calls, self._jobs, self._discards, FaultAroundWindows(state)
         )
         self._populate_requests = PopulateRequests(
-            state, self._page_tables, eviction, self._jobs, self._discards, self._workers,
+            state, self._page_tables, self._jobs, self._discards, self._workers,
             page_by_page=self._driver_calls.page_by_page, reply=self._connections.say,
         )  # fmt: skip
         self._requests = Requests(
-            state, self._jobs, self._populate_requests, self._discards, eviction, reply=self._connections.say, events=self
+            state,
+            self._jobs,
+            self._populate_requests,
+            self._discards,
+            Eviction(state),
+            reply=self._connections.say,
+            events=self,
         )
         self._fault_polling = FaultPolling()
 

@@ -19,8 +19,8 @@ class FaultAroundWindows:
         around = state.device.fault_around
         self._first = 1 if around is None else max(1, around.first // state.page_size)
         self._most = 1 if around is None else max(self._first, around.most // state.page_size)
-        if state.capacity is not None:  # a window never takes so much that it drives itself out
-            self._most = max(1, min(self._most, state.capacity // 2))
+        if state.pool.capacity is not None:  # a window never takes so much that it drives itself out
+            self._most = max(1, min(self._most, state.pool.capacity // 2))
             self._first = min(self._first, self._most)
 
     @property

@@ -66,9 +66,11 @@ class Faults:
         self._heartbeat = state.frames.heartbeat
         self._recent: ServedClient | None = None
         self._fill_one = calls.fill_one
+        self._begin_one = state.pool.begin_one
+        self._finish_one = state.pool.finish_one
         self._map_one = page_tables.map_one
         # Without a capacity, windows and workers a fault is answered in few steps, except in the device's partial last page.
-        self._fast_path = calls.unlimited and not jobs.threaded and not self._around
+        self._fast_path = state.pool.capacity is None and not jobs.threaded and not self._around
         self._blamed = state.registry.blamed
         self._tail = state.frames.pages - 1 if state.frames.tail else -1
 
@@ -245,13 +247,12 @@ class Faults:
         counters = area.counters
         counters.missing += 1
         counters.log.append(page)
-        self._states[page] = _FILLING
+        self._begin_one(page)
         write = flags & UFFD_PAGEFAULT_FLAG_WRITE != 0
         failure = self._fill_one(area, page, "write" if write else "read", now)
         with self._lock:
-            self._state.used += 1
+            self._finish_one(page, failure is None)
             if failure is None:
-                self._states[page] = _READY
                 self._map_one(area, page, write)
         if failure is not None:
             fill = Fill(area, range(page, page + 1), access_of(write), single=True, keep=[], finished=self._filled)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from prefault._kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_RUN_ARGUMENT
 from prefault.device.page_states import DevicePageState
 from prefault.device.server import fault_resolution
-from prefault.device.server.eviction import Eviction, mark_dirty
+from prefault.device.server.eviction import mark_dirty
 
 if TYPE_CHECKING:
     from prefault.device.server.driver_calls import Fill
@@ -24,9 +24,8 @@ _pack_into = UFFDIO_RUN_ARGUMENT.pack_into
 class PageTables:
     """Maps and poisons pages in areas."""
 
-    def __init__(self, state: ServerState, eviction: Eviction) -> None:
+    def __init__(self, state: ServerState) -> None:
         self._state = state
-        self._eviction = eviction
         self._frames = state.frames
         self._size = state.page_size
         self._argument = bytearray(UFFDIO_RUN_ARGUMENT.size)
@@ -105,7 +104,7 @@ class PageTables:
                 foreign = True
                 continue
             if self._frames.states[page] == DevicePageState.READY:
-                self._eviction.punch(range(page, page + 1))
+                self._state.pool.punch(range(page, page + 1))
             fault_resolution.wake(area.fd, area.address(page), size)
         return foreign
 

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 from prefault.device import protocol
 from prefault.device.page_states import DevicePageState
 from prefault.device.server.driver_calls import Fill, FillFailure
-from prefault.device.server.eviction import subtract
 from prefault.device.server.frame_headroom import FrameHeadroom, FrameShortfall
+from prefault.device.server.page_pool import subtract
 
 if TYPE_CHECKING:
     from prefault.device.server.discards import Discards
-    from prefault.device.server.eviction import Eviction
     from prefault.device.server.page_tables import PageTables
     from prefault.device.server.served_areas import ServedArea, ServedClient, ServerState
     from prefault.device.server.workers import Jobs, Workers
@@ -70,7 +69,6 @@ class PopulateRequests:
         self,
         state: ServerState,
         page_tables: PageTables,
-        eviction: Eviction,
         jobs: Jobs,
         discards: Discards,
         workers: Workers,
@@ -81,7 +79,6 @@ class PopulateRequests:
         self._state = state
         self._frames = state.frames
         self._page_tables = page_tables
-        self._eviction = eviction
         self._jobs = jobs
         self._discards = discards
         self._workers = workers
@@ -91,8 +88,8 @@ class PopulateRequests:
         self._batch_pages = max(1, state.device.batch // state.page_size)
         if page_by_page:  # a larger batch saves no call, and faults wait for it
             self._batch_pages = min(self._batch_pages, _PAGES_ONE_BY_ONE)
-        if state.capacity is not None:
-            self._batch_pages = max(1, min(self._batch_pages, state.capacity))
+        if state.pool.capacity is not None:
+            self._batch_pages = max(1, min(self._batch_pages, state.pool.capacity))
         self._reply = reply
 
     def __len__(self) -> int:
@@ -143,17 +140,15 @@ class PopulateRequests:
         if not state.device.populates:
             return ("no populate", errno.EOPNOTSUPP, f"device {state.name} declares population as meaningless")
         pages = sum(map(len, populate.all))
-        if state.capacity is not None and pages > state.capacity:
+        if state.pool.capacity is not None and pages > state.pool.capacity:
             return (
                 "full", errno.ENOSPC,
-                f"{pages} pages were asked for, and the device's capacity is {state.capacity}: populate less at once",
+                f"{pages} pages were asked for, and the device's capacity is {state.pool.capacity}: populate less at once",
             )  # fmt: skip
         if not populate.request.check_headroom:
             return None
         missing = sum(self._frames.count(run, DevicePageState.MISSING) for run in populate.all)
-        if state.capacity is not None:
-            missing = min(missing, max(0, state.capacity - state.used))
-        return self._headroom.short_of(missing, whole=True)
+        return self._headroom.short_of(state.pool.new_frames(missing), whole=True)
 
     # --- work
 
@@ -201,7 +196,7 @@ class PopulateRequests:
         stop = min(stop, run.start + self._batch_pages)
         pages = range(run.start, stop)
         if populate.request.check_headroom:
-            populate.failed = self._headroom.short_of(self._new_frames(len(pages)), page=run.start)
+            populate.failed = self._headroom.short_of(self._state.pool.new_frames(len(pages)), page=run.start)
             if populate.failed is not None:
                 return True
         self._advance(populate, stop)
@@ -216,10 +211,6 @@ class PopulateRequests:
             )
         )  # fmt: skip
         return True
-
-    def _new_frames(self, pages: int) -> int:
-        state = self._state
-        return pages if state.capacity is None else min(pages, max(0, state.capacity - state.used))
 
     def _advance(self, populate: _PopulateRequest, stop: int) -> None:
         run = populate.runs[0]
@@ -333,7 +324,7 @@ class PopulateRequests:
                     area.overlap(run) for area, _, _ in self._state.areas_over(run) if area.client is not populate.client
                 ]
             for piece in subtract(run, kept):
-                self._eviction.discard(piece)
+                self._state.pool.discard(piece)
                 populate.mapped = [part for mapped in populate.mapped for part in subtract(mapped, [piece])]
 
 

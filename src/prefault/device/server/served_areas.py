@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import mmap
 import socket
 import threading
 from bisect import bisect_right, insort
@@ -12,29 +11,20 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from prefault._kernel import mman
 from prefault.device.driver import Access, Device, DeviceArea
+from prefault.device.frames import zeros
 from prefault.device.page_states import DevicePageState
 from prefault.device.registry import AreaRecord, ClientRecord, Registry
 from prefault.device.server.counters import Counters
+from prefault.device.server.page_pool import PagePool
 
 if TYPE_CHECKING:
     from prefault.device.frames import Frames
 
 _start = attrgetter("start")
 _FILLING = int(DevicePageState.FILLING)
-
-
-_LARGE = 1 << 20
 _NUMBER_BITS = 40
 """Bits of an area's number; above them is the generation of the server that gave it."""
-
-
-def zeros(count: int) -> mmap.mmap | bytearray:
-    """Return a writable buffer of zeros; a large one costs only what is written to it, since an area may have a terabyte."""
-    if count < _LARGE:
-        return bytearray(count)
-    return mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mman.MAP_NORESERVE)
 
 
 class ServedArea(DeviceArea):
@@ -209,8 +199,7 @@ class ServerState:
 
     Attributes:
         lock: held for every change of a page's state and every new entry in a client's page table.
-        capacity: pages that may have a frame at once; None: any number.
-        used: pages that have a frame, or are about to get one.
+        pool: the pages' states, and the count of their frames.
         changes: incremented whenever a page leaves FILLING or EVICTING, or a discard ends; waiters compare it before
             they look again.
         notify: wakes the loop, from any thread.
@@ -227,11 +216,10 @@ class ServerState:
         self.lock = threading.RLock()
         self.areas: dict[int, ServedArea] = {}
         self.clients: dict[int, ServedClient] = {}
-        self.used = 0
-        if registry.generation:  # else there are none, and reading would allocate the states of a device of any size
-            self.used = self.frames.pages - self.frames.count(range(self.frames.pages), DevicePageState.MISSING)
-        capacity = device.capacity
-        self.capacity = None if capacity is None else capacity // self.page_size
+        self.pool = PagePool(
+            self.frames, None if device.capacity is None else device.capacity // self.page_size,
+            reclaims=not device.writable, restarted=registry.generation > 0,
+        )  # fmt: skip
         self.changes = 0
         self.notify = notify
         self.gone_clients: list[ServedClient] = []

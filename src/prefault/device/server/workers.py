@@ -130,7 +130,7 @@ class Jobs:
         """Supply pages that are all MISSING. Not under the lock: the driver may be called right here."""
         fill.area.calls += 1
         with self._state.lock:
-            self._calls.begin(fill)
+            self._state.pool.begin_fill(fill.pages)
         if not self._workers.count:
             self._calls.fill(fill, 0)
             self._finish(fill, listed=False)
@@ -168,7 +168,8 @@ class Jobs:
         if fill.failure is not None:
             fill.area.counters.errors += 1
         with self._state.lock:
-            self._calls.settle(fill)
+            self._state.pool.finish_fill(fill.pages, fill.done, fill.reserved)
+            fill.area.counters.supplied_pages += fill.done - fill.pages.start
             again = fill.finished(fill)
             self._state.changes += 1
         if again is not None:

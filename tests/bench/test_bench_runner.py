@@ -206,7 +206,7 @@ def test_without_the_advice_its_cells_are_unavailable(where: Places) -> None:
         written, populated = _results([WRITE, POPULATE], where)
     assert written.status is Status.MEASURED
     assert populated.status is Status.UNAVAILABLE
-    assert "MADV_POPULATE_READ" in str(populated.reason)
+    assert "MADV_POPULATE_WRITE and _READ" in str(populated.reason)
 
 
 def test_too_little_memory(where: Places, monkeypatch: pytest.MonkeyPatch) -> None:

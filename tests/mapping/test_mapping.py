@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import errno
+import functools
 import gc
+import itertools
 import mmap
 import os
 import re
 import resource
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy
@@ -603,3 +608,56 @@ def test_a_file_that_is_cut_short_while_it_is_mapped(tmp_path: Path) -> None:
             prefault.populate(mapping)
         assert caught.value.offset == PAGE_SIZE
         assert len(mapping) == 4 * PAGE_SIZE
+
+
+@pytest.mark.parametrize("backing", ["memfd", prefault.TemporaryFile("/dev/shm")], ids=["memfd", "tmpfs"])
+@pytest.mark.parametrize("make", [prefault.Mapping, prefault.SparseMemory])
+def test_ctrl_c_at_any_step_of_making_leaves_no_descriptor(
+    make: Callable[..., prefault.Mapping | prefault.SparseMemory], backing: prefault.BackingSource | str
+) -> None:
+    def interrupted_at(step: int) -> bool:
+        """Make memory, and raise after so many calls in the modules that open and map; return whether there are so many."""
+        left = step
+
+        def trace(frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
+            nonlocal left
+            if frame.f_globals.get("__name__") not in ("prefault.memory.backings", "prefault.mapping.mapping", *_OPENERS):
+                return None
+            if frame.f_code.co_name in ("__del__", "close", "unmap", "__exit__"):
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode" and frame.f_lasti in _after_calls(frame.f_code):
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            memory = make(PAGE_SIZE, backing=backing)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        memory.close()
+        return False
+
+    interrupted_at(1 << 60)  # what is opened once and kept
+    descriptors, files = os.listdir("/proc/self/fd"), os.listdir("/dev/shm")
+    step = 1
+    while interrupted_at(step):
+        step += 1
+        assert os.listdir("/proc/self/fd") == descriptors, step
+        assert [name for name in os.listdir("/dev/shm") if name.startswith("prefault-") and name not in files] == [], step
+    assert step > 20
+
+
+@functools.cache
+def _after_calls(code: CodeType) -> frozenset[int]:
+    """Offsets of the instructions before which CPython may run a signal handler: those that follow a call."""
+    instructions = itertools.pairwise(dis.get_instructions(code))
+    return frozenset(after.offset for call, after in instructions if call.opname in ("CALL", "CALL_FUNCTION_EX"))
+
+
+_OPENERS = ("prefault._system.descriptors", "prefault.sparse.sparse_memory", "prefault.sparse.layout")

@@ -75,7 +75,7 @@ def test_names(name: str, backing: prefault.BackingSource) -> None:
     named = parse_backing(name)
     assert type(named) is type(backing)
     with pytest.raises(AttributeError):
-        named.name = "x"  # type: ignore[union-attr,misc]  # values do not change
+        named.name = "x"  # type: ignore[attr-defined]  # values do not change
 
 
 def test_unknown_names_and_types() -> None:

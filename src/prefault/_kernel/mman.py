@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
-import os
 from collections.abc import Sequence
 
 from prefault._kernel._call import INT, OFFSET, POINTER, SIZE, UINT, declare, declare_syscall, fail
@@ -120,7 +119,8 @@ def process_madvise_vector(pidfd: int, vector: int, count: int, advice: int) -> 
 
 
 @functools.cache
-def _has_own_pidfd() -> bool:
+def has_own_pidfd() -> bool:
+    """Return whether process_madvise takes PIDFD_SELF_THREAD_GROUP, which needs no descriptor (Linux 6.15)."""
     page = mmap(0, PAGE_SIZE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS)
     try:
         return process_madvise(PIDFD_SELF_THREAD_GROUP, [(page, PAGE_SIZE)], MADV_POPULATE_READ) == PAGE_SIZE
@@ -130,14 +130,6 @@ def _has_own_pidfd() -> bool:
         return False
     finally:
         munmap(page, PAGE_SIZE)
-
-
-def own_pidfd() -> int:
-    """Return what process_madvise takes for this process: a number that stands for it, or a new descriptor to be closed.
-
-    The number needs no closing, which would give up the GIL. Before Linux 6.15 there is none.
-    """
-    return PIDFD_SELF_THREAD_GROUP if _has_own_pidfd() else os.pidfd_open(os.getpid())
 
 
 def mlock2(address: int, length: int, flags: int = 0) -> None:

@@ -6,9 +6,11 @@ import errno
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from prefault._kernel._call import explain
+from prefault._system.descriptors import Descriptors
 
 
 class MapsLine(NamedTuple):
@@ -51,6 +53,17 @@ def open_proc(path: str) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise _refusal(path, error) from error
+
+
+@contextmanager
+def opened_proc(path: str) -> Iterator[int]:
+    """Open a file of /proc for reading, for the length of a block. Ctrl-C leaks no descriptor."""
+    with Descriptors() as descriptors:
+        try:
+            fd = descriptors.open(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _refusal(path, error) from error
+        yield fd
 
 
 def own_descriptors() -> list[int]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-from prefault._system import capabilities
 from prefault.bench.grid import PREFAULT, Cell
 from prefault.bench.kinds import HUGE_PAGE_BYTES, KINDS, Places
 from prefault.bench.machine import available_memory_bytes
 from prefault.bench.places import MARGIN_BYTES, Hugetlbfs, TemporaryHugetlbPool, filesystem_of, in_memory
+from prefault.engine.methods import METHODS
 from prefault.sizes import format_size
 
 
@@ -29,8 +29,9 @@ def pool_pages(cell: Cell) -> int:
 
 def obstacle(cell: Cell, places: Places, pool: TemporaryHugetlbPool, mounted: Hugetlbfs) -> str | None:
     """Return why the cell cannot run now; None where it can."""
-    if "populate" in cell.method and cell.method != PREFAULT and not capabilities.MADV_POPULATE.available:
-        return f"this kernel has no MADV_POPULATE_READ and _WRITE (Linux 5.14): {capabilities.MADV_POPULATE.refusal}"
+    needed = METHODS[cell.method].capability if cell.method != PREFAULT else None
+    if needed is not None and not needed.available:
+        return f"{cell.method} needs {needed.question} (Linux {needed.since}): {needed.refusal}"
     kind = KINDS[cell.backing]
     if kind.room == "pool":
         return _pool_obstacle(cell, pool, mounted)

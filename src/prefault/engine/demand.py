@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from prefault._kernel import mman, pagemap
 from prefault._kernel.cachestat import cachestat
 from prefault._system import capabilities
-from prefault.engine.methods import POPULATE_READ, POPULATE_WRITE
 from prefault.engine.planning import Segment
 from prefault.inspection.scan import occupied
 from prefault.intervals import IntervalMeasure, bridged, common, merged, window, without
@@ -226,8 +225,7 @@ def demands_of(segments: Sequence[Segment], populated: array[int], fd: int | Non
 
 def _is_like_its_kind(segment: Segment) -> bool:
     """Whether method, target and backing say all, so that its limits are those of every segment with the same ones."""
-    plain = segment.method is POPULATE_READ or segment.method is POPULATE_WRITE
-    return plain and segment.backing not in (Backing.HUGETLB, Backing.TMPFS)
+    return segment.method.advice is not None and segment.backing not in (Backing.HUGETLB, Backing.TMPFS)
 
 
 def _overhead(missing: int, of_file: bool) -> int:

@@ -13,7 +13,7 @@ from prefault._kernel import pagemap
 from prefault._kernel._call import explain
 from prefault._kernel.mman import EHWPOISON
 from prefault._system import hugetlb, proc
-from prefault.engine.methods import MLOCK, Access, Method
+from prefault.engine.methods import Access, Method
 from prefault.inspection.scan import PageState, residency_of
 from prefault.memory.vma import Backing, Vma, file_size, mount_directory, vm_flags, vma_at
 from prefault.ranges import PageRange
@@ -49,7 +49,7 @@ def diagnose(address: int, method: Method, error: OSError, fd: int | None) -> Ca
         return Cause(errors.PopulateError, number, f"the method needs a descriptor of its own: {explain(number)}")
     if number in _TELLING:
         return _telling(number, vma, fd)
-    if method is MLOCK and number in (errno.ENOMEM, errno.EPERM, errno.EAGAIN):
+    if method.locks and number in (errno.ENOMEM, errno.EPERM, errno.EAGAIN):
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         allowed = "no limit" if limit == resource.RLIM_INFINITY else format_size(limit)
         return Cause(

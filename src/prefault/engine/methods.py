@@ -1,7 +1,9 @@
-"""The ways to populate, one small class each.
+"""Methods of populating, one small class each.
 
-:func:`prefault.populate` runs these, and ``prefault bench`` times these. A method does one stretch of memory in one go and
-raises OSError where it cannot; what to do then, and how to cut a large range, is decided in :mod:`prefault.populate`.
+:func:`prefault.populate` runs them, and ``prefault bench`` times them. A method populates one stretch of memory at once and
+raises OSError where it cannot; :mod:`prefault.engine.execution` cuts large ranges and handles failures. The attributes of
+:class:`Method` say what the rest of the package must know of it, so that a new method is one class here and its line in
+:data:`METHODS`; measured, also a line in the benchmark's grid.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from prefault._kernel import mman, uio
 from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, fallocate
 from prefault._kernel.futex import futex_add_zero
 from prefault._system import capabilities
+from prefault._system.descriptors import Descriptors
 from prefault.sizes import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -28,14 +31,14 @@ Access: TypeAlias = Literal["read", "write"]
 
 
 class Target(NamedTuple):
-    """The mapping that a method works on, as far as methods need to know it.
+    """Properties of the mapping that a method works on.
 
     Attributes:
-        page_size: the kernel's, in bytes; larger than a base page for hugetlb.
-        fd: a descriptor of the file behind it, open for writing; None without one.
-        file_base: what to add to an address to get the offset in that file.
-        file_size: of that file in bytes; fallocate must not reach beyond it.
-        shared, writable: as it is mapped.
+        page_size: the kernel's page size in bytes; larger than a base page for hugetlb.
+        fd: descriptor of the file behind the mapping, open for writing; None without one.
+        file_base: added to an address it gives the offset in that file.
+        file_size: size of that file in bytes; fallocate must not reach beyond it.
+        shared, writable: how the file is mapped.
     """
 
     page_size: int = PAGE_SIZE
@@ -47,14 +50,22 @@ class Target(NamedTuple):
 
 
 class Method(abc.ABC):
-    """A way to populate.
+    """One way to populate.
 
     Attributes:
-        name: what users and result files call it.
-        access: what it populates for.
-        by_hand: it touches the pages from user space, so memory that cannot be had is a SIGBUS. For measurements.
-        overwrites: it changes or loses what the memory holds. For measurements on empty mappings.
+        name: the name in ``method=`` and in result files.
+        access: populates readable or writable.
+        by_hand: touches the pages from user space, so that missing memory is a SIGBUS. For measurements.
+        overwrites: changes or loses what the memory holds. For measurements on empty mappings.
         hint: the kernel may do it later, in part or not at all.
+        allocates: fills holes of the file by fallocate(2), for which it needs a shared mapping and a descriptor of the file
+            that is open for writing.
+        locks: locks the pages, within RLIMIT_MEMLOCK.
+        advice: the MADV_* constant that populates as this method does, for process_madvise(2) on many ranges; None where
+            there is none.
+        capability: the kernel feature that it needs; None where every supported kernel has it.
+        is_fallback: stands in for a method whose kernel feature is missing, and is slower than that.
+        falls_back: :attr:`without_fallocate` does where the file system has no fallocate (EOPNOTSUPP); else the call fails.
     """
 
     name: str
@@ -62,15 +73,26 @@ class Method(abc.ABC):
     by_hand = False
     overwrites = False
     hint = False
+    allocates = False
+    locks = False
+    advice: int | None = None
+    capability: capabilities.Capability | None = None
+    is_fallback = False
+    falls_back = False
+
+    @property
+    def without_fallocate(self) -> Method:
+        """The method that populates alike without fallocate before it; most methods are that themselves."""
+        return self
 
     @abc.abstractmethod
     def run(self, start: int, length: int, target: Target) -> None:
         """Populate ``[start, start + length)``: page-aligned addresses inside one mapping.
 
-        Doing it again for what is already populated changes nothing. Pages are taken in order from the first.
+        Idempotent. Pages are populated in order from the first.
 
         Raises:
-            OSError: not all of it; a part from the start may be populated.
+            OSError: a page could not be populated; pages from the start on may be.
         """
 
     def __repr__(self) -> str:
@@ -82,6 +104,8 @@ class PopulateRead(Method):
 
     name = "populate_read"
     access: Access = "read"
+    advice = mman.MADV_POPULATE_READ
+    capability = capabilities.MADV_POPULATE
 
     def run(self, start: int, length: int, target: Target) -> None:  # noqa: ARG002
         """Populate readable, as if each page were read."""
@@ -93,6 +117,8 @@ class PopulateWrite(Method):
 
     name = "populate_write"
     access: Access = "write"
+    advice = mman.MADV_POPULATE_WRITE
+    capability = capabilities.MADV_POPULATE
 
     def run(self, start: int, length: int, target: Target) -> None:  # noqa: ARG002
         """Populate writable, as if each page were written, without changing a byte."""
@@ -100,22 +126,20 @@ class PopulateWrite(Method):
 
 
 @contextmanager
-def ourselves() -> Iterator[int]:
-    """A descriptor of this process, a pidfd."""
-    opened: list[int] = []
-    try:
-        # One call from C to C: Ctrl-C cannot strike after the opening and before the number is noted.
-        opened.extend(map(os.pidfd_open, (os.getpid(),)))
-        yield opened[0]
-    finally:
-        if opened:
-            os.close(opened[0])
+def own_process() -> Iterator[int]:
+    """Return a context with what process_madvise(2) takes for this process: a constant, or a pidfd before Linux 6.15."""
+    if mman.has_own_pidfd():
+        yield mman.PIDFD_SELF_THREAD_GROUP  # nothing to close, which would give up the GIL
+        return
+    with Descriptors() as descriptors:
+        yield descriptors.open(os.pidfd_open, os.getpid())
 
 
 class ProcessMadvise(Method):
-    """process_madvise on ourselves, which takes every advice since Linux 6.13."""
+    """process_madvise(2) on this process, which takes every advice since Linux 6.13."""
 
-    _PIECE = 4 << 20  # the kernel may let others have the mmap lock between ranges of the vector
+    capability = capabilities.PROCESS_MADVISE
+    _PIECE = 4 << 20  # the kernel may give up the mmap lock between ranges of the vector
 
     def __init__(self, access: Access) -> None:
         self.access = access
@@ -123,23 +147,24 @@ class ProcessMadvise(Method):
         self._advice = mman.MADV_POPULATE_READ if access == "read" else mman.MADV_POPULATE_WRITE
 
     def run(self, start: int, length: int, target: Target) -> None:
-        """One system call for up to 1024 pieces; a short count means that the next piece failed."""
+        """Make one system call for up to 1024 pieces; a short count means that the next piece failed."""
         piece = max(self._PIECE, target.page_size)
         stop = start + length
-        with ourselves() as pidfd:
+        with own_process() as pidfd:
             while start < stop:
                 starts = range(start, stop, piece)[: mman.IOV_MAX]
                 start += mman.process_madvise(pidfd, [(at, min(piece, stop - at)) for at in starts], self._advice)
 
 
 class ProcessVmReadv(Method):
-    """process_vm_readv on ourselves, one byte a page: a read fault in the kernel, so never a signal. Linux 3.2."""
+    """process_vm_readv(2) on this process, one byte per page: a read fault in the kernel, so never a signal. Linux 3.2."""
 
     name = "process_vm_readv"
     access: Access = "read"
+    is_fallback = True
 
     def run(self, start: int, length: int, target: Target) -> None:
-        """Up to 1024 pages a call; a short count means that the next page failed."""
+        """Read up to 1024 pages per call; a short count means that the next page failed."""
         step = target.page_size
         sink = ctypes.create_string_buffer(mman.IOV_MAX)
         local = mman.IoVec(ctypes.addressof(sink), len(sink))
@@ -154,16 +179,17 @@ class ProcessVmReadv(Method):
 
 
 class FutexAdd(Method):
-    """An atomic add of 0 to one word a page, done by futex(2): a write fault in the kernel, so never a signal.
+    """Atomic add of 0 to one word per page, by futex(2): a write fault in the kernel, so never a signal.
 
-    Unlike reading and writing back it can lose no other thread's write.
+    Unlike reading and writing back, an atomic add can lose no other thread's write.
     """
 
     name = "futex_add"
     access: Access = "write"
+    is_fallback = True
 
     def run(self, start: int, length: int, target: Target) -> None:
-        """One system call a page."""
+        """Make one system call per page."""
         for address in range(start, start + length, target.page_size):
             futex_add_zero(address)
 
@@ -173,30 +199,32 @@ class Mlock(Method):
 
     name = "mlock"
     access: Access = "read"
+    locks = True
 
     def run(self, start: int, length: int, target: Target) -> None:  # noqa: ARG002
-        """Populate, and keep it from being reclaimed until munlock."""
+        """Populate the pages, and keep them from being reclaimed until munlock(2)."""
         mman.mlock2(start, length)
 
 
 class WillNeed(Method):
-    """madvise(MADV_WILLNEED): asks for read-ahead of a file. A hint."""
+    """madvise(MADV_WILLNEED): starts read-ahead of a file. A hint."""
 
     name = "willneed"
     access: Access = "read"
     hint = True
 
     def run(self, start: int, length: int, target: Target) -> None:  # noqa: ARG002
-        """Start read-ahead; nothing is mapped and nothing promised."""
+        """Start read-ahead; no page is mapped, and none is promised."""
         mman.madvise(start, length, mman.MADV_WILLNEED)
 
 
 class Fallocate(Method):
-    """fallocate(2): memory or disk space for the file behind a shared mapping; nothing is mapped yet."""
+    """fallocate(2): memory or disk space for the file behind a shared mapping; no page is mapped yet."""
 
     name = "fallocate"
     access: Access = "read"
-    hint = True  # of population: the page tables stay as they are
+    hint = True  # the page tables stay as they are
+    allocates = True
 
     def run(self, start: int, length: int, target: Target) -> None:
         """Allocate the holes of the file under the range, as far as the file reaches."""
@@ -215,21 +243,25 @@ class Fallocate(Method):
 
 
 class FallocateThen(Method):
-    """fallocate first, then another method.
+    """Allocate by fallocate(2) first, then populate by another method, ``then``."""
 
-    Attributes:
-        then: the other method.
-        optional: the other method alone will do where the file system has no fallocate (EOPNOTSUPP).
-    """
+    allocates = True
 
-    def __init__(self, then: Method, *, optional: bool = False) -> None:
+    def __init__(self, then: Method, *, falls_back: bool = False) -> None:
         self.then = then
-        self.optional = optional
+        self.falls_back = falls_back
         self.name = f"fallocate+{then.name}"
         self.access = then.access
         self.by_hand = then.by_hand
         self.overwrites = then.overwrites
         self.hint = then.hint
+        self.capability = then.capability
+        self.is_fallback = then.is_fallback
+
+    @property
+    def without_fallocate(self) -> Method:
+        """The method that follows fallocate."""
+        return self.then
 
     def run(self, start: int, length: int, target: Target) -> None:
         """Allocate the range, then populate it."""
@@ -238,19 +270,19 @@ class FallocateThen(Method):
 
 
 class ReadByHand(Method):
-    """A load from every page, from user space."""
+    """One load per page, from user space."""
 
     name = "read"
     access: Access = "read"
     by_hand = True
 
     def run(self, start: int, length: int, target: Target) -> None:
-        """One byte a page; SIGBUS or SIGSEGV where it cannot be had."""
-        _one_byte_a_page(start, length, target).max(initial=0)
+        """Touch one byte per page; SIGBUS or SIGSEGV where the kernel cannot supply it."""
+        _first_bytes(start, length, target).max(initial=0)
 
 
 class WriteByHand(Method):
-    """A store to every page, from user space: it overwrites the first byte of each with 0."""
+    """One store per page, from user space: it overwrites the first byte of each with 0."""
 
     name = "write"
     access: Access = "write"
@@ -258,12 +290,12 @@ class WriteByHand(Method):
     overwrites = True
 
     def run(self, start: int, length: int, target: Target) -> None:
-        """One byte a page; SIGBUS or SIGSEGV where it cannot be had."""
-        _one_byte_a_page(start, length, target)[:] = 0
+        """Touch one byte per page; SIGBUS or SIGSEGV where the kernel cannot supply it."""
+        _first_bytes(start, length, target)[:] = 0
 
 
 class ReadWriteByHand(Method):
-    """A load and a store of the same byte to every page, from user space: loses what another thread writes between."""
+    """One load and one store of the same byte per page, from user space: loses what another thread writes in between."""
 
     name = "read/write"
     access: Access = "write"
@@ -271,15 +303,15 @@ class ReadWriteByHand(Method):
     overwrites = True
 
     def run(self, start: int, length: int, target: Target) -> None:
-        """One byte a page; SIGBUS or SIGSEGV where it cannot be had."""
+        """Touch one byte per page; SIGBUS or SIGSEGV where the kernel cannot supply it."""
         import numpy
 
-        pages = _one_byte_a_page(start, length, target)
+        pages = _first_bytes(start, length, target)
         numpy.bitwise_or(pages, numpy.uint8(0), out=pages)  # element by element: load, store, next page
 
 
 class _Bytes:
-    """Addresses as an array interface, for numpy."""
+    """Array interface of a range of addresses, for numpy."""
 
     def __init__(self, start: int, length: int, *, readonly: bool) -> None:
         self.__array_interface__ = {
@@ -287,7 +319,7 @@ class _Bytes:
         }  # fmt: skip
 
 
-def _one_byte_a_page(start: int, length: int, target: Target) -> numpy.typing.NDArray[Any]:
+def _first_bytes(start: int, length: int, target: Target) -> numpy.typing.NDArray[Any]:
     import numpy
 
     view = numpy.asarray(_Bytes(start, length, readonly=not target.writable))
@@ -299,7 +331,6 @@ POPULATE_WRITE = PopulateWrite()
 PROCESS_VM_READV = ProcessVmReadv()
 FUTEX_ADD = FutexAdd()
 FALLOCATE = Fallocate()
-MLOCK = Mlock()
 
 _PLAIN: tuple[Method, ...] = (
     ReadByHand(),
@@ -315,7 +346,7 @@ METHODS: dict[str, Method] = {
         FALLOCATE,
         *(FallocateThen(method) for method in _PLAIN),
         WillNeed(),
-        MLOCK,
+        Mlock(),
         ProcessMadvise("read"),
         ProcessMadvise("write"),
         PROCESS_VM_READV,
@@ -324,14 +355,14 @@ METHODS: dict[str, Method] = {
         FallocateThen(FUTEX_ADD),
     )
 }
-"""Every method by its name."""
+"""All methods by name."""
 
 
 def by_name(name: str, access: Access | None = None) -> Method:
-    """The method called ``name``. ``"process_madvise"`` alone is the one for ``access`` (default: write).
+    """Return the method called ``name``. ``"process_madvise"`` alone is the one for ``access`` (default: write).
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none of this name.
     """
     if not isinstance(name, str):
         raise TypeError(f"a method is named by a text, not by {type(name).__name__}")
@@ -343,13 +374,14 @@ def by_name(name: str, access: Access | None = None) -> Method:
 
 
 def best(access: Access, *, allocate: bool) -> Method:
-    """The method for ``access`` that this kernel has; with ``allocate``, after fallocate where the file system has it."""
-    if capabilities.MADV_POPULATE.available:
-        name = "populate_read" if access == "read" else "populate_write"
-    else:
-        name = "process_vm_readv" if access == "read" else "futex_add"
-    return _ALLOCATING[name] if allocate else METHODS[name]
+    """Return the best method for ``access`` on this kernel; with ``allocate``, after fallocate where there is one."""
+    preferred, fallback = _BEST[access]
+    method = preferred if capabilities.MADV_POPULATE.available else fallback
+    return _ALLOCATING[method] if allocate else method
 
 
-_POPULATING = (POPULATE_READ, POPULATE_WRITE, PROCESS_VM_READV, FUTEX_ADD)
-_ALLOCATING = {method.name: FallocateThen(method, optional=True) for method in _POPULATING}
+_BEST: dict[Access, tuple[Method, Method]] = {
+    "read": (POPULATE_READ, PROCESS_VM_READV),
+    "write": (POPULATE_WRITE, FUTEX_ADD),
+}
+_ALLOCATING = {method: FallocateThen(method, falls_back=True) for pair in _BEST.values() for method in pair}

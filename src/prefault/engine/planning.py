@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from prefault._system import capabilities
 from prefault._system.cpus import usable_cpus
-from prefault.engine.methods import POPULATE_READ, POPULATE_WRITE, Access, FallocateThen, Method, Target, best, by_name
+from prefault.engine.methods import POPULATE_READ, POPULATE_WRITE, Access, Method, Target, best, by_name
 from prefault.memory.borrowing import Borrowed, Span, borrow
 from prefault.memory.vma import Backing, Vma, file_descriptor, vma_at, vmas_by_kind
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
@@ -211,8 +211,8 @@ def _segment(memory: Borrowed, vma: Vma, start: int, stop: int, access: Access |
     of_file = on_disk or _copies_a_file(vma.shared, vma.backing)
     wish = access or ("write" if vma.writable and not memory.readonly and not of_file else "read")
     if chosen is not None:
-        fd = _descriptor(memory, vma) if isinstance(chosen, FallocateThen) or chosen.name == "fallocate" else None
-        if fd is None and (isinstance(chosen, FallocateThen) or chosen.name == "fallocate"):
+        fd = _descriptor(memory, vma) if chosen.allocates else None
+        if fd is None and chosen.allocates:
             raise ValueError(f"method {chosen.name!r} needs a shared mapping with a descriptor that is open for writing")
         return Segment(start, stop, chosen, _target(vma, fd), vma.backing, "asked for by name")
     may_allocate = vma.shared and vma.writable and (wish == "write" or (on_disk and access is None))
@@ -224,8 +224,8 @@ def _segment(memory: Borrowed, vma: Vma, start: int, stop: int, access: Access |
     fd = _descriptor(memory, vma) if may_allocate and (memory.fd is not None or on_disk) else None
     method = best(wish, allocate=fd is not None)
     reason = _reason(vma, wish, fd, on_disk)
-    if isinstance(method, FallocateThen) and vma.backing in (Backing.FILE, Backing.TMPFS):
-        reason += f" ({method.then.name} alone, if the file system has no fallocate)"
+    if method.falls_back and vma.backing in (Backing.FILE, Backing.TMPFS):
+        reason += f" ({method.without_fallocate.name} alone, if the file system has no fallocate)"
     return Segment(start, stop, method, _target(vma, fd), vma.backing, reason)
 
 
@@ -272,7 +272,7 @@ def _is_left_to_the_file(segment: Segment) -> bool:
 def _notes(segment: Segment) -> Iterator[str]:
     if segment.method.hint:
         yield f"{segment.method.name} is a hint: nothing is promised, and the pages are counted afterwards"
-    elif not capabilities.MADV_POPULATE.available and "madvise" not in segment.method.name:
+    elif segment.method.is_fallback and not capabilities.MADV_POPULATE.available:
         yield f"this kernel has no MADV_POPULATE_*: {segment.method.name} does it, slower"
     if segment.backing is Backing.FILE and segment.target.shared and segment.method.access == "write":
         yield "every page of the file becomes dirty and will be written back"
@@ -304,6 +304,6 @@ def without_fallocate(segment: Segment, error: OSError) -> Segment | None:
     Found out by populating: a plan touches nothing.
     """
     method = segment.method
-    if isinstance(method, FallocateThen) and method.optional and error.errno == errno.EOPNOTSUPP:
-        return segment._replace(method=method.then)
+    if method.falls_back and error.errno == errno.EOPNOTSUPP:
+        return segment._replace(method=method.without_fallocate)
     return None

@@ -13,7 +13,7 @@ from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from prefault._kernel.fiemap import holes
 from prefault._system import thp
 from prefault.engine.discarding import drop
-from prefault.engine.methods import FallocateThen, best
+from prefault.engine.methods import best
 from prefault.engine.planning import Segment
 from prefault.errors import PopulateError
 from prefault.inspection.scan import PageState, mapped_by_others, residency_of, resident
@@ -74,7 +74,7 @@ class Rollback:
             mine = (brought_in & whole) - self._kept
             if _is_memory_file(segment):
                 # fallocate may have come further than the page tables.
-                allocated = mine | (taken & whole) if isinstance(segment.method, FallocateThen) else mine
+                allocated = mine | (taken & whole) if segment.method.allocates else mine
                 allocated -= self._resident
                 if not segment.target.shared:
                     stayed += _drop(mine)  # the copies hide the pages of the file
@@ -152,7 +152,7 @@ def _beyond(segments: tuple[Segment, ...], brought_in: RangeSet) -> Iterator[Pag
 
 
 def _allocates_on_disk(segment: Segment) -> bool:
-    return segment.backing is Backing.FILE and isinstance(segment.method, FallocateThen)
+    return segment.backing is Backing.FILE and segment.method.allocates
 
 
 def holes_before(segment: Segment) -> RangeSet:

@@ -11,7 +11,6 @@ from typing import Literal
 
 from prefault._kernel import fiemap
 from prefault.engine.demand import Demand
-from prefault.engine.methods import FALLOCATE, MLOCK, FallocateThen
 from prefault.engine.planning import Segment
 from prefault.limits import (
     ALLOCATED_WHEN_TOUCHED,
@@ -38,10 +37,10 @@ def space_demand(part: Demand) -> Iterator[tuple[Limit, int]]:
         yield from ((limit, missing) for limit in limits)
     elif backing is Backing.HUGETLB:
         yield from _huge_pages(part)
-    elif backing is Backing.FILE and segment.target.fd is not None and _allocates(segment):
+    elif backing is Backing.FILE and segment.target.fd is not None and segment.method.allocates:
         for limit in _space_left(part, "disk space"):
             yield limit, part.length if part.length <= limit.available_bytes else _hole_bytes(segment)
-    if segment.method is MLOCK:
+    if segment.method.locks:
         locked = locked_memory_limit()
         # What is locked already is not counted twice by the kernel.
         if locked is not None and (part.length <= locked.available_bytes or "lo" not in vm_flags(start)):
@@ -98,10 +97,6 @@ def _holes(part: Demand) -> int | None:
     if status is None:
         return None
     return max(0, status.st_size + -status.st_size % page_size - status.st_blocks * 512)
-
-
-def _allocates(segment: Segment) -> bool:
-    return isinstance(segment.method, FallocateThen) or segment.method is FALLOCATE
 
 
 def _hole_bytes(segment: Segment) -> int:

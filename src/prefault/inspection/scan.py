@@ -437,14 +437,12 @@ def resident(pages: PageRange) -> RangeSet:
 
 def mapped_by_others(pages: PageRange) -> RangeSet:
     """The pages that this process maps, and somebody else too (or this process twice); none where nobody can tell."""
-    try:
-        fd = proc.open_proc("/proc/self/pagemap")
-    except OSError:
-        return RangeSet()
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            fd = stack.enter_context(proc.opened_proc("/proc/self/pagemap"))
+        except OSError:
+            return RangeSet()
         words = array("Q", pagemap.read_pagemap(fd, pages.start // PAGE_SIZE, pages.pages))
-    finally:
-        os.close(fd)
     first = PageRange(pages.start, pages.start + PAGE_SIZE)
     return RangeSet(
         first.shifted(number * PAGE_SIZE)
@@ -514,9 +512,8 @@ def _state_of(categories: int) -> PageState:
 def _from_pagemap(pages: PageRange, cache: PageCache | None) -> Residency:
     import numpy
 
-    fd = proc.open_proc("/proc/self/pagemap")
     words = array("Q")
-    try:
+    with proc.opened_proc("/proc/self/pagemap") as fd:
         for part in pages.chunks(256 * MIB):
             entries = numpy.frombuffer(pagemap.read_pagemap(fd, part.start // PAGE_SIZE, part.pages), numpy.uint64)
             states = numpy.zeros(len(entries), numpy.uint8)
@@ -530,8 +527,6 @@ def _from_pagemap(pages: PageRange, cache: PageCache | None) -> Residency:
                 states[(entries & numpy.uint64(bit)) != 0] |= int(state)
             states[(states & int(PageState.GUARD)) != 0] = int(PageState.GUARD)
             words += _words(part.start, states)
-    finally:
-        os.close(fd)
     reason = "it needs PAGEMAP_SCAN (Linux 6.7)"
     unknown: dict[PageState, str] = {
         PageState.ALLOCATED: f"pagemap does not tell the zero page; {reason}",

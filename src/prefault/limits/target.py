@@ -19,18 +19,11 @@ from prefault.limits.refusing_limits import (
     space_limit,
 )
 from prefault.memory.backings import (
-    Anonymous,
     BackingSource,
-    Descriptor,
-    File,
-    Hugetlb,
-    Memfd,
-    TemporaryFile,
     parse_backing,
 )
 from prefault.memory.borrowing import borrow
 from prefault.memory.vma import Backing, Vma, file_descriptor, mount_directory, vm_flags, vmas
-from prefault.sizes import parse_size
 
 
 def headroom(target: Any = None) -> Headroom:
@@ -70,13 +63,12 @@ def _of_other_memory() -> Iterator[Limit]:
 
 
 def _of_backing(source: BackingSource) -> Iterator[Limit]:
-    yield from mmap_limits(private=isinstance(source, Anonymous))
-    if isinstance(source, Hugetlb | Memfd) and source.page_size is not None:
-        yield from hugetlb_limits(parse_size(source.page_size))
-    elif isinstance(source, TemporaryFile | File):
-        yield from _of_file_system(os.fsdecode(source.directory if isinstance(source, TemporaryFile) else source.path))
-    elif isinstance(source, Descriptor):
-        yield from _of_file_system(source.fd)
+    huge_page_size = source.huge_page_size
+    yield from mmap_limits(private=not source.has_file and huge_page_size is None)
+    if huge_page_size is not None:
+        yield from hugetlb_limits(huge_page_size)
+    elif source.location is not None:
+        yield from _of_file_system(source.location)
     else:
         yield from memory_limits()
         yield from commit_limits()

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import math
-import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 from prefault._kernel import mman
 from prefault._system import fork_hooks, hugetlb, thp
+from prefault._system.descriptors import Descriptors
 from prefault.errors import HugePagesError, MappingError
 from prefault.limits.mmap_refusal import why_no_room
-from prefault.memory.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, OpenedBacking, parse_backing
+from prefault.memory.backings import BackingSource, OpenedBacking, parse_backing
 from prefault.memory.borrowing import Borrowed, MemoryOwner, Pin
 from prefault.ranges import PageRange
 from prefault.sizes import MAX_SIZE, MIB, PAGE_SIZE, Size, format_size, parse_size
@@ -155,17 +155,17 @@ class Mapping(MappedMemory):
         if wanted is not None and wanted > _MAX_LENGTH:
             raise ValueError(f"{wanted} bytes are more than the kernel can map")
         self.backing = source
-        self.shared = not isinstance(source, Anonymous | Hugetlb) if shared is None else shared
+        self.shared = source.has_file if shared is None else shared
         self.writable = writable
         self.huge = huge
-        opened = source.open(wanted, writable=writable and self.shared)
-        memory = OwnedMemory(opened.fd)  # from here on it closes the descriptor
+        memory = OwnedMemory()
         try:
+            opened = source.open(memory.descriptors, wanted, writable=writable and self.shared)
             self.page_size = opened.page_size
             size = opened.size if wanted is None else wanted
             if size is None:
                 raise ValueError(f"{type(source).__name__} has no size of its own: say how many bytes to map")
-            self._length = size if isinstance(source, File | Descriptor) else size + -size % opened.page_size
+            self._length = size if source.is_given else size + -size % opened.page_size
             memory.map(
                 self._length, opened, shared=self.shared, huge=huge, noreserve=noreserve,
                 prot=mman.PROT_READ | (mman.PROT_WRITE if writable else 0),
@@ -226,8 +226,9 @@ class OwnedMemory:
     view, and the last one to go unmaps it.
     """
 
-    def __init__(self, fd: int | None) -> None:
-        self.fd = fd
+    def __init__(self) -> None:
+        self.descriptors = Descriptors()
+        """Owner of the file's descriptor; closed with the mapping."""
         self.address = 0
         self.mapped = 0
         self.file_offset = 0
@@ -238,6 +239,11 @@ class OwnedMemory:
         self.at_unmap: Callable[[], None] | None = None
         """Called once the memory is gone."""
         _all.add(self)
+
+    @property
+    def fd(self) -> int | None:
+        """The descriptor of the file; None without one."""
+        return self.descriptors.first
 
     def map(
         self,
@@ -318,14 +324,12 @@ class OwnedMemory:
     def unmap(self) -> None:
         """Unmap and close, whoever looks."""
         mapped, self.mapped = self.mapped, 0
-        fd, self.fd = self.fd, None
         at_unmap, self.at_unmap = self.at_unmap, None
         try:
             if mapped:
                 mman.munmap(self.address, mapped)
         finally:
-            if fd is not None:
-                os.close(fd)
+            self.descriptors.close()
             if at_unmap is not None:
                 at_unmap()
 

@@ -1,17 +1,20 @@
-"""The backings: what a :class:`~prefault.Mapping` takes its memory from."""
+"""The backings: where a :class:`~prefault.Mapping` takes its memory from."""
 
 from __future__ import annotations
 
+import abc
+import contextlib
 import errno
 import fcntl
 import os
 import stat
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from prefault._kernel import mman
 from prefault._kernel._call import explain
-from prefault._kernel.memfd import MFD_CLOEXEC, MFD_HUGETLB, huge_page_flag, memfd_create
+from prefault._kernel.memfd import MFD_CLOEXEC, MFD_HUGETLB, huge_page_flag
 from prefault._system import hugetlb, proc
+from prefault._system.descriptors import Descriptors
 from prefault.errors import HugePagesError, MappingError
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size, parse_size
 
@@ -20,7 +23,7 @@ from prefault.sizes import MIB, PAGE_SIZE, Size, format_size, parse_size
 
 
 class OpenedBacking(NamedTuple):
-    """What mmap(2) needs to know of a backing.
+    """Arguments of mmap(2) for a backing.
 
     ``fd`` is None for anonymous memory; ``flags`` are added to the call; ``size`` is the size of the file from ``offset``
     on, where it decides how much there is to map.
@@ -33,33 +36,115 @@ class OpenedBacking(NamedTuple):
     size: int | None = None
 
 
-class Anonymous(NamedTuple):
+class BackingSource(abc.ABC):
+    """Where memory comes from: a plain value, which opens nothing before :meth:`open`.
+
+    The attributes of its class, and properties, say what the rest of the package must know of a backing.
+
+    Attributes:
+        has_file: the memory is the file's, so that mappings of it are shared unless the caller says otherwise.
+        is_given: the file exists before, belongs to the caller, and is never made longer or shorter.
+    """
+
+    __slots__ = ()
+
+    has_file = True
+    is_given = False
+
+    @property
+    def huge_page_size(self) -> int | None:
+        """Bytes in a huge page of the hugetlb pool that it takes its memory from; None where it takes none by name."""
+        return None
+
+    @property
+    def location(self) -> str | int | None:
+        """Path or descriptor on the file system that supplies the memory; None for the kernel's own."""
+        return None
+
+    @property
+    def when_shared(self) -> BackingSource:
+        """The backing with a descriptor that gives the same memory, shared; nearly always itself."""
+        return self
+
+    @abc.abstractmethod
+    def open(self, descriptors: Descriptors, length: int | None, *, writable: bool) -> OpenedBacking:
+        """Make the backing ready to be mapped, and create its file if it has one.
+
+        Args:
+            descriptors: owner of the descriptor that is opened, from the moment that the kernel returns it.
+            length: bytes to map; None: all of a file.
+            writable: the mapping writes through to the file.
+
+        Raises:
+            MappingError: the memory is not available. Nothing is left on disk; the caller closes ``descriptors``.
+        """
+
+
+class _AnonymousFields(NamedTuple):
+    pass
+
+
+class Anonymous(_AnonymousFields, BackingSource):
     """Memory without a file. Private by default; shared, it is shared with children of fork."""
 
-    def open(self, length: int | None, *, writable: bool) -> OpenedBacking:  # noqa: ARG002
-        """Nothing to open."""
+    __slots__ = ()
+
+    has_file = False
+
+    @property
+    def when_shared(self) -> BackingSource:
+        """A memfd."""
+        return Memfd()
+
+    def open(self, descriptors: Descriptors, length: int | None, *, writable: bool) -> OpenedBacking:  # noqa: ARG002
+        """Return the flags; there is nothing to open."""
         return OpenedBacking(None, flags=mman.MAP_ANONYMOUS)
 
 
-class Hugetlb(NamedTuple):
-    """Anonymous huge pages from the hugetlb pool (``vm.nr_hugepages``)."""
-
+class _HugetlbFields(NamedTuple):
     page_size: Size = 2 * MIB
 
-    def open(self, length: int | None, *, writable: bool) -> OpenedBacking:  # noqa: ARG002
-        """Nothing to open; the kernel must know the page size."""
+
+class Hugetlb(_HugetlbFields, BackingSource):
+    """Anonymous huge pages from the hugetlb pool (``vm.nr_hugepages``)."""
+
+    __slots__ = ()
+
+    has_file = False
+
+    @property
+    def huge_page_size(self) -> int:
+        """Bytes in a huge page."""
+        return parse_size(self.page_size)
+
+    @property
+    def when_shared(self) -> BackingSource:
+        """A memfd of huge pages of the same size."""
+        return Memfd(page_size=self.page_size)
+
+    def open(self, descriptors: Descriptors, length: int | None, *, writable: bool) -> OpenedBacking:  # noqa: ARG002
+        """Return the flags; there is nothing to open, but the kernel must know the page size."""
         page_size = check_huge_page_size(self.page_size)
         flags = mman.MAP_ANONYMOUS | mman.MAP_HUGETLB | huge_page_flag(page_size, mman.MAP_HUGE_SHIFT)
         return OpenedBacking(None, page_size, flags=flags)
 
 
-class Memfd(NamedTuple):
-    """An anonymous file in memory (memfd_create(2)); with ``page_size``, of huge pages from the hugetlb pool."""
-
+class _MemfdFields(NamedTuple):
     name: str = "prefault"
     page_size: Size | None = None
 
-    def open(self, length: int | None, *, writable: bool) -> OpenedBacking:  # noqa: ARG002
+
+class Memfd(_MemfdFields, BackingSource):
+    """An anonymous file in memory (memfd_create(2)); with ``page_size``, of huge pages from the hugetlb pool."""
+
+    __slots__ = ()
+
+    @property
+    def huge_page_size(self) -> int | None:
+        """Bytes in a huge page; None for pages of the kernel's base size."""
+        return None if self.page_size is None else parse_size(self.page_size)
+
+    def open(self, descriptors: Descriptors, length: int | None, *, writable: bool) -> OpenedBacking:  # noqa: ARG002
         """Create the memfd and give it its size."""
         flags, page_size = MFD_CLOEXEC, PAGE_SIZE
         if self.page_size is not None:
@@ -67,42 +152,56 @@ class Memfd(NamedTuple):
             flags |= MFD_HUGETLB | huge_page_flag(page_size)
         size = _round_up(_required(length, "a memfd"), page_size)
         try:
-            fd = memfd_create(self.name, flags)
+            fd = descriptors.open(os.memfd_create, self.name, flags)
         except OSError as error:
             raise MappingError(error.errno, f"memfd_create failed: {explain(error.errno or 0)}") from error
         return _sized(fd, size, page_size)
 
 
-class TemporaryFile(NamedTuple):
+class _TemporaryFileFields(NamedTuple):
+    directory: str | os.PathLike[str] = "/dev/shm"
+
+
+class TemporaryFile(_TemporaryFileFields, BackingSource):
     """An unnamed file in ``directory`` that goes away with the mapping.
 
     The directory decides what it is: ``/dev/shm`` or another tmpfs, a hugetlbfs mount, or a disk.
     """
 
-    directory: str | os.PathLike[str] = "/dev/shm"
+    __slots__ = ()
 
-    def open(self, length: int | None, *, writable: bool) -> OpenedBacking:  # noqa: ARG002
+    @property
+    def location(self) -> str:
+        """The directory."""
+        return os.fsdecode(self.directory)
+
+    def open(self, descriptors: Descriptors, length: int | None, *, writable: bool) -> OpenedBacking:  # noqa: ARG002
         """Create the file, unlink it and give it its size."""
-        import tempfile  # here, as it takes longer to import than all of this package's own modules
-
         size = _required(length, "a temporary file")
+        path = os.path.join(os.path.abspath(self.location), f"prefault-{os.urandom(8).hex()}")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             # Not O_TMPFILE: hugetlbfs and some network file systems do not have it.
-            fd, path = tempfile.mkstemp(prefix="prefault-", dir=os.fsdecode(self.directory))
+            fd = descriptors.open(os.open, path, flags, 0o600)
         except OSError as error:
             raise MappingError(
                 error.errno, f"no file can be made in {self.directory}: {explain(error.errno or 0)}"
             ) from error
-        try:
-            os.unlink(path)
-            page_size = os.fstatvfs(fd).f_bsize if _is_hugetlbfs(fd) else PAGE_SIZE
-        except OSError:
-            os.close(fd)
+        except BaseException:  # Ctrl-C, perhaps since the file was created
+            with contextlib.suppress(OSError):
+                os.unlink(path)
             raise
+        os.unlink(path)
+        page_size = os.fstatvfs(fd).f_bsize if _is_hugetlbfs(fd) else PAGE_SIZE
         return _sized(fd, _round_up(size, page_size), page_size)
 
 
-class File(NamedTuple):
+class _FileFields(NamedTuple):
+    path: str | os.PathLike[str]
+    offset: Size = 0
+
+
+class File(_FileFields, BackingSource):
     """An existing file, from ``offset`` on. It is never made longer or shorter.
 
     Attributes:
@@ -110,18 +209,24 @@ class File(NamedTuple):
         offset: where the mapping starts, a multiple of the page size.
     """
 
-    path: str | os.PathLike[str]
-    offset: Size = 0
+    __slots__ = ()
 
-    def open(self, length: int | None, *, writable: bool) -> OpenedBacking:
-        """Open it, for writing if the mapping writes through to it."""
+    is_given = True
+
+    @property
+    def location(self) -> str:
+        """The path."""
+        return os.fsdecode(self.path)
+
+    def open(self, descriptors: Descriptors, length: int | None, *, writable: bool) -> OpenedBacking:
+        """Open the file, for writing if the mapping writes through to it."""
         path, offset = os.fspath(self.path), parse_size(self.offset)
         # O_NONBLOCK: opening a FIFO must not wait for its other end. It means nothing to a regular file.
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise MappingError(errno.EINVAL, f"{path} is not a regular file: {_file_kind(path)} cannot be mapped")
-            fd = os.open(path, flags)
+            fd = descriptors.open(os.open, path, flags)
         except MappingError:
             raise
         except OSError as error:
@@ -130,7 +235,12 @@ class File(NamedTuple):
         return _existing(fd, str(path), offset, length)
 
 
-class Descriptor(NamedTuple):
+class _DescriptorFields(NamedTuple):
+    fd: int
+    offset: Size = 0
+
+
+class Descriptor(_DescriptorFields, BackingSource):
     """The file behind an open descriptor, from ``offset`` on: a memfd that came over a socket, another mapping's ``fd``.
 
     It is duplicated, so the one given may be closed, and the file is never made longer or shorter.
@@ -140,41 +250,37 @@ class Descriptor(NamedTuple):
         offset: where the mapping starts, a multiple of the file's page size.
     """
 
-    fd: int
-    offset: Size = 0
+    __slots__ = ()
 
-    def open(self, length: int | None, *, writable: bool) -> OpenedBacking:
-        """Duplicate it."""
+    is_given = True
+
+    @property
+    def location(self) -> int:
+        """The descriptor."""
+        return self.fd
+
+    def open(self, descriptors: Descriptors, length: int | None, *, writable: bool) -> OpenedBacking:
+        """Duplicate the descriptor."""
         offset = parse_size(self.offset)
         if isinstance(self.fd, bool) or not isinstance(self.fd, int):
             raise TypeError(f"a descriptor is a number, not {type(self.fd).__name__}")
         try:
-            fd = fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0)
+            fd = descriptors.open(fcntl.fcntl, self.fd, fcntl.F_DUPFD_CLOEXEC, 0)
         except (OSError, OverflowError, ValueError) as error:
             if isinstance(error, OSError) and error.errno == errno.EMFILE:
                 raise MappingError(errno.EMFILE, f"descriptor {self.fd} cannot be kept: {explain(errno.EMFILE)}") from error
             raise MappingError(errno.EBADF, f"descriptor {self.fd} is not open") from error
         name = f"descriptor {self.fd}"
         mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-        if not stat.S_ISREG(os.fstat(fd).st_mode) or mode == os.O_WRONLY or (writable and mode != os.O_RDWR):
-            regular = stat.S_ISREG(os.fstat(fd).st_mode)
-            os.close(fd)
-            if not regular:
-                raise MappingError(errno.EINVAL, f"{name} is not a regular file or memfd: it cannot be mapped")
-            wish = "reading and writing" if writable else "reading"
-            raise MappingError(errno.EACCES, f"{name} is not open for {wish}")
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise MappingError(errno.EINVAL, f"{name} is not a regular file or memfd: it cannot be mapped")
+        if mode == os.O_WRONLY or (writable and mode != os.O_RDWR):
+            raise MappingError(errno.EACCES, f"{name} is not open for {'reading and writing' if writable else 'reading'}")
         return _existing(fd, name, offset, length)
 
 
-BackingSource: TypeAlias = Anonymous | Hugetlb | Memfd | TemporaryFile | File | Descriptor
-"""Where memory comes from. A plain value; ``open(length, writable=...)`` makes it ready, and nothing is opened before.
-
-``open`` raises MappingError where the memory cannot be had, and leaves nothing open or on disk then.
-"""
-
-
 def parse_backing(backing: BackingSource | str) -> BackingSource:
-    """A backing, or its name: ``"anonymous"``, ``"memfd"``, ``"tmpfs"``, ``"hugetlb"``, ``"memfd-hugetlb"``."""
+    """Return the backing of a name, ``"anonymous"`` or ``"memfd-hugetlb"`` for example; a backing is returned as it is."""
     if isinstance(backing, BackingSource):
         return backing
     known: dict[str, BackingSource] = {
@@ -196,10 +302,10 @@ def parse_backing(backing: BackingSource | str) -> BackingSource:
 
 
 def check_huge_page_size(size: Size) -> int:
-    """``size`` in bytes, if this kernel has a pool of huge pages of that size.
+    """Return ``size`` in bytes, if this kernel has a pool of huge pages of that size.
 
     Raises:
-        HugePagesError: it has none.
+        HugePagesError: the kernel has no such pool.
     """
     page_size = parse_size(size)
     sizes = hugetlb.page_sizes()
@@ -219,20 +325,17 @@ def _sized(fd: int, size: int, page_size: int) -> OpenedBacking:
     try:
         os.ftruncate(fd, size)
     except OSError as error:
-        os.close(fd)
         raise MappingError(error.errno, f"the file cannot be made {format_size(size)} long: {error.strerror}") from error
     return OpenedBacking(fd, page_size, size=size)
 
 
 def _existing(fd: int, name: str, offset: int, length: int | None) -> OpenedBacking:
-    """``length`` bytes of a file that is open already, if it has them; else it is closed."""
+    """Return how to map ``length`` bytes of an open file; MappingError where it has less."""
     page_size = os.fstatvfs(fd).f_bsize if _is_hugetlbfs(fd) else PAGE_SIZE
     available = os.fstat(fd).st_size - offset
     wanted = available if length is None else length
     if available <= 0 or wanted > available or offset % page_size:
-        made_up = available + offset == 0 and _is_made_up(fd)
-        os.close(fd)
-        if made_up:
+        if available + offset == 0 and _is_made_up(fd):
             raise MappingError(
                 errno.ENODEV, f"{name} has no length: the kernel makes its content up when it is read; read it, then copy it"
             )

@@ -6,6 +6,7 @@ import errno
 import os
 
 from prefault._kernel import mman
+from prefault._system.descriptors import Descriptors
 from prefault.errors import HugePagesError
 from prefault.pool.store import Store
 
@@ -22,9 +23,9 @@ class HugePageReserve:
     """
 
     def __init__(self, store: Store, size: int) -> None:
-        fd = store.backing.open(size, writable=True).fd
-        assert fd is not None
-        self._fd: int | None = fd
+        with Descriptors() as descriptors:
+            store.backing.open(descriptors, size, writable=True)
+            self._fd: int | None = descriptors.pop()
         self._pid = os.getpid()
         self.held = 0
         try:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from prefault._system.descriptors import Descriptors
 from prefault.errors import PoolGoneError
 from prefault.memory.backings import BackingSource
 from prefault.pool.high_water import OnHighWater
@@ -114,8 +115,9 @@ class MemberTable:
             number, self._next = self._next, self._next + 1
             self._ledger.open(number, MemberAccount(wish.name, 0, wish.reserved, wish.limit))
             try:
-                fd = self.store.backing.open(wish.size, writable=True).fd
-                assert fd is not None
+                with Descriptors() as descriptors:
+                    self.store.backing.open(descriptors, wish.size, writable=True)
+                    fd = descriptors.pop()
             except BaseException:
                 self._ledger.close(number)
                 raise

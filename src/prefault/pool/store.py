@@ -5,15 +5,14 @@ from __future__ import annotations
 import errno
 import math
 import os
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from prefault._system import hugetlb
+from prefault._system.descriptors import Descriptors
 from prefault._system.proc import read_meminfo, read_mounts
 from prefault.errors import HugePagesError, MappingError
-from prefault.memory.backings import BackingSource, Memfd, TemporaryFile, parse_backing
+from prefault.memory.backings import BackingSource, parse_backing
 from prefault.sizes import PAGE_SIZE, format_size
-
-StoreBacking: TypeAlias = Memfd | TemporaryFile
 
 
 class Store(NamedTuple):
@@ -25,7 +24,7 @@ class Store(NamedTuple):
         notes: what is worth knowing, each a sentence.
     """
 
-    backing: StoreBacking
+    backing: BackingSource
     page_size: int
     notes: tuple[str, ...]
 
@@ -38,24 +37,22 @@ def open_store(backing: BackingSource | str, capacity: int) -> Store:
         MappingError: the tmpfs is smaller than that, or the hugetlb pool has fewer pages.
     """
     source = parse_backing(backing)
-    if not isinstance(source, Memfd | TemporaryFile):
+    if not source.has_file or source.is_given:
         raise ValueError(
             f"a pool makes its files itself, in memory: backing is 'memfd', 'tmpfs', 'memfd-hugetlb', a prefault.Memfd or a"
             f" prefault.TemporaryFile, not {source!r}"
         )
     # A file of the smallest size shows what the backing is.
-    opened = source.open(1, writable=True)
-    assert opened.fd is not None
     notes: tuple[str, ...] = ()
-    try:
+    with Descriptors() as descriptors:
+        opened = source.open(descriptors, 1, writable=True)
+        assert opened.fd is not None
         if opened.page_size > PAGE_SIZE:
             _check_hugetlb(opened.page_size, opened.fd, capacity)
-        elif isinstance(source, Memfd):
+        elif source.location is None:
             notes = _check_memory(capacity)
         else:
-            notes = _check_tmpfs(source, opened.fd, capacity)
-    finally:
-        os.close(opened.fd)
+            notes = _check_tmpfs(str(source.location), opened.fd, capacity)
     return Store(source, opened.page_size, notes)
 
 
@@ -89,13 +86,11 @@ def _check_memory(capacity: int) -> tuple[str, ...]:
     return ()
 
 
-def _check_tmpfs(source: TemporaryFile, fd: int, capacity: int) -> tuple[str, ...]:
+def _check_tmpfs(directory: str, fd: int, capacity: int) -> tuple[str, ...]:
     device = os.fstat(fd).st_dev
     filesystem = next((mount.filesystem for mount in read_mounts() if mount.device == device), "an unknown file system")
     if filesystem not in ("tmpfs", "ramfs"):
-        raise ValueError(
-            f"{os.fsdecode(source.directory)} is on {filesystem}: a pool is memory, its directory is on tmpfs or hugetlbfs"
-        )
+        raise ValueError(f"{directory} is on {filesystem}: a pool is memory, its directory is on tmpfs or hugetlbfs")
     mounted = os.fstatvfs(fd)
     size, free = mounted.f_blocks * mounted.f_frsize, mounted.f_bavail * mounted.f_frsize
     if not size:  # mounted without a limit
@@ -103,12 +98,12 @@ def _check_tmpfs(source: TemporaryFile, fd: int, capacity: int) -> tuple[str, ..
     if capacity > size:
         raise MappingError(
             errno.ENOSPC,
-            f"{os.fsdecode(source.directory)} holds {format_size(size)}, the pool is to hold {format_size(capacity)}:"
+            f"{directory} holds {format_size(size)}, the pool is to hold {format_size(capacity)}:"
             " mount it larger (mount -o remount,size=...), or make the pool smaller",
         )
     if capacity > free:
         return (
-            f"{format_size(free)} of {os.fsdecode(source.directory)} are free now, the pool is to hold"
+            f"{format_size(free)} of {directory} are free now, the pool is to hold"
             f" {format_size(capacity)}: until others leave it, it is full before its books say so",
         )
     return _check_memory(capacity)

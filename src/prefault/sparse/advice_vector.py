@@ -1,4 +1,4 @@
-"""One advice on many ranges: process_madvise on ourselves, 1024 ranges a call, without an object a range."""
+"""One advice on many ranges: process_madvise on own_process, 1024 ranges a call, without an object a range."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from prefault._kernel import mman
 from prefault._system import capabilities
-from prefault.engine.methods import ourselves
+from prefault.engine.methods import own_process
 from prefault.sizes import MIB
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def advise(address: int, edges: Sequence[int] | Numbers, advice: int) -> None:
 
     starts, lengths = pieces(numpy.asarray(edges, numpy.int64), _LONGEST)
     vector = AdviceVector(starts + address, lengths)
-    with ourselves() as pidfd:
+    with own_process() as pidfd:
         at = 0
         while at < len(vector):
             at = vector.advise(pidfd, at, vector.stop_of(at, _AT_ONCE), advice)

@@ -16,7 +16,7 @@ from prefault.engine.chunking import ChunkSize
 from prefault.engine.demand import ScatteredDemand
 from prefault.engine.diagnosis import diagnose
 from prefault.engine.discarding import DiscardResult, drop
-from prefault.engine.methods import POPULATE_READ, POPULATE_WRITE, Access, FallocateThen, ourselves
+from prefault.engine.methods import Access, own_process
 from prefault.engine.planning import NO_FALLOCATE, Segment, make_plan, without_fallocate
 from prefault.engine.populating import HeadroomChoice, PopulateResult, locate
 from prefault.engine.rollback import Rollback, holes_before
@@ -41,7 +41,6 @@ _NEAR = 4 * MIB
 _STEP = 64 * MIB
 _TAKEN_BACK_AT_ONCE = 512
 
-_ADVICE = {POPULATE_READ: mman.MADV_POPULATE_READ, POPULATE_WRITE: mman.MADV_POPULATE_WRITE}
 _PRESENT, _SWAPPED = int(PageCategory.PRESENT), int(PageCategory.SWAPPED)
 _COPY_PENDING = int(PageCategory.PFNZERO | PageCategory.FILE)
 
@@ -70,8 +69,8 @@ class _BatchRun:
         plan = make_plan(memory, access, first, int(blocks[1]) - first, None, 1)
         (segment,) = plan.segments
         method = segment.method
-        if isinstance(method, FallocateThen) and segment.backing is not Backing.FILE:
-            method = method.then  # fallocate first pays for large ranges only (docs/design/sparse.md)
+        if segment.backing is not Backing.FILE:
+            method = method.without_fallocate  # fallocate first pays for large ranges only (docs/design/sparse.md)
         self._notes = plan.notes
         self._origin = memory.address
         self._pages = blocks + memory.address
@@ -134,10 +133,10 @@ class _BatchRun:
     # --- work
 
     def run(self, began: int) -> PopulateResult:
-        method = self._segment.method
+        advice = self._segment.method.advice
         try:
-            if method in _ADVICE and capabilities.PROCESS_MADVISE.available:
-                self._by_vectors(_ADVICE[method])
+            if advice is not None and capabilities.PROCESS_MADVISE.available:
+                self._by_vectors(advice)
             else:
                 self._one_by_one()
         except PopulateError:
@@ -156,7 +155,7 @@ class _BatchRun:
 
     def _by_vectors(self, advice: int) -> None:
         vector, pace = self._vector, ChunkSize(on_disk=self._segment.backing is Backing.FILE)
-        with ourselves() as pidfd:
+        with own_process() as pidfd:
             while self._at < len(vector):
                 stop = vector.stop_of(
                     self._at, pace.size if self._watch is None else min(pace.size, self._watch.largest_chunk)
@@ -260,8 +259,7 @@ class _Scattered(ScatteredDemand):
 
     def __init__(self, segment: Segment, pages: Numbers, missing: Numbers, fd: int | None) -> None:
         # That a disk is full is an error and kills nobody; how much of a file's holes lies in the ranges is not counted.
-        method = segment.method.then if isinstance(segment.method, FallocateThen) else segment.method
-        super().__init__(segment._replace(method=method), pages, missing, fd)
+        super().__init__(segment._replace(method=segment.method.without_fallocate), pages, missing, fd)
 
     def memory(self, start: int, stop: int) -> int:
         takes = self._copies or self._of_file

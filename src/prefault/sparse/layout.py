@@ -9,7 +9,7 @@ from typing import NamedTuple
 from prefault._system import thp
 from prefault.errors import MappingError
 from prefault.mapping.mapping import HugeAdvice
-from prefault.memory.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Memfd, OpenedBacking
+from prefault.memory.backings import BackingSource, OpenedBacking
 from prefault.sizes import MAX_SIZE, PAGE_SIZE, Size, format_size, parse_size
 
 _MOST = MAX_SIZE >> 1
@@ -76,15 +76,6 @@ def _huge_page(page_size: int) -> int:
     return (thp.pmd_size() or page_size) if page_size == PAGE_SIZE else page_size
 
 
-def to_share(source: BackingSource, shared: bool) -> BackingSource:
-    """Shared anonymous memory by another name: a memfd, which can be punched through its descriptor while it is shut."""
-    if shared and isinstance(source, Anonymous):
-        return Memfd()
-    if shared and isinstance(source, Hugetlb):
-        return Memfd(page_size=source.page_size)
-    return source
-
-
 def ensure_length(source: BackingSource, fd: int, offset: int, size: int, page_size: int) -> None:
     """The file reaches ``size`` bytes from ``offset`` on. Only our own files are made longer.
 
@@ -94,7 +85,7 @@ def ensure_length(source: BackingSource, fd: int, offset: int, size: int, page_s
     there = os.fstat(fd).st_size - offset
     if size <= there + -there % page_size:
         return
-    if isinstance(source, File | Descriptor):
+    if source.is_given:
         raise MappingError(
             errno.EINVAL,
             f"the file holds {there} bytes from offset {offset} on, and {size} are needed, in whole blocks"

@@ -17,11 +17,8 @@ from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress,
 from prefault.inspection.scan import occupied
 from prefault.mapping.mapping import HugeAdvice, MappedMemory, MemoryPin, OwnedMemory
 from prefault.memory.backings import (
-    Anonymous,
     BackingSource,
-    Hugetlb,
     OpenedBacking,
-    TemporaryFile,
     parse_backing,
 )
 from prefault.memory.borrowing import Borrowed
@@ -29,7 +26,7 @@ from prefault.memory.vma import Backing, vma_at
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size, parse_size
 from prefault.sparse.accounting import Accounting
-from prefault.sparse.layout import ensure_length, lay_out, size_of, to_share
+from prefault.sparse.layout import ensure_length, lay_out, size_of
 from prefault.sparse.operations import SparseAccessGuard
 from prefault.sparse.protection import BlockProtection
 from prefault.sparse.transfer import copy
@@ -97,11 +94,12 @@ class SparseMemory(MappedMemory):
         wanted = None if size is None else size_of(size, "size")
         reserved = None if reservation is None else size_of(reservation, "reservation")
         self.backing = source
-        self.shared = not isinstance(source, Anonymous | Hugetlb) if shared is None else shared
+        self.shared = source.has_file if shared is None else shared
         self.unpopulated = unpopulated
-        opened = to_share(source, self.shared).open(wanted, writable=self.shared)
-        memory = OwnedMemory(opened.fd)  # from here on it closes the descriptor
+        memory = OwnedMemory()
         try:
+            opener = source.when_shared if self.shared else source  # a memfd can be punched while its blocks are protected
+            opened = opener.open(memory.descriptors, wanted, writable=self.shared)
             self.page_size = opened.page_size
             self.block, self._size, self._reservation, self.huge = lay_out(
                 source, opened, wanted, reserved, None if block is None else parse_size(block), huge
@@ -147,7 +145,7 @@ class SparseMemory(MappedMemory):
         return SparseAccessGuard(
             memory.address, self.block, fence, books, file_offset=memory.file_offset,
             memory_file=memory.fd if self.shared and not on_disk else None,
-            scratch_file=memory.fd if self.shared and on_disk and isinstance(source, TemporaryFile) else None,
+            scratch_file=memory.fd if self.shared and on_disk and not source.is_given else None,
         )  # fmt: skip
 
     # --- pages come and go

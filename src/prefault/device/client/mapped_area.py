@@ -41,7 +41,7 @@ class MappedArea(OwnedMemory, PageProvider):
     def __init__(
         self, connection: DeviceConnection, offset: int, access: Access, *, track_dirty: bool, at_end: Callable[[], None]
     ) -> None:
-        super().__init__(None)
+        super().__init__()
         self.connection = connection
         self.offset = offset
         self.length = 0

@@ -1,0 +1,52 @@
+"""Descriptors that Ctrl-C does not leak."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from itertools import repeat
+from typing import Self
+
+
+class Descriptors:
+    """Owns descriptors from the moment that the kernel returns them; a context manager that closes them.
+
+    ``fd = os.open(...)`` leaks the descriptor where a signal handler raises (Ctrl-C) between the call and the assignment.
+    """
+
+    __slots__ = ("_numbers",)
+
+    def __init__(self) -> None:
+        self._numbers: list[int] = []
+
+    def open(self, function: Callable[..., int], *arguments: object) -> int:
+        """Call a function that is written in C, own the descriptor that it returns, and return that too."""
+        # One call from C to C: CPython runs signal handlers only between the steps of Python code.
+        self._numbers.extend(map(function, *((argument,) for argument in arguments)))
+        return self._numbers[-1]
+
+    def pop(self) -> int:
+        """Give up the ownership of the descriptor that was opened last, and return it."""
+        return self._numbers.pop()
+
+    def close(self) -> None:
+        """Close all of them. Idempotent."""
+        numbers = self._numbers
+        list(map(os.close, map(list.pop, repeat(numbers, len(numbers)))))  # from C to C again
+
+    @property
+    def first(self) -> int | None:
+        """The descriptor that was opened first; None where none is open."""
+        return self._numbers[0] if self._numbers else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # At interpreter exit the functions may be gone.
+        with contextlib.suppress(TypeError, AttributeError):
+            self.close()

@@ -20,7 +20,7 @@ import pytest
 import prefault
 from prefault import PAGE_SIZE, PopulateResult
 from prefault._kernel import mman
-from prefault._system import capabilities
+from prefault._system import capabilities, own_process
 from support import needs
 from support.children import in_child
 from support.regions import READ, WRITE, Region
@@ -84,7 +84,7 @@ def test_no_descriptor_is_left_for_a_mapping(tmp_path: Path) -> None:
 
 def test_a_method_that_needs_a_descriptor_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     needs.capability(capabilities.PROCESS_MADVISE)
-    monkeypatch.setattr(mman, "has_own_pidfd", lambda: False)  # Linux before 6.15
+    monkeypatch.setattr(own_process, "has_constant", lambda: False)  # Linux before 6.15
 
     def limited() -> str:
         buffer = mmap.mmap(-1, 16 * PAGE_SIZE)

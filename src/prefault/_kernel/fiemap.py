@@ -25,7 +25,7 @@ class Fiemap(ctypes.Structure):
 
 
 class FiemapExtent(ctypes.Structure):
-    """``struct fiemap_extent``: a stretch with blocks, written to or only reserved."""
+    """``struct fiemap_extent``: a range with blocks, written to or only reserved."""
 
     _fields_ = (
         ("fe_logical", ctypes.c_uint64),
@@ -53,10 +53,10 @@ def fiemap(fd: int, offset: int, length: int, extents: int) -> list[FiemapExtent
 
 
 def holes(fd: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Find the parts of ``[start, stop)`` of a file that have no blocks; none where the file system cannot tell.
+    """Yield the ranges in ``[start, stop)`` of a file that have no blocks; none where the file system cannot tell.
 
-    FIEMAP is asked and not lseek(SEEK_HOLE), which moves the position of a descriptor that others share, and which reports
-    blocks that were allocated and never written as a hole.
+    Unlike lseek(SEEK_HOLE), FIEMAP moves no file position, which other descriptors may share, and reports no hole where
+    blocks were allocated and never written.
     """
     at = start
     while at < stop:

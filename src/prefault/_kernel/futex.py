@@ -1,4 +1,4 @@
-"""futex(2), used only to add to a word atomically."""
+"""futex(2), of which only the atomic addition to a word is used."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ MFD_HUGE_SHIFT = 26
 
 
 def memfd_create(name: str, flags: int = MFD_CLOEXEC) -> int:
-    """A descriptor of an anonymous file in memory. memfd_create(2), Linux 3.17."""
+    """Create an anonymous file in memory and return its descriptor. memfd_create(2), Linux 3.17."""
     try:
         return os.memfd_create(name, flags)
     except OSError as error:

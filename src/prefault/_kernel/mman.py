@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
-import functools
 from collections.abc import Sequence
 
 from prefault._kernel._call import INT, OFFSET, POINTER, SIZE, UINT, declare, declare_syscall, fail
@@ -53,7 +51,7 @@ IOV_MAX = 1024
 
 
 PIDFD_SELF_THREAD_GROUP = -10001
-"""Stands for a descriptor of this process (Linux 6.15)."""
+"""The number that stands for a pidfd of the calling process (Linux 6.15)."""
 
 
 class IoVec(ctypes.Structure):
@@ -116,20 +114,6 @@ def process_madvise_vector(pidfd: int, vector: int, count: int, advice: int) -> 
     if result < 0:
         fail("process_madvise")
     return result
-
-
-@functools.cache
-def has_own_pidfd() -> bool:
-    """Return whether process_madvise takes PIDFD_SELF_THREAD_GROUP, which needs no descriptor (Linux 6.15)."""
-    page = mmap(0, PAGE_SIZE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS)
-    try:
-        return process_madvise(PIDFD_SELF_THREAD_GROUP, [(page, PAGE_SIZE)], MADV_POPULATE_READ) == PAGE_SIZE
-    except OSError as error:
-        if error.errno != errno.EBADF:
-            raise
-        return False
-    finally:
-        munmap(page, PAGE_SIZE)
 
 
 def mlock2(address: int, length: int, flags: int = 0) -> None:

@@ -22,7 +22,7 @@ _statx = declare_quick("statx", INT, ctypes.c_char_p, INT, UINT, POINTER)
 
 
 def ioctl(fd: int, request: int, argument: ctypes.Structure) -> int:
-    """ioctl(2) with a structure that the kernel may change."""
+    """Call ioctl(2) with a structure that the kernel may change; return its result."""
     result = _ioctl(fd, request, ctypes.addressof(argument))
     if result < 0:
         fail("ioctl")

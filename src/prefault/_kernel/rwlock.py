@@ -1,4 +1,4 @@
-"""A lock of the C library, which a thread waits for in one call that no signal ends (pthread_rwlock_wrlock(3)).
+"""A lock of the C library, for which a thread waits in one call that no signal interrupts (pthread_rwlock_wrlock(3)).
 
 ``threading.Lock.acquire`` and ``Thread.join`` end early when a signal handler raises an exception, and Ctrl-C can stop the
 Python code around them between any two steps.
@@ -20,12 +20,13 @@ _RWLOCK_BYTES = 64
 
 
 class Attendance:
-    """Threads that are at work, and the one that waits for all of them; for one use.
+    """A barrier between threads that work and one thread that waits for all of them; for one use.
 
     Attributes:
-        enter: called by a thread that begins to work. It returns 0; or an errno once the wait is over: no work then.
-        leave: called by the thread when its work is done.
-        wait: returns when no thread is at work, and lets no other begin. To be called once.
+        enter: called by a thread before it works. It returns 0, or an errno once ``wait`` has returned: the thread must not
+            work then.
+        leave: called by the thread after its work.
+        wait: returns when no thread is at work, and lets no other begin. It is called once.
     """
 
     __slots__ = ("_memory", "enter", "leave", "wait")
@@ -33,7 +34,7 @@ class Attendance:
     def __init__(self) -> None:
         self._memory = (ctypes.c_char * _RWLOCK_BYTES)()
         address = ctypes.addressof(self._memory)
-        # Partials, not methods: a call of one is a single call from C to C, which Ctrl-C cannot split.
+        # Partials, not methods: a partial is called in one step from C to C, which Ctrl-C cannot split.
         self.enter = partial(_tryrdlock, address)
         self.leave = partial(_unlock, address)
         self.wait = partial(_wrlock, address)

@@ -1,1 +1,1 @@
-"""What this machine and this process can do and have: capabilities, CPUs, cgroups, huge pages, files of /proc."""
+"""This machine and this process: capabilities, CPUs, cgroups, huge pages, files of /proc, fork hooks."""

@@ -1,7 +1,7 @@
-"""What this kernel can do: asked by doing, cached, explained.
+"""Capabilities of this kernel: probed by doing, cached, explained.
 
-Never read off the release: distributions backport, containers filter system calls. Each capability is a small object with
-the question it asks and the Linux version that first answers yes; ``prefault doctor`` prints them all.
+The release number is no evidence: distributions backport, containers filter system calls. Each capability is a small object
+with its probe and the Linux version that first has it; ``prefault doctor`` prints them all.
 
 The environment variable ``PREFAULT_WITHOUT`` (names, separated by commas) and :func:`prefault.testing.without` make the
 package behave as on a kernel that lacks them.
@@ -25,7 +25,7 @@ from prefault.sizes import PAGE_SIZE
 disabled: set[str] = {name.strip() for name in os.environ.get("PREFAULT_WITHOUT", "").split(",")} - {""}
 """Names of capabilities that are treated as missing."""
 
-# What a kernel without the feature, a seccomp filter or a missing privilege answers. Anything else is a defect of ours.
+# Answers of a kernel without the feature, of a seccomp filter, and to a missing privilege. Others are defects of a probe.
 _REFUSALS = {
     errno.EINVAL,
     errno.ENOSYS,
@@ -52,7 +52,7 @@ _MEANINGS = {
 
 
 def _in_plain_words(error: OSError) -> str:
-    """What a refusal means, without the errno number. Probes that say it themselves are taken at their word."""
+    """Explain a refusal without its errno number; a probe that explains its error itself is quoted."""
     text = error.strerror or str(error)
     if error.filename is not None:
         text = f"{error.filename}: {text}"
@@ -75,7 +75,7 @@ class Capability:
 
     @property
     def available(self) -> bool:
-        """Whether it works here."""
+        """Whether the kernel has it, for this process, and it is not switched off."""
         answer = self._answer
         if answer is None:
             answer = self._ask()
@@ -83,7 +83,7 @@ class Capability:
 
     @property
     def refusal(self) -> str | None:
-        """Why it is not available, in a few words; None where it is."""
+        """The reason why it is not available, in a few words; None where it is."""
         if self.available:
             return None
         if self.name in disabled:
@@ -107,7 +107,7 @@ class Capability:
             return True
 
     def forget(self) -> None:
-        """Ask again the next time."""
+        """Drop the cached answer: the next use probes again."""
         self._answer, self._lock = None, threading.RLock()
 
     def __repr__(self) -> str:
@@ -116,7 +116,7 @@ class Capability:
 
 @contextmanager
 def _page(flags: int = 0) -> Iterator[int]:
-    """The address of a fresh private anonymous page of our own."""
+    """Map a private anonymous page; yield its address."""
     address = mman.mmap(0, PAGE_SIZE, mman.PROT_READ | mman.PROT_WRITE, mman.MAP_PRIVATE | mman.MAP_ANONYMOUS | flags)
     try:
         yield address
@@ -297,7 +297,7 @@ def _uffd_kernel_faults() -> None:
 
 @contextmanager
 def _shared_page() -> Iterator[int]:
-    """A page of a memfd that the file has and the page table does not."""
+    """Map a page of a memfd that the file has and the page table does not; yield its address."""
     fd = memfd.memfd_create("prefault-probe")
     try:
         os.pwrite(fd, b"x" * PAGE_SIZE, 0)
@@ -344,38 +344,36 @@ def _uffd_wp_async() -> None:
         futex.futex_add_zero(address)  # would be refused with EFAULT if it had to wait for an answer
 
 
-MADV_POPULATE = Capability("madv_populate", "5.14", "MADV_POPULATE_WRITE and _READ on a page of our own", _populate)
+MADV_POPULATE = Capability("madv_populate", "5.14", "MADV_POPULATE_WRITE and _READ on a private page", _populate)
 PROCESS_MADVISE = Capability(
-    "process_madvise", "6.13", "process_madvise on ourselves with MADV_POPULATE_WRITE", _process_madvise
+    "process_madvise", "6.13", "process_madvise on this process with MADV_POPULATE_WRITE", _process_madvise
 )
 PAGEMAP = Capability("pagemap", "2.6.25", "reading /proc/self/pagemap", _pagemap)
-PAGEMAP_SCAN = Capability("pagemap_scan", "6.7", "ioctl(PAGEMAP_SCAN) on a page of our own", _pagemap_scan)
+PAGEMAP_SCAN = Capability("pagemap_scan", "6.7", "ioctl(PAGEMAP_SCAN) on a private page", _pagemap_scan)
 PAGE_IS_GUARD = Capability("page_is_guard", "6.15", "PAGEMAP_SCAN for PAGE_IS_GUARD", _page_is_guard)
 SOFT_DIRTY = Capability("soft_dirty", "3.11", "the soft-dirty bit of a page that was just written", _soft_dirty)
 PROCMAP_QUERY = Capability("procmap_query", "6.11", "ioctl(PROCMAP_QUERY) on /proc/self/maps", _procmap_query)
 MAP_FILES = Capability("map_files", "3.3", "stat of a file in /proc/self/map_files (CAP_CHECKPOINT_RESTORE)", _map_files)
 CACHESTAT = Capability("cachestat", "6.5", "cachestat on a memfd", _cachestat_call)
-PROCESS_VM_READV = Capability("process_vm_readv", "3.2", "process_vm_readv of one byte of ourselves", _process_vm_readv)
-FUTEX_ADD = Capability("futex_add", "2.6.14", "FUTEX_WAKE_OP adding 0 to a word of our own", _futex_add)
+PROCESS_VM_READV = Capability("process_vm_readv", "3.2", "process_vm_readv of one byte of this process", _process_vm_readv)
+FUTEX_ADD = Capability("futex_add", "2.6.14", "FUTEX_WAKE_OP adding 0 to a word", _futex_add)
 MLOCK_ONFAULT = Capability("mlock_onfault", "4.4", "mlock2(MLOCK_ONFAULT) of one page", _mlock_onfault)
 DONTNEED_LOCKED = Capability("madv_dontneed_locked", "5.18", "MADV_DONTNEED_LOCKED on a locked page", _dontneed_locked)
-GUARD_REGIONS = Capability("guard_regions", "6.13", "MADV_GUARD_INSTALL on a page of our own", _guard_regions)
+GUARD_REGIONS = Capability("guard_regions", "6.13", "MADV_GUARD_INSTALL on a private page", _guard_regions)
 HUGE_PAGES = Capability("hugetlb_pages", "2.6", "a hugetlb pool that is not empty", _huge_pages)
-MEMORY_CGROUP = Capability("memory_cgroup", "2.6.25", "the directory of our memory cgroup", _memory_cgroup)
-USERFAULTFD = Capability(
-    "userfaultfd", "4.3", "userfaultfd on a page of our own, for faults in user mode", _userfaultfd_call
-)
+MEMORY_CGROUP = Capability("memory_cgroup", "2.6.25", "the directory of this process' memory cgroup", _memory_cgroup)
+USERFAULTFD = Capability("userfaultfd", "4.3", "userfaultfd on a private page, for faults in user mode", _userfaultfd_call)
 UFFD_KERNEL_FAULTS = Capability(
     "uffd_kernel_faults",
     "4.3",
-    "userfaultfd for faults that the kernel raises, too (or /dev/userfaultfd)",
+    "userfaultfd for faults in kernel mode as well (or /dev/userfaultfd)",
     _uffd_kernel_faults,
 )
 UFFD_MINOR_SHMEM = Capability("uffd_minor_shmem", "5.14", "UFFDIO_CONTINUE of a page that a memfd has", _uffd_minor_shmem)
 UFFD_WP_SHMEM = Capability("uffd_wp_shmem", "5.19", "UFFDIO_WRITEPROTECT of a page of a memfd", _uffd_wp_shmem)
-UFFD_POISON = Capability("uffd_poison", "6.6", "UFFDIO_POISON of a page of our own", _uffd_poison)
+UFFD_POISON = Capability("uffd_poison", "6.6", "UFFDIO_POISON of a private page", _uffd_poison)
 UFFD_WP_ASYNC = Capability(
-    "uffd_wp_async", "6.7", "a write to a protected page that the kernel notes by itself", _uffd_wp_async
+    "uffd_wp_async", "6.7", "a write to a protected page that the kernel records by itself", _uffd_wp_async
 )
 
 ALL: tuple[Capability, ...] = (
@@ -406,7 +404,7 @@ ALL: tuple[Capability, ...] = (
 
 
 def _forget_answers() -> None:
-    """After fork, in the child: it may give up privileges, and a lock may have been held by a thread that it lacks."""
+    """Drop all answers in a forked child: it may drop privileges, and a lock may be held by a thread that it lacks."""
     for capability in ALL:
         capability.forget()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from typing import TYPE_CHECKING
@@ -11,23 +12,28 @@ if TYPE_CHECKING:
 
 
 def usable_cpus() -> int:
-    """CPUs by affinity (sched_getaffinity(2)) and by the CPU quota of every cgroup above us (cpu.max, cpu.cfs_quota_us)."""
+    """Return the CPUs that affinity (sched_getaffinity(2)) and every CPU quota allow, at least 1."""
+    counts = [len(os.sched_getaffinity(0))]
+    for file in quota_files():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            quota = read_quota(file)
+            if quota is not None:
+                counts.append(math.ceil(quota))
+    return max(1, min(counts))
+
+
+def quota_files() -> list[Path]:
+    """List the files of the CPU quotas that govern this process: ``cpu.max`` of v2 and ``cpu.cfs_quota_us`` of v1."""
     from prefault._system import cgroups
 
-    quotas = (_quota(directory) for directory in cgroups.directories("cpu"))
-    return max(1, min([len(os.sched_getaffinity(0)), *(math.ceil(quota) for quota in quotas if quota is not None)]))
+    candidates = (directory / name for directory in cgroups.directories("cpu") for name in ("cpu.max", "cpu.cfs_quota_us"))
+    return [file for file in candidates if file.exists()]
 
 
-def _quota(directory: Path) -> float | None:
-    """CPUs' worth of time that a cgroup may use; None without a limit."""
-    from prefault._system import cgroups
-
-    both = cgroups.read_text(directory / "cpu.max")  # v2: "max 100000" or "150000 100000"
-    if both is not None:
-        quota, period = both.split()
-        return None if quota == "max" else int(quota) / int(period)
-    v1_quota = cgroups.read_text(directory / "cpu.cfs_quota_us")
-    v1_period = cgroups.read_text(directory / "cpu.cfs_period_us")
-    if v1_quota is None or v1_period is None or int(v1_quota) < 0:
-        return None
-    return int(v1_quota) / int(v1_period)
+def read_quota(file: Path) -> float | None:
+    """Read how many CPUs' worth of time a quota file allows; None: no limit."""
+    fields = file.read_text().split()  # v2: "max 100000" or "150000 100000"
+    if file.name == "cpu.cfs_quota_us":
+        fields += file.with_name("cpu.cfs_period_us").read_text().split()
+    quota, period = fields
+    return None if quota == "max" or int(quota) < 0 else int(quota) / int(period)

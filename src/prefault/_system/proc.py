@@ -77,16 +77,16 @@ def own_descriptors() -> list[int]:
 def _refusal(path: str, error: OSError) -> OSError:
     number = error.errno or 0
     if number == errno.ENOENT and not os.path.isdir("/proc/self"):
-        what = "no /proc is mounted there, and only /proc tells what is mapped where; mount it (mount -t proc proc /proc)"
+        reason = "no /proc is mounted there, and only /proc tells what is mapped where; mount it (mount -t proc proc /proc)"
     else:
-        what = explain(number)
-    return OSError(number, f"{path} cannot be opened: {what}")
+        reason = explain(number)
+    return OSError(number, f"{path} cannot be opened: {reason}")
 
 
 def mappings_with_flag(flag: str) -> Iterator[tuple[int, int]]:
     """Yield the addresses of the mappings of this process whose VmFlags in smaps have ``flag``, two letters.
 
-    Only their lines are parsed: with hundreds of mappings to parse all takes longer than the kernel needs to write them.
+    Only their lines are parsed: with hundreds of mappings, parsing all takes longer than the kernel needs to write them.
     """
     text = _read("/proc/self/smaps")
     for match in re.finditer(rb"^VmFlags:.* %b(?: |$)" % flag.encode(), text, re.MULTILINE):

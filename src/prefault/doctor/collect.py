@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prefault._kernel import mman, userfaultfd
 from prefault._system import capabilities, cgroups, hugetlb, proc, thp
-from prefault._system.cpus import usable_cpus
+from prefault._system.cpus import quota_files, read_quota, usable_cpus
 from prefault._system.machine_identity import identify_machine, read_fields
 from prefault._version import __version__
 from prefault.doctor.record import NOT_MOUNTED, CapabilityAnswer, HugetlbPoolFacts, MachineFacts, Reading, Record, Unit
@@ -244,26 +244,13 @@ def _cpus() -> Iterator[Reading]:
     yield _reading("cpus_online", "cpus", "sysconf(_SC_NPROCESSORS_ONLN)", lambda: os.sysconf("SC_NPROCESSORS_ONLN"))
     yield _reading("cpus_affinity", "cpus", "sched_getaffinity", lambda: len(os.sched_getaffinity(0)))
     try:
-        directories = cgroups.directories("cpu")
+        files = quota_files()
     except _UNREADABLE as error:
         yield Reading("cpu_quota", None, "cpus", "/proc/self/cgroup", unknown=_reason(error))
-        directories = []
-    for directory in directories:
-        for file, read in (("cpu.max", _quota_v2), ("cpu.cfs_quota_us", _quota_v1)):
-            path = Path(directory, file)
-            if path.exists():
-                yield _reading("cpu_quota", "cpus", str(path), partial(read, path))
+        files = []
+    for file in files:
+        yield _reading("cpu_quota", "cpus", str(file), partial(read_quota, file))
     yield _reading("cpus_usable", "cpus", "affinity and quotas", usable_cpus)
-
-
-def _quota_v2(path: Path) -> float | None:
-    quota, period = path.read_text().split()
-    return None if quota == "max" else int(quota) / int(period)
-
-
-def _quota_v1(path: Path) -> float | None:
-    quota = int(path.read_text())
-    return None if quota < 0 else quota / _number(str(path.with_name("cpu.cfs_period_us")))
 
 
 def _userfaultfd() -> Iterator[Reading]:

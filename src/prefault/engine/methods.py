@@ -13,15 +13,13 @@ import ctypes
 import errno
 import os
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from prefault._kernel import mman, uio
 from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, fallocate
 from prefault._kernel.futex import futex_add_zero
 from prefault._system import capabilities
-from prefault._system.descriptors import Descriptors
+from prefault._system.own_process import own_process
 from prefault.sizes import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -123,16 +121,6 @@ class PopulateWrite(Method):
     def run(self, start: int, length: int, target: Target) -> None:  # noqa: ARG002
         """Populate writable, as if each page were written, without changing a byte."""
         mman.madvise(start, length, mman.MADV_POPULATE_WRITE)
-
-
-@contextmanager
-def own_process() -> Iterator[int]:
-    """Return a context with what process_madvise(2) takes for this process: a constant, or a pidfd before Linux 6.15."""
-    if mman.has_own_pidfd():
-        yield mman.PIDFD_SELF_THREAD_GROUP  # nothing to close, which would give up the GIL
-        return
-    with Descriptors() as descriptors:
-        yield descriptors.open(os.pidfd_open, os.getpid())
 
 
 class ProcessMadvise(Method):

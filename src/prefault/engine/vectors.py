@@ -12,7 +12,8 @@ from itertools import chain, pairwise
 
 from prefault._kernel import mman
 from prefault._system import capabilities
-from prefault.engine.methods import Method, own_process
+from prefault._system.own_process import own_process
+from prefault.engine.methods import Method
 from prefault.engine.planning import Segment
 from prefault.sizes import MIB
 

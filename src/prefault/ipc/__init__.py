@@ -1,1 +1,1 @@
-"""Unix sockets between processes of one user: their paths, and what travels on them."""
+"""Unix sockets between processes of one user: paths, connections, bytes and descriptors, messages."""

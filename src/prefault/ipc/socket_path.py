@@ -1,4 +1,4 @@
-"""The path of a server's socket: made for its owner alone, never half made, and never taken from a server that lives."""
+"""The path of a server's socket: only its owner may open it, no client finds it half made, no live server loses it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import NamedTuple
 _LOCK_S = 5.0
 _BACKLOG = 128
 _SHOWN = 300
-"""Characters of a path that a message shows."""
+"""The most characters of a path in a message."""
 _MAX_NAME = 80  # with /proc/self/fd/N before it, it must fit into the 107 bytes of sockaddr_un
 
 
 class Place(NamedTuple):
-    """A socket in a directory, as it was made."""
+    """A socket in a directory; device and inode tell it from a later one of that name."""
 
     path: str
     device: int
@@ -28,15 +28,15 @@ class Place(NamedTuple):
 
 
 def listen_at(path: str | os.PathLike[str], kind: socket.SocketKind = socket.SOCK_STREAM) -> tuple[socket.socket, Place]:
-    """A listening Unix socket at ``path``, mode 0600, of stream or of packets.
+    """Make a listening Unix socket at ``path``, mode 0600, of stream or of packets.
 
-    It is bound in a directory that only we may enter, and linked to its name when it is ready: there is no moment at which
-    another user could connect, whatever the umask, and none at which a client finds a socket that nobody listens on.
+    The socket is bound in a directory that only this user may enter, and renamed to its path when it listens: at no moment
+    can another user connect, whatever the umask, or a client find a socket without a listener.
 
     Raises:
-        FileExistsError: a server is alive there, or it is something else than a socket.
+        FileExistsError: a server is alive there, or the path is no socket.
         ValueError: its name is too long.
-        OSError: no directory, no permission. All of these say in a sentence what is the matter and what to do.
+        OSError: no directory, no permission. Every message is a sentence with a remedy.
     """
     where = os.path.abspath(os.fsdecode(path))
     with _explained(where):
@@ -75,7 +75,7 @@ def _listen_at(where: str, kind: socket.SocketKind) -> tuple[socket.socket, Plac
 
 
 def leave(place: Place) -> None:
-    """Remove the socket, if it is still the one that was made."""
+    """Remove the socket from its path, unless another has taken its place."""
     directory, name = os.path.split(place.path)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), _locked(directory) as fd:
         found = os.stat(name, dir_fd=fd, follow_symlinks=False)
@@ -84,9 +84,9 @@ def leave(place: Place) -> None:
 
 
 def connect_to(connection: socket.socket, path: str | os.PathLike[str], timeout: float) -> None:
-    """connect(2), to a path of any length; at a server that is behind with accepting it waits so many seconds."""
+    """Call connect(2) with a path of any length; wait ``timeout`` seconds for a server that is behind with accepting."""
     directory, name = os.path.split(os.path.abspath(os.fsdecode(path)))
-    give_up = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     connection.setblocking(False)
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -94,7 +94,7 @@ def connect_to(connection: socket.socket, path: str | os.PathLike[str], timeout:
             try:
                 return connection.connect(f"/proc/self/fd/{fd}/{name}")
             except BlockingIOError:  # the backlog is full: Unix sockets do not connect in the background
-                if time.monotonic() > give_up:
+                if time.monotonic() > deadline:
                     raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
             time.sleep(0.01)
     finally:
@@ -103,16 +103,16 @@ def connect_to(connection: socket.socket, path: str | os.PathLike[str], timeout:
 
 @contextlib.contextmanager
 def _locked(directory: str) -> Iterator[int]:
-    """A descriptor of the directory, locked: of two servers that find the same stale socket only one replaces it."""
+    """Lock the directory and yield its descriptor: of two servers that find a stale socket only one replaces it."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        give_up = time.monotonic() + _LOCK_S
+        deadline = time.monotonic() + _LOCK_S
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > give_up:
+                if time.monotonic() > deadline:
                     raise TimeoutError(errno.ETIMEDOUT, f"another process holds a lock (flock) on {directory}") from None
                 time.sleep(0.01)
         yield fd
@@ -158,24 +158,24 @@ def _check_free(path: str, directory: int, name: str) -> None:
 
 @contextlib.contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """What the system says in two words is a sentence about the socket that was to be made; other errors are as they are."""
+    """Raise errors that carry only the system's text as a sentence about the socket; pass other errors on."""
     try:
         yield
     except OSError as error:
         if error.errno is None or error.strerror != os.strerror(error.errno):
             raise
-        what = _reason(error.errno, os.path.dirname(path))
-        raise OSError(error.errno, f"no socket can be made at {_shortened(path)}: {what}") from error
+        reason = _reason(error.errno, os.path.dirname(path))
+        raise OSError(error.errno, f"no socket can be made at {_shortened(path)}: {reason}") from error
 
 
 def _reason(number: int, directory: str) -> str:
-    """Why no socket can be made in a directory, and what to do."""
+    """Return why no socket can be made in a directory, and what to do."""
     shown = _shortened(directory)
     match number:
         case errno.ENOENT if not os.path.isdir(directory):
             return f"there is no directory {shown}: make it, or choose another path"
         case errno.ENOTDIR:
-            return f"{shown} is not a directory, or lies in what is none: choose another path"
+            return f"{shown} is not a directory, or a parent of it is none: choose another path"
         case errno.EACCES | errno.EPERM:
             return (
                 f"user {os.geteuid()} may not do so in {shown}{_owner(directory)}: choose a directory that this user may"
@@ -198,7 +198,7 @@ def _reason(number: int, directory: str) -> str:
 def _owner(directory: str) -> str:
     try:
         found = os.stat(directory)
-    except OSError:  # its parent is closed to us
+    except OSError:  # no permission to search its parent
         return ""
     return f", which belongs to user {found.st_uid} and has mode {stat.S_IMODE(found.st_mode):o}"
 

@@ -1,4 +1,4 @@
-"""One advice on many ranges: process_madvise on own_process, 1024 ranges a call, without an object a range."""
+"""One advice on many ranges: process_madvise on this process, 1024 ranges a call, without an object a range."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from prefault._kernel import mman
 from prefault._system import capabilities
-from prefault.engine.methods import own_process
+from prefault._system.own_process import own_process
 from prefault.sizes import MIB
 
 if TYPE_CHECKING:

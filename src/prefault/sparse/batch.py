@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from prefault._kernel import mman
 from prefault._kernel.pagemap import PageCategory
 from prefault._system import capabilities
+from prefault._system.own_process import own_process
 from prefault.engine.admission import AdmissionControl, Shortfall
 from prefault.engine.chunking import ChunkSize
 from prefault.engine.demand import ScatteredDemand
 from prefault.engine.diagnosis import diagnose
 from prefault.engine.discarding import DiscardResult, drop
-from prefault.engine.methods import Access, own_process
+from prefault.engine.methods import Access
 from prefault.engine.planning import NO_FALLOCATE, Segment, make_plan, without_fallocate
 from prefault.engine.populating import HeadroomChoice, PopulateResult, locate
 from prefault.engine.rollback import Rollback, holes_before

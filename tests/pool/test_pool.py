@@ -134,7 +134,7 @@ def test_a_fork_while_another_thread_holds_the_lock() -> None:
         held, done = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with pool._register._lock:
+            with pool._table._lock:
                 held.set()
                 done.wait(30)
 

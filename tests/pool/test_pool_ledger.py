@@ -92,7 +92,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def agree(self) -> None:
         shares = self.model.shares.values()
         assert self.ledger.charged == self.model.charged()
-        assert self.ledger.kept_free == sum(max(0, share.reserved - share.charged) for share in shares)
+        assert self.ledger.reserved_free == sum(max(0, share.reserved - share.charged) for share in shares)
         assert self.ledger.available == _CAPACITY - sum(max(share.charged, share.reserved) for share in shares) >= 0
         assert self.ledger.peak == self.model.peak
         assert len(self.ledger) == len(shares)

@@ -72,7 +72,7 @@ def _replies(connection: socket.socket, count: int | None = None) -> list[pool_p
 
 
 def _member(link: _PoolConnection) -> tuple[int, int]:
-    created, fd = link.ask(pool_protocol.Create(0, 64 * PAGE_SIZE, 0, None, None), pool_protocol.Created)
+    created, fd = link.call(pool_protocol.Create(0, 64 * PAGE_SIZE, 0, None, None), pool_protocol.Created)
     assert fd is not None
     return created.member, fd
 
@@ -83,15 +83,15 @@ def _neighbour(path: str | Path) -> Iterator[None]:
     link = _PoolConnection(path, 10.0)
     link.greet(events=False)
     member, fd = _member(link)
-    link.ask(pool_protocol.Settle(0, member, 2 * PAGE_SIZE), pool_protocol.PoolDone)
+    link.call(pool_protocol.Settle(0, member, 2 * PAGE_SIZE), pool_protocol.PoolDone)
     os.pwrite(fd, b"mine" * 1024, 0)
     yield
-    link.ask(pool_protocol.Settle(0, member, 3 * PAGE_SIZE), pool_protocol.PoolDone)
-    statistics = link.ask(pool_protocol.Ask(0), pool_protocol.StatisticsReply)[0].statistics
+    link.call(pool_protocol.Settle(0, member, 3 * PAGE_SIZE), pool_protocol.PoolDone)
+    statistics = link.call(pool_protocol.StatisticsRequest(0), pool_protocol.StatisticsReply)[0].statistics
     mine = [found for found in statistics.members if found.pid == os.getpid()]
     assert [found.charged for found in mine if found.allocated_bytes] == [3 * PAGE_SIZE]
     assert os.pread(fd, 8, 0) == b"minemine"
-    link.ask(pool_protocol.Close(0, member), pool_protocol.PoolDone)
+    link.call(pool_protocol.Close(0, member), pool_protocol.PoolDone)
     os.close(fd)
     link.close()
 
@@ -124,7 +124,8 @@ def _packed(*values: Any) -> bytes:
         (_packed("ask", 1), "Hello comes first"),
         (pool_protocol.encode(_HELLO) * 2, "Hello comes first, and once"),
         (
-            pool_protocol.encode(pool_protocol.PoolHello(1, 1, True)) + pool_protocol.encode(pool_protocol.Ask(2)),
+            pool_protocol.encode(pool_protocol.PoolHello(1, 1, True))
+            + pool_protocol.encode(pool_protocol.StatisticsRequest(2)),
             "asks for nothing",
         ),
     ],
@@ -171,7 +172,7 @@ def test_who_is_silent_after_hello_is_left_alone(tmp_path: Path) -> None:
     with _served(tmp_path, timeout=0.5) as (_, server), _raw(server.path, _HELLO) as connection:
         _replies(connection, 1)
         time.sleep(0.8)
-        connection.sendall(pool_protocol.encode(pool_protocol.Ask(2)))
+        connection.sendall(pool_protocol.encode(pool_protocol.StatisticsRequest(2)))
         assert isinstance(_replies(connection, 1)[0], pool_protocol.StatisticsReply)
 
 
@@ -182,20 +183,20 @@ def test_members_belong_to_their_connection(tmp_path: Path, no_leaks: None) -> N
         link.greet(events=False)
         for number in (1, 2, 0, 1 << 62):
             with pytest.raises(ValueError, match=f"member {number} is none of this connection"):
-                link.ask(pool_protocol.Settle(0, number, 0), pool_protocol.PoolDone)
+                link.call(pool_protocol.Settle(0, number, 0), pool_protocol.PoolDone)
             with pytest.raises(ValueError, match=f"member {number} is none of this connection"):
-                link.ask(pool_protocol.Close(0, number), pool_protocol.PoolDone)
+                link.call(pool_protocol.Close(0, number), pool_protocol.PoolDone)
         assert pool.statistics().members == (other,)
         mine, fd = _member(link)
-        link.ask(pool_protocol.Close(0, mine), pool_protocol.PoolDone)
+        link.call(pool_protocol.Close(0, mine), pool_protocol.PoolDone)
         with pytest.raises(ValueError, match="none of this connection"):  # closed is gone
-            link.ask(pool_protocol.Settle(0, mine, PAGE_SIZE), pool_protocol.PoolDone)
+            link.call(pool_protocol.Settle(0, mine, PAGE_SIZE), pool_protocol.PoolDone)
         os.close(fd)
         link.close()
 
 
 @pytest.mark.parametrize(
-    ("wish", "error"),
+    ("create", "error"),
     [
         (pool_protocol.Create(0, 0, 0, None, None), ValueError),
         (pool_protocol.Create(0, (1 << 63) - 1, 0, None, None), ValueError),
@@ -209,18 +210,18 @@ def test_members_belong_to_their_connection(tmp_path: Path, no_leaks: None) -> N
         (pool_protocol.Create(0, 1 << 53, 0, None, None), ValueError),
     ],
 )
-def test_wishes_that_are_not_granted(
-    tmp_path: Path, no_descriptors: None, wish: pool_protocol.Create, error: type[Exception]
+def test_requests_that_are_refused(
+    tmp_path: Path, no_descriptors: None, create: pool_protocol.Create, error: type[Exception]
 ) -> None:
     with _served(tmp_path) as (pool, server):
         link = _PoolConnection(server.path, 10.0)
         link.greet(events=False)
         with pytest.raises(error):
-            link.ask(wish, pool_protocol.Created)
+            link.call(create, pool_protocol.Created)
         member, fd = _member(link)
         for charged in (1, PAGE_SIZE - 1, 65 * PAGE_SIZE, 1 << 62):
             with pytest.raises(ValueError, match="cannot have"):
-                link.ask(pool_protocol.Settle(0, member, charged), pool_protocol.PoolDone)
+                link.call(pool_protocol.Settle(0, member, charged), pool_protocol.PoolDone)
         assert pool.statistics().charged == 0
         os.close(fd)
         link.close()
@@ -323,7 +324,7 @@ def test_no_descriptors_left(tmp_path: Path, no_leaks: None) -> None:
 def test_who_does_not_take_its_answers_is_dropped(tmp_path: Path, no_leaks: None) -> None:
     def ask_and_never_listen(connection: socket.socket) -> None:
         while True:  # the server stops reading what it cannot answer, and then hangs up
-            connection.sendall(pool_protocol.encode(pool_protocol.Ask(2)))
+            connection.sendall(pool_protocol.encode(pool_protocol.StatisticsRequest(2)))
 
     with _served(tmp_path, timeout=0.5) as (_, server), _neighbour(server.path), _raw(server.path, _HELLO) as deaf:
         with pytest.raises(ConnectionError):
@@ -342,9 +343,9 @@ def test_an_event_of_a_connection_that_is_gone(tmp_path: Path, no_leaks: None) -
         with connect_to_pool(server.path) as client:
             (new,) = server._clients
             gone.pidfd = new.pidfd  # the lowest free number, so often the same; here it must be
-            server._serve(gone)
+            server._on_ready(gone)
             gone.members.add(1)
-            server._ended(gone)
+            server._on_process_end(gone)
             assert server._clients == {new}
             assert client.statistics().charged == 0
 
@@ -356,7 +357,7 @@ def test_members_have_a_limit_too(tmp_path: Path, no_leaks: None) -> None:
         held = [_member(link) for _ in range(3)]
         with pytest.raises(PoolFullError, match="given out 3 members"):
             _member(link)
-        link.ask(pool_protocol.Close(0, held[0][0]), pool_protocol.PoolDone)
+        link.call(pool_protocol.Close(0, held[0][0]), pool_protocol.PoolDone)
         held.append(_member(link))
         for _, fd in held:
             os.close(fd)
@@ -523,7 +524,7 @@ _VALID: list[Callable[[random.Random], pool_protocol.Request]] = [
     lambda rng: pool_protocol.Create(rng.randrange(9), rng.choice((PAGE_SIZE, 1 << 20, 1 << 40)), 0, None, None),
     lambda rng: pool_protocol.Settle(rng.randrange(9), rng.randrange(40), rng.randrange(80) * PAGE_SIZE),
     lambda rng: pool_protocol.Close(rng.randrange(9), rng.randrange(40)),
-    lambda rng: pool_protocol.Ask(rng.randrange(9)),
+    lambda rng: pool_protocol.StatisticsRequest(rng.randrange(9)),
 ]
 
 
@@ -647,7 +648,7 @@ _WELCOME = pool_protocol.encode(pool_protocol.PoolWelcome(1, 1 << 20, PAGE_SIZE,
         ((b"\xff\xff\xff\xff",), "is no answer of a pool: a message of 4294967295 bytes"),
         ((_frame(b"\xc1"),), "is no answer of a pool"),
         ((pool_protocol.encode(pool_protocol.PoolDone(1)),), "answered a PoolHello with a PoolDone"),
-        ((_WELCOME, pool_protocol.encode(pool_protocol.PoolDone(2))), "answered a Ask with a PoolDone"),
+        ((_WELCOME, pool_protocol.encode(pool_protocol.PoolDone(2))), "answered a StatisticsRequest with a PoolDone"),
     ],
 )
 def test_a_client_of_an_impostor_does_not_wait_for_ever(

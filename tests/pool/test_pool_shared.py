@@ -251,7 +251,7 @@ def test_who_hangs_up_and_lives_keeps_its_memory_until_it_ends(tmp_path: Path) -
         memory = client.sparse(64 * _BLOCK)
         memory.populate(0, 8 * _BLOCK)
         memory.write(0, b"kept")
-        client._link.hang_up()
+        client._link.shut_down()
         with pytest.raises(PoolGoneError):
             memory.populate(20 * _BLOCK, _BLOCK)
         assert memory.read(0, 4) == b"kept"
@@ -289,7 +289,7 @@ def test_emptying_what_a_dead_process_left_keeps_nobody_waiting(
     tmp_path: Path, no_leaks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many GiB take seconds. Nor does a client that closes a member without emptying its file."""
-    dismiss, slow, begun = MemberTable.dismiss, threading.Event(), threading.Semaphore(0)
+    dismiss, slow, begun = MemberTable.remove, threading.Event(), threading.Semaphore(0)
 
     def slowly(self: MemberTable, number: int) -> None:
         if number in self._members and self.allocated(number):
@@ -303,7 +303,7 @@ def test_emptying_what_a_dead_process_left_keeps_nobody_waiting(
         memory.populate(0, 8 * _BLOCK)
         return client, memory
 
-    monkeypatch.setattr(MemberTable, "dismiss", slowly)
+    monkeypatch.setattr(MemberTable, "remove", slowly)
     try:
         with _shared(tmp_path) as (pool, path), connect(path, timeout=20) as client, client.sparse(64 * _BLOCK) as memory:
             with _Held(member) as held:
@@ -312,10 +312,10 @@ def test_emptying_what_a_dead_process_left_keeps_nobody_waiting(
             memory.populate(0, 2 * _BLOCK)
             with pytest.raises(PoolFullError):
                 memory.populate(0, 16 * _BLOCK)
-            created, fd = client._link.ask(pool_protocol.Create(0, _BLOCK, 0, None, None), pool_protocol.Created)
+            created, fd = client._link.call(pool_protocol.Create(0, _BLOCK, 0, None, None), pool_protocol.Created)
             assert fd is not None
             os.pwrite(fd, b"x", 0)
-            client._link.ask(pool_protocol.Close(0, created.member), pool_protocol.PoolDone)
+            client._link.call(pool_protocol.Close(0, created.member), pool_protocol.PoolDone)
             os.close(fd)
             assert client.statistics().charged == 10 * _BLOCK
             slow.set()
@@ -336,10 +336,10 @@ def test_no_descriptor_to_watch_an_orphan_with(tmp_path: Path, no_leaks: None, m
         client = connect(path)
         memory = client.sparse(64 * _BLOCK)
         memory.populate(0, 8 * _BLOCK)
-        client._link.hang_up()
+        client._link.shut_down()
         return client, memory
 
-    monkeypatch.setattr(MemberTable, "orphan", exhausted)
+    monkeypatch.setattr(MemberTable, "detach", exhausted)
     with _shared(tmp_path) as (pool, path), connect(path) as client:
         with _Held(member):
             _until(lambda: len(pool._servers[0]._disconnected) == 1, "the server sees the hang-up")
@@ -483,7 +483,7 @@ def test_what_is_given_back_while_the_server_is_stopped_does_not_fill_the_socket
                 memory.close()
             for account in list(client._members):
                 for charged in range(500):
-                    client._link.tell(pool_protocol.Settle(0, account._number, charged % 2 * _BLOCK))
+                    client._link.post(pool_protocol.Settle(0, account._number, charged % 2 * _BLOCK))
         statistics = client.statistics()
         assert (len(statistics.members), statistics.charged) == (8, 8 * _BLOCK)
         for memory in memories[8:]:

@@ -21,12 +21,12 @@ __all__ = ["MemberStatistics", "OnHighWater", "Pool", "PoolStatistics", "connect
 
 
 def connect(path: str | os.PathLike[str], *, timeout: float = 30.0, on_high_water: OnHighWater | None = None) -> PoolClient:
-    """Use a pool that another process of this user serves at ``path``.
+    """Connect to a pool that another process of this user serves at ``path``.
 
     Args:
         path: of the socket that :meth:`Pool.serve` made.
-        timeout: seconds that the server has for every answer.
-        on_high_water: called as that of :class:`Pool`, when the charge of the shared pool reaches its mark.
+        timeout: seconds that the server has for each reply.
+        on_high_water: as for :class:`Pool`; called when the charge of the shared pool reaches its mark.
 
     Raises:
         FileNotFoundError, ConnectionError: no server is there, or it refuses.

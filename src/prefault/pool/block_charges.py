@@ -1,4 +1,4 @@
-"""One member of a pool, as its memory sees it: which blocks are charged."""
+"""The accounting of one member of a pool, block by block."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from prefault.sparse.accounting import Accounting
 
 
 class PoolAccount(abc.ABC):
-    """What a pool, here or in another process, keeps of a member: how much is charged."""
+    """The account of a member with its pool, in this process or another: the sum of bytes that is charged."""
 
     @abc.abstractmethod
     def settle(self, charged: int) -> None:
-        """Have ``charged`` bytes charged in all. Absolute: to repeat it does no harm, and it heals what was left half done.
+        """Set the bytes that are charged in all. Idempotent: repeating the call completes one that was interrupted.
 
         Raises:
             PoolFullError: too much; nothing has changed.
-            PoolGoneError: the pool cannot be asked.
+            PoolGoneError: the pool does not answer.
         """
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Empty the member's file and give everything back. Raises nothing when the pool cannot be asked."""
+        """Empty the member's file and refund everything. Raises nothing when the pool does not answer."""
 
 
 class BlockCharges(Accounting):
-    """Which blocks of a member are charged. The pool knows how many; which ones is the member's own affair.
+    """The blocks of a member that are charged. The pool knows only their number.
 
     A forked child shares the memory and not the account: there :meth:`charge` raises, and the rest does nothing.
 
@@ -48,20 +48,25 @@ class BlockCharges(Accounting):
         self._block = block
         self._name = name
         self._pid = os.getpid()
-        # A byte a block, 1 where it is charged. It is zeroed memory of the system: what is never charged costs nothing.
+        # One byte per block, 1 where it is charged. The kernel supplies zeroed pages on demand, so that others are free.
         self._blocks = bytearray(size // block)
         self._charged = 0
         self._closed = False
-        # Reentrant: a finalizer that discards may come by in this very thread.
+        # Reentrant: a finalizer may discard in the thread that holds the lock.
         self._lock = threading.RLock()
 
     @property
     def charged(self) -> int:
-        """Bytes in the blocks that are charged."""
+        """The bytes in the blocks that are charged."""
         return self._charged
 
     def charge(self, blocks: RangeSet) -> RangeSet:
-        """Charge those blocks that are not, all or none; those that were not."""
+        """Charge the blocks that are not charged yet, all or none; return them.
+
+        Raises:
+            PoolFullError: too much; nothing has changed.
+            PoolGoneError: the pool does not answer, or this process is a fork of the member's.
+        """
         if os.getpid() != self._pid:  # before the lock: another thread may have held it at the time of the fork
             raise PoolGoneError(
                 errno.ENOTCONN,
@@ -78,26 +83,26 @@ class BlockCharges(Accounting):
                     self._account.settle(self._charged)
                 except BaseException as error:
                     self._mark(runs, 0)
-                    if not isinstance(error, Exception):  # Ctrl-C, and nobody knows whether the pool has heard
+                    if not isinstance(error, Exception):  # Ctrl-C: the pool may have received the request, or not
                         with contextlib.suppress(Exception):
                             self._account.settle(self._charged)
                     raise
             return RangeSet(PageRange(start * self._block, stop * self._block) for start, stop in runs)
 
     def refund(self, blocks: RangeSet) -> None:
-        """Give up those blocks that are charged."""
+        """Refund the blocks that are charged."""
         if os.getpid() != self._pid:
-            return  # they stay charged until their owner discards them
+            return  # they stay charged until the member's process discards them
         with self._lock:
             runs = list(self._runs(blocks, 1))
             if runs and not self._closed:
                 self._mark(runs, 0)
-                # The pages are gone whether the pool hears of it or not.
+                # The pages are gone even if the pool does not answer.
                 with contextlib.suppress(PoolGoneError):
                     self._account.settle(self._charged)
 
     def close(self) -> None:
-        """Give everything back, and empty the file. A second call does nothing."""
+        """Empty the file and refund everything. Idempotent."""
         if os.getpid() != self._pid:
             return
         with self._lock:
@@ -106,7 +111,7 @@ class BlockCharges(Accounting):
             self._account.close()
 
     def _runs(self, blocks: RangeSet, state: int) -> Iterator[tuple[int, int]]:
-        """The runs of block numbers in ``blocks`` that are charged (1) or not (0)."""
+        """Yield the runs of block numbers in ``blocks`` whose state is charged (1) or not (0)."""
         wanted, other = (b"\1", b"\0") if state else (b"\0", b"\1")
         for item in blocks:
             at, stop = item.start // self._block, item.stop // self._block

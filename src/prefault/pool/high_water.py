@@ -1,4 +1,4 @@
-"""Calling back when the high-water mark is reached, in a thread that holds no lock."""
+"""The callback at the high-water mark, in a thread that holds no lock."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ OnHighWater: TypeAlias = Callable[[PoolStatistics], object]
 """Called with the pool's statistics, in a thread of its own, one call at a time."""
 
 
-class Notifier:
+class HighWaterNotifier:
     """Runs the callback, one event after the other, in a thread that lives as long as there are events.
 
-    Not in the thread that populates: that one is inside the gate of its memory, where a callback that discards or populates
-    would wait for itself. What the callback raises goes to ``threading.excepthook``, like anything that a thread raises, and
-    the next event is delivered all the same.
+    The thread that populates is inside the access guard of its memory, where a callback that discards or populates would
+    deadlock. Exceptions of the callback go to ``threading.excepthook``; the next event is delivered nevertheless.
     """
 
     def __init__(self, callback: OnHighWater) -> None:
@@ -29,7 +28,7 @@ class Notifier:
         self._running = False
 
     def notify(self, statistics: PoolStatistics) -> None:
-        """Have the callback called soon."""
+        """Queue an event, and return; of a burst the last 16 are delivered."""
         with self._lock:
             self._events.append(statistics)
             if self._running:
@@ -49,10 +48,10 @@ class Notifier:
                 event = self._events.popleft()
             try:
                 self._callback(event)
-            except BaseException as error:  # noqa: BLE001  it is the user's, and goes where a thread's errors go
-                report(error)
+            except BaseException as error:  # noqa: BLE001  of the caller's code, reported as a thread's errors are
+                report_error(error)
 
 
-def report(error: BaseException) -> None:
-    """Hand an error of a thread that goes on to ``threading.excepthook``."""
+def report_error(error: BaseException) -> None:
+    """Report an error to ``threading.excepthook`` in a thread that goes on."""
     threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread())))

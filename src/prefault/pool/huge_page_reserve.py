@@ -1,4 +1,4 @@
-"""Huge pages that the kernel sets aside for a pool until its members take them."""
+"""Huge pages that the kernel reserves for a pool until its members take them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from prefault.pool.store import Store
 
 
 class HugePageReserve:
-    """A hugetlb file of which no page is ever used: mapping it made the kernel reserve them, unmapping did not undo that.
+    """A hugetlb file whose pages are reserved and never used.
 
-    The reservation of a shared hugetlb mapping belongs to the file (Documentation/mm/hugetlbfs_reserv.rst). It is given up
-    from the end, by truncation, when members are about to take pages, and taken again when they gave them back. Between the
-    two is a moment in which another process can be faster; :attr:`held` says what there is.
+    Mapping the file shared made the kernel reserve its pages; the reservation belongs to the file and outlives the mapping
+    (Documentation/mm/hugetlbfs_reserv.rst). Truncating the file releases pages before a member takes them; extending and
+    mapping it reserves them again after a refund. Between the two another process can take them first.
 
     Attributes:
-        held: bytes that are set aside.
+        size: bytes that are reserved.
     """
 
     def __init__(self, store: Store, size: int) -> None:
@@ -27,36 +27,37 @@ class HugePageReserve:
             store.backing.open(descriptors, size, writable=True)
             self._fd: int | None = descriptors.pop()
         self._pid = os.getpid()
-        self.held = 0
+        self.size = 0
         try:
-            if not self.hold(size):
-                raise HugePagesError(errno.ENOMEM, f"the kernel does not set aside the huge pages of a pool of {size} bytes")
+            if not self.resize(size):
+                raise HugePagesError(errno.ENOMEM, f"the kernel does not reserve the huge pages of a pool of {size} bytes")
         except BaseException:
             self.close()
             raise
 
-    def hold(self, size: int) -> bool:
-        """Set aside so many bytes, no more and no less; whether it could be had."""
-        if self._fd is None or size == self.held:
+    def resize(self, size: int) -> bool:
+        """Reserve exactly ``size`` bytes; return False if the kernel has not enough free huge pages."""
+        if self._fd is None or size == self.size:
             return True
-        # The length first, both ways: what lies beyond the end is given up, and only what lies before it can be mapped.
+        # The length first, in both directions: truncation releases what lies beyond it, and only what lies before it can be
+        # mapped.
         os.ftruncate(self._fd, size)
-        if size > self.held:
+        if size > self.size:
             try:
-                address = mman.mmap(0, size - self.held, mman.PROT_READ, mman.MAP_SHARED, self._fd, self.held)
+                address = mman.mmap(0, size - self.size, mman.PROT_READ, mman.MAP_SHARED, self._fd, self.size)
             except OSError as error:
                 if error.errno != errno.ENOMEM:
                     raise
                 return False
-            mman.munmap(address, size - self.held)
-        self.held = size
+            mman.munmap(address, size - self.size)
+        self.size = size
         return True
 
     def close(self) -> None:
-        """Give everything up."""
+        """Release the reservation and the file. Idempotent."""
         fd, self._fd = self._fd, None
         if fd is not None:
             if os.getpid() == self._pid:
                 os.ftruncate(fd, 0)  # a fork may have it open
             os.close(fd)
-            self.held = 0
+            self.size = 0

@@ -1,4 +1,4 @@
-"""The books of a pool: plain arithmetic, no memory, no locks."""
+"""The accounting of a pool: plain arithmetic, no memory, no locks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from prefault.sizes import format_size
 
 
 class MemberAccount(NamedTuple):
-    """What a member has, may have, and is promised; bytes.
+    """The charge, reservation and limit of a member, in bytes.
 
     Attributes:
         name: for messages.
         charged: taken from the capacity.
-        reserved: promised: the part of it that is not charged is kept free for this member.
+        reserved: guaranteed; what of it is not charged is kept free for this member.
         limit: the most that may be charged; None: the capacity is the only limit.
     """
 
@@ -25,21 +25,21 @@ class MemberAccount(NamedTuple):
     limit: int | None
 
     @property
-    def kept_free(self) -> int:
-        """What is promised and not taken yet."""
+    def reserved_free(self) -> int:
+        """The bytes that are reserved and not charged."""
         return max(0, self.reserved - self.charged)
 
 
 class Ledger:
-    """Who has how much of a capacity. All numbers are bytes.
+    """The division of a capacity among members. All numbers are bytes.
 
-    What always holds: the charges and what is still promised are together at most the capacity, and so every promise can be
-    kept; no charge is beyond its limit.
+    Invariants: all charges and uncharged reservations together are at most the capacity, so that every reservation can be
+    charged at any time; no charge exceeds its limit.
 
     Attributes:
-        capacity: that is divided.
-        charged: to all members together.
-        kept_free: promised to members and not charged yet.
+        capacity: the bytes to divide.
+        charged: the sum over all members.
+        reserved_free: reserved by members and not charged.
         peak: the highest ``charged`` so far.
         high_water: the mark, or None.
     """
@@ -47,7 +47,7 @@ class Ledger:
     def __init__(self, capacity: int, high_water: int | None = None) -> None:
         self.capacity = capacity
         self.charged = 0
-        self.kept_free = 0
+        self.reserved_free = 0
         self.peak = 0
         self.high_water = high_water
         self._above = False
@@ -55,38 +55,38 @@ class Ledger:
 
     @property
     def available(self) -> int:
-        """Neither charged nor promised: what any member may take on top of its own promise."""
-        return self.capacity - self.charged - self.kept_free
+        """The bytes neither charged nor reserved, which any member may charge beyond its own reservation."""
+        return self.capacity - self.charged - self.reserved_free
 
     def __getitem__(self, member: int) -> MemberAccount:
         return self._accounts[member]
 
     def __len__(self) -> int:
-        """How many members there are."""
+        """Return the number of members."""
         return len(self._accounts)
 
     def open(self, member: int, account: MemberAccount) -> None:
         """Add a member, with nothing charged.
 
         Raises:
-            PoolFullError: what is to be reserved is not there.
+            PoolFullError: fewer bytes are available than are to be reserved.
         """
         if account.reserved > self.available:
             raise PoolFullError(
                 errno.ENOSPC,
-                f"the pool cannot reserve {format_size(account.reserved)} for {account.name}: {self._situation()};"
+                f"the pool cannot reserve {format_size(account.reserved)} for {account.name}: {self._describe_use()};"
                 " reserve less, discard, close members or make the pool larger",
             )
         self._accounts[member] = account
-        self.kept_free += account.reserved
+        self.reserved_free += account.reserved
 
     def settle(self, member: int, charged: int) -> bool:
-        """Set what is charged to a member; whether that took the charge of all from below the high-water mark to above.
+        """Set the charge of a member; return whether the sum of all charges rose to the high-water mark by that.
 
-        The amount is absolute, so that saying it twice does no harm.
+        Idempotent: the amount is absolute.
 
         Raises:
-            PoolFullError: it is more than the limit or the pool allows. Nothing has changed then.
+            PoolFullError: more than the limit or the pool allows; nothing has changed.
         """
         account = self._accounts[member]
         if charged > account.charged:
@@ -95,7 +95,7 @@ class Ledger:
         return self._crossed()
 
     def close(self, member: int) -> None:
-        """Remove a member; all of its charge and its promise are free."""
+        """Remove a member and refund its charge and its reservation."""
         self._replace(member, self._accounts[member]._replace(charged=0, reserved=0))
         del self._accounts[member]
         self._crossed()
@@ -103,7 +103,7 @@ class Ledger:
     def _replace(self, member: int, account: MemberAccount) -> None:
         before = self._accounts[member]
         self.charged += account.charged - before.charged
-        self.kept_free += account.kept_free - before.kept_free
+        self.reserved_free += account.reserved_free - before.reserved_free
         self.peak = max(self.peak, self.charged)
         self._accounts[member] = account
 
@@ -119,17 +119,17 @@ class Ledger:
                 f"{account.name} needs {format_size(more)} more, beyond its limit of {format_size(account.limit)}, of which"
                 f" {format_size(account.charged)} are charged to it; discard some of it, or give it a larger limit",
             )
-        if more > account.kept_free + self.available:
-            own = f", {format_size(account.kept_free)} for itself" if account.kept_free else ""
+        if more > account.reserved_free + self.available:
+            own = f", {format_size(account.reserved_free)} for itself" if account.reserved_free else ""
             limit = "no limit of its own" if account.limit is None else f"a limit of {format_size(account.limit)}"
             raise PoolFullError(
                 errno.ENOSPC,
-                f"{account.name} (with {limit}) needs {format_size(more)} more: {self._situation(account)}{own};"
+                f"{account.name} (with {limit}) needs {format_size(more)} more: {self._describe_use(account)}{own};"
                 " discard, close members or make the pool larger",
             )
 
-    def _situation(self, account: MemberAccount | None = None) -> str:
-        others = self.kept_free - (account.kept_free if account is not None else 0)
+    def _describe_use(self, account: MemberAccount | None = None) -> str:
+        others = self.reserved_free - (account.reserved_free if account is not None else 0)
         mine = "" if account is None else f" ({format_size(account.charged)} to {account.name})"
         reserved = f" and {format_size(others)} are reserved for others" if others else ""
         left = format_size(self.available)

@@ -1,4 +1,4 @@
-"""The members of a pool: their files, what they have, and what becomes of it when they go. For the pool and its servers."""
+"""The members of a pool and their files, from creation until they are closed or reaped; for the pool and its servers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from prefault.pool.store import open_store
 from prefault.sizes import MAX_SIZE, PAGE_SIZE, Size, format_size, parse_size
 
 MAX_BLOCKS = 1 << 32
-"""The most blocks that one member may have: its book takes a byte for each that is used."""
+"""The most blocks of one member, whose accounting takes a byte for each that is used."""
 
 MAX_NAME = 100
-"""Characters in the name of a member."""
+"""The most characters in the name of a member."""
 
 
 class MemberRequest(NamedTuple):
-    """What a member is to be: bytes, checked and in whole blocks."""
+    """The checked description of a new member; sizes are bytes in whole blocks."""
 
     name: str
     size: int
@@ -45,13 +45,13 @@ class _MemberRecord(NamedTuple):
 
 
 class MemberTable:
-    """The members by number, and the ledger. All calls may come from any thread.
+    """The members of a pool by number, and its ledger. Thread-safe.
 
     Attributes:
         capacity: bytes.
         block: bytes.
-        store: where the files are made.
-        closed: whether it is.
+        store: where the files are created.
+        closed: whether :meth:`close` was called.
     """
 
     def __init__(self, capacity: Size, backing: BackingSource | str, block: Size, high_water: float | Size | None) -> None:
@@ -73,20 +73,22 @@ class MemberTable:
         self._listeners: tuple[OnHighWater, ...] = ()
         self._members: dict[int, _MemberRecord] = {}
         self._leaving: set[int] = set()
-        """Members whose files are being emptied; who does that closes them."""
-        self._orphans: dict[int, frozenset[int]] = {}
-        """Members whose process has lost its connection, by the descriptor (pidfd) that tells when it ends."""
+        """Members whose files are being emptied, by the thread that closes them afterwards."""
+        self._detached: dict[int, frozenset[int]] = {}
+        """Members whose process has lost its connection, by the pidfd of that process."""
         self._next = 1
         self._pid = os.getpid()
-        # Reentrant: a finalizer that closes a member may come by in this very thread.
+        # Reentrant: a finalizer may close a member in the thread that holds the lock.
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
-        """How many members there are."""
+        """Return the number of members."""
         return len(self._members)
 
-    def wish(self, size: Size, *, reserved: Size = 0, limit: Size | None = None, name: str | None = None) -> MemberRequest:
-        """Check what a member is to be, and round it to blocks."""
+    def check_request(
+        self, size: Size, *, reserved: Size = 0, limit: Size | None = None, name: str | None = None
+    ) -> MemberRequest:
+        """Check the description of a new member and round its sizes to blocks."""
         length = round_up(parse_size(size), self.block)
         promise = round_up(parse_size(reserved), self.block)
         most = None if limit is None else parse_size(limit)
@@ -107,34 +109,34 @@ class MemberTable:
         with self._lock:
             return MemberRequest(name or f"member {self._next}", length, promise, most)
 
-    def open(self, wish: MemberRequest, pid: int) -> int:
-        """Enter a member into the books and make its file; its number."""
+    def open(self, request: MemberRequest, pid: int) -> int:
+        """Add a member and create its file; return its number."""
         self._check_process()
         with self._lock:
             self._check_open()
             number, self._next = self._next, self._next + 1
-            self._ledger.open(number, MemberAccount(wish.name, 0, wish.reserved, wish.limit))
+            self._ledger.open(number, MemberAccount(request.name, 0, request.reserved, request.limit))
             try:
                 with Descriptors() as descriptors:
-                    self.store.backing.open(descriptors, wish.size, writable=True)
+                    self.store.backing.open(descriptors, request.size, writable=True)
                     fd = descriptors.pop()
             except BaseException:
                 self._ledger.close(number)
                 raise
-            self._members[number] = _MemberRecord(wish.name, pid, fd, wish.size)
+            self._members[number] = _MemberRecord(request.name, pid, fd, request.size)
             return number
 
     def descriptor(self, number: int) -> int:
-        """A new descriptor of a member's file."""
+        """Return a new descriptor of a member's file."""
         with self._lock:
             self._check_open()
             return os.dup(self._members[number].fd)
 
     def settle(self, number: int, charged: int) -> None:
-        """Set what is charged to a member, in bytes.
+        """Set the bytes that are charged to a member.
 
         Raises:
-            PoolFullError: that is too much; nothing has changed.
+            PoolFullError: too much; nothing has changed.
             PoolGoneError: the pool is closed, or this is a fork of its process.
         """
         self._check_process()
@@ -145,81 +147,81 @@ class MemberTable:
             if not 0 <= charged <= size or charged % self.block:
                 raise ValueError(f"{account.name} of {size} bytes cannot have {charged} bytes charged")
             crossed = self._ledger.settle(number, charged)
-            self._hold()
+            self._resize_reserve()
             event = self._statistics() if crossed else None
         if event is not None:
             for listener in self._listeners:
                 listener(event)
 
-    def dismiss(self, number: int) -> None:
-        """Empty a member's file, and give everything that it has back to the others."""
+    def remove(self, number: int) -> None:
+        """Empty a member's file, remove the member and refund its charge and reservation. Idempotent."""
         with self._lock:
             found = self._members.get(number)
             if found is None or number in self._leaving:
                 return
             self._leaving.add(number)
-        # Not under the lock: it may be many GiB. The blocks are free when the memory is.
+        # Not under the lock: it may be many GiB. The refund follows when the memory is free.
         try:
-            # Cut off, not punched: what somebody else still maps can then never take memory again behind the books.
+            # Truncated, not punched: a process that still maps the file can then never allocate uncharged memory in it.
             os.ftruncate(found.fd, 0)
         finally:
             with self._lock:
                 self._leaving.discard(number)
                 self._members.pop(number, None)
                 self._ledger.close(number)
-                self._hold()
+                self._resize_reserve()
                 os.close(found.fd)
 
-    def orphan(self, numbers: Iterable[int], pidfd: int) -> None:
-        """The process of these members has lost its connection: its memory is taken back when it ends, not before.
+    def detach(self, numbers: Iterable[int], pidfd: int) -> None:
+        """Detach members whose process has lost its connection: their memory is reaped when that process ends.
 
         ``pidfd`` is duplicated.
         """
         with self._lock:
             left = frozenset(numbers) & self._members.keys()
             if left:
-                self._orphans[os.dup(pidfd)] = left
+                self._detached[os.dup(pidfd)] = left
 
-    def dead(self) -> list[int]:
-        """Orphans whose process has ended; they are the caller's to dismiss."""
-        if not self._orphans or os.getpid() != self._pid:
+    def pop_dead(self) -> list[int]:
+        """Forget the detached members whose process has ended, and return them for the caller to remove."""
+        if not self._detached or os.getpid() != self._pid:
             return []
         with self._lock:
-            ended = [pidfd for pidfd in self._orphans if _ended(pidfd)]
-            found = [number for pidfd in ended for number in self._orphans.pop(pidfd)]
+            ended = [pidfd for pidfd in self._detached if _ended(pidfd)]
+            found = [number for pidfd in ended for number in self._detached.pop(pidfd)]
             for pidfd in ended:
                 os.close(pidfd)
         return found
 
-    def bury(self) -> None:
-        """Take back what orphans left whose process has ended. Emptying their files can take a while."""
-        for number in self.dead():
-            self.dismiss(number)
+    def reap(self) -> None:
+        """Remove detached members whose process has ended. Emptying their files can take seconds."""
+        for number in self.pop_dead():
+            self.remove(number)
 
     def allocated(self, number: int) -> int:
-        """Bytes that a member's file holds, as the kernel says."""
+        """Return the bytes that a member's file holds, from st_blocks."""
         with self._lock:
             return os.fstat(self._members[number].fd).st_blocks * 512
 
     def statistics(self) -> PoolStatistics:
-        """The books, and what the kernel says of the files."""
+        """Return the charges, and beside them what the files hold."""
         self._check_process()
         with self._lock:
             self._check_open()
             return self._statistics()
 
-    def listen(self, listener: OnHighWater) -> None:
-        """Call ``listener`` at the high-water mark, in the thread that charges: it must only take note."""
+    def add_listener(self, listener: OnHighWater) -> None:
+        """Call ``listener`` at the high-water mark, in the thread that charges: it must not block."""
         with self._lock:
             self._listeners = (*self._listeners, listener)
 
-    def unlisten(self, listener: OnHighWater) -> None:
-        """The reverse of :meth:`listen`."""
+    def remove_listener(self, listener: OnHighWater) -> None:
+        """Undo :meth:`add_listener`."""
         with self._lock:
             self._listeners = tuple(other for other in self._listeners if other != listener)
 
     def close(self) -> None:
-        """Let go of all files. What members have mapped stays theirs."""
+        """Close all files. Members keep the memory that they have mapped. Idempotent."""
         if os.getpid() != self._pid:
             self._lock = threading.RLock()  # another thread may have held it at the time of the fork
         with self._lock:
@@ -227,37 +229,37 @@ class MemberTable:
                 return
             self.closed = True
             files = [member.fd for number, member in self._members.items() if number not in self._leaving]
-            for fd in (*files, *self._orphans):
+            for fd in (*files, *self._detached):
                 os.close(fd)
             self._members.clear()
-            self._orphans.clear()
+            self._detached.clear()
             if self._reserve is not None:
                 self._reserve.close()
 
     def __del__(self) -> None:
-        # Nobody refers to it any more, so no member and no server is left. At interpreter exit the functions may be gone.
+        # Without references there is no member and no server. At interpreter exit the functions may be gone.
         with contextlib.suppress(TypeError, AttributeError):
             self.close()
 
-    def _hold(self) -> None:
-        """Have the kernel keep what is not charged. Another process may have been faster: the next call tries again."""
+    def _resize_reserve(self) -> None:
+        """Reserve huge pages for all that is not charged; where another process took some, the next call tries again."""
         if self._reserve is not None:
-            self._reserve.hold(self.capacity - self._ledger.charged)
+            self._reserve.resize(self.capacity - self._ledger.charged)
 
     def _statistics(self) -> PoolStatistics:
-        books = self._ledger
-        free = books.capacity - books.charged
+        ledger = self._ledger
+        free = ledger.capacity - ledger.charged
         return PoolStatistics(
-            books.capacity, books.charged, books.kept_free, books.available, books.peak,
+            ledger.capacity, ledger.charged, ledger.reserved_free, ledger.available, ledger.peak,
             tuple(self._describe(number, member) for number, member in self._members.items()),
-            0 if self._reserve is None else free - self._reserve.held,
+            0 if self._reserve is None else free - self._reserve.size,
         )  # fmt: skip
 
     def _describe(self, number: int, found: _MemberRecord) -> MemberStatistics:
         account = self._ledger[number]
         return MemberStatistics(
             found.name, found.pid, found.size, account.charged, account.reserved, account.limit,
-            os.fstat(found.fd).st_blocks * 512, any(number in orphans for orphans in self._orphans.values()),
+            os.fstat(found.fd).st_blocks * 512, any(number in detached for detached in self._detached.values()),
         )  # fmt: skip
 
     def _check_open(self) -> None:
@@ -271,7 +273,7 @@ class MemberTable:
 
 
 def extent(size: Size, reservation: Size | None) -> tuple[int, int]:
-    """The size of sparse memory, and how far it can be resized, in bytes."""
+    """Return the size of sparse memory and the size of its reservation, in bytes; both are checked."""
     wanted = parse_size(size)
     whole = wanted if reservation is None else parse_size(reservation)
     if whole < wanted:
@@ -280,13 +282,13 @@ def extent(size: Size, reservation: Size | None) -> tuple[int, int]:
 
 
 def check_name(name: str | None) -> None:
-    """ValueError unless a member can be called that."""
+    """Raise ValueError unless ``name`` can be the name of a member."""
     if name is not None and (not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable()):
         raise ValueError(f"a name has 1 to {MAX_NAME} printable characters, not {str(name)[:200]!r}")
 
 
 def round_up(size: int, block: int) -> int:
-    """``size``, or the next multiple of ``block``."""
+    """Round ``size`` up to a multiple of ``block``."""
     return size + -size % block
 
 

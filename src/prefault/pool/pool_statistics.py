@@ -1,4 +1,4 @@
-"""What a pool says of itself: plain values."""
+"""Statistics of a pool: plain values."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from prefault.sizes import format_size
 
 
 class MemberStatistics(NamedTuple):
-    """One member of a pool. Sizes are bytes.
+    """Statistics of one member of a pool. Sizes are bytes.
 
     Attributes:
         name: as it was given, or ``"member 3"``.
         pid: of the process that uses it.
         size: of its file: the most that it could ever hold.
-        charged: blocks that it has, in the pool's books.
-        reserved: is promised to it.
-        limit: the most that it may have; None: no limit of its own.
-        allocated_bytes: what its file really holds, as the kernel says (st_blocks). More than ``charged`` is an overdraft:
-            memory touched without being populated, which no book sees. Less is normal: blocks are booked before they are
-            filled.
-        orphaned: its process has lost the connection and still lives, so that its memory cannot be taken back yet.
+        charged: bytes of its blocks that are charged.
+        reserved: bytes that are reserved for it.
+        limit: the most that may be charged; None: no limit of its own.
+        allocated_bytes: what its file holds (st_blocks). More than ``charged``: memory was touched without being populated,
+            and is not charged. Less is normal: blocks are charged before they are filled.
+        orphaned: its process has lost the connection and still lives, so that its memory cannot be reaped yet.
     """
 
     name: str
@@ -34,17 +33,17 @@ class MemberStatistics(NamedTuple):
 
 
 class PoolStatistics(NamedTuple):
-    """A pool at one moment. Sizes are bytes; ``charged + reserved_free + available == capacity``.
+    """Statistics of a pool at one moment. Sizes are bytes; ``charged + reserved_free + available == capacity``.
 
     Attributes:
         capacity: of the pool.
         charged: to all members.
-        reserved_free: promised to members that have not taken it yet.
-        available: to any member, on top of its own reservation.
+        reserved_free: reserved by members and not charged yet.
+        available: to any member, beyond its own reservation.
         peak: the highest ``charged`` so far.
         members: one each, in the order of their creation.
-        unbacked: of what is not charged, what the kernel no longer sets aside for the pool (huge pages only): another
-            process was faster when a member gave it back.
+        unbacked: uncharged bytes for which the kernel has no huge pages reserved any more (huge pages only): another process
+            took them after a member discarded them.
     """
 
     capacity: int
@@ -57,7 +56,7 @@ class PoolStatistics(NamedTuple):
 
     @property
     def allocated_bytes(self) -> int:
-        """What the files of all members hold together, as the kernel says."""
+        """The bytes that the files of all members hold together (st_blocks)."""
         return sum(member.allocated_bytes for member in self.members)
 
     def __str__(self) -> str:

@@ -17,7 +17,7 @@ from prefault.ipc.connecting import check_server, connect_to_server
 from prefault.ipc.transport import ProtocolError
 from prefault.memory.backings import Descriptor
 from prefault.pool.block_charges import BlockCharges, PoolAccount
-from prefault.pool.high_water import Notifier, OnHighWater
+from prefault.pool.high_water import HighWaterNotifier, OnHighWater
 from prefault.pool.members import check_name, extent, round_up
 from prefault.pool.pool_statistics import PoolStatistics
 from prefault.pool.service import pool_protocol
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _READ = 1 << 16
 _UNANSWERED_MOST = 64
-"""Requests that may wait for an answer at once: more could fill the socket, both ways."""
+"""The most requests without a reply at a time: more could fill the socket in both directions."""
 
 _R = TypeVar("_R", pool_protocol.PoolWelcome, pool_protocol.Created, pool_protocol.PoolDone, pool_protocol.StatisticsReply)
 
@@ -38,15 +38,15 @@ _R = TypeVar("_R", pool_protocol.PoolWelcome, pool_protocol.Created, pool_protoc
 class PoolClient:
     """A pool in another process; made by :func:`prefault.pool.connect`. A context manager.
 
-    When the server ends, the memory stays what it is; it can be used, discarded and closed, and populating it raises
-    :class:`~prefault.PoolGoneError`. No answer is waited for longer than the timeout: a request that is not answered in
-    time raises :class:`~prefault.PoolGoneError` with ETIMEDOUT, and once the server goes on (after SIGCONT, say) the client
-    can be used as before. A fork of this process shares the memory and not the connection: it connects for itself.
+    When the server ends, the memory stays: it can be used, discarded and closed, and populating it raises
+    :class:`~prefault.PoolGoneError`. A request without a reply within the timeout raises :class:`~prefault.PoolGoneError`
+    with ETIMEDOUT; once the server goes on (after SIGCONT, say) the client can be used as before. A fork of this process
+    shares the memory and not the connection: it connects for itself.
 
     Attributes:
-        capacity: of the pool, bytes.
-        block: of the pool, bytes.
-        notes: of the pool.
+        capacity: the capacity of the pool in bytes.
+        block: the size of its blocks in bytes.
+        notes: its known weaknesses, each a sentence.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, timeout: float, on_high_water: OnHighWater | None) -> None:
@@ -56,7 +56,7 @@ class PoolClient:
         try:
             welcome = self._link.greet(events=False)
             self.capacity, self.block, self.notes = welcome.capacity, welcome.block, welcome.notes
-            self._events = None if on_high_water is None else _Events(path, timeout, on_high_water)
+            self._listener = None if on_high_water is None else _HighWaterListener(path, timeout, on_high_water)
         except BaseException:
             self._link.close()
             raise
@@ -73,16 +73,16 @@ class PoolClient:
         huge: HugeAdvice = "auto",
         name: str | None = None,
     ) -> SparseMemory:
-        """Sparse memory of this process that draws from the pool: see :meth:`Pool.sparse`.
+        """Make sparse memory of this process that draws from the pool; the arguments are those of :meth:`Pool.sparse`.
 
         Raises:
-            PoolGoneError: the server cannot be asked.
+            PoolGoneError: the server does not answer.
         """
         wanted, whole = extent(size, reservation)
-        check_name(name)  # what is no name would be no message either, and end the connection
+        check_name(name)  # a wrong name would make an invalid message, which ends the connection
         most = None if limit is None else parse_size(limit)
         request = pool_protocol.Create(0, whole, parse_size(reserved), most, name)
-        created, fd = self._link.ask(request, pool_protocol.Created)
+        created, fd = self._link.call(request, pool_protocol.Created)
         if fd is None:
             raise PoolGoneError(errno.EPROTO, "the pool's server sent no descriptor with a new member")
         account = _RemoteAccount(self, created.member, fd)
@@ -98,25 +98,25 @@ class PoolClient:
             raise
 
     def statistics(self) -> PoolStatistics:
-        """Of the whole pool.
+        """Return the statistics of the whole pool.
 
         Raises:
-            PoolGoneError: the server cannot be asked.
+            PoolGoneError: the server does not answer.
         """
-        return self._link.ask(pool_protocol.Ask(0), pool_protocol.StatisticsReply)[0].statistics
+        return self._link.call(pool_protocol.StatisticsRequest(0), pool_protocol.StatisticsReply)[0].statistics
 
     def close(self) -> None:
-        """End the connection. A second call does nothing.
+        """End the connection. Idempotent.
 
         Raises:
-            BufferError: memory from this pool is still open. Close that first: the server empties what a client leaves.
+            BufferError: memory from this pool is still open; close it first, as the server empties what a client leaves.
                 Not raised while the server does not answer.
         """
         if self._members and self._link.usable and not self._link.late:
             count = len(self._members)
             raise BufferError(f"{count} sparse memor{'y is' if count == 1 else 'ies are'} still open: close them first")
-        if self._events is not None:
-            self._events.close()
+        if self._listener is not None:
+            self._listener.close()
         self._link.close()
 
     def __enter__(self) -> PoolClient:
@@ -138,7 +138,7 @@ class _RemoteAccount(PoolAccount):
     """An account with a pool in another process."""
 
     def __init__(self, client: PoolClient, number: int, fd: int) -> None:
-        self._client = client  # which so lives as long as its memory
+        self._client = client  # keeps the client alive as long as its memory
         self._number = number
         self._fd: int | None = fd
         self._charged = 0
@@ -147,14 +147,14 @@ class _RemoteAccount(PoolAccount):
         link, request = self._client._link, pool_protocol.Settle(0, self._number, charged)
         if charged > self._charged:
             try:
-                link.ask(request, pool_protocol.PoolDone)
+                link.call(request, pool_protocol.PoolDone)
             except PoolGoneError:
-                # The server may still carry it out when it goes on: what is charged in the end follows right behind.
+                # The server may still execute the request when it goes on: the charge that is valid follows right behind.
                 with contextlib.suppress(PoolGoneError):
-                    link.tell(pool_protocol.Settle(0, self._number, self._charged))
+                    link.post(pool_protocol.Settle(0, self._number, self._charged))
                 raise
         else:
-            link.tell(request)
+            link.post(request)
         self._charged = charged
 
     def close(self) -> None:
@@ -162,17 +162,17 @@ class _RemoteAccount(PoolAccount):
         if fd is None:
             return
         try:
-            # Here, as it can take a while: the server then finds the file empty.
+            # In this process, as it can take seconds: the server then finds the file empty.
             os.ftruncate(fd, 0)
         finally:
             os.close(fd)
             self._client._members.discard(self)
             with contextlib.suppress(PoolGoneError):
-                self._client._link.tell(pool_protocol.Close(0, self._number))
+                self._client._link.post(pool_protocol.Close(0, self._number))
 
 
 class _PoolConnection:
-    """A connection: one request at a time, each answered before its deadline."""
+    """A connection to the server: one request at a time, each with a deadline for its reply."""
 
     def __init__(self, path: str | os.PathLike[str], timeout: float) -> None:
         self.path = os.fspath(path)
@@ -181,16 +181,16 @@ class _PoolConnection:
         self._lock = threading.RLock()
         self._received = bytearray()
         self._descriptors: list[int] = []
-        self._later: dict[int, pool_protocol.Settle | pool_protocol.Close] = {}
-        """The last word on each member, to be sent: of a finalizer amid a request, or to a server that is late."""
+        self._postponed: dict[int, pool_protocol.Settle | pool_protocol.Close] = {}
+        """The last unsent request on each member: from a finalizer during a request, or while the server is late."""
         self._requests = 0
         self._answered = 0
-        """The id of the last request that was answered: replies come in the order of requests."""
+        """The id of the last reply: replies come in the order of requests."""
         self.late = False
-        """Whether a request was not answered in time, and the answer has not come since."""
+        """Whether a reply did not come in time, and has not come since."""
         self._reading = False
-        self._why: str | None = None
-        """Why it can be used no more."""
+        self._end_reason: str | None = None
+        """The reason why the connection has ended; None while it is usable."""
         self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._connect()
@@ -207,36 +207,36 @@ class _PoolConnection:
 
     @property
     def usable(self) -> bool:
-        return self._why is None and os.getpid() == self._pid
+        return self._end_reason is None and os.getpid() == self._pid
 
     def greet(self, *, events: bool) -> pool_protocol.PoolWelcome:
-        return self.ask(pool_protocol.PoolHello(0, pool_protocol.VERSION, events), pool_protocol.PoolWelcome)[0]
+        return self.call(pool_protocol.PoolHello(0, pool_protocol.VERSION, events), pool_protocol.PoolWelcome)[0]
 
-    def ask(self, request: pool_protocol.Request, kind: type[_R]) -> tuple[_R, int | None]:
-        """Send a request; its answer, and the descriptor that came with it.
+    def call(self, request: pool_protocol.Request, kind: type[_R]) -> tuple[_R, int | None]:
+        """Send a request; return its reply and the descriptor that came with it.
 
         Raises:
-            PoolGoneError: there will be no answer.
-            PoolFullError, MappingError, ValueError, OSError: the answer is an error.
-            RuntimeError: this very thread waits for an answer already.
+            PoolGoneError: there will be no reply.
+            PoolFullError, MappingError, ValueError, OSError: the server refuses.
+            RuntimeError: this thread is waiting for a reply already.
         """
         self._check_process()
-        if self._is_asking():
+        if self._is_calling():
             raise RuntimeError(
                 "a signal handler or a finalizer cannot ask the pool now: the thread that it interrupted waits for an answer"
             )
         with self._lock:
-            if self._why is not None:
-                raise PoolGoneError(errno.ENOTCONN, self._why)
+            if self._end_reason is not None:
+                raise PoolGoneError(errno.ENOTCONN, self._end_reason)
             deadline = time.monotonic() + self._timeout
-            self._catch_up(deadline)
+            self._drain(deadline)
             number = self._send(request)
             while True:
-                reply, fd = self._take(deadline)
+                reply, fd = self._next_reply(deadline)
                 if reply.id == number or (not reply.id and isinstance(reply, pool_protocol.PoolRefused)):
                     break
-                self._discard(reply, fd)
-            self._send_later()
+                self._drop_reply(reply, fd)
+            self._send_postponed()
         if isinstance(reply, kind):
             return reply, fd
         if fd is not None:
@@ -248,28 +248,28 @@ class _PoolConnection:
             self._end(str(error))
         raise error
 
-    def tell(self, request: pool_protocol.Settle | pool_protocol.Close) -> None:
-        """Ask for what cannot be refused; from a finalizer in the middle of a request, as soon as that is answered.
+    def post(self, request: pool_protocol.Settle | pool_protocol.Close) -> None:
+        """Send a request that is never refused; postpone it in a finalizer that interrupts a request of its thread.
 
-        A server that is late is told without waiting for its answer.
+        The reply of a server that is late is not waited for.
 
         Raises:
-            PoolGoneError: there will be no answer.
+            PoolGoneError: there will be no reply.
         """
         self._check_process()
-        if self._is_asking():
-            self._later[request.member] = request
+        if self._is_calling():
+            self._postponed[request.member] = request
             return
         with self._lock:
-            if self.late and self._why is None:
-                self._later[request.member] = request
+            if self.late and self._end_reason is None:
+                self._postponed[request.member] = request
                 with contextlib.suppress(PoolGoneError):  # it is still late
-                    self._catch_up(time.monotonic())
+                    self._drain(time.monotonic())
                 return
-        self.ask(request, pool_protocol.PoolDone)
+        self.call(request, pool_protocol.PoolDone)
 
-    def _is_asking(self) -> bool:
-        """Whether this very thread is in the middle of a request: we are a signal handler or a finalizer."""
+    def _is_calling(self) -> bool:
+        """Return whether a signal handler or a finalizer calls, which interrupts a request of this thread."""
         return bool(self._lock._is_owned())  # type: ignore[attr-defined]
 
     def _check_process(self) -> None:
@@ -280,20 +280,20 @@ class _PoolConnection:
                 " connect again here",
             )  # fmt: skip
 
-    def _send_later(self) -> None:
-        while self._later and self._requests - self._answered < _UNANSWERED_MOST:
-            self._send(self._later.popitem()[1])
+    def _send_postponed(self) -> None:
+        while self._postponed and self._requests - self._answered < _UNANSWERED_MOST:
+            self._send(self._postponed.popitem()[1])
 
-    def _catch_up(self, deadline: float) -> None:
-        """Send what is left to be said, and take the answers to all earlier requests; PoolGoneError if they do not come."""
-        self._send_later()
+    def _drain(self, deadline: float) -> None:
+        """Send the postponed requests and receive the replies of all earlier ones; PoolGoneError if they do not come."""
+        self._send_postponed()
         while self._answered < self._requests:
-            self._discard(*self._take(deadline))
-            self._send_later()
+            self._drop_reply(*self._next_reply(deadline))
+            self._send_postponed()
         self.late = False
 
-    def _take(self, deadline: float) -> tuple[pool_protocol.Reply, int | None]:
-        """The next reply, before the deadline, and the descriptor that came with it."""
+    def _next_reply(self, deadline: float) -> tuple[pool_protocol.Reply, int | None]:
+        """Return the next reply, received before the deadline, and the descriptor that came with it."""
         reply = self.receive(deadline)
         self._answered = max(self._answered, reply.id)
         descriptors, self._descriptors = self._descriptors, []
@@ -302,26 +302,26 @@ class _PoolConnection:
             os.close(unexpected)
         return reply, fd
 
-    def _discard(self, reply: pool_protocol.Reply, fd: int | None) -> None:
-        """Forget the answer to a request that Ctrl-C interrupted, that was only told, or that was given up as late."""
+    def _drop_reply(self, reply: pool_protocol.Reply, fd: int | None) -> None:
+        """Drop the reply of a request whose sender no longer waits; undo what the request did."""
         if fd is not None:
             os.close(fd)
         if isinstance(reply, pool_protocol.Created):
-            self._later[reply.member] = pool_protocol.Close(0, reply.member)
+            self._postponed[reply.member] = pool_protocol.Close(0, reply.member)
         if isinstance(reply, pool_protocol.PoolRefused) and (not reply.id or reply.kind == "protocol"):
             self._fail(str(pool_protocol.error_of(reply)))
 
     def _send(self, request: pool_protocol.Request) -> int:
         self._requests += 1
         data = pool_protocol.encode(pool_protocol.numbered(request, self._requests))
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have said why before it hung up
-            # Never partly: it is short, and few answers are outstanding.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the reason may be waiting to be received
+            # Never partly: it is short, and few replies are outstanding.
             if self.connection.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) != len(data):
                 self._fail(f"the pool's server at {self.path} takes no requests")
         return self._requests
 
     def receive(self, deadline: float | None) -> pool_protocol.Reply:
-        """The next message, before the deadline."""
+        """Return the next message, received before the deadline."""
         poll = select.poll()
         poll.register(self.connection, select.POLLIN)
         try:
@@ -344,7 +344,7 @@ class _PoolConnection:
                     self._fail(f"the pool's server at {self.path} is gone")
             return pool_protocol.decode_reply(body)
         except ProtocolError as error:
-            self._fail(f"what the server at {self.path} says is no answer of a pool: {error}")
+            self._fail(f"the message of the server at {self.path} is no answer of a pool: {error}")
         except PoolGoneError:
             raise
         except OSError as error:
@@ -355,30 +355,30 @@ class _PoolConnection:
         raise PoolGoneError(number, reason)
 
     def _end(self, reason: str) -> None:
-        self._why = reason
+        self._end_reason = reason
         self.connection.close()
         descriptors, self._descriptors = self._descriptors, []
         for fd in descriptors:
             os.close(fd)
 
-    def hang_up(self) -> None:
-        """Wake whoever waits in :meth:`receive`."""
+    def shut_down(self) -> None:
+        """Shut the socket down, which ends :meth:`receive` in other threads."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close it here; in the process that connected it is the end for its forks too."""
+        """Close the connection; in the process that made it, for its forks as well."""
         if os.getpid() != self._pid:
             self.connection.close()
             return
         with self._lock:
-            if self._why is None:
-                self.hang_up()
+            if self._end_reason is None:
+                self.shut_down()
                 self._end("the pool's client is closed")
 
 
-class _Events:
-    """A connection of its own on which the server tells of the high-water mark, and the thread that listens."""
+class _HighWaterListener:
+    """A second connection, on which the server sends the high-water events, and the thread that receives them."""
 
     def __init__(self, path: str | os.PathLike[str], timeout: float, callback: OnHighWater) -> None:
         self._link = _PoolConnection(path, timeout)
@@ -387,7 +387,7 @@ class _Events:
         except BaseException:
             self._link.close()
             raise
-        self._notifier = Notifier(callback)
+        self._notifier = HighWaterNotifier(callback)
         self._thread = threading.Thread(target=self._run, name="prefault-pool-events", daemon=True)
         self._thread.start()
 
@@ -395,12 +395,12 @@ class _Events:
         with contextlib.suppress(PoolGoneError):
             while True:
                 message = self._link.receive(None)
-                if isinstance(message, pool_protocol.HighWater):
+                if isinstance(message, pool_protocol.HighWaterReached):
                     self._notifier.notify(message.statistics)
 
     def close(self) -> None:
         if self._link.usable:
-            self._link.hang_up()
+            self._link.shut_down()
             if threading.current_thread() is not self._thread:
                 self._thread.join()
         self._link.close()

@@ -1,8 +1,8 @@
-"""What is said between a pool's server and its clients: typed messages in MessagePack, each with its length before it.
+"""The protocol between a pool's server and its clients: typed messages in MessagePack, each preceded by its length.
 
-A request is answered by exactly one reply, in order, with the same ``id``. On a connection that asked to be told of the
-high-water mark the server sends :class:`HighWater` from then on, and nothing else is said. The only descriptor that ever
-travels is that of a new member's file, with the first byte of :class:`Created`.
+Every request has exactly one reply, in order, with the same ``id``. On a connection that subscribed to the high-water mark
+the server sends :class:`HighWaterReached`, and the client nothing. The only descriptor that travels is that of a new
+member's file, with the first byte of :class:`Created`.
 """
 
 from __future__ import annotations
@@ -20,29 +20,25 @@ from prefault.pool.pool_statistics import PoolStatistics
 VERSION = 1
 
 MAX_REQUEST = 4096
-"""Bytes in the longest message of a client. A charge says how much, not which blocks, so that all are short."""
+"""The most bytes in a message of a client. A charge is a sum, not a list of blocks, so that all are short."""
 
 MAX_REPLY = 4 << 20
-"""Bytes in the longest message of a server: statistics of some ten thousand members."""
+"""The most bytes in a message of a server: statistics of some ten thousand members."""
 
 _LENGTH = struct.Struct("<I")
 
 _Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
-class _PoolMessage(NumberedMessage, frozen=True, tag=lambda name: name.removeprefix("Pool").lower()):
-    pass
-
-
-class PoolHello(_PoolMessage, frozen=True, tag="hello"):
-    """The first message of a client. ``events``: this connection is there to be told of the high-water mark."""
+class PoolHello(NumberedMessage, frozen=True, tag="hello"):
+    """The first message of a client. ``events``: the connection subscribes to the high-water mark, and nothing else."""
 
     version: Number
     events: bool
 
 
-class Create(_PoolMessage, frozen=True):
-    """Have a member made."""
+class Create(NumberedMessage, frozen=True):
+    """Create a member."""
 
     size: Number
     reserved: Number
@@ -50,67 +46,67 @@ class Create(_PoolMessage, frozen=True):
     name: _Text | None
 
 
-class Settle(_PoolMessage, frozen=True):
-    """Have so many bytes charged to a member of this connection, in all."""
+class Settle(NumberedMessage, frozen=True):
+    """Set the bytes that are charged to a member of this connection, in all."""
 
     member: Number
     charged: Number
 
 
-class Close(_PoolMessage, frozen=True):
-    """Empty a member of this connection, and forget it."""
+class Close(NumberedMessage, frozen=True):
+    """Empty and remove a member of this connection."""
 
     member: Number
 
 
-class Ask(_PoolMessage, frozen=True):
+class StatisticsRequest(NumberedMessage, frozen=True, tag="ask"):
     """Ask for the statistics."""
 
 
-class PoolWelcome(_PoolMessage, frozen=True, tag="welcome"):
-    """To Hello: what the pool is."""
+class PoolWelcome(NumberedMessage, frozen=True, tag="welcome"):
+    """Reply to PoolHello: the facts of the pool."""
 
     capacity: Number
     block: Number
     notes: tuple[str, ...]
 
 
-class Created(_PoolMessage, frozen=True):
-    """To Create; the descriptor of the file comes with it."""
+class Created(NumberedMessage, frozen=True):
+    """Reply to Create; the descriptor of the file comes with it."""
 
     member: Number
     name: str
     size: Number
 
 
-class PoolDone(_PoolMessage, frozen=True, tag="done"):
-    """To Settle and Close."""
+class PoolDone(NumberedMessage, frozen=True, tag="done"):
+    """Reply to Settle and Close."""
 
 
-class StatisticsReply(_PoolMessage, frozen=True, tag="statistics"):
-    """To Ask."""
-
-    statistics: PoolStatistics
-
-
-class HighWater(_PoolMessage, frozen=True):
-    """The charge has come to the high-water mark."""
+class StatisticsReply(NumberedMessage, frozen=True, tag="statistics"):
+    """Reply to StatisticsRequest."""
 
     statistics: PoolStatistics
 
 
-class PoolRefused(_PoolMessage, frozen=True, tag="refused"):
-    """To anything: why not. ``kind`` is a key of :data:`ERRORS`; after ``"protocol"`` the server closes the connection."""
+class HighWaterReached(NumberedMessage, frozen=True, tag="highwater"):
+    """The event that the charge has reached the high-water mark; its ``id`` is 0."""
+
+    statistics: PoolStatistics
+
+
+class PoolRefused(NumberedMessage, frozen=True, tag="refused"):
+    """Refusal of any request. ``kind`` is a key of :data:`ERRORS`; after ``"protocol"`` the server hangs up."""
 
     kind: str
     number: int
     message: str
 
 
-Request: TypeAlias = PoolHello | Create | Settle | Close | Ask
-Reply: TypeAlias = PoolWelcome | Created | PoolDone | StatisticsReply | HighWater | PoolRefused
+Request: TypeAlias = PoolHello | Create | Settle | Close | StatisticsRequest
+Reply: TypeAlias = PoolWelcome | Created | PoolDone | StatisticsReply | HighWaterReached | PoolRefused
 
-# What travels by name, most special first: the first that fits is sent.
+# Exceptions that travel by name, the most special first: the first that fits is sent.
 ERRORS: dict[str, type[Exception]] = {
     "full": PoolFullError,
     "gone": PoolGoneError,
@@ -129,21 +125,21 @@ decode_reply: Decoder[Reply] = Decoder(Reply)
 
 
 def encode(message: Request | Reply) -> bytes:
-    """A message with its length before it."""
+    """Encode a message, preceded by its length."""
     body = messages.encode(message)
     return _LENGTH.pack(len(body)) + body
 
 
 def numbered(request: Request, number: int) -> Request:
-    """The same request with another ``id``."""
+    """Return a copy of a request with another ``id``."""
     return msgspec.structs.replace(request, id=number)
 
 
 def take_message(received: bytearray, most: int) -> bytearray | None:
-    """Take the first message off what was received; None while it is not complete.
+    """Remove the first message from the received bytes and return it; None while it is incomplete.
 
     Raises:
-        ProtocolError: it claims to be empty or longer than ``most``.
+        ProtocolError: its length is 0 or more than ``most``.
     """
     if len(received) < _LENGTH.size:
         return None
@@ -158,7 +154,7 @@ def take_message(received: bytearray, most: int) -> bytearray | None:
 
 
 def refusal(request: int, error: Exception) -> PoolRefused:
-    """An error as a message."""
+    """Make the refusal that carries an exception."""
     kind = next(kind for kind, of in ERRORS.items() if isinstance(error, of))
     number = error.errno if isinstance(error, OSError) else None
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

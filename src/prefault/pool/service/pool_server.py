@@ -1,4 +1,4 @@
-"""The server of a shared pool: one thread, many clients, none of which can harm another."""
+"""The server of a shared pool: one thread, many clients; no client can harm another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prefault.errors import PoolFullError
 from prefault.ipc import socket_path
 from prefault.ipc.accepting import Acceptor
 from prefault.ipc.transport import ProtocolError, receive_without_descriptors
-from prefault.pool.high_water import report
+from prefault.pool.high_water import report_error
 from prefault.pool.pool_statistics import PoolStatistics
 from prefault.pool.service import pool_protocol
 
@@ -30,7 +30,7 @@ _READ = pool_protocol.MAX_REQUEST + 4
 
 
 class _PoolClientConnection:
-    """A connection, and what it may speak of."""
+    """A connection of a client, and the members that belong to it."""
 
     def __init__(self, connection: socket.socket, pid: int, pidfd: int) -> None:
         self.connection = connection
@@ -38,17 +38,17 @@ class _PoolClientConnection:
         self.pidfd = pidfd
         self.members: set[int] = set()
         self.greeted = False
-        self.events = False
+        self.wants_events = False
         self.received = bytearray()
-        self.answer: memoryview | None = None
-        self.descriptor: int | None = None  # goes with the first byte of the answer
-        self.last = False  # hang up after the answer
+        self.reply: memoryview | None = None
+        self.descriptor: int | None = None  # sent with the first byte of the reply
+        self.closing = False  # hang up after the reply
         self.deadline: float | None = None
-        """Until when the rest of a message, or the taking of an answer, is waited for."""
+        """The time (time.monotonic) at which the client is disconnected unless it completes a message or reads a reply."""
 
-    def wait_until(self, deadline: float) -> None:
-        """Keep the first deadline while something is outstanding: a byte now and then does not extend it."""
-        if self.greeted and not self.received and self.answer is None:
+    def update_deadline(self, deadline: float) -> None:
+        """Set the deadline, or keep an earlier one while something is outstanding: single bytes do not extend it."""
+        if self.greeted and not self.received and self.reply is None:
             self.deadline = None
         elif self.deadline is None:
             self.deadline = deadline
@@ -63,9 +63,9 @@ class _PoolClientConnection:
 class PoolServer:
     """Shares a pool at a path, until :meth:`close`; made by :meth:`Pool.serve`. A context manager.
 
-    A client is a process of the same user, or of root. When it ends, however it ends, its members are emptied and closed. A
-    client that breaks the protocol is disconnected; its members stay charged, as its process still has the memory, until it
-    ends.
+    A client is a process of the same user, or of root. When it ends, in whatever way, its members are emptied and closed. A
+    client that violates the protocol is disconnected; its members stay charged until its process ends, which still has the
+    memory mapped.
 
     Attributes:
         path: of the socket.
@@ -76,13 +76,13 @@ class PoolServer:
     ) -> None:
         if max_connections < 1 or max_members < 1 or not timeout > 0:
             raise ValueError("a server has at least one connection, one member, and a positive timeout")
-        self._pool = pool
+        self._table = pool
         self._max_members = max_members
         self._timeout = timeout
         self._clients: set[_PoolClientConnection] = set()
         self._disconnected: set[_PoolClientConnection] = set()
-        """Those that live and have members."""
-        self._events: deque[PoolStatistics] = deque(maxlen=16)
+        """Clients without a connection whose process lives and has members."""
+        self._high_water_events: deque[PoolStatistics] = deque(maxlen=16)
         self._pid = os.getpid()
         self._stop = False
         self._lock = threading.RLock()  # around the waker
@@ -91,20 +91,20 @@ class PoolServer:
         self._selector = selectors.DefaultSelector()
         self._waker: int | None = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._acceptor = Acceptor(max_connections, _encode_refusal, lambda: "it has no descriptors left (RLIMIT_NOFILE)")
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._waker, selectors.EVENT_READ, self._woken)
-        # Emptying a dead client's file can take a while, for which the others do not wait.
+        self._selector.register(self._listener, selectors.EVENT_READ, self._on_connect)
+        self._selector.register(self._waker, selectors.EVENT_READ, self._on_wake)
+        # A thread of its own: emptying the files of a dead client can take seconds, during which others are served.
         self._reaper = ThreadPoolExecutor(1, "prefault-pool-reaper")
         self._thread = threading.Thread(target=self._run, name="prefault-pool-server", daemon=True)
-        pool.listen(self._notice)
+        pool.add_listener(self._on_high_water)
         _servers.add(self)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop serving and remove the socket. Clients keep their memory and can populate no more. Idempotent."""
+        """Stop serving and remove the socket. Clients keep their memory, and cannot populate any more. Idempotent."""
         if os.getpid() != self._pid:
             return
-        self._pool.unlisten(self._notice)
+        self._table.remove_listener(self._on_high_water)
         self._stop = True
         self._wake()
         if threading.current_thread() is not self._thread:
@@ -124,24 +124,24 @@ class PoolServer:
     def _run(self) -> None:
         try:
             while not self._stop:
-                for key, _ in self._selector.select(self._patience()):
+                for key, _ in self._selector.select(self._select_timeout()):
                     _guarded(key.data)
                 now = time.monotonic()
                 for client in list(self._clients):
                     if client.deadline is not None and client.deadline <= now:
-                        _guarded(self._drop, client)
+                        _guarded(self._disconnect, client)
         finally:
-            self._end()
+            self._tear_down()
 
-    def _patience(self) -> float | None:
+    def _select_timeout(self) -> float | None:
         deadlines = [client.deadline for client in self._clients if client.deadline is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
-    def _end(self) -> None:
+    def _tear_down(self) -> None:
         _guarded(socket_path.leave, self._place)
         self._listener.close()
         for client in list(self._clients):
-            _guarded(self._drop, client)
+            _guarded(self._disconnect, client)
         for key in list(self._selector.get_map().values()):
             if isinstance(key.fileobj, int) and key.fileobj != self._waker:
                 os.close(key.fileobj)  # pidfds
@@ -158,23 +158,23 @@ class PoolServer:
             if self._waker is not None:
                 os.eventfd_write(self._waker, 1)
 
-    def _woken(self) -> None:
+    def _on_wake(self) -> None:
         assert self._waker is not None
         os.eventfd_read(self._waker)
-        while self._events:
-            event = self._events.popleft()
+        while self._high_water_events:
+            event = self._high_water_events.popleft()
             for client in list(self._clients):
-                if client.events and client.answer is None:  # who has not taken the last one has no use for the next
-                    self._answer(client, pool_protocol.HighWater(0, event))
+                if client.wants_events and client.reply is None:  # a client that has not read the last event gets no other
+                    self._reply(client, pool_protocol.HighWaterReached(0, event))
 
-    def _notice(self, statistics: PoolStatistics) -> None:
-        """The high-water mark was reached, in some thread."""
-        self._events.append(statistics)
+    def _on_high_water(self, statistics: PoolStatistics) -> None:
+        """Queue an event for the clients; called in the thread that reached the mark."""
+        self._high_water_events.append(statistics)
         self._wake()
 
     # --- connections
 
-    def _accept(self) -> None:
+    def _on_connect(self) -> None:
         connection = self._acceptor.accept(self._listener, len(self._clients))
         peer = None if connection is None else self._acceptor.identify(connection)
         if connection is None or peer is None:
@@ -182,8 +182,8 @@ class PoolServer:
         client = _PoolClientConnection(connection, peer.pid, peer.pidfd)
         client.deadline = time.monotonic() + self._timeout
         try:
-            self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(client))
-            self._selector.register(peer.pidfd, selectors.EVENT_READ, lambda: self._ended(client))
+            self._selector.register(connection, selectors.EVENT_READ, lambda: self._on_ready(client))
+            self._selector.register(peer.pidfd, selectors.EVENT_READ, lambda: self._on_process_end(client))
         except OSError as error:  # fs.epoll.max_user_watches
             with contextlib.suppress(KeyError):
                 self._selector.unregister(connection)
@@ -192,50 +192,50 @@ class PoolServer:
         else:
             self._clients.add(client)
 
-    def _drop(self, client: _PoolClientConnection) -> None:
-        """End a connection. Its members go when its process does, which may be this very moment."""
+    def _disconnect(self, client: _PoolClientConnection) -> None:
+        """End a connection. Its members are detached until its process ends, which may be at this moment."""
         if client not in self._clients:
             return None
         self._clients.remove(client)
         self._selector.unregister(client.connection)
         client.close()
         if not client.members:
-            return self._forget(client)
+            return self._close_pidfd(client)
         self._disconnected.add(client)
-        return self._pool.orphan(client.members, client.pidfd)
+        return self._table.detach(client.members, client.pidfd)
 
-    def _ended(self, client: _PoolClientConnection) -> None:
-        """The process is gone. A fork of it may still hold the connection open."""
+    def _on_process_end(self, client: _PoolClientConnection) -> None:
+        """Remove the members of a process that has ended. A fork of it may still hold the connection open."""
         if client not in self._clients and client not in self._disconnected:
             return  # an earlier event of the same round has closed the descriptor
-        _guarded(self._drop, client)
+        _guarded(self._disconnect, client)
         if client.members:
-            self._dismiss([*client.members, *self._pool.dead()])
-            self._forget(client)
+            self._remove_later([*client.members, *self._table.pop_dead()])
+            self._close_pidfd(client)
 
-    def _dismiss(self, members: Iterable[int]) -> None:
-        """In a thread of its own: what is still in their files can be many GiB."""
+    def _remove_later(self, members: Iterable[int]) -> None:
+        """Remove members in the reaper's thread: their files can hold many GiB."""
         for member in members:
-            self._reaper.submit(_guarded, self._pool.dismiss, member)
+            self._reaper.submit(_guarded, self._table.remove, member)
 
-    def _forget(self, client: _PoolClientConnection) -> None:
+    def _close_pidfd(self, client: _PoolClientConnection) -> None:
         self._disconnected.discard(client)
         self._selector.unregister(client.pidfd)
         os.close(client.pidfd)
 
-    def _serve(self, client: _PoolClientConnection) -> None:
-        """Something has come, or an answer can go on."""
+    def _on_ready(self, client: _PoolClientConnection) -> None:
+        """Receive requests, or go on sending a reply."""
         if client not in self._clients:
-            return None  # dropped by an earlier event of the same round
+            return None  # disconnected by an earlier event of the same round
         try:
-            if client.answer is not None:
+            if client.reply is not None:
                 self._send(client)
             else:
                 data = receive_without_descriptors(client.connection, _READ)
                 if not data:
-                    return self._drop(client)
+                    return self._disconnect(client)
                 client.received += data
-            while client.answer is None and not client.last:
+            while client.reply is None and not client.closing:
                 body = pool_protocol.take_message(client.received, pool_protocol.MAX_REQUEST)
                 if body is None:
                     break
@@ -243,83 +243,83 @@ class PoolServer:
                 self._handle(client, pool_protocol.decode_request(body))
         except (BlockingIOError, InterruptedError):
             pass
-        except OSError:  # it is gone
-            return self._drop(client)
+        except OSError:  # the client is gone
+            return self._disconnect(client)
         except ProtocolError as error:
-            client.last = True
+            client.closing = True
             client.received.clear()
-            self._answer(client, pool_protocol.PoolRefused(0, "protocol", errno.EPROTO, str(error)))
+            self._reply(client, pool_protocol.PoolRefused(0, "protocol", errno.EPROTO, str(error)))
         except Exception:
-            self._drop(client)
+            self._disconnect(client)
             raise
-        client.wait_until(time.monotonic() + self._timeout)
+        client.update_deadline(time.monotonic() + self._timeout)
         return None
 
-    def _answer(self, client: _PoolClientConnection, reply: pool_protocol.Reply) -> None:
-        client.answer = memoryview(pool_protocol.encode(reply))
+    def _reply(self, client: _PoolClientConnection, reply: pool_protocol.Reply) -> None:
+        client.reply = memoryview(pool_protocol.encode(reply))
         try:
             self._send(client)
         except BlockingIOError:
             pass
         except OSError:
-            return self._drop(client)
-        client.wait_until(time.monotonic() + self._timeout)
+            return self._disconnect(client)
+        client.update_deadline(time.monotonic() + self._timeout)
         return None
 
     def _send(self, client: _PoolClientConnection) -> None:
-        assert client.answer is not None
+        assert client.reply is not None
         connection = client.connection
         self._selector.modify(connection, selectors.EVENT_WRITE, self._selector.get_key(connection).data)
         if client.descriptor is not None:
-            sent = socket.send_fds(connection, [client.answer], [client.descriptor])
+            sent = socket.send_fds(connection, [client.reply], [client.descriptor])
             os.close(client.descriptor)
             client.descriptor = None
         else:
-            sent = connection.send(client.answer)
-        client.answer = client.answer[sent:] or None
-        if client.answer is None:
-            if client.last:
-                raise ConnectionAbortedError(errno.ECONNABORTED, "all is said")
+            sent = connection.send(client.reply)
+        client.reply = client.reply[sent:] or None
+        if client.reply is None:
+            if client.closing:
+                raise ConnectionAbortedError(errno.ECONNABORTED, "the last reply is sent")
             self._selector.modify(connection, selectors.EVENT_READ, self._selector.get_key(connection).data)
 
     # --- requests
 
     def _handle(self, client: _PoolClientConnection, request: pool_protocol.Request) -> None:
-        if isinstance(request, pool_protocol.PoolHello) is client.greeted or client.events:
+        if isinstance(request, pool_protocol.PoolHello) is client.greeted or client.wants_events:
             raise ProtocolError("Hello comes first, and once; and a connection for events asks for nothing")
         reply: pool_protocol.Reply
         try:
-            reply = self._do(client, request)
+            reply = self._execute(client, request)
         except (OSError, ValueError) as error:
             reply = pool_protocol.refusal(request.id, error)
-        self._answer(client, reply)
+        self._reply(client, reply)
 
-    def _do(self, client: _PoolClientConnection, request: pool_protocol.Request) -> pool_protocol.Reply:
-        pool = self._pool
-        self._dismiss(pool.dead())  # a server that was closed meanwhile may have left some
+    def _execute(self, client: _PoolClientConnection, request: pool_protocol.Request) -> pool_protocol.Reply:
+        pool = self._table
+        self._remove_later(pool.pop_dead())  # of an earlier server, which was closed
         match request:
             case pool_protocol.PoolHello():
                 if request.version != pool_protocol.VERSION:
                     raise ProtocolError(
                         f"version {pool_protocol.VERSION} of the protocol is spoken here, not {request.version}"
                     )
-                client.greeted, client.events = True, request.events
+                client.greeted, client.wants_events = True, request.events
                 return pool_protocol.PoolWelcome(request.id, pool.capacity, pool.block, pool.store.notes)
             case pool_protocol.Create():
                 return self._create(client, request)
             case pool_protocol.Settle():
-                pool.settle(_own(client, request.member), request.charged)
+                pool.settle(_check_owned(client, request.member), request.charged)
                 return pool_protocol.PoolDone(request.id)
             case pool_protocol.Close():
-                number = _own(client, request.member)
+                number = _check_owned(client, request.member)
                 client.members.remove(number)
-                # Who closes a member has emptied its file, so this is done at once; if not, nobody is to wait for it.
+                # A client empties the file before it sends Close, so this is quick; if it did not, others must not wait.
                 if pool.allocated(number):
-                    self._dismiss([number])
+                    self._remove_later([number])
                 else:
-                    pool.dismiss(number)
+                    pool.remove(number)
                 return pool_protocol.PoolDone(request.id)
-            case pool_protocol.Ask():
+            case pool_protocol.StatisticsRequest():
                 return pool_protocol.StatisticsReply(request.id, pool.statistics())
 
     def _create(self, client: _PoolClientConnection, request: pool_protocol.Create) -> pool_protocol.Reply:
@@ -328,21 +328,21 @@ class PoolServer:
             raise PoolFullError(
                 errno.ENOSPC, f"the server has given out {taken} members, the most that it gives (max_members)"
             )
-        wish = self._pool.wish(request.size, reserved=request.reserved, limit=request.limit, name=request.name)
-        member = self._pool.open(wish, client.pid)
+        checked = self._table.check_request(request.size, reserved=request.reserved, limit=request.limit, name=request.name)
+        member = self._table.open(checked, client.pid)
         client.members.add(member)
         try:
-            client.descriptor = self._pool.descriptor(member)
+            client.descriptor = self._table.descriptor(member)
         except OSError:  # no descriptors left
             client.members.remove(member)
-            self._pool.dismiss(member)
+            self._table.remove(member)
             raise
-        return pool_protocol.Created(request.id, member, wish.name, wish.size)
+        return pool_protocol.Created(request.id, member, checked.name, checked.size)
 
     # --- a fork of this process
 
     def _after_fork(self) -> None:
-        """In the child: let go of the sockets, so that clients see it when the parent dies.
+        """Close the sockets in a forked child, so that clients notice when the parent dies.
 
         Nothing is unregistered: the child shares the parent's epoll instance.
         """
@@ -358,14 +358,14 @@ _servers = fork_hooks.instances(PoolServer._after_fork)
 
 
 def _guarded(work: Callable[..., object], *arguments: object) -> None:
-    """Whatever goes wrong with one client, the others are served."""
+    """Call ``work`` and report its errors: a failure of one client does not stop the server."""
     try:
         work(*arguments)
     except Exception as error:  # noqa: BLE001
-        report(error)
+        report_error(error)
 
 
-def _own(client: _PoolClientConnection, member: int) -> int:
+def _check_owned(client: _PoolClientConnection, member: int) -> int:
     if member not in client.members:
         raise ValueError(f"member {member} is none of this connection")
     return member

@@ -6,9 +6,10 @@ The folders are layers, lowest first; each imports only from those above it in t
     _kernel                                 one thin function per system call, with the kernel's names and structures
     _system                                 this machine and process: capabilities, CPUs, cgroups, files of /proc
     ipc | memory                            Unix sockets; any buffer -> addresses, what is mapped there, what backs it
-    inspection | limits                     what is present now; every limit and what it leaves
+    inspection                              what is present now
+    limits                                  every limit once; what a call demands; admission before and between chunks
     mapping                                 memory that prefault maps itself
-    engine                                  populate: plan, methods, chunks, admission, diagnosis, rollback; discard; lock
+    engine                                  populate: plan, methods, chunks, diagnosis, rollback; discard; lock
     sparse                                  a reservation of which parts are populated and discarded; growable arrays
     pool | virtio_mem                       a bounded store of memory, shared by processes; the device side of virtio-mem
     device                                  device memory: the driver's interface, and what client and server share

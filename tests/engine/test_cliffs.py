@@ -23,10 +23,10 @@ from prefault import PAGE_SIZE, PageRange, PageState, RangeSet
 from prefault._kernel import mman
 from prefault._system import capabilities
 from prefault._system.kept_files import KeptFile
-from prefault.engine.allowance import allowance
 from prefault.engine.chunking import ChunkSize
-from prefault.engine.demand import Demand, ScatteredDemand, demands_of, missing_from
 from prefault.inspection.scan import populated_before, residency_of
+from prefault.limits.allowance import allowance
+from prefault.limits.demand import Demand, ScatteredDemand, demands_of, missing_from
 from prefault.memory import vma
 from prefault.sizes import GIB, MIB
 from prefault.testing import without
@@ -173,12 +173,12 @@ def test_what_kinds_need_is_what_their_segments_need(
         start, stop = sorted(region.page(page) for page in cut)
         spans = [(s, max(s.start, start), min(s.stop, stop)) for s in segments if s.start < stop and s.stop > start]
         naive = [
-            (Demand(s, missing_from(s.start, s.stop, module._populated((s,)))), first, last) for s, first, last in spans
+            (Demand(s.use, missing_from(s.start, s.stop, module._populated((s,)))), first, last) for s, first, last in spans
         ]  # fmt: skip
         kinds = [
-            (part, max(start, part.segment.start), min(stop, part.segment.stop))
-            for part in demands_of(segments, together, None)
-            if part.segment.start < stop and part.segment.stop > start
+            (part, max(start, part.use.start), min(stop, part.use.stop))
+            for part in demands_of([s.use for s in segments], together, None)
+            if part.use.start < stop and part.use.stop > start
         ]  # fmt: skip
         assert len(segments) == 1 or all(isinstance(part, ScatteredDemand) for part, _, _ in kinds)
         for ask in (Demand.missing_bytes, Demand.memory):
@@ -256,9 +256,9 @@ def test_what_is_empty_is_not_read_entry_by_entry(monkeypatch: pytest.MonkeyPatc
     with prefault.Mapping(8 * GIB, noreserve=True, huge="never") as mapping:
         prefault.populate(mapping, offset=3 * GIB, length=MIB)
         (segment,) = prefault.plan(mapping).segments
-        part = Demand(segment, missing_from(*mapping.range, array("Q")))
+        part = Demand(segment.use, missing_from(*mapping.range, array("Q")))
         read: list[int] = []
-        module = sys.modules["prefault.engine.demand"]
+        module = sys.modules["prefault.limits.demand"]
         original = module.pagemap.read_pagemap
 
         def counted(fd: int, first: int, pages: int) -> bytes:

@@ -312,7 +312,7 @@ def test_of_many_mappings_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
         asked += 1
         return memory_limits()
 
-    monkeypatch.setattr(sys.modules["prefault.limits.target"], "memory_limits", counted)
+    monkeypatch.setattr(sys.modules["prefault.limits.table"], "cgroup_limits", counted)
     with prefault.SparseMemory(1000 * PAGE_SIZE, unpopulated="fault") as memory:
         memory.populate_many([(page * PAGE_SIZE, PAGE_SIZE) for page in range(0, 1000, 2)])
         assert kinds(headroom(memory)) == {"memory"}

@@ -389,7 +389,7 @@ def test_a_tmpfs_that_is_too_small(small_tmpfs: Callable[[str], Path], no_leaks:
 def test_more_than_the_machine_has_is_noted() -> None:
     with Pool("1 PiB") as pool:
         assert len(pool.notes) == 1
-        assert "not all of it can ever be had" in pool.notes[0]
+        assert "can never be populated in full" in pool.notes[0]
     with Pool("2 MiB") as pool:
         assert pool.notes == ()
 

@@ -1,35 +1,35 @@
-"""Why a page could not be populated: the kernel says EINVAL, EFAULT or ENOMEM; what is mapped there tells the cause."""
+"""Cause of a failure to populate a page: the kernel returns EINVAL, EFAULT or ENOMEM; the mapping there tells why."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import resource
 from typing import NamedTuple
 
 from prefault import errors
 from prefault._kernel import pagemap
 from prefault._kernel._call import explain
 from prefault._kernel.mman import EHWPOISON
-from prefault._system import hugetlb, proc
+from prefault._system import proc
 from prefault.engine.methods import Access, Method
 from prefault.inspection.scan import PageState, residency_of
-from prefault.memory.vma import Backing, Vma, file_size, mount_directory, vm_flags, vma_at
+from prefault.limits import limits_on, use_of_vma
+from prefault.limits.process_limits import lock_refusal
+from prefault.memory.vma import Backing, Vma, file_size, vm_flags, vma_at
 from prefault.ranges import PageRange
 from prefault.sizes import PAGE_SIZE, format_size
 
 
 class Cause(NamedTuple):
-    """The error class, the errno that MADV_POPULATE_* gives for it, and a sentence."""
+    """Error class of a failure, the errno that MADV_POPULATE_* gives for it, and a sentence."""
 
     error: type[errors.PopulateError]
     errno: int
     sentence: str
 
 
-# madvise has one errno for several causes, and the fallbacks have EFAULT for all of them. These say something by themselves.
-_TELLING = {
+# madvise has one errno for several causes, and the fallbacks have EFAULT for all of them. Only these errnos are unambiguous.
+_UNAMBIGUOUS = {
     EHWPOISON: errors.PoisonedPageError,
     errno.ENOSPC: errors.BackingFullError,
     errno.EDQUOT: errors.BackingFullError,
@@ -37,7 +37,7 @@ _TELLING = {
 
 
 def diagnose(address: int, method: Method, error: OSError, fd: int | None) -> Cause:
-    """The cause of ``error`` at the page at ``address``; ``fd`` is the file behind it, where the caller has one."""
+    """Return the cause of ``error`` at the page at ``address``; ``fd`` is the file behind it, if the caller has one."""
     vma = vma_at(address)
     if vma is None or vma.start > address:
         return Cause(
@@ -47,15 +47,10 @@ def diagnose(address: int, method: Method, error: OSError, fd: int | None) -> Ca
     number = error.errno or 0
     if number in (errno.EMFILE, errno.ENFILE):
         return Cause(errors.PopulateError, number, f"the method needs a descriptor of its own: {explain(number)}")
-    if number in _TELLING:
-        return _telling(number, vma, fd)
+    if number in _UNAMBIGUOUS:
+        return _by_errno(number, vma, fd)
     if method.locks and number in (errno.ENOMEM, errno.EPERM, errno.EAGAIN):
-        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-        allowed = "no limit" if limit == resource.RLIM_INFINITY else format_size(limit)
-        return Cause(
-            errors.OutOfMemoryError, number,
-            f"it cannot be locked: RLIMIT_MEMLOCK is {allowed} for all locked memory of this process (ulimit -l)",
-        )  # fmt: skip
+        return Cause(errors.OutOfMemoryError, number, f"it cannot be locked: {lock_refusal()}")
     if number == errno.ENOMEM:
         return Cause(
             errors.OutOfMemoryError, number,
@@ -70,7 +65,7 @@ def diagnose(address: int, method: Method, error: OSError, fd: int | None) -> Ca
     )
 
 
-def _telling(number: int, vma: Vma, fd: int | None) -> Cause:
+def _by_errno(number: int, vma: Vma, fd: int | None) -> Cause:
     if number == EHWPOISON:
         return Cause(errors.PoisonedPageError, number, "the page is hardware-poisoned, and its content is lost")
     if number == errno.EDQUOT:
@@ -134,33 +129,25 @@ def _by_file(vma: Vma, address: int, fd: int | None) -> Cause | None:
 
 
 def _by_backing(vma: Vma, fd: int | None) -> Cause | None:
-    if vma.backing is Backing.HUGETLB:
-        pool = hugetlb.read_pool(vma.page_size)
-        return Cause(
-            errors.BackingFullError, errno.EFAULT,
-            f"the pool of {format_size(vma.page_size)} huge pages has {pool.available} of {pool.total} pages left"
-            f" (write a larger number to {pool.setting}, or raise a hugetlb cgroup limit)",
-        )  # fmt: skip
-    if not vma.inode:
+    """Return the limit on the backing that leaves no page; for huge pages, which have no other cause, the tightest."""
+    use = use_of_vma(vma, fd)
+    limits = [limit for limit in limits_on(use.named() if vma.inode else use) if limit.bounds in _BACKINGS]
+    short = min(limits, key=lambda limit: limit.available_bytes, default=None)
+    if short is None or (vma.backing is not Backing.HUGETLB and short.available_bytes >= PAGE_SIZE):
         return None
-    with contextlib.suppress(OSError):
-        # By the mount, not the name: files in memory are often unlinked as soon as they are mapped.
-        space = os.fstatvfs(fd) if fd is not None else os.statvfs(mount_directory(vma) or vma.name)
-        free, total = space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize
-        if total and free < PAGE_SIZE:
-            where = vma.name or "the file system"
-            return Cause(
-                errors.BackingFullError, errno.EFAULT,
-                f"the file system of {where} has {format_size(free)} left of {format_size(total)}:"
-                " make it larger, or remove files",
-            )  # fmt: skip
-    return None
+    return Cause(
+        errors.BackingFullError, errno.EFAULT,
+        f"{short.name} has {format_size(short.available_bytes)} left of {format_size(short.limit_bytes)}: {short.remedy}",
+    )  # fmt: skip
+
+
+_BACKINGS = ("huge pages", "tmpfs space", "disk space")
 
 
 def _unexplained(vma: Vma, address: int, number: int) -> Cause:
     entry = ""
     if number == errno.EFAULT and _looks_swapped(address):
-        # What the fallbacks see of a poisoned page, or of swap that cannot be read: GUP says EFAULT for both.
+        # The fallbacks get EFAULT from GUP for a poisoned page, and for swap that cannot be read.
         entry = " (its page-table entry is neither empty nor present: poisoned, or in swap that cannot be read)"
     return Cause(errors.PopulateError, number, f"the kernel could not supply the page of {vma.describe()}{entry}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import resource
+from array import array
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -11,10 +11,11 @@ from prefault._kernel import mman
 from prefault._system.capabilities import MLOCK_ONFAULT
 from prefault.engine.methods import Access
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
-from prefault.errors import HeadroomError, HoleError, OutOfMemoryError
-from prefault.limits import locked_memory_limit
+from prefault.errors import HoleError, OutOfMemoryError
+from prefault.limits import MemoryUse, refusal_ahead
+from prefault.limits.demand import Demand
+from prefault.limits.process_limits import lock_refusal
 from prefault.memory.borrowing import borrow
-from prefault.memory.vma import vm_flags, vmas
 from prefault.ranges import PageRange
 from prefault.sizes import Size, format_size
 
@@ -116,31 +117,17 @@ def unlock(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> int:
 
 
 def _ensure_allowed(pages: PageRange, origin: int) -> None:
-    limit = locked_memory_limit()
-    if limit is None or pages.length <= limit.available_bytes:
-        return
-    locked = sum(
-        min(vma.stop, pages.stop) - max(vma.start, pages.start)
-        for vma in vmas(pages.start, pages.stop)
-        if "lo" in vm_flags(vma.start)
-    )
-    needed = pages.length - locked
-    if needed > limit.available_bytes:
-        raise HeadroomError(
-            errno.ENOMEM,
-            f"locking takes {format_size(needed)} more, and {limit.name} leaves {format_size(limit.available_bytes)} of"
-            f" {format_size(limit.limit_bytes)}: {limit.remedy}",
+    use = MemoryUse(pages.start, pages.stop, locks=True)
+    short = refusal_ahead([Demand(use, array("Q", pages))], "RLIMIT_MEMLOCK")
+    if short is not None:
+        raise short.error(
+            f"locking takes {format_size(short.needed_bytes)} more, and {short.limit.name} leaves"
+            f" {format_size(short.available_bytes)} of {format_size(short.limit.limit_bytes)}: {short.limit.remedy}",
             address=pages.start, offset=pages.start - origin,
-            limit=limit.name, needed_bytes=needed, available_bytes=limit.available_bytes,
         )  # fmt: skip
 
 
 def _why_not(pages: PageRange, error: OSError) -> str:
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    allowed = "not limited" if soft == resource.RLIM_INFINITY else format_size(soft)
     if error.errno in (errno.ENOMEM, errno.EPERM, errno.EAGAIN):
-        return (
-            f"RLIMIT_MEMLOCK is {allowed} for all locked memory of this process (ulimit -l), and vm.max_map_count bounds the"
-            " number of its parts"
-        )
+        return f"{lock_refusal()}, and vm.max_map_count bounds the number of its parts"
     return f"the kernel refuses it at {pages.start:#x}: {error.strerror}"

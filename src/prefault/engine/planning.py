@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from prefault._system import capabilities
 from prefault._system.cpus import usable_cpus
 from prefault.engine.methods import POPULATE_READ, POPULATE_WRITE, Access, Method, Target, best, by_name
+from prefault.limits import MemoryUse
 from prefault.memory.borrowing import Borrowed, Span, borrow
 from prefault.memory.vma import Backing, Vma, file_descriptor, vma_at, vmas_by_kind
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
@@ -35,6 +36,16 @@ class Segment(NamedTuple):
     def length(self) -> int:
         """Bytes."""
         return self.stop - self.start
+
+    @property
+    def use(self) -> MemoryUse:
+        """The segment as the limits see it."""
+        target, method = self.target, self.method
+        return MemoryUse(
+            self.start, self.stop, self.backing, target.page_size, target.shared, method.access,
+            allocates=method.allocates, locks=method.locks, fd=target.fd, file_base=target.file_base,
+            file_size=None if target.fd is None else target.file_size,
+        )  # fmt: skip
 
 
 class Plan(NamedTuple):

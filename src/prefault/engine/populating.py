@@ -14,10 +14,7 @@ from time import perf_counter_ns
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from prefault._kernel.rwlock import Attendance
-from prefault.engine.admission import AdmissionControl, Shortfall
-from prefault.engine.allowance import allowance
 from prefault.engine.chunking import FIRST_CHUNK, ChunkSize
-from prefault.engine.demand import demands_of
 from prefault.engine.diagnosis import diagnose
 from prefault.engine.methods import Access
 from prefault.engine.planning import NO_FALLOCATE, Plan, Segment, make_plan, without_fallocate
@@ -26,6 +23,10 @@ from prefault.engine.rollback import Rollback
 from prefault.engine.vectors import LONG, can_advise, populate_long, populate_whole
 from prefault.errors import OutOfMemoryError, PopulateError, PopulateInterrupted
 from prefault.inspection.scan import populated_among, populated_before
+from prefault.limits import Shortfall
+from prefault.limits.admission import AdmissionControl
+from prefault.limits.allowance import allowance
+from prefault.limits.demand import demands_of
 from prefault.memory.borrowing import Borrowed, PageProvider, borrow
 from prefault.memory.vma import Backing
 from prefault.ranges import PageRange, RangeSet
@@ -172,7 +173,7 @@ def _carry_out(
     is_small = what.length <= FIRST_CHUNK and len(what.segments) == 1
     watch = None
     if headroom == "check" and not (is_small and _surely_fits(what.segments[0], began)):
-        watch = AdmissionControl(demands_of(what.segments, before, memory.fd), memory.address)
+        watch = AdmissionControl(demands_of([segment.use for segment in what.segments], before, memory.fd), memory.address)
         watch.start()
         if is_small:
             watch = None  # its only chunk has just been looked at

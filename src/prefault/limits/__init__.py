@@ -1,31 +1,32 @@
-"""How much may still be populated before some limit stops or kills the process.
+"""Every limit that may stop or kill a populate call, what a call demands from it, and admission control between the two.
 
-What is read here is a moment's answer. What counts as reclaimable, and why, is in ``docs/design/headroom.md``.
+The limits are the rows of ``prefault.limits.table``. A reading holds for a moment only. Which memory counts as reclaimable,
+and why, is in ``docs/design/headroom.md``.
 """
 
-from prefault.limits.limit import Bounds, Headroom, Limit
+from prefault.limits.limit import Bounds, Headroom, Limit, Shortfall
 from prefault.limits.memory_limits import MemoryAnswer, ask_for_memory, counts_hugetlb, memory_limits
-from prefault.limits.refusing_limits import (
-    ALLOCATED_WHEN_TOUCHED,
-    commit_limits,
-    hugetlb_limits,
-    locked_memory_limit,
-    space_limit,
-)
+from prefault.limits.memory_use import MemoryUse, use_of_vma
+from prefault.limits.refusing_limits import commit_limits, space_limit
+from prefault.limits.table import limits_on, read_limit, refusal_ahead, shortfall_of
 from prefault.limits.target import headroom
 
 __all__ = [
-    "ALLOCATED_WHEN_TOUCHED",
     "Bounds",
     "Headroom",
     "Limit",
     "MemoryAnswer",
+    "MemoryUse",
+    "Shortfall",
     "ask_for_memory",
     "commit_limits",
     "counts_hugetlb",
     "headroom",
-    "hugetlb_limits",
-    "locked_memory_limit",
+    "limits_on",
     "memory_limits",
+    "read_limit",
+    "refusal_ahead",
+    "shortfall_of",
     "space_limit",
+    "use_of_vma",
 ]

@@ -1,9 +1,12 @@
-"""A limit, and all that were found: plain values."""
+"""Plain values: a limit as it was read, the limits that were found, and a limit that leaves too little."""
 
 from __future__ import annotations
 
+import errno
 from typing import Literal, NamedTuple, TypeAlias
 
+from prefault.errors import HeadroomError
+from prefault.ranges import RangeSet
 from prefault.sizes import format_size
 
 Bounds: TypeAlias = Literal[
@@ -24,14 +27,14 @@ class Limit(NamedTuple):
 
     Attributes:
         name: such as ``"memory.max of /sys/fs/cgroup/a"``, ``"MemAvailable"``, ``"hugetlb pool of 2.0 MiB pages"``.
-        bounds: what it bounds.
-        limit_bytes, used_bytes: the limit, and what counts against it now.
-        reclaimable_bytes: what the kernel takes back by itself before the limit bites: clean page cache, free swap.
-        reserve_bytes: what is left alone, for the interpreter's own allocations and for what others take meanwhile.
-        consequence: what happens at the limit.
+        bounds: the resource that it bounds.
+        limit_bytes, used_bytes: the limit, and the usage that counts against it now.
+        reclaimable_bytes: memory that the kernel reclaims by itself before the limit bites: clean page cache, free swap.
+        reserve_bytes: room that is left alone, for the interpreter's own allocations and for other processes meanwhile.
+        consequence: the kernel's action at the limit.
         source: the file or the call that it was read from.
-        remedy: what to change.
-        applies: whether it bears on populating the target; others are listed because they bear on other memory.
+        remedy: the setting to change.
+        applies: True if it bears on populating the target, False if only on other memory.
     """
 
     name: str
@@ -47,31 +50,36 @@ class Limit(NamedTuple):
 
     @property
     def available_bytes(self) -> int:
-        """What may still be taken: limit minus usage, plus what is reclaimable, less the reserve; never below 0."""
+        """Bytes that may still be taken: limit minus usage, plus reclaimable memory, less the reserve; never below 0."""
         return max(0, self.limit_bytes - self.used_bytes + self.reclaimable_bytes - self.reserve_bytes)
 
-    def __str__(self) -> str:
+    @property
+    def usage(self) -> str:
+        """The numbers for people: ``"1.0 GiB of 4.0 GiB used, 32.0 MiB kept in reserve"``."""
         numbers = f"{format_size(self.used_bytes)} of {format_size(self.limit_bytes)} used"
         if self.reclaimable_bytes:
             numbers += f", {format_size(self.reclaimable_bytes)} reclaimable"
         if self.reserve_bytes:
             numbers += f", {format_size(self.reserve_bytes)} kept in reserve"
-        return f"{format_size(self.available_bytes)} left by {self.name} ({numbers}); at the limit: {self.consequence}"
+        return numbers
+
+    def __str__(self) -> str:
+        return f"{format_size(self.available_bytes)} left by {self.name} ({self.usage}); at the limit: {self.consequence}"
 
 
 class Headroom(NamedTuple):
-    """Every limit that was found. A limit that is not set, or cannot be read, is not among them."""
+    """All limits that were found. A limit that is not set, or cannot be read, is not among them."""
 
     limits: tuple[Limit, ...]
 
     @property
     def tightest(self) -> Limit | None:
-        """The limit that bears on the target and leaves least; None where nothing limits it."""
+        """The limit that bears on the target and leaves least; None if nothing limits it."""
         return min((limit for limit in self.limits if limit.applies), key=lambda limit: limit.available_bytes, default=None)
 
     @property
     def available_bytes(self) -> int | None:
-        """What the tightest one leaves; None where nothing limits it."""
+        """Bytes that the tightest limit leaves; None if nothing limits the target."""
         tightest = self.tightest
         return None if tightest is None else tightest.available_bytes
 
@@ -93,3 +101,28 @@ class Headroom(NamedTuple):
             ).rstrip()
             for row in rows
         )
+
+
+class Shortfall(NamedTuple):
+    """A limit that leaves less than is needed, both in bytes."""
+
+    limit: Limit
+    needed_bytes: int
+    available_bytes: int
+
+    @property
+    def sentence(self) -> str:
+        """The limit, both numbers, and the remedy, for people."""
+        limit = self.limit
+        return (
+            f"{format_size(self.needed_bytes)} of {limit.bounds} are needed, and {limit.name} leaves"
+            f" {format_size(self.available_bytes)} ({limit.usage}; at the limit: {limit.consequence}):"
+            f" {limit.remedy}, populate less, or go on regardless with headroom='ignore'"
+        )
+
+    def error(self, message: str, *, address: int = 0, offset: int = 0, populated: RangeSet | None = None) -> HeadroomError:
+        """Make the exception with this message."""
+        return HeadroomError(
+            errno.ENOMEM, message, address=address, offset=offset, populated=populated,
+            limit=self.limit.name, needed_bytes=self.needed_bytes, available_bytes=self.available_bytes,
+        )  # fmt: skip

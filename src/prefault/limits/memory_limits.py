@@ -1,4 +1,4 @@
-"""The limits at which the OOM killer comes: of the memory cgroups, and the machine's."""
+"""The limits that kill: at those of the memory cgroups and of the machine the OOM killer ends a process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _own_cgroups = _OwnCgroups(b"", (), False)
 
 
 def _cgroups() -> _OwnCgroups:
-    """Looked up again when the process was moved: finding the directories takes 200 us, asking whether it was moved 6."""
+    """Look the cgroups up, again if the process was moved: finding the directories takes 200 us, asking about a move 6."""
     global _own_cgroups
     known = _own_cgroups
     try:
@@ -50,7 +50,7 @@ def _cgroups() -> _OwnCgroups:
 
 
 def _counting(levels: tuple[MemoryCgroup, ...]) -> tuple[MemoryCgroup, ...]:
-    """Without the parents that do not count their children."""
+    """Drop the parents that do not count their children."""
     for index, level in enumerate(levels[1:], 1):
         if not level.hierarchical():
             return levels[:index]
@@ -58,21 +58,30 @@ def _counting(levels: tuple[MemoryCgroup, ...]) -> tuple[MemoryCgroup, ...]:
 
 
 def counts_hugetlb() -> bool:
-    """Whether huge pages of hugetlb are charged to the memory cgroup as well (cgroup v2, memory_hugetlb_accounting)."""
+    """Return whether hugetlb pages are charged to the memory cgroup as well (cgroup v2, memory_hugetlb_accounting)."""
     return _cgroups().counts_hugetlb
 
 
 def memory_limits(levels: Sequence[MemoryCgroup] | None = None) -> list[Limit]:
-    """The limits on memory: of every cgroup from our own upward, and the machine's."""
+    """Read the limits on memory: of every cgroup from this process' own upward, and the machine's."""
+    return [*cgroup_limits(levels), *machine_limits()]
+
+
+def cgroup_limits(levels: Sequence[MemoryCgroup] | None = None) -> list[Limit]:
+    """Read the limits of every memory cgroup from this process' own upward."""
     levels = _cgroups().levels if levels is None else levels
     text = meminfo_text()
-    found = [_cgroup_limit(levels, index, bound, text) for index, bound in _bounds(levels)]
-    machine = _machine_limit(text)
-    return found if machine is None else [*found, machine]
+    return [_cgroup_limit(levels, index, bound, text) for index, bound in _bounds(levels)]
+
+
+def machine_limits() -> list[Limit]:
+    """Read MemAvailable and free swap; the list is empty if there is no /proc."""
+    machine = _machine_limit(meminfo_text())
+    return [] if machine is None else [machine]
 
 
 class MemoryAnswer(NamedTuple):
-    """The limit that does not leave what was asked for, if there is one; else about how much the tightest leaves."""
+    """The limit that leaves less than was asked for, or None; and about how many bytes it, or the tightest one, leaves."""
 
     short: Limit | None
     left_bytes: int
@@ -81,13 +90,13 @@ class MemoryAnswer(NamedTuple):
 def ask_for_memory(
     needed: int, *, reserve: float = 1.0, only_cgroups: bool = False, levels: Sequence[MemoryCgroup] | None = None
 ) -> MemoryAnswer:
-    """Whether ``needed`` bytes of memory may be taken. Statistics are read only where limit and usage do not do.
+    """Ask the limits on memory for ``needed`` bytes. Statistics are read only where limit minus usage is too little.
 
     Args:
         needed: bytes.
-        reserve: how much of each limit's reserve must be left, from 0 to 1.
-        only_cgroups: look at the limits of the cgroups that this process was in when it was last asked, which can shrink
-            all at once, and at nothing else. A third of the cost.
+        reserve: share of each limit's reserve that must be left, from 0 to 1.
+        only_cgroups: check only the limits of the cgroups that this process was in at the last call, which can shrink all
+            at once. A third of the cost.
         levels: the cgroups, instead of this process' own.
     """
     left = _NO_LIMIT
@@ -141,7 +150,7 @@ def _cgroup_limit(levels: Sequence[MemoryCgroup], index: int, bound: Bound, text
 
 
 def _machine_limit(text: bytes) -> Limit | None:
-    """MemAvailable is what may be taken without swapping; free swap comes on top."""
+    """Make the machine's limit: MemAvailable may be taken without swapping, and free swap comes on top."""
     available, total = field(text, "MemAvailable"), field(text, "MemTotal")
     if available is None or total is None:
         return None
@@ -152,7 +161,7 @@ def _machine_limit(text: bytes) -> Limit | None:
 
 
 def meminfo_text() -> bytes:
-    """/proc/meminfo; empty where it cannot be read."""
+    """Read /proc/meminfo; empty if it cannot be read."""
     try:
         return _meminfo_file.read()
     except OSError:
@@ -160,12 +169,12 @@ def meminfo_text() -> bytes:
 
 
 def field(text: bytes, key: str) -> int | None:
-    """Bytes of a line such as ``MemTotal:   24684096 kB``."""
+    """Return the bytes of a line such as ``MemTotal:   24684096 kB``."""
     _, found, rest = (b"\n" + text).partition(b"\n%b:" % key.encode())
     return int(rest.split(None, 1)[0]) * KIB if found else None
 
 
 def _reserve(limit: int) -> int:
-    """A thirty-second of the limit, from 1 to 32 MiB."""
+    """Return a thirty-second of the limit, from 1 to 32 MiB."""
     least, most = _RESERVE
     return min(most, max(least, limit // _RESERVE_SHARE))

@@ -1,12 +1,14 @@
-"""Why mmap(2) said ENOMEM: the limits that it checks, compared with what the process has and what was asked for."""
+"""Explain ENOMEM of mmap(2): the limits that it checks, compared with the request."""
 
 from __future__ import annotations
 
 import contextlib
-import resource
 from collections.abc import Iterator
 
 from prefault._system import proc
+from prefault.limits.limit import Bounds
+from prefault.limits.memory_use import MemoryUse
+from prefault.limits.table import shortfall_of
 from prefault.sizes import format_size
 
 
@@ -16,8 +18,8 @@ def why_no_room(length: int, room: int, *, data: bool, noreserve: bool) -> str:
     Args:
         length: bytes of the mapping.
         room: bytes of address space that it takes, more than ``length`` where an alignment was asked for.
-        data: whether it is private and writable, which RLIMIT_DATA bounds.
-        noreserve: whether MAP_NORESERVE was asked for.
+        data: True if it is private and writable, which RLIMIT_DATA bounds.
+        noreserve: True if MAP_NORESERVE was asked for.
     """
     with contextlib.suppress(OSError, KeyError, MemoryError):  # nothing can be compared: no /proc, or no memory for Python
         for reason in _reasons(length, room, data, noreserve):
@@ -26,7 +28,7 @@ def why_no_room(length: int, room: int, *, data: bool, noreserve: bool) -> str:
 
 
 def _reasons(length: int, room: int, data: bool, noreserve: bool) -> Iterator[str]:
-    """The limits that the request exceeds, in the order in which the kernel checks them (do_mmap, mm/mmap.c)."""
+    """Yield the limits that the request exceeds, in the order in which the kernel checks them (do_mmap, mm/mmap.c)."""
     count = gap = at = 0
     with open("/proc/self/maps", "rb") as file:
         for line in file:  # line by line: at vm.max_map_count Python cannot allocate the megabytes that all of it takes
@@ -38,31 +40,23 @@ def _reasons(length: int, room: int, data: bool, noreserve: bool) -> Iterator[st
         most = int(file.read())
     if count > most:
         yield f"this process has {count} mappings, and vm.max_map_count allows {most}: raise it (sysctl), or unmap some"
-    status = proc.read_status()
     if room > gap:
         yield (
             f"it is beyond the address space: {format_size(room)} are needed in one piece, and the largest gap between the"
             f" mappings of this process is {format_size(gap)}"
         )
-    for name, used, needed, command in (
-        ("RLIMIT_AS", status["VmSize"], room, "ulimit -v"),
-        ("RLIMIT_DATA", status["VmData"], length if data else 0, "ulimit -d"),
-    ):
-        limit = resource.getrlimit(getattr(resource, name))[0]
-        if limit != resource.RLIM_INFINITY and needed and used + needed > limit:
+    requests: tuple[tuple[int, Bounds], ...] = ((room, "address space"), (length, "data"), (length, "commit"))
+    for needed, bounds in requests:
+        short = shortfall_of(MemoryUse(shared=not data, mapped=False), needed, bounds)
+        if short is not None:
+            limit = short.limit
             yield (
-                f"it takes {format_size(needed)}, and {name} leaves {format_size(max(0, limit - used))} of"
-                f" {format_size(limit)}: raise it ({command}), or map less"
+                f"it takes {format_size(needed)}, and {limit.name} leaves {format_size(limit.available_bytes)} of"
+                f" {format_size(limit.limit_bytes)}: {limit.remedy}, or map less"
             )
     meminfo = proc.read_meminfo()
     with open("/proc/sys/vm/overcommit_memory") as file:
         mode = file.read().strip()
-    if mode == "2" and meminfo["Committed_AS"] + length > meminfo["CommitLimit"]:
-        yield (
-            f"the commit limit leaves {format_size(max(0, meminfo['CommitLimit'] - meminfo['Committed_AS']))} of"
-            f" {format_size(meminfo['CommitLimit'])} (vm.overcommit_memory is 2): raise vm.overcommit_ratio, or set"
-            " vm.overcommit_memory to 0 or 1"
-        )
     if mode == "0" and not noreserve and length > meminfo["MemTotal"] + meminfo["SwapTotal"]:
         yield (
             f"memory and swap are {format_size(meminfo['MemTotal'] + meminfo['SwapTotal'])} together, and"

@@ -1,4 +1,4 @@
-"""The limits at which the kernel refuses: huge pages, space in file systems, the commit limit, resource limits."""
+"""Read the limits at which the kernel refuses: huge pages, space in file systems, the commit limit, resource limits."""
 
 from __future__ import annotations
 
@@ -13,45 +13,41 @@ from prefault._system.kept_files import KeptFile
 from prefault._system.memory_cgroups import hugetlb_bounds
 from prefault.limits.limit import Bounds, Limit
 from prefault.limits.memory_limits import field, meminfo_text
-from prefault.memory.vma import Backing
+from prefault.limits.memory_use import MemoryUse
 from prefault.sizes import KIB, format_size
 
-ALLOCATED_WHEN_TOUCHED = (Backing.MEMFD, Backing.TMPFS)
-"""What counts against the commit limit page by page; other memory did so as a whole when it was mapped (mm/shmem.c)."""
 
-
-def hugetlb_limits(page_size: int) -> list[Limit]:
-    """The pool of huge pages of one size, and the hugetlb cgroups above this process."""
-    found = []
+def hugetlb_pool_limits(page_size: int) -> Iterator[Limit]:
+    """Read the pool of huge pages of ``page_size`` bytes, surplus pages that may still be made included."""
     with contextlib.suppress(OSError, ValueError):
         pool = hugetlb.read_pool(page_size)
-        found.append(
-            Limit(
-                f"hugetlb pool of {format_size(page_size)} pages", "huge pages",
-                (pool.total + pool.surplus_left) * page_size, (pool.total - pool.available) * page_size, 0, 0,
-                "SIGBUS when touched, ENOMEM from mmap if not MAP_NORESERVE", pool.setting,
-                f"write a larger number of pages to {pool.setting}",
-            )
+        yield Limit(
+            f"hugetlb pool of {format_size(page_size)} pages", "huge pages",
+            (pool.total + pool.surplus_left) * page_size, (pool.total - pool.available) * page_size, 0, 0,
+            "SIGBUS when touched, ENOMEM from mmap if not MAP_NORESERVE", pool.setting,
+            f"write a larger number of pages to {pool.setting}",
         )  # fmt: skip
+
+
+def hugetlb_cgroup_limits(page_size: int, counts: Literal["pages", "reservations"]) -> Iterator[Limit]:
+    """Read the hugetlb cgroups above this process: the limits on pages in use, or on reserved pages."""
+    bounds: Bounds = "huge pages" if counts == "pages" else "huge page reservations"
+    with contextlib.suppress(OSError, ValueError):
         governing = cgroups.governing("hugetlb")
         for directory in governing.directories:
             for bound in hugetlb_bounds(directory, governing.version, page_size):
-                pages = bound.counts == "pages"
-                found.append(
-                    Limit(
-                        f"{os.path.basename(bound.file)} of {directory}",
-                        "huge pages" if pages else "huge page reservations", bound.limit, bound.usage, 0, 0,
-                        "SIGBUS when touched" if pages else "ENOMEM from mmap", bound.file,
+                if bound.counts == counts:
+                    yield Limit(
+                        f"{os.path.basename(bound.file)} of {directory}", bounds, bound.limit, bound.usage, 0, 0,
+                        "SIGBUS when touched" if counts == "pages" else "ENOMEM from mmap", bound.file,
                         f"write a larger number to {bound.file}",
-                    )
-                )  # fmt: skip
-    return found
+                    )  # fmt: skip
 
 
 def space_limit(
     file: int | str | None, bounds: Literal["tmpfs space", "disk space"], name: str | None = None
 ) -> Limit | None:
-    """The space of the file system that holds an open file or a path; None where it has no limit, or cannot be told."""
+    """Read the space of the file system that holds an open file or a path; None if it has no limit, or is not readable."""
     if file is None:
         return None
     try:
@@ -60,7 +56,7 @@ def space_limit(
         return None
     if not space.f_blocks:  # a tmpfs without size=, or the kernel's own, where memfds live
         return None
-    # Blocks that are set aside for root are root's to take. Quotas are not known.
+    # Blocks that are set aside for root are free to root. Quotas are not known.
     free = space.f_bfree if os.geteuid() == 0 else space.f_bavail
     where = name or (file if isinstance(file, str) else "the file")
     kind = "tmpfs" if bounds == "tmpfs space" else "disk"
@@ -72,8 +68,17 @@ def space_limit(
     )  # fmt: skip
 
 
+def space_limits(use: MemoryUse, bounds: Literal["tmpfs space", "disk space"]) -> Iterator[Limit]:
+    """Read the space of the file system behind a use of memory."""
+    if use.fd is None:
+        use = use.named()
+    limit = space_limit(use.directory if use.fd is None else use.fd, bounds, use.directory)
+    if limit is not None:
+        yield limit
+
+
 def commit_limits() -> Iterator[Limit]:
-    """The commit limit, if there is one (vm.overcommit_memory = 2)."""
+    """Read the commit limit, if there is one (vm.overcommit_memory = 2)."""
     with contextlib.suppress(OSError, ValueError):
         if _overcommit_file.read().strip() != b"2":
             return
@@ -81,7 +86,7 @@ def commit_limits() -> Iterator[Limit]:
         limit, committed = field(text, "CommitLimit"), field(text, "Committed_AS")
         if limit is None or committed is None:
             return
-        # What the kernel sets aside: a part of the process' size, and some for root (mm/util.c, __vm_enough_memory).
+        # The kernel sets aside a part of the process' size, and some for root (mm/util.c, __vm_enough_memory).
         status = _read("/proc/self/status")
         kept = min((field(status, "VmSize") or 0) // 32, int(_read("/proc/sys/vm/user_reserve_kbytes")) * KIB)
         if not _capable(status, _CAP_SYS_ADMIN):
@@ -93,31 +98,27 @@ def commit_limits() -> Iterator[Limit]:
         )  # fmt: skip
 
 
-def locked_memory_limit() -> Limit | None:
-    """RLIMIT_MEMLOCK; None where there is none, as for whoever has CAP_IPC_LOCK."""
-    status = _read("/proc/self/status")
-    if _capable(status, _CAP_IPC_LOCK):
-        return None
-    return _rlimit("RLIMIT_MEMLOCK", "locked memory", field(status, "VmLck"), "ENOMEM from mlock", "ulimit -l")
-
-
-def mmap_limits(*, private: bool) -> Iterator[Limit]:
-    """The limits that a new mapping meets: what is mapped already has passed them."""
-    status = _read("/proc/self/status")
-    limits = [_rlimit("RLIMIT_AS", "address space", field(status, "VmSize"), "ENOMEM from mmap", "ulimit -v")]
-    if private:
-        limits.append(_rlimit("RLIMIT_DATA", "data", field(status, "VmData"), "ENOMEM from mmap", "ulimit -d"))
-    yield from (limit for limit in limits if limit is not None)
-
-
-def _rlimit(name: str, bounds: Bounds, used: int | None, consequence: str, command: str) -> Limit | None:
+def resource_limit(name: str) -> Iterator[Limit]:
+    """Read ``"RLIMIT_MEMLOCK"``, ``"RLIMIT_AS"`` or ``"RLIMIT_DATA"``, if it is set and bears on this process."""
+    bounds, counter, call, command = _RESOURCES[name]
     soft, _ = resource.getrlimit(getattr(resource, name))
-    if soft == resource.RLIM_INFINITY or used is None:
-        return None
-    return Limit(
-        name, bounds, soft, used, 0, 0, consequence, f"getrlimit({name}), /proc/self/status", f"raise it ({command})"
-    )
+    if soft == resource.RLIM_INFINITY:
+        return
+    status = _read("/proc/self/status")
+    used = field(status, counter)
+    if used is None or (name == "RLIMIT_MEMLOCK" and _capable(status, _CAP_IPC_LOCK)):
+        return
+    yield Limit(
+        name, bounds, soft, used, 0, 0, f"ENOMEM from {call}", f"getrlimit({name}), /proc/self/status",
+        f"raise it ({command})",
+    )  # fmt: skip
 
+
+_RESOURCES: dict[str, tuple[Bounds, str, str, str]] = {
+    "RLIMIT_MEMLOCK": ("locked memory", "VmLck", "mlock", "ulimit -l"),
+    "RLIMIT_AS": ("address space", "VmSize", "mmap", "ulimit -v"),
+    "RLIMIT_DATA": ("data", "VmData", "mmap", "ulimit -d"),
+}
 
 _overcommit_file = KeptFile("/proc/sys/vm/overcommit_memory")
 

@@ -1,4 +1,4 @@
-"""Which limits bear on a target."""
+"""Headroom of a target: the limits that bear on a buffer, on a backing, or on this process."""
 
 from __future__ import annotations
 
@@ -8,30 +8,24 @@ from typing import Any
 
 from prefault._system import hugetlb
 from prefault._system.proc import read_mounts
-from prefault.limits.limit import Headroom, Limit
-from prefault.limits.memory_limits import memory_limits
-from prefault.limits.refusing_limits import (
-    ALLOCATED_WHEN_TOUCHED,
-    commit_limits,
-    hugetlb_limits,
-    locked_memory_limit,
-    mmap_limits,
-    space_limit,
-)
+from prefault.limits.limit import Headroom
+from prefault.limits.memory_use import MemoryUse, use_of_vma
+from prefault.limits.table import limits_on
 from prefault.memory.backings import (
     BackingSource,
     parse_backing,
 )
 from prefault.memory.borrowing import borrow
-from prefault.memory.vma import Backing, Vma, file_descriptor, mount_directory, vm_flags, vmas
+from prefault.memory.vma import Backing, Vma, file_descriptor, vmas
 
 
 def headroom(target: Any = None) -> Headroom:
-    """The limits that could stop or kill a populate call.
+    """Read the limits that could stop or kill a populate call.
 
     Args:
         target: any buffer, as for :func:`~prefault.populate`; or a backing or its name (``"memfd"``,
-            ``prefault.File(path)``): what a new mapping of it would meet, at mmap as well; None: this process in general.
+            ``prefault.File(path)``): the limits that a new mapping of it would meet, at mmap as well; None: this process in
+            general.
 
     Raises:
         TypeError, ValueError: none of these; closed or released.
@@ -40,77 +34,66 @@ def headroom(target: Any = None) -> Headroom:
     Documentation/admin-guide/mm/hugetlbpage.rst.
     """
     if target is None:
-        return Headroom((*memory_limits(), *commit_limits(), *mmap_limits(private=True), *_of_other_memory()))
-    if isinstance(target, str | BackingSource):
-        return Headroom(tuple(dict.fromkeys(_of_backing(parse_backing(target)))))
-    with borrow(target) as memory:
-        stop = memory.address + memory.length
-        # Of many mappings of one kind the first is as good as all, which sparse memory can have thousands of.
-        kinds = {_kind(vma): vma for vma in vmas(memory.address, stop)} if memory.length else {}
-        found = [limit for vma in kinds.values() for limit in _of_vma(vma, memory.fd)]
-    # Those of several kinds meet the same limits, which may have been read twice.
-    return Headroom(tuple({(limit.name, limit.source): limit for limit in found}.values()))
+        found = [limits_on(MemoryUse(mapped=False))]
+        found += [[limit._replace(applies=False) for limit in limits_on(use)] for use in _other_memory()]
+    elif isinstance(target, str | BackingSource):
+        found = [limits_on(use) for use in _of_backing(parse_backing(target))]
+    else:
+        with borrow(target) as memory:
+            # One of many mappings of a kind stands for all, of which sparse memory can have thousands.
+            pages = vmas(memory.address, memory.address + memory.length) if memory.length else ()
+            found = [limits_on(_of_vma(vma, memory.fd)) for vma in {_kind(vma): vma for vma in pages}.values()]
+    # Memory of several kinds meets the same limits, which may have been read twice; the first reading counts.
+    limits = [limit for several in found for limit in several]
+    return Headroom(tuple({(limit.name, limit.source): limit for limit in reversed(limits)}.values())[::-1])
 
 
 def _kind(vma: Vma) -> tuple[object, ...]:
     return vma.backing, vma.shared, vma.writable, vma.page_size, vma.device, vma.inode
 
 
-def _of_other_memory() -> Iterator[Limit]:
-    everything = [locked_memory_limit(), space_limit("/dev/shm", "tmpfs space")]
-    everything += [limit for page_size in hugetlb.page_sizes() for limit in hugetlb_limits(page_size)]
-    yield from (limit._replace(applies=False) for limit in everything if limit is not None)
+def _of_vma(vma: Vma, fd: int | None) -> MemoryUse:
+    on_disk = vma.backing is Backing.FILE and vma.shared and vma.writable
+    if fd is None and on_disk:
+        fd = file_descriptor(vma)
+    use = use_of_vma(vma, fd)
+    if fd is None and on_disk:
+        return use._replace(allocates=False)  # populate fills no holes without a descriptor
+    return use.named() if vma.backing in (Backing.TMPFS, Backing.FILE) else use
 
 
-def _of_backing(source: BackingSource) -> Iterator[Limit]:
-    huge_page_size = source.huge_page_size
-    yield from mmap_limits(private=not source.has_file and huge_page_size is None)
-    if huge_page_size is not None:
-        yield from hugetlb_limits(huge_page_size)
+def _other_memory() -> Iterator[MemoryUse]:
+    """Yield memory that a process may also use: locked, on /dev/shm, of huge pages."""
+    yield MemoryUse(locks=True)
+    yield MemoryUse(backing=Backing.TMPFS, directory="/dev/shm")
+    yield from (MemoryUse(backing=Backing.HUGETLB, page_size=page_size) for page_size in hugetlb.page_sizes())
+
+
+def _of_backing(source: BackingSource) -> Iterator[MemoryUse]:
+    if source.huge_page_size is not None:
+        yield MemoryUse(backing=Backing.HUGETLB, page_size=source.huge_page_size, mapped=False)
     elif source.location is not None:
         yield from _of_file_system(source.location)
+    elif source.has_file:
+        yield MemoryUse(backing=Backing.MEMFD, shared=True, mapped=False)
     else:
-        yield from memory_limits()
-        yield from commit_limits()
+        yield MemoryUse(mapped=False)
 
 
-def _of_file_system(file: str | int) -> Iterator[Limit]:
+def _of_file_system(file: str | int) -> Iterator[MemoryUse]:
     try:
         device, page_size = os.stat(file).st_dev, os.statvfs(file).f_bsize
-    except OSError:  # opening it will say why
+    except OSError:  # opening it will tell
+        yield MemoryUse(backing=None, mapped=False)
         return
     if page_size in hugetlb.page_sizes():
-        yield from hugetlb_limits(page_size)
+        yield MemoryUse(backing=Backing.HUGETLB, page_size=page_size, mapped=False)
         return
-    in_memory = _is_in_memory(device)
-    space = space_limit(file, "tmpfs space" if in_memory else "disk space")
-    if space is not None:
-        yield space
-    if in_memory:
-        yield from memory_limits()
-        yield from commit_limits()
+    backing = Backing.TMPFS if _is_in_memory(device) else Backing.FILE
+    fd, path = (file, None) if isinstance(file, int) else (None, file)
+    yield MemoryUse(backing=backing, shared=True, allocates=True, mapped=False, fd=fd, directory=path)
 
 
 def _is_in_memory(device: int) -> bool:
-    """On tmpfs; or on a mount of the kernel's own, which no process sees, as memfds are."""
+    """Return True on tmpfs, and on a mount of the kernel's own, which no process sees, as memfds are."""
     return next((mount.filesystem for mount in read_mounts() if mount.device == device), "tmpfs") in ("tmpfs", "ramfs")
-
-
-def _of_vma(vma: Vma, fd: int | None) -> Iterator[Limit]:
-    if vma.backing is Backing.HUGETLB:
-        reserved = "nr" not in vm_flags(vma.start)  # at mmap: the pool keeps the pages for this mapping
-        yield from (limit._replace(applies=not reserved) for limit in hugetlb_limits(vma.page_size))
-    elif vma.backing is Backing.FILE and vma.shared:
-        fd = file_descriptor(vma) if fd is None else fd
-        space = None if fd is None or not vma.writable else space_limit(fd, "disk space", mount_directory(vma))
-        if space is not None:
-            yield space
-    elif vma.backing is not Backing.SPECIAL:
-        yield from memory_limits()
-        if vma.backing is Backing.TMPFS:
-            directory = mount_directory(vma)
-            space = space_limit(fd if fd is not None else directory, "tmpfs space", directory)
-            if space is not None:
-                yield space
-        if vma.backing in ALLOCATED_WHEN_TOUCHED:
-            yield from commit_limits()

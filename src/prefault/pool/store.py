@@ -1,4 +1,4 @@
-"""Where the memory of a pool comes from, and what can be known of it beforehand."""
+"""Store of a pool: the backing of its members' files, checked against the limits before the first of them is made."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import math
 import os
 from typing import NamedTuple
 
-from prefault._system import hugetlb
 from prefault._system.descriptors import Descriptors
 from prefault._system.proc import read_meminfo, read_mounts
 from prefault.errors import HugePagesError, MappingError
+from prefault.limits import MemoryUse, read_limit, space_limit
 from prefault.memory.backings import BackingSource, parse_backing
+from prefault.memory.vma import Backing
 from prefault.sizes import PAGE_SIZE, format_size
 
 
 class Store(NamedTuple):
-    """Where the files of the members are made.
+    """Backing of the members' files.
 
     Attributes:
-        backing: that makes them.
-        page_size: of the kernel, for these files.
-        notes: what is worth knowing, each a sentence.
+        backing: maker of the files.
+        page_size: the kernel's for these files, in bytes.
+        notes: facts worth knowing, each a sentence.
     """
 
     backing: BackingSource
@@ -30,7 +31,7 @@ class Store(NamedTuple):
 
 
 def open_store(backing: BackingSource | str, capacity: int) -> Store:
-    """Look whether ``capacity`` bytes can be had.
+    """Make the store for ``capacity`` bytes, if the limits permit so many.
 
     Raises:
         TypeError, ValueError: a backing that has no file, or one on a disk.
@@ -57,21 +58,21 @@ def open_store(backing: BackingSource | str, capacity: int) -> Store:
 
 
 def _check_hugetlb(page_size: int, fd: int, capacity: int) -> None:
-    mounted = os.fstatvfs(fd)
-    size = mounted.f_blocks * mounted.f_frsize  # 0 for a memfd, and for a mount without a limit
-    if size and capacity > size:
+    # hugetlbfs has a size like tmpfs; a memfd, and a mount without a limit, have none.
+    mounted = space_limit(fd, "tmpfs space")
+    if mounted is not None and capacity > mounted.limit_bytes:
         raise MappingError(
             errno.ENOSPC,
-            f"this hugetlbfs holds {format_size(size)}, the pool is to hold {format_size(capacity)}: mount it larger, or"
-            " make the pool smaller",
+            f"this hugetlbfs holds {format_size(mounted.limit_bytes)}, the pool is to hold {format_size(capacity)}: mount it"
+            " larger, or make the pool smaller",
         )
-    pool = hugetlb.read_pool(page_size)
-    needed = math.ceil(capacity / page_size)
-    if needed > pool.available + max(0, pool.overcommit - pool.surplus):
+    limit = read_limit("hugetlb pool", MemoryUse(backing=Backing.HUGETLB, page_size=page_size))
+    if limit is not None and capacity > limit.available_bytes:
         raise HugePagesError(
             errno.ENOMEM,
-            f"a pool of {format_size(capacity)} takes {needed} huge pages of {format_size(page_size)}, and {pool.available}"
-            f" of {pool.total} are free and not reserved (write more to {pool.setting}, or make the pool smaller)",
+            f"a pool of {format_size(capacity)} takes {math.ceil(capacity / page_size)} huge pages of"
+            f" {format_size(page_size)}, and {limit.available_bytes // page_size} of {limit.limit_bytes // page_size} are"
+            f" free and not reserved ({limit.remedy}, or make the pool smaller)",
         )
 
 
@@ -81,7 +82,7 @@ def _check_memory(capacity: int) -> tuple[str, ...]:
     if capacity > total:
         return (
             f"the capacity of {format_size(capacity)} is more than this machine's memory and swap of {format_size(total)}:"
-            " not all of it can ever be had",
+            " it can never be populated in full",
         )
     return ()
 
@@ -91,19 +92,18 @@ def _check_tmpfs(directory: str, fd: int, capacity: int) -> tuple[str, ...]:
     filesystem = next((mount.filesystem for mount in read_mounts() if mount.device == device), "an unknown file system")
     if filesystem not in ("tmpfs", "ramfs"):
         raise ValueError(f"{directory} is on {filesystem}: a pool is memory, its directory is on tmpfs or hugetlbfs")
-    mounted = os.fstatvfs(fd)
-    size, free = mounted.f_blocks * mounted.f_frsize, mounted.f_bavail * mounted.f_frsize
-    if not size:  # mounted without a limit
+    mounted = read_limit("tmpfs space", MemoryUse(backing=Backing.TMPFS, fd=fd, directory=directory))
+    if mounted is None:  # mounted without a limit
         return _check_memory(capacity)
-    if capacity > size:
+    if capacity > mounted.limit_bytes:
         raise MappingError(
             errno.ENOSPC,
-            f"{directory} holds {format_size(size)}, the pool is to hold {format_size(capacity)}:"
+            f"{directory} holds {format_size(mounted.limit_bytes)}, the pool is to hold {format_size(capacity)}:"
             " mount it larger (mount -o remount,size=...), or make the pool smaller",
         )
-    if capacity > free:
+    if capacity > mounted.available_bytes:
         return (
-            f"{format_size(free)} of {directory} are free now, the pool is to hold"
-            f" {format_size(capacity)}: until others leave it, it is full before its books say so",
+            f"{format_size(mounted.available_bytes)} of {directory} are free now, the pool is to hold"
+            f" {format_size(capacity)}: until other files leave it, it is full before the pool's accounting shows it",
         )
     return _check_memory(capacity)

@@ -12,9 +12,7 @@ from prefault._kernel import mman
 from prefault._kernel.pagemap import PageCategory
 from prefault._system import capabilities
 from prefault._system.own_process import own_process
-from prefault.engine.admission import AdmissionControl, Shortfall
 from prefault.engine.chunking import ChunkSize
-from prefault.engine.demand import ScatteredDemand
 from prefault.engine.diagnosis import diagnose
 from prefault.engine.discarding import DiscardResult, drop
 from prefault.engine.methods import Access
@@ -23,6 +21,9 @@ from prefault.engine.populating import HeadroomChoice, PopulateResult, locate
 from prefault.engine.rollback import Rollback, holes_before
 from prefault.errors import DiscardError, PopulateError, PopulateInterrupted
 from prefault.inspection.scan import occupied
+from prefault.limits import MemoryUse, Shortfall
+from prefault.limits.admission import AdmissionControl
+from prefault.limits.demand import ScatteredDemand
 from prefault.memory.borrowing import Borrowed
 from prefault.memory.vma import Backing
 from prefault.ranges import PageRange, RangeSet
@@ -87,7 +88,7 @@ class _BatchRun:
         self._watch: AdmissionControl | None = None
         if headroom == "check":
             missing = sets.without(sets.without(self._pages, self._before), self._resident)
-            self._watch = AdmissionControl([_Scattered(self._segment, self._pages, missing, memory.fd)], memory.address)
+            self._watch = AdmissionControl([_Scattered(self._segment.use, self._pages, missing, memory.fd)], memory.address)
             self._watch.start()
 
     # --- before
@@ -258,16 +259,16 @@ class _BatchRun:
 class _Scattered(ScatteredDemand):
     """What ranges take that lie scattered in one segment, of which it is known what is missing."""
 
-    def __init__(self, segment: Segment, pages: Numbers, missing: Numbers, fd: int | None) -> None:
+    def __init__(self, use: MemoryUse, pages: Numbers, missing: Numbers, fd: int | None) -> None:
         # That a disk is full is an error and kills nobody; how much of a file's holes lies in the ranges is not counted.
-        super().__init__(segment._replace(method=segment.method.without_fallocate), pages, missing, fd)
+        super().__init__(use._replace(allocates=False), pages, missing, fd)
 
     def memory(self, start: int, stop: int) -> int:
-        takes = self._copies or self._of_file
+        takes = self.use.copies or self.use.fills_shmem
         return self.missing_bytes(start, stop) if takes else super().memory(start, stop)
 
     def unallocated(self) -> int:
-        return self.missing_bytes(self.segment.start, self.segment.stop)
+        return self.missing_bytes(self.use.start, self.use.stop)
 
 
 def _undone(kept: RangeSet) -> str:

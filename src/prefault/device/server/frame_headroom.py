@@ -1,11 +1,11 @@
-"""What memory there is for more frames: the limits that would otherwise be met by the OOM killer, or by SIGBUS."""
+"""Headroom for more frames: the limits that the OOM killer or a SIGBUS would enforce otherwise."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from prefault.engine.admission import Shortfall
-from prefault.limits import Limit, ask_for_memory, commit_limits, counts_hugetlb, hugetlb_limits
+from prefault.limits import MemoryUse, Shortfall, ask_for_memory, counts_hugetlb, shortfall_of
+from prefault.memory.vma import Backing
 from prefault.sizes import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ _OVERHEAD_SHARE = 128
 
 
 class FrameShortfall(NamedTuple):
-    """A limit leaves less than is needed."""
+    """A limit that leaves less than new frames need, both in bytes, and the page at which their batch begins."""
 
     message: str
     limit: str
@@ -26,42 +26,37 @@ class FrameShortfall(NamedTuple):
 
 
 class FrameHeadroom:
-    """Looks at the limits on the frames' memory; they are charged to the server, which touches them first."""
+    """Check of the limits on the frames' memory, which is charged to the server: it touches every frame first."""
 
-    def __init__(self, books: ServerState) -> None:
-        self._frames = books.frames
+    def __init__(self, state: ServerState) -> None:
+        self._frames = state.frames
 
     def short_of(self, pages: int, *, whole: bool = False, page: int = 0) -> FrameShortfall | None:
-        """What is short for so many new frames: for the ``whole`` request, or for the batch that begins at ``page``."""
+        """Return the limit that leaves too little for new frames; None if they fit.
+
+        Args:
+            pages: number of new frames.
+            whole: True for a whole request, False for a batch of it.
+            page: first page of the batch.
+        """
         if not pages:
             return None
-        size = pages * self._frames.page_size
-        if self._frames.huge:
-            shortage = self._short_of_huge_pages(size)
+        frames = self._frames
+        size = pages * frames.page_size
+        if frames.huge:
+            # The frames' mapping reserves nothing, so pages that others have reserved are out of reach.
+            use = MemoryUse(backing=Backing.HUGETLB, page_size=frames.page_size, shared=True)
+            shortfall = shortfall_of(use, size)
             needed = size if counts_hugetlb() else 0
         else:
-            shortage = self._short_of_commit(size) if whole else None
+            shortfall = shortfall_of(MemoryUse(backing=Backing.MEMFD, shared=True), size) if whole else None
             needed = size + size // _OVERHEAD_SHARE + 3 * PAGE_SIZE
-        if shortage is None and needed:
+        if shortfall is None and needed:
             # Half of the reserve between batches: the estimate of the start may have been a little too small.
             answer = ask_for_memory(needed, reserve=1.0 if whole else 0.5)
             if answer.short is not None:
-                shortage = Shortfall(answer.short, needed, answer.left_bytes)
-        if shortage is None:
+                shortfall = Shortfall(answer.short, needed, answer.left_bytes)
+        if shortfall is None:
             return None
-        message = shortage.sentence if whole else f"stopped before page {page}: {shortage.sentence}"
-        return FrameShortfall(message, shortage.limit.name, shortage.needed_bytes, shortage.available_bytes, page)
-
-    def _short_of_huge_pages(self, size: int) -> Shortfall | None:
-        # The frames' mapping reserves nothing: what others have reserved is not for us.
-        return _first_short(hugetlb_limits(self._frames.page_size), size)
-
-    def _short_of_commit(self, size: int) -> Shortfall | None:
-        return _first_short(list(commit_limits()), size)
-
-
-def _first_short(limits: list[Limit], size: int) -> Shortfall | None:
-    for limit in limits:
-        if size > limit.available_bytes:
-            return Shortfall(limit, size, limit.available_bytes)
-    return None
+        message = shortfall.sentence if whole else f"stopped before page {page}: {shortfall.sentence}"
+        return FrameShortfall(message, shortfall.limit.name, shortfall.needed_bytes, shortfall.available_bytes, page)

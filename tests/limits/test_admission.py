@@ -1,4 +1,4 @@
-"""What a populate call is counted to need, and the watch over it: against made-up answers of the limits."""
+"""Demand of a populate call, and admission control: against made-up answers of the limits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ import pytest
 
 import prefault
 from prefault._kernel import mman
-from prefault.engine import admission
-from prefault.engine.admission import AdmissionControl, Shortfall
-from prefault.engine.allowance import _Allowance, allowance
-from prefault.engine.demand import Demand, missing_from
 from prefault.engine.methods import Access
 from prefault.errors import HeadroomError
 from prefault.inspection.scan import populated_before
-from prefault.limits import Limit, MemoryAnswer
+from prefault.limits import Limit, MemoryAnswer, Shortfall, admission
+from prefault.limits.admission import AdmissionControl
+from prefault.limits.allowance import _Allowance, allowance
+from prefault.limits.demand import Demand, missing_from
 from prefault.sizes import GIB, MIB, PAGE_SIZE
 from prefault.testing import without
 from support.children import in_child
@@ -34,34 +33,34 @@ LIMIT = Limit("a limit", "memory", GIB, 0, 0, 0, "consequence", "source", "remed
 
 
 @pytest.fixture(autouse=True)
-def _nothing_spare() -> Iterator[None]:
+def _no_allowance() -> Iterator[None]:
     allowance.empty()
     yield
     allowance.empty()
 
 
-def part_of(mapping: prefault.Mapping, access: Access | None = None) -> Demand:
-    """The whole mapping as one part."""
+def demand_of(mapping: prefault.Mapping, access: Access | None = None) -> Demand:
+    """Make the demand of a whole mapping."""
     plan = prefault.plan(mapping, access=access)
     (segment,) = plan.segments
     write, private = segment.method.access == "write", not segment.target.shared
     present = populated_before(segment.start, segment.stop, write=write, private=private)
-    return Demand(segment, missing_from(segment.start, segment.stop, present), mapping.fd)
+    return Demand(segment.use, missing_from(segment.start, segment.stop, present), mapping.fd)
 
 
 def needed(mapping: prefault.Mapping, access: Access | None = None) -> int:
-    """Pages of memory, page tables not counted, that populating it is said to take."""
-    part = part_of(mapping, access)
+    """Count the pages of memory, page tables not counted, that populating the mapping takes."""
+    demand = demand_of(mapping, access)
     start, stop = mapping.range
-    memory = part.memory(start, stop)
-    assert memory + part.overhead(start, stop) <= part.at_most(start, stop)
-    # The same, piece by piece.
+    memory = demand.memory(start, stop)
+    assert memory + demand.overhead(start, stop) <= demand.at_most(start, stop)
+    # Counted piece by piece, the sum is equal.
     cut = start + 24 * PAGE_SIZE
-    assert part.memory(start, cut) + part.memory(cut, stop) == memory
+    assert demand.memory(start, cut) + demand.memory(cut, stop) == memory
     return memory // PAGE_SIZE
 
 
-# --- what is counted -----------------------------------------------------------------------------------------------------
+# --- demand ---------------------------------------------------------------------------------------------------------------
 
 
 def test_private_memory() -> None:
@@ -83,9 +82,9 @@ def test_shared_memory(access: Access) -> None:
         assert mapping.fd is not None
         assert needed(mapping, access) == PAGES
         os.pwrite(mapping.fd, b"x", 9 * PAGE_SIZE)
-        os.posix_fallocate(mapping.fd, 16 * PAGE_SIZE, 8 * PAGE_SIZE)  # allocated, not touched by anybody
+        os.posix_fallocate(mapping.fd, 16 * PAGE_SIZE, 8 * PAGE_SIZE)  # allocated, not touched by any process
         assert needed(mapping, access) == PAGES - 9
-        assert part_of(mapping, access).unallocated() == (PAGES - 9) * PAGE_SIZE
+        assert demand_of(mapping, access).unallocated() == (PAGES - 9) * PAGE_SIZE
         with without("cachestat"):
             assert needed(mapping, access) == PAGES - 1  # more than is needed: what was not touched cannot be told
         prefault.populate(mapping, access="read")
@@ -130,13 +129,13 @@ def test_memory_that_may_not_be_written_or_is_not_there() -> None:
     with Region(PAGES, mman.PROT_NONE) as region:
         for access in ("read", "write"):
             segments = prefault.plan(region, access=access).segments
-            part = Demand(segments[0], array("Q", [region.address, region.address + LENGTH]))
-            assert part.memory(region.address, region.address + LENGTH) == 0
+            demand = Demand(segments[0].use, array("Q", [region.address, region.address + LENGTH]))
+            assert demand.memory(region.address, region.address + LENGTH) == 0
     with Region(PAGES) as region:
         region.punch(0, PAGES)
         (segment,) = prefault.plan(region).segments
-        part = Demand(segment, array("Q", [region.address, region.address + LENGTH]))
-        assert part.at_most(region.address, region.address + LENGTH) == 0
+        demand = Demand(segment.use, array("Q", [region.address, region.address + LENGTH]))
+        assert demand.at_most(region.address, region.address + LENGTH) == 0
 
 
 def test_without_pagemap() -> None:
@@ -152,15 +151,15 @@ def test_the_missing_pages_of_a_stretch() -> None:
         start = mapping.range.start
         for page in (0, 1, 5, 9, 63):
             prefault.populate(mapping, offset=page * PAGE_SIZE, length=PAGE_SIZE)
-        part = part_of(mapping)
+        demand = demand_of(mapping)
         populated = {0, 1, 5, 9, 63}
         for first in range(12):
             for last in range(first, PAGES + 1):
                 expected = sum(page not in populated for page in range(first, last))
-                assert part.missing_bytes(start + first * PAGE_SIZE, start + last * PAGE_SIZE) == expected * PAGE_SIZE
+                assert demand.missing_bytes(start + first * PAGE_SIZE, start + last * PAGE_SIZE) == expected * PAGE_SIZE
 
 
-# --- the watch -----------------------------------------------------------------------------------------------------------
+# --- admission control ----------------------------------------------------------------------------------------------------
 
 
 class Answers:
@@ -188,32 +187,32 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Answers]:
 def test_all_of_it_at_the_start_and_what_is_ahead_later(answers: Callable[[int], Answers]) -> None:
     with prefault.Mapping("32 MiB", huge="never") as mapping:
         start, stop = mapping.range
-        watch = AdmissionControl([part_of(mapping)], start)
+        control = AdmissionControl([demand_of(mapping)], start)
         made = answers(33 * MIB)
-        watch.start()
+        control.start()
         assert 32 * MIB < made.asked[0][0] < 33 * MIB
         assert made.asked[0][1] == 1.0
         made.left = 5 * MIB
-        with watch.ahead(start, start + 4 * MIB):
+        with control.ahead(start, start + 4 * MIB):
             pass
         made.left = 3 * MIB
-        with pytest.raises(HeadroomError, match="stopped at offset 8388608") as caught, watch.ahead(start + 8 * MIB, stop):
+        with pytest.raises(HeadroomError, match="stopped at offset 8388608") as caught, control.ahead(start + 8 * MIB, stop):
             raise AssertionError("not to be reached")
         assert (caught.value.offset, caught.value.limit, caught.value.available_bytes) == (8 * MIB, "a limit", 3 * MIB)
         with pytest.raises(HeadroomError, match=r"cannot populate 32\.0 MiB: .*; nothing was populated"):
-            watch.start()
+            control.start()
         made.left = 0
         prefault.populate(mapping, headroom="ignore")
-        AdmissionControl([part_of(mapping)]).start()  # nothing is missing any more
+        AdmissionControl([demand_of(mapping)]).start()  # nothing is missing any more
 
 
 def test_page_tables_may_come_out_of_the_reserve(answers: Callable[[int], Answers]) -> None:
     made = answers(0)
     with prefault.Mapping("32 MiB", huge="never") as mapping:
-        assert AdmissionControl([part_of(mapping, "read")]).whole() is not None
+        assert AdmissionControl([demand_of(mapping, "read")]).whole() is not None
         assert [reserve for _, reserve, _ in made.asked] == [1.0, 0.0]
         made.asked.clear()
-        assert AdmissionControl([part_of(mapping, "write")]).whole() is not None
+        assert AdmissionControl([demand_of(mapping, "write")]).whole() is not None
         assert [reserve for _, reserve, _ in made.asked] == [1.0, 1.0]
 
 
@@ -222,49 +221,49 @@ def test_chunks_are_small_where_little_is_left(answers: Callable[[int], Answers]
         sizes = []
         for left in (10 * MIB, 60 * MIB, 8 * GIB):
             answers(left)
-            watch = AdmissionControl([part_of(mapping)])
-            watch.start()
-            sizes.append(watch.largest_chunk)
+            control = AdmissionControl([demand_of(mapping)])
+            control.start()
+            sizes.append(control.largest_chunk)
         assert sizes == [MIB, 7 * MIB, GIB]  # the pace sets the size then
 
 
 def test_a_thread_waits_for_what_others_have_ahead(answers: Callable[[int], Answers]) -> None:
-    """They may have been charged for it already or not: only when they are done it is known."""
+    """A chunk under way may be charged already or not: only its end tells."""
     made = answers(6 * MIB)
     with prefault.Mapping("8 MiB", huge="never") as mapping:
         start, stop = mapping.range
-        watch = AdmissionControl([part_of(mapping)])
+        control = AdmissionControl([demand_of(mapping)])
         admitted = threading.Event()
         results: list[Shortfall | None] = []
 
         def other() -> None:
-            results.append(watch.admit(start + 4 * MIB, stop))
+            results.append(control.admit(start + 4 * MIB, stop))
             admitted.set()
-            watch.release()
+            control.release()
 
-        assert watch.admit(start, start + 4 * MIB) is None
+        assert control.admit(start, start + 4 * MIB) is None
         thread = threading.Thread(target=other)
         thread.start()
         deadline = time.monotonic() + 30
         while len(made.asked) < 3 and time.monotonic() < deadline:
             time.sleep(0.001)
         assert not admitted.is_set()
-        watch.release()
+        control.release()
         thread.join(30)
         assert results == [None]
         made.left = 2 * MIB
-        assert watch.admit(start, start + 4 * MIB) is not None  # nobody to wait for
+        assert control.admit(start, start + 4 * MIB) is not None  # no other thread to wait for
 
 
 def test_ctrl_c_just_after_being_admitted_keeps_no_helper_waiting(
     answers: Callable[[int], Answers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The chunk is never populated, and the others wait for its end."""
+    """An admitted chunk that is never populated must not keep the others waiting for its end."""
     made = answers(GIB)
     mine, waiting, admit = threading.get_ident(), threading.Event(), AdmissionControl.admit
 
     def interrupted(self: AdmissionControl, start: int, stop: int) -> Shortfall | None:
-        shortage = admit(self, start, stop)
+        shortfall = admit(self, start, stop)
         if threading.get_ident() == mine:
             made.left = 3 * MIB
             made.asked.clear()
@@ -272,7 +271,7 @@ def test_ctrl_c_just_after_being_admitted_keeps_no_helper_waiting(
                 time.sleep(0.001)
             waiting.set()
             raise KeyboardInterrupt
-        return shortage
+        return shortfall
 
     monkeypatch.setattr(AdmissionControl, "admit", interrupted)
     monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
@@ -301,7 +300,7 @@ def test_a_small_call_asks_once_in_a_while(answers: Callable[[int], Answers]) ->
     assert len(made.asked) == 100  # nor is the only chunk looked at twice where it could be undone
 
 
-def test_what_is_spare() -> None:
+def test_the_allowance_is_spent_and_expires() -> None:
     fresh = _Allowance()
     assert not fresh.spend(0, 0)
     fresh.fill(GIB, 1000)

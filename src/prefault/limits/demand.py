@@ -1,0 +1,358 @@
+"""Demand of a populate call: the memory, huge pages and disk space that populating takes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from prefault._kernel import fiemap, mman, pagemap
+from prefault._kernel.cachestat import cachestat
+from prefault._system import capabilities
+from prefault.inspection.scan import occupied
+from prefault.intervals import IntervalMeasure, bridged, common, merged, window, without
+from prefault.limits.memory_limits import counts_hugetlb
+from prefault.limits.memory_use import MemoryUse
+from prefault.memory.vma import Backing, file_descriptor, vm_flags, vma_at, vmas
+from prefault.sizes import MIB, PAGE_SIZE
+
+if TYPE_CHECKING:
+    from prefault.intervals import Numbers
+
+_ENTRY_BYTES = 512
+"""One byte of page table maps this many bytes of memory (8 for 4096)."""
+_NEW_TABLES = 3 * PAGE_SIZE
+"""Page tables of upper levels, which a first page may need."""
+_SHMEM_NODES = 256
+"""One byte of the page cache's tree for so many bytes of shared memory (576 for 64 pages), and some more."""
+_STEP = 256 * MIB
+_NEAR = 2 * MIB
+"""Largest gap that is read as well: one more read costs as much."""
+_PRESENT, _SWAPPED, _FILE, _EXCLUSIVE = 0x80, 0x40, 0x20, 0x01  # bits 63, 62, 61 and 56 of an entry of pagemap
+_HIGH_BYTE = 7 if sys.byteorder == "little" else 0
+_IS_OURS = bytes(byte & (_PRESENT | _FILE | _EXCLUSIVE) == _PRESENT | _EXCLUSIVE for byte in range(256))
+_IS_SWAPPED = bytes(byte & (_PRESENT | _SWAPPED) == _SWAPPED for byte in range(256))
+
+
+class Demand:
+    """Memory that is to be populated and its missing pages, which tell what populating it takes.
+
+    Args:
+        use: place, kind and access.
+        missing: the pages that are not populated, as addresses, start and stop in turn, ascending.
+        fd: descriptor of the file behind it, if ``use`` has none: it makes counting exact.
+    """
+
+    __slots__ = ("_missing", "use")
+
+    def __init__(self, use: MemoryUse, missing: array[int], fd: int | None = None) -> None:
+        self.use = use if fd is None or use.fd is not None else use._replace(fd=fd)
+        self._missing = missing
+
+    @property
+    def length(self) -> int:
+        """Bytes of the memory."""
+        return self.use.length
+
+    def covered_bytes(self, start: int, stop: int) -> int:
+        """Return the bytes of the memory in ``[start, stop)``."""
+        return stop - start
+
+    def missing_bytes(self, start: int, stop: int) -> int:
+        """Return the bytes of the pages in ``[start, stop)`` that are not populated."""
+        return sum(last - first for first, last in self._between(start, stop))
+
+    def at_most(self, start: int, stop: int) -> int:
+        """Return the bytes of memory that populating ``[start, stop)`` takes at most, without reading any page's state."""
+        use, missing = self.use, self.missing_bytes(start, stop)
+        if not use.takes_memory:
+            return missing if use.backing is Backing.HUGETLB and counts_hugetlb() else 0
+        # Pages that are present may still be shared with the other side of a fork, and are copied then.
+        pages = (self.covered_bytes(start, stop) if use.copies else 0) + (missing if use.fills_shmem else 0)
+        if not use.copies and not use.shared:
+            pages += missing  # in swap
+        return pages + _overhead(missing, use.fills_shmem) if missing or pages else 0
+
+    def memory(self, start: int, stop: int) -> int:
+        """Return the bytes of memory that populating ``[start, stop)`` takes, page tables not counted: reads every page."""
+        use = self.use
+        if not use.takes_memory:
+            return self.at_most(start, stop)
+        if not self._is_permitted(start):
+            return 0
+        needed = self._not_in_memory(start, stop) if use.fills_shmem else 0
+        if use.copies:
+            needed += self._not_ours(start, stop)
+        elif not use.shared:
+            needed += sum(_count_entries(first, last, _IS_SWAPPED) or 0 for first, last in self._between(start, stop))
+        return needed
+
+    def overhead(self, start: int, stop: int) -> int:
+        """Return the bytes of page tables, and of the page cache's tree, that populating ``[start, stop)`` takes."""
+        missing = self.missing_bytes(start, stop)
+        return _overhead(missing, self.use.fills_shmem) if missing and self.use.takes_memory else 0
+
+    def _between(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the missing pages of ``[start, stop)``, as far as the file reaches."""
+        use, missing = self.use, self._missing
+        if use.file_size is not None:
+            stop = min(stop, use.file_size + -use.file_size % use.page_size - use.file_base)
+        index = bisect_right(missing, start) & ~1
+        while index < len(missing) and missing[index] < stop:
+            first, last = max(start, missing[index]), min(stop, missing[index + 1])
+            if first < last:
+                yield first, last
+            index += 2
+
+    def unallocated(self) -> int:
+        """Return the bytes of the missing pages that the file does not have, in memory or in swap."""
+        if self.use.backing is Backing.HUGETLB:  # mincore knows only the page tables there
+            return self.missing_bytes(self.use.start, self.use.stop)
+        return self._not_in_memory(self.use.start, self.use.stop, swapped=False)
+
+    def _not_in_memory(self, start: int, stop: int, *, swapped: bool = True) -> int:
+        """Count the bytes of the missing pages that the file has not in memory: nowhere, or (if ``swapped``) in swap."""
+        vma = vma_at(start)
+        if vma is None:
+            return 0
+        fd = self.use.fd if self.use.fd is not None else file_descriptor(vma)
+        base = vma.file_offset - vma.start
+        return sum(_not_cached(fd, first, last, base, swapped) for first, last in self._between(start, stop))
+
+    def _not_ours(self, start: int, stop: int) -> int:
+        ours = _count_entries(start, stop, _IS_OURS)
+        if ours is not None:
+            return stop - start - ours
+        return sum(_not_resident(first, last) for first, last in self._between(start, stop))
+
+    def _is_permitted(self, start: int) -> bool:
+        """Return False if the kernel refuses the first page anyway: its error says more."""
+        vma = vma_at(start)
+        if vma is None or vma.start > start:
+            return False
+        return vma.writable if self.use.access == "write" else vma.readable
+
+
+class ScatteredDemand(Demand):
+    """Many stretches of one kind of memory, and their missing pages; memory between them does not count.
+
+    Args:
+        use: from the start of the first stretch to the end of the last.
+        pages: the stretches.
+        missing: pages of the stretches that are not populated.
+        fd: descriptor of the file behind them, if ``use`` has none.
+    """
+
+    __slots__ = ("_lacking", "_pages", "_stretches")
+
+    def __init__(self, use: MemoryUse, pages: Numbers, missing: Numbers, fd: int | None = None) -> None:
+        super().__init__(use, array("Q", missing.tobytes()), fd)
+        self._stretches, self._pages, self._lacking = pages, IntervalMeasure(pages), IntervalMeasure(missing)
+
+    @property
+    def length(self) -> int:
+        """Bytes of the stretches."""
+        return self._pages.within(self.use.start, self.use.stop)
+
+    def covered_bytes(self, start: int, stop: int) -> int:
+        """Return the bytes of the stretches in ``[start, stop)``."""
+        return self._pages.within(start, stop)
+
+    def missing_bytes(self, start: int, stop: int) -> int:
+        """Return the bytes of the pages in ``[start, stop)`` that are not populated."""
+        return self._lacking.within(start, stop)
+
+    def at_most(self, start: int, stop: int) -> int:
+        """Return the memory that populating the stretches takes at most: each may need a page table of its own."""
+        most = super().at_most(start, stop)
+        tables = min(self._lacking.count(start, stop), (stop - start) // (2 * MIB) + 2) * PAGE_SIZE
+        return most + tables if most else 0
+
+    def memory(self, start: int, stop: int) -> int:
+        """Return the memory that populating the stretches takes: reads the state of every page."""
+        return sum(super(ScatteredDemand, self).memory(first, last) for first, last in self._clipped(start, stop))
+
+    def unallocated(self) -> int:
+        """Return the bytes of the missing pages that the files do not have, in memory or in swap."""
+        whole = self.use.start, self.use.stop
+        return sum(self._not_in_memory(first, last, swapped=False) for first, last in self._clipped(*whole))
+
+    def _clipped(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        edges = window(self._stretches, start, stop).tolist()
+        for first, last in zip(edges[::2], edges[1::2], strict=True):
+            yield max(first, start), min(last, stop)
+
+
+def demands_of(uses: Sequence[MemoryUse], populated: array[int], fd: int | None) -> list[Demand]:
+    """Make the demands of a plan: one for each segment, or for each kind of many segments of few kinds.
+
+    Args:
+        uses: in order of address, without gaps.
+        populated: pages that need no population, as :func:`prefault.inspection.scan.populated_before` gives them.
+        fd: descriptor of the file behind those that have none.
+    """
+    if len(uses) == 1:
+        (use,) = uses
+        return [Demand(use, missing_from(use.start, use.stop, populated), fd)]
+    import numpy
+
+    whole = numpy.array([uses[0].start, uses[-1].stop], numpy.int64)
+    there = numpy.array(populated, numpy.int64)
+    missing = without(whole, merged(there[::2], there[1::2]))
+    kinds: dict[tuple[object, ...], list[MemoryUse]] = {}
+    demands: list[Demand] = []
+    for use in uses:
+        if _is_like_its_kind(use):
+            kinds.setdefault(use.kind, []).append(use)
+        else:
+            demands.append(Demand(use, array("Q", window(missing, use.start, use.stop).tobytes()), fd))
+    for alike in kinds.values():
+        starts, stops = (numpy.fromiter((item[at] for item in alike), numpy.int64, len(alike)) for at in (0, 1))
+        pages = merged(starts, stops)
+        demands.append(ScatteredDemand(alike[0]._replace(stop=alike[-1].stop), pages, common(missing, pages), fd))
+    return demands
+
+
+def _is_like_its_kind(use: MemoryUse) -> bool:
+    """Return whether the limits of one segment of a kind are those of every segment of that kind."""
+    return not use.allocates and not use.locks and use.backing not in (Backing.HUGETLB, Backing.TMPFS)
+
+
+# --- demands that draw on the same limit
+
+
+def missing_in_all(demands: Sequence[Demand]) -> int:
+    """Return the bytes of all missing pages."""
+    return sum(demand.missing_bytes(demand.use.start, demand.use.stop) for demand in demands)
+
+
+def length_of_all(demands: Sequence[Demand]) -> int:
+    """Return the bytes of all of the memory."""
+    return sum(demand.length for demand in demands)
+
+
+def unallocated_in_all(demands: Sequence[Demand]) -> int:
+    """Return the bytes that the files behind shared memory lack, and those of private huge pages that are missing.
+
+    A file that is mapped twice lacks its pages once. Where a hugetlb file is out of reach nothing is counted, so that
+    nothing is refused.
+    """
+    needed = 0
+    files: dict[object, list[Demand]] = {}
+    for demand in demands:
+        use = demand.use
+        if use.backing is Backing.HUGETLB and not use.shared and use.access == "write":
+            needed += demand.unallocated()
+        else:
+            status = use.file_status()
+            files.setdefault(demand if status is None else (status.st_dev, status.st_ino), []).append(demand)
+    for same in files.values():
+        holes = _holes(same[0].use)
+        if holes is None and same[0].use.backing is Backing.HUGETLB:
+            continue
+        lacking = sum(demand.unallocated() for demand in same)
+        needed += lacking if holes is None else min(lacking, holes)
+    return needed
+
+
+def _holes(use: MemoryUse) -> int | None:
+    """Return the bytes that the whole file is short of its size; None if it is out of reach."""
+    status = use.file_status()
+    return None if status is None else max(0, status.st_size + -status.st_size % use.page_size - status.st_blocks * 512)
+
+
+def holes_on_disk(demands: Sequence[Demand]) -> int:
+    """Return the bytes of the holes that fallocate is to fill in files on a disk, each hole once."""
+    needed = 0
+    files: dict[object, list[tuple[int, int, int]]] = {}
+    for use in (demand.use for demand in demands):
+        status = use.file_status()
+        if use.fd is not None and status is not None:
+            stop = use.stop + use.file_base if use.file_size is None else min(use.stop + use.file_base, use.file_size)
+            files.setdefault((status.st_dev, status.st_ino), []).append((use.start + use.file_base, stop, use.fd))
+    for spans in files.values():
+        at = 0
+        for start, stop, fd in sorted(spans):
+            if max(at, start) < stop:
+                needed += sum(last - first for first, last in fiemap.holes(fd, max(at, start), stop))
+                at = stop
+    return needed
+
+
+def unlocked_in_all(demands: Sequence[Demand]) -> int:
+    """Return the bytes that are not locked yet: the kernel counts none twice."""
+    return sum(
+        demand.length
+        - sum(
+            min(vma.stop, demand.use.stop) - max(vma.start, demand.use.start)
+            for vma in vmas(demand.use.start, demand.use.stop)
+            if "lo" in vm_flags(vma.start)
+        )
+        for demand in demands
+    )
+
+
+# --- the state of pages
+
+
+def _overhead(missing: int, of_file: bool) -> int:
+    return missing // _ENTRY_BYTES + _NEW_TABLES + (missing // _SHMEM_NODES if of_file else 0)
+
+
+def _count_entries(start: int, stop: int, wanted: bytes) -> int | None:
+    """Count the bytes of the pages whose pagemap entry is wanted by its highest byte; None if pagemap cannot be read."""
+    if not capabilities.PAGEMAP.available:
+        return None
+    try:
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # this process gave up root
+        return None
+    try:
+        pages = 0
+        for at, end in _with_pages(start, stop):
+            entries = pagemap.read_pagemap(fd, at // PAGE_SIZE, (end - at) // PAGE_SIZE)
+            pages += entries[_HIGH_BYTE :: pagemap.ENTRY_BYTES].translate(wanted).count(1)
+        return pages * PAGE_SIZE
+    finally:
+        os.close(fd)
+
+
+def _with_pages(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield stretches that hold every present or swapped page of a range, none of them too long for one read.
+
+    Reading the entries of an empty range takes seconds for each TiB; PAGEMAP_SCAN passes over what is empty in milliseconds.
+    """
+    spans = [start, stop]
+    if stop - start > _STEP and capabilities.PAGEMAP_SCAN.available:
+        rows = occupied(spans, how=False)
+        spans = bridged(merged(rows[:, 0], rows[:, 1]), _NEAR)
+    for first, last in zip(spans[::2], spans[1::2], strict=True):
+        for at in range(first, last, _STEP):
+            yield at, min(last, at + _STEP)
+
+
+def _not_resident(start: int, stop: int) -> int:
+    try:
+        return sum(
+            mman.mincore(at, min(stop, at + _STEP) - at).count(0) * PAGE_SIZE for at in range(start, stop, _STEP)
+        )  # fmt: skip
+    except OSError:  # unmapped meanwhile: the kernel will say so
+        return 0
+
+
+def _not_cached(fd: int | None, start: int, stop: int, base: int, swapped: bool) -> int:
+    """Count the bytes that the page cache lacks: to mincore, pages that fallocate allocated are missing until touched."""
+    if fd is not None and capabilities.CACHESTAT.available:
+        with contextlib.suppress(OSError):
+            cache = cachestat(fd, start + base, stop - start)
+            return stop - start - (cache.cached + (0 if swapped else cache.evicted)) * PAGE_SIZE
+    return _not_resident(start, stop)
+
+
+def missing_from(start: int, stop: int, populated: array[int]) -> array[int]:
+    """Return ``[start, stop)`` without the pages that :func:`prefault.inspection.scan.populated_before` found."""
+    return array("Q", (start, *populated, stop))

@@ -1,0 +1,105 @@
+"""Description of memory that is to be mapped, populated or locked: all that limits depend on."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, NamedTuple
+
+from prefault.memory.vma import Backing, Vma, mount_directory, vm_flags, vma_at
+from prefault.sizes import PAGE_SIZE
+
+
+class MemoryUse(NamedTuple):
+    """Memory of one kind and the use that is to be made of it.
+
+    Attributes:
+        start, stop: addresses; both 0 where only the kind of memory matters.
+        backing: supplier of its pages; None for a hole.
+        page_size: the kernel's, in bytes; larger than a base page for hugetlb.
+        shared: True for a mapping that writes through to its file.
+        access: ``"read"`` or ``"write"``: the access that it is populated for.
+        allocates: True if the holes of the file are filled by fallocate first.
+        locks: True if its pages are locked.
+        mapped: False for memory that is yet to be mapped: it meets the limits of mmap as well.
+        fd: descriptor of the file behind it; None without one.
+        file_base: number to add to an address to get the offset in that file.
+        file_size: bytes of that file, beyond which nothing is populated; None where it is not known.
+        directory: mount point or path of the file system, where it is known.
+    """
+
+    start: int = 0
+    stop: int = 0
+    backing: Backing | None = Backing.ANONYMOUS
+    page_size: int = PAGE_SIZE
+    shared: bool = False
+    access: Literal["read", "write"] = "write"
+    allocates: bool = False
+    locks: bool = False
+    mapped: bool = True
+    fd: int | None = None
+    file_base: int = 0
+    file_size: int | None = None
+    directory: str | None = None
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return self.stop - self.start
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Everything but the place."""
+        return self[2:]
+
+    @property
+    def takes_memory(self) -> bool:
+        """True if ordinary memory, or page tables alone, are taken by populating it; hugetlb has pools of its own."""
+        return self.backing not in (None, Backing.SPECIAL, Backing.HUGETLB)
+
+    @property
+    def copies(self) -> bool:
+        """True if each page becomes a private page of the process."""
+        return self.takes_memory and not self.shared and self.access == "write"
+
+    @property
+    def fills_shmem(self) -> bool:
+        """True if holes are filled with memory of the kernel's shmem, through private mappings, too."""
+        return self.backing is not None and self.backing.is_shmem
+
+    @property
+    def is_reserved(self) -> bool:
+        """True if mmap set huge pages aside for it, which other mappings do not get. Slow."""
+        return self.mapped and "nr" not in vm_flags(self.start)
+
+    def named(self) -> MemoryUse:
+        """Return it with the mount point of its file system, for people. Slow."""
+        vma = None if self.directory is not None or not self.stop else vma_at(self.start)
+        return self if vma is None else self._replace(directory=mount_directory(vma))
+
+    def file_status(self) -> os.stat_result | None:
+        """Return the status of the file behind it; None if there is none, or it is out of reach."""
+        try:
+            if self.fd is not None:
+                return os.fstat(self.fd)
+            vma = vma_at(self.start)
+            if vma is None:
+                return None
+            status = os.stat(f"/proc/self/map_files/{vma.start:x}-{vma.stop:x}")
+        except OSError:
+            return None
+        return status if status.st_ino == vma.inode else None
+
+    def file_system(self) -> object:
+        """Return a key that is equal for memory of one file system."""
+        if self.fd is not None:
+            return os.fstat(self.fd).st_dev
+        vma = vma_at(self.start)
+        return None if vma is None else vma.device
+
+
+def use_of_vma(vma: Vma, fd: int | None = None) -> MemoryUse:
+    """Describe populating a mapping as its protection permits, holes of its file included."""
+    return MemoryUse(
+        vma.start, vma.stop, vma.backing, vma.page_size, vma.shared, "write" if vma.writable else "read",
+        allocates=vma.shared and vma.writable, fd=fd,
+    )  # fmt: skip

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 
 from prefault._system import proc
-from prefault.limits.limit import Bounds
 from prefault.limits.memory_use import MemoryUse
 from prefault.limits.table import shortfall_of
 from prefault.sizes import format_size
@@ -45,9 +44,13 @@ def _reasons(length: int, room: int, data: bool, noreserve: bool) -> Iterator[st
             f"it is beyond the address space: {format_size(room)} are needed in one piece, and the largest gap between the"
             f" mappings of this process is {format_size(gap)}"
         )
-    requests: tuple[tuple[int, Bounds], ...] = ((room, "address space"), (length, "data"), (length, "commit"))
-    for needed, bounds in requests:
-        short = shortfall_of(MemoryUse(shared=not data, mapped=False), needed, bounds)
+    with open("/proc/sys/vm/overcommit_memory") as file:
+        mode = file.read().strip()
+    requests = [(room, "RLIMIT_AS"), (length, "RLIMIT_DATA")]
+    if mode == "2":
+        requests.append((length, "CommitLimit"))
+    for needed, name in requests:
+        short = shortfall_of(MemoryUse(shared=not data, mapped=False), needed, name)
         if short is not None:
             limit = short.limit
             yield (
@@ -55,8 +58,6 @@ def _reasons(length: int, room: int, data: bool, noreserve: bool) -> Iterator[st
                 f" {format_size(limit.limit_bytes)}: {limit.remedy}, or map less"
             )
     meminfo = proc.read_meminfo()
-    with open("/proc/sys/vm/overcommit_memory") as file:
-        mode = file.read().strip()
     if mode == "0" and not noreserve and length > meminfo["MemTotal"] + meminfo["SwapTotal"]:
         yield (
             f"memory and swap are {format_size(meminfo['MemTotal'] + meminfo['SwapTotal'])} together, and"

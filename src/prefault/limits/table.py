@@ -17,7 +17,7 @@ from prefault.limits.demand import (
     unallocated_in_all,
     unlocked_in_all,
 )
-from prefault.limits.limit import Bounds, Limit, Shortfall
+from prefault.limits.limit import Limit, Shortfall
 from prefault.limits.memory_limits import cgroup_limits, counts_hugetlb, machine_limits
 from prefault.limits.memory_use import MemoryUse
 from prefault.limits.refusing_limits import (
@@ -143,18 +143,18 @@ def limits_on(use: MemoryUse) -> list[Limit]:
     ]
 
 
-def shortfall_of(use: MemoryUse, needed: int, bounds: Bounds | None = None) -> Shortfall | None:
+def shortfall_of(use: MemoryUse, needed: int, name: str | None = None) -> Shortfall | None:
     """Return the first limit at which the kernel would refuse ``needed`` bytes for this use; None if there is none.
 
     Args:
         use: kind of memory.
         needed: bytes.
-        bounds: check only the limits on this resource.
+        name: check only the row of this name.
     """
     for row in TABLE:
-        if not row.kills and row.concerns(use):
+        if not row.kills and name in (None, row.name) and row.concerns(use):
             found = _first_short(row, use, needed)
-            if found is not None and bounds in (None, found.limit.bounds):
+            if found is not None:
                 return found
     return None
 

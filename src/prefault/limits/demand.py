@@ -108,20 +108,26 @@ class Demand:
                 yield first, last
             index += 2
 
-    def unallocated(self) -> int:
-        """Return the bytes of the missing pages that the file does not have, in memory or in swap."""
+    def unallocated(self, start: int, stop: int) -> int:
+        """Return the bytes of the missing pages in ``[start, stop)`` that the file does not have, in memory or in swap."""
         if self.use.backing is Backing.HUGETLB:  # mincore knows only the page tables there
-            return self.missing_bytes(self.use.start, self.use.stop)
-        return self._not_in_memory(self.use.start, self.use.stop, swapped=False)
+            return self.missing_bytes(start, stop)
+        return self._not_in_memory(start, stop, swapped=False)
 
     def _not_in_memory(self, start: int, stop: int, *, swapped: bool = True) -> int:
         """Count the bytes of the missing pages that the file has not in memory: nowhere, or (if ``swapped``) in swap."""
-        vma = vma_at(start)
-        if vma is None:
-            return 0
-        fd = self.use.fd if self.use.fd is not None else file_descriptor(vma)
-        base = vma.file_offset - vma.start
-        return sum(_not_cached(fd, first, last, base, swapped) for first, last in self._between(start, stop))
+        needed = 0
+        known: dict[tuple[int, int], int | None] = {}
+        for vma in vmas(start, stop):
+            fd, file = self.use.fd, (vma.device, vma.inode)
+            if fd is None:
+                if file not in known:
+                    known[file] = file_descriptor(vma)
+                fd = known[file]
+            base = vma.file_offset - vma.start
+            spans = self._between(max(start, vma.start), min(stop, vma.stop))
+            needed += sum(_not_cached(fd, first, last, base, swapped) for first, last in spans)
+        return needed
 
     def _not_ours(self, start: int, stop: int) -> int:
         ours = _count_entries(start, stop, _IS_OURS)
@@ -176,10 +182,9 @@ class ScatteredDemand(Demand):
         """Return the memory that populating the stretches takes: reads the state of every page."""
         return sum(super(ScatteredDemand, self).memory(first, last) for first, last in self._clipped(start, stop))
 
-    def unallocated(self) -> int:
-        """Return the bytes of the missing pages that the files do not have, in memory or in swap."""
-        whole = self.use.start, self.use.stop
-        return sum(self._not_in_memory(first, last, swapped=False) for first, last in self._clipped(*whole))
+    def unallocated(self, start: int, stop: int) -> int:
+        """Return the bytes of the missing pages in ``[start, stop)`` that the files do not have, in memory or in swap."""
+        return sum(super(ScatteredDemand, self).unallocated(first, last) for first, last in self._clipped(start, stop))
 
     def _clipped(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         edges = window(self._stretches, start, stop).tolist()
@@ -242,27 +247,18 @@ def unallocated_in_all(demands: Sequence[Demand]) -> int:
     nothing is refused.
     """
     needed = 0
-    files: dict[object, list[Demand]] = {}
+    lacking: dict[object, int] = {}
+    holes: dict[object, int | None] = {}
     for demand in demands:
         use = demand.use
         if use.backing is Backing.HUGETLB and not use.shared and use.access == "write":
-            needed += demand.unallocated()
-        else:
-            status = use.file_status()
-            files.setdefault(demand if status is None else (status.st_dev, status.st_ino), []).append(demand)
-    for same in files.values():
-        holes = _holes(same[0].use)
-        if holes is None and same[0].use.backing is Backing.HUGETLB:
+            needed += demand.missing_bytes(use.start, use.stop)
             continue
-        lacking = sum(demand.unallocated() for demand in same)
-        needed += lacking if holes is None else min(lacking, holes)
-    return needed
-
-
-def _holes(use: MemoryUse) -> int | None:
-    """Return the bytes that the whole file is short of its size; None if it is out of reach."""
-    status = use.file_status()
-    return None if status is None else max(0, status.st_size + -status.st_size % use.page_size - status.st_blocks * 512)
+        for part in use.files():
+            if part.holes_bytes is not None or use.backing is not Backing.HUGETLB:
+                holes[part.file] = part.holes_bytes
+                lacking[part.file] = lacking.get(part.file, 0) + demand.unallocated(part.start, part.stop)
+    return needed + sum(count if (most := holes[file]) is None else min(count, most) for file, count in lacking.items())
 
 
 def holes_on_disk(demands: Sequence[Demand]) -> int:
@@ -270,8 +266,8 @@ def holes_on_disk(demands: Sequence[Demand]) -> int:
     needed = 0
     files: dict[object, list[tuple[int, int, int]]] = {}
     for use in (demand.use for demand in demands):
-        status = use.file_status()
-        if use.fd is not None and status is not None:
+        if use.fd is not None:
+            status = os.fstat(use.fd)
             stop = use.stop + use.file_base if use.file_size is None else min(use.stop + use.file_base, use.file_size)
             files.setdefault((status.st_dev, status.st_ino), []).append((use.start + use.file_base, stop, use.fd))
     for spans in files.values():

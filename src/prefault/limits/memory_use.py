@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from prefault.memory.vma import Backing, Vma, mount_directory, vm_flags, vma_at
+from prefault.memory.vma import Backing, Vma, mount_directory, vm_flags, vma_at, vmas
 from prefault.sizes import PAGE_SIZE
+
+
+class FilePart(NamedTuple):
+    """Addresses that map one file.
+
+    Attributes:
+        start, stop: addresses.
+        file: device and inode.
+        holes_bytes: bytes that the whole file is short of its size; None if it is out of reach.
+    """
+
+    start: int
+    stop: int
+    file: tuple[int, int]
+    holes_bytes: int | None
 
 
 class MemoryUse(NamedTuple):
@@ -76,18 +93,21 @@ class MemoryUse(NamedTuple):
         vma = None if self.directory is not None or not self.stop else vma_at(self.start)
         return self if vma is None else self._replace(directory=mount_directory(vma))
 
-    def file_status(self) -> os.stat_result | None:
-        """Return the status of the file behind it; None if there is none, or it is out of reach."""
-        try:
-            if self.fd is not None:
-                return os.fstat(self.fd)
-            vma = vma_at(self.start)
-            if vma is None:
-                return None
-            status = os.stat(f"/proc/self/map_files/{vma.start:x}-{vma.stop:x}")
-        except OSError:
-            return None
-        return status if status.st_ino == vma.inode else None
+    def files(self) -> Iterator[FilePart]:
+        """Yield the files behind it in order of address: neighbouring mappings of one kind may map several."""
+        if self.fd is not None:
+            status = os.fstat(self.fd)
+            yield FilePart(self.start, self.stop, (status.st_dev, status.st_ino), self._holes(status))
+            return
+        for vma in vmas(self.start, self.stop):
+            holes = None
+            with contextlib.suppress(OSError):
+                status = os.stat(f"/proc/self/map_files/{vma.start:x}-{vma.stop:x}")
+                holes = self._holes(status) if status.st_ino == vma.inode else None
+            yield FilePart(max(vma.start, self.start), min(vma.stop, self.stop), (vma.device, vma.inode), holes)
+
+    def _holes(self, status: os.stat_result) -> int:
+        return max(0, status.st_size + -status.st_size % self.page_size - status.st_blocks * 512)
 
     def file_system(self) -> object:
         """Return a key that is equal for memory of one file system."""

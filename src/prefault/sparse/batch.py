@@ -267,8 +267,8 @@ class _Scattered(ScatteredDemand):
         takes = self.use.copies or self.use.fills_shmem
         return self.missing_bytes(start, stop) if takes else super().memory(start, stop)
 
-    def unallocated(self) -> int:
-        return self.missing_bytes(self.use.start, self.use.stop)
+    def unallocated(self, start: int, stop: int) -> int:
+        return self.missing_bytes(start, stop)
 
 
 def _undone(kept: RangeSet) -> str:

@@ -54,7 +54,8 @@ from prefault.errors import (
     ProtectionError,
     SpecialMappingError,
 )
-from prefault.inspection.scan import PageState, Residency, residency
+from prefault.inspection.result import PageState, Residency
+from prefault.inspection.scan import residency
 from prefault.limits import Headroom, Limit, headroom
 from prefault.mapping.mapping import Mapping
 from prefault.memory.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Memfd, TemporaryFile

@@ -1,13 +1,18 @@
-"""Sorted sets of bytes as flat numpy arrays of edges, start and stop in turn, without an object for each interval.
+"""Sets of numbers (bytes, addresses) as sorted, disjoint, half-open intervals, without an object for each interval.
 
-``array([s0, e0, s1, e1, ...])``, int64, strictly increasing: the intervals are disjoint and do not touch.
+Few :class:`Intervals` are combined by bisection in plain Python, many by the functions at the end, the one numpy kernel.
+Both work on *edges*, start and stop of each interval in turn, strictly increasing.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
-
-from prefault.sizes import PAGE_SIZE
+import sys
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from operator import index
+from typing import TYPE_CHECKING, Self, SupportsIndex, TypeAlias
 
 if TYPE_CHECKING:
     import numpy
@@ -15,9 +20,285 @@ if TYPE_CHECKING:
 
     Numbers: TypeAlias = numpy.typing.NDArray[numpy.int64]
 
+_MANY = 64
+"""Edges of the smaller of two sets from which on numpy is faster than bisection."""
+
+_MANY_TO_IMPORT = 2048
+"""Edges from which on numpy is worth its import."""
+
+_BEYOND_INT64 = 1 << 63
+
+
+class Intervals:
+    """An immutable set of numbers below 2**64, kept as sorted, disjoint intervals that do not touch.
+
+    ``|``, ``&``, ``-`` and ``^`` cost a bisection for each interval of the smaller set and one copy; a membership test is
+    logarithmic. The set is false when it is empty, and its ``len`` is the number of intervals.
+
+    Args:
+        pairs: start and stop of intervals in any order; overlapping and touching ones become one, empty ones are left out.
+    """
+
+    __slots__ = ("edges",)
+
+    edges: array[int]
+    """Start and stop of each interval in turn. Not to be changed."""
+
+    def __init__(self, pairs: Iterable[tuple[int, int]] = ()) -> None:
+        edges: list[int] = []
+        for start, stop in sorted(pairs):
+            if start >= stop:
+                continue
+            if not edges or start > edges[-1]:
+                edges.append(start)
+                edges.append(stop)
+            elif stop > edges[-1]:
+                edges[-1] = stop
+        self.edges = array("Q", edges)
+
+    @classmethod
+    def from_edges(cls, edges: Sequence[int]) -> Self:
+        """Make the set with these starts and stops in turn, which must be strictly increasing. Not checked."""
+        return cls._with(array("Q", edges))
+
+    @classmethod
+    def from_arrays(cls, starts: Numbers, stops: Numbers) -> Self:
+        """Make the union of intervals in any order, none of them empty."""
+        return cls._with_numbers(merged(starts, stops))
+
+    @classmethod
+    def union_of(cls, sets: Iterable[Intervals]) -> Self:
+        """Make the union of any number of sets."""
+        edges = array("Q")
+        for one in sets:
+            edges += one.edges
+        if not _is_many(edges, edges):
+            return cls._with(Intervals(_pairs(edges)).edges)
+        numbers = cls._with(edges).to_numpy()
+        return cls.from_arrays(numbers[::2], numbers[1::2])
+
+    @classmethod
+    def _with(cls, edges: array[int]) -> Self:
+        made = cls.__new__(cls)
+        made.edges = edges
+        return made
+
+    @classmethod
+    def _with_numbers(cls, edges: Numbers) -> Self:
+        return cls._with(array("Q", edges.tobytes()))
+
+    def to_numpy(self) -> Numbers:
+        """Return the edges as a read-only array, without a copy."""
+        import numpy
+
+        edges = numpy.frombuffer(self.edges, numpy.int64)
+        edges.flags.writeable = False
+        return edges
+
+    # --- the set
+
+    @property
+    def length(self) -> int:
+        """Count of the numbers in all intervals together."""
+        return sum(self.edges[1::2]) - sum(self.edges[::2])
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The smallest interval that holds the whole set; ``(0, 0)`` for the empty set."""
+        return (self.edges[0], self.edges[-1]) if self.edges else (0, 0)
+
+    def __len__(self) -> int:
+        """Count the intervals, not the numbers in them."""
+        return len(self.edges) // 2
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return _pairs(self.edges)
+
+    def __contains__(self, number: SupportsIndex) -> bool:
+        return bisect_right(self.edges, index(number)) & 1 == 1
+
+    def __eq__(self, other: object) -> bool:
+        return self.edges == other.edges if isinstance(other, Intervals) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.edges.tobytes())
+
+    def __or__(self, other: Intervals) -> Self:
+        few, many = _by_length(self.edges, other.edges)
+        if _is_many(few, many):
+            return self._with_numbers(union(self.to_numpy(), other.to_numpy()))
+        return self._with(_united(many, few))
+
+    def __and__(self, other: Intervals) -> Self:
+        few, many = _by_length(self.edges, other.edges)
+        if _is_many(few, many):
+            return self._with_numbers(common(self.to_numpy(), other.to_numpy()))
+        return self._with(_shared(many, few))
+
+    def __sub__(self, other: Intervals) -> Self:
+        few, many = _by_length(self.edges, other.edges)
+        if _is_many(few, many):
+            return self._with_numbers(without(self.to_numpy(), other.to_numpy()))
+        return self._with(_cut(many, few) if many is self.edges else _outside(many, few))
+
+    def __xor__(self, other: Intervals) -> Self:
+        return self - other | other - self
+
+    def isdisjoint(self, other: Intervals) -> bool:
+        """Tell whether the sets have no number in common."""
+        if not self.edges or not other.edges:
+            return True
+        if self.edges[0] >= other.edges[-1] or other.edges[0] >= self.edges[-1]:
+            return True
+        return not (self & other)
+
+    # --- derived sets
+
+    @property
+    def hull(self) -> Self:
+        """The smallest interval that holds the whole set, as a set."""
+        return self._with(self.edges[:1] + self.edges[-1:])
+
+    def shifted(self, by: int) -> Self:
+        """Return the set ``by`` further on; negative: back."""
+        if _is_many(self.edges, self.edges):
+            return self._with_numbers(self.to_numpy() + by)
+        return self._with(array("Q", [edge + by for edge in self.edges]))
+
+    def outward(self, block: int) -> Self:
+        """Return the whole blocks that hold a number of the set."""
+        if not _is_many(self.edges, self.edges):
+            return self._with(Intervals((start - start % block, stop + -stop % block) for start, stop in self).edges)
+        starts, stops = self._columns()
+        return self.from_arrays(starts - starts % block, stops + -stops % block)
+
+    def inward(self, block: int) -> Self:
+        """Return the whole blocks inside the set."""
+        if not _is_many(self.edges, self.edges):
+            return self._with(Intervals((start + -start % block, stop - stop % block) for start, stop in self).edges)
+        starts, stops = self._columns()
+        starts, stops = starts + -starts % block, stops - stops % block
+        some = starts < stops
+        return self.from_arrays(starts[some], stops[some])
+
+    def window(self, start: int, stop: int) -> Self:
+        """Return the intervals that have a number in ``[start, stop)``, in whole."""
+        first, last = bisect_right(self.edges, start), bisect_left(self.edges, stop)
+        return self._with(self.edges[first - first % 2 : last + last % 2])
+
+    def bridged(self, gap: int) -> Self:
+        """Return the set with all gaps filled that are not longer than ``gap``."""
+        return self._with_numbers(_bridged(self.to_numpy(), gap))
+
+    def longer(self, than: int) -> Self:
+        """Return the intervals that are longer than ``than``."""
+        return self._with(array("Q", [at for pair in self if pair[1] - pair[0] > than for at in pair]))
+
+    def batches(self, count: int) -> Iterator[Self]:
+        """Yield the set in sets of at most ``count`` intervals."""
+        for first in range(0, len(self.edges), 2 * count):
+            yield self._with(self.edges[first : first + 2 * count])
+
+    def pieces(self, longest: int) -> tuple[Numbers, Numbers]:
+        """Return starts and lengths of the intervals, those longer than ``longest`` cut at multiples of it."""
+        import numpy
+
+        starts, stops = self._columns()
+        count = (stops - 1) // longest - starts // longest + 1
+        if (count == 1).all():
+            return starts, stops - starts
+        number = numpy.arange(int(count.sum())) - numpy.repeat(numpy.cumsum(count) - count, count)
+        first = numpy.repeat(starts // longest, count) + number
+        begin = numpy.maximum(numpy.repeat(starts, count), first * longest)
+        end = numpy.minimum(numpy.repeat(stops, count), (first + 1) * longest)
+        return begin, end - begin
+
+    def _columns(self) -> tuple[Numbers, Numbers]:
+        edges = self.to_numpy()
+        return edges[::2], edges[1::2]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"[{start:#x}, {stop:#x})" for start, stop in islice(_pairs(self.edges), 8))
+        more = f", ... {len(self) - 8} more" if len(self) > 8 else ""
+        return f"{type(self).__name__}({shown}{more})"
+
+
+# --- few intervals: an odd number of edges before a place is inside of the set
+
+
+def _pairs(edges: Iterable[int]) -> Iterator[tuple[int, int]]:
+    ends = iter(edges)
+    return zip(ends, ends, strict=True)
+
+
+def _is_many(few: array[int], many: array[int]) -> bool:
+    enough = _MANY if "numpy" in sys.modules else _MANY_TO_IMPORT
+    return len(few) >= enough and few[-1] < _BEYOND_INT64 and many[-1] < _BEYOND_INT64
+
+
+def _by_length(one: array[int], other: array[int]) -> tuple[array[int], array[int]]:
+    return (one, other) if len(one) <= len(other) else (other, one)
+
+
+def _united(many: array[int], few: array[int]) -> array[int]:
+    found, at = array("Q"), 0
+    for start, stop in _pairs(few):
+        low, high = bisect_left(many, start, at), bisect_right(many, stop, at)
+        found += many[at:low]
+        if not low & 1:
+            found.append(start)
+        if not high & 1:
+            found.append(stop)
+        at = high
+    found += many[at:]
+    return found
+
+
+def _shared(many: array[int], few: array[int]) -> array[int]:
+    found = array("Q")
+    for start, stop in _pairs(few):
+        low, high = bisect_right(many, start), bisect_left(many, stop)
+        if low & 1:
+            found.append(start)
+        found += many[low:high]
+        if high & 1:
+            found.append(stop)
+    return found
+
+
+def _cut(many: array[int], few: array[int]) -> array[int]:
+    """Return the larger set without the smaller one."""
+    found, at = array("Q"), 0
+    for start, stop in _pairs(few):
+        low, high = bisect_left(many, start, at), bisect_right(many, stop, at)
+        found += many[at:low]
+        if low & 1:
+            found.append(start)
+        if high & 1:
+            found.append(stop)
+        at = high
+    found += many[at:]
+    return found
+
+
+def _outside(many: array[int], few: array[int]) -> array[int]:
+    """Return the smaller set without the larger one."""
+    found = array("Q")
+    for start, stop in _pairs(few):
+        low, high = bisect_right(many, start), bisect_left(many, stop)
+        if not low & 1:
+            found.append(start)
+        found += many[low:high]
+        if not high & 1:
+            found.append(stop)
+    return found
+
+
+# --- many intervals: the numpy kernel
+
 
 def merged(starts: Numbers, stops: Numbers) -> Numbers:
-    """The edges of the union of ranges in any order; overlapping and touching ones become one."""
+    """Return the edges of the union of intervals in any order; overlapping and touching ones become one."""
     import numpy
 
     if not len(starts):
@@ -35,27 +316,13 @@ def merged(starts: Numbers, stops: Numbers) -> Numbers:
     return edges
 
 
-def outward(edges: Numbers, block: int) -> Numbers:
-    """The whole blocks that hold a byte of the set."""
-    starts, stops = edges[::2], edges[1::2]
-    return merged(starts - starts % block, stops + -stops % block)
-
-
-def inward(edges: Numbers, block: int) -> Numbers:
-    """The whole blocks inside the set."""
-    starts, stops = edges[::2], edges[1::2]
-    starts, stops = starts + -starts % block, stops - stops % block
-    some = starts < stops
-    return merged(starts[some], stops[some])
-
-
 def common(one: Numbers, other: Numbers) -> Numbers:
-    """What is in both sets."""
+    """Return the intersection of two sets, all given as edges."""
     return _combined(one, other, 2)
 
 
 def without(one: Numbers, other: Numbers) -> Numbers:
-    """What is in the first set and not in the other."""
+    """Return the first set without the other one, all given as edges."""
     import numpy
 
     if not len(one) or not len(other):
@@ -65,12 +332,12 @@ def without(one: Numbers, other: Numbers) -> Numbers:
 
 
 def union(one: Numbers, other: Numbers) -> Numbers:
-    """What is in either."""
+    """Return the union of two sets, all given as edges."""
     return _combined(one, other, 1)
 
 
 def _combined(one: Numbers, other: Numbers, depth: int) -> Numbers:
-    """What lies in at least ``depth`` of the two sets: a sweep over the edges of both."""
+    """Return the numbers that lie in at least ``depth`` of the two sets: a sweep over the edges of both."""
     import numpy
 
     if not len(one) or not len(other):
@@ -88,13 +355,29 @@ def _combined(one: Numbers, other: Numbers, depth: int) -> Numbers:
     return edges
 
 
-def total(edges: Numbers) -> int:
-    """Bytes in the set."""
-    return int((edges[1::2] - edges[::2]).sum())
+def window(edges: Numbers, start: int, stop: int) -> Numbers:
+    """Return the intervals that have a number in ``[start, stop)``, in whole. A view: nothing is copied."""
+    first, last = int(edges.searchsorted(start, "right")), int(edges.searchsorted(stop))
+    return edges[first - first % 2 : last + last % 2]
+
+
+def bridged(edges: Numbers, gap: int) -> list[int]:
+    """Return the edges of the set with all gaps filled that are not longer than ``gap``."""
+    found: list[int] = _bridged(edges, gap).tolist()
+    return found
+
+
+def _bridged(edges: Numbers, gap: int) -> Numbers:
+    import numpy
+
+    keep = numpy.ones(len(edges), bool)
+    short = numpy.flatnonzero(edges[2::2] - edges[1:-1:2] <= gap)
+    keep[2 * short + 1] = keep[2 * short + 2] = False
+    return edges[keep]
 
 
 class IntervalMeasure:
-    """How much of a set lies where, without going through it each time."""
+    """The number of bytes of a set in any interval, by a binary search each time."""
 
     def __init__(self, edges: Numbers) -> None:
         import numpy
@@ -103,11 +386,11 @@ class IntervalMeasure:
         self._before = numpy.concatenate((edges[:1] * 0, numpy.cumsum(edges[1::2] - edges[::2])))
 
     def within(self, start: int, stop: int) -> int:
-        """Bytes of the set in ``[start, stop)``."""
+        """Count the bytes of the set in ``[start, stop)``."""
         return self._below(stop) - self._below(start)
 
     def count(self, start: int, stop: int) -> int:
-        """About how many ranges of the set that are."""
+        """Estimate the number of intervals of the set in ``[start, stop)``."""
         first, last = self._edges.searchsorted((start, stop))
         return int(last - first + 1) // 2
 
@@ -115,51 +398,3 @@ class IntervalMeasure:
         edges = int(self._edges.searchsorted(at))
         rest = at - int(self._edges[edges - 1]) if edges & 1 else 0
         return int(self._before[edges // 2]) + rest if len(self._edges) else 0
-
-
-def window(edges: Numbers, start: int, stop: int) -> Numbers:
-    """The ranges that have a byte in ``[start, stop)``, in whole. A view: nothing is copied."""
-    first, last = int(edges.searchsorted(start, "right")), int(edges.searchsorted(stop))
-    return edges[first - first % 2 : last + last % 2]
-
-
-def bridged(edges: Numbers, gap: int) -> list[int]:
-    """The set with all gaps filled that are not longer than so many bytes."""
-    import numpy
-
-    keep = numpy.ones(len(edges), bool)
-    short = numpy.flatnonzero(edges[2::2] - edges[1:-1:2] <= gap)
-    keep[2 * short + 1] = keep[2 * short + 2] = False
-    found: list[int] = edges[keep].tolist()
-    return found
-
-
-def longer(edges: Numbers, than: int) -> Numbers:
-    """The ranges of the set that are longer than so many bytes."""
-    import numpy
-
-    return edges[numpy.repeat(edges[1::2] - edges[::2] > than, 2)]
-
-
-def incore(start: int, vector: bytes | bytearray) -> Numbers:
-    """What mincore(2) answered for the pages from the address ``start`` on: those that are in memory."""
-    import numpy
-
-    flags = numpy.frombuffer(vector, numpy.int8) & numpy.int8(1)
-    changes = numpy.flatnonzero(numpy.diff(flags, prepend=numpy.int8(0), append=numpy.int8(0)))
-    return changes.astype(numpy.int64) * PAGE_SIZE + start
-
-
-def pieces(edges: Numbers, longest: int) -> tuple[Numbers, Numbers]:
-    """Starts and lengths of the ranges, those longer than ``longest`` cut at multiples of it."""
-    import numpy
-
-    starts, stops = edges[::2], edges[1::2]
-    count = (stops - 1) // longest - starts // longest + 1
-    if (count == 1).all():
-        return starts, stops - starts
-    number = numpy.arange(int(count.sum())) - numpy.repeat(numpy.cumsum(count) - count, count)
-    first = numpy.repeat(starts // longest, count) + number
-    begin = numpy.maximum(numpy.repeat(starts, count), first * longest)
-    end = numpy.minimum(numpy.repeat(stops, count), (first + 1) * longest)
-    return begin, end - begin

@@ -24,6 +24,7 @@ from prefault._kernel import mman
 from prefault._system import capabilities
 from prefault._system.kept_files import KeptFile
 from prefault.engine.chunking import ChunkSize
+from prefault.inspection.pagemap_scan import PagemapScanner
 from prefault.inspection.scan import populated_before, residency_of
 from prefault.limits.allowance import allowance
 from prefault.limits.demand import Demand, ScatteredDemand, demands_of, missing_from
@@ -72,7 +73,7 @@ def test_many_mappings_take_few_calls(alternating: Region, monkeypatch: pytest.M
     vectors = Counter(monkeypatch, mman, "process_madvise_vector")
     singles = Counter(monkeypatch, mman, "madvise")
     bounds = Counter(monkeypatch, Demand, "at_most")
-    scans = Counter(monkeypatch, RESIDENCY._Scanner, "scan")
+    scans = Counter(monkeypatch, PagemapScanner, "scan")
     result = prefault.populate(alternating)
     assert (result.bytes, result.present_bytes, result.method) == (
         MAPPINGS * PAGE_SIZE, 0, "populate_write, populate_read",
@@ -205,7 +206,7 @@ def test_many_runs_are_told_as_few_are(states: list[str]) -> None:
         answers = []
         for many in (1 << 60, 0):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(RESIDENCY, "_MANY", many)
+                patch.setattr("prefault.inspection.result._MANY", many)
                 found = residency_of(pages)
                 told = found.ranges(), found.present_bytes, found.allocated_bytes, found.runs, found.pages().tolist()
             answers.append(told)

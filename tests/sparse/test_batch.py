@@ -251,11 +251,11 @@ def _extents(path: Path) -> list[Any]:
 
 def _assert_shut(memory: SparseMemory) -> None:
     """What has no page cannot be touched."""
-    if memory._gate.fence is None:
+    if memory._guard.protection is None:
         return
     there = set(present_blocks(memory))
-    runs = memory._gate.fence.runs()
-    assert {at // PAGE for low, high in zip(runs[::2], runs[1::2], strict=True) for at in range(low, high, PAGE)} == there
+    runs = memory._guard.protection.unprotected
+    assert {at // PAGE for low, high in runs for at in range(low, high, PAGE)} == there
 
 
 @contextmanager
@@ -288,7 +288,7 @@ def test_ctrl_c_between_vectors(unpopulated: Any, call: int, monkeypatch: pytest
             memory.populate_many(ranges)
         assert present_blocks(memory) == [8000, 8001]
         assert memory.read(8000 * PAGE, 4) == b"kept"
-        assert not memory._gate.operations
+        assert not memory._guard.operations
         memory.populate_many(ranges)
         with _interrupted_at(call, monkeypatch, "process_madvise_vector"), suppress(KeyboardInterrupt):
             memory.discard_many(ranges)  # which may be done before that many calls

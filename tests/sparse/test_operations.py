@@ -1,4 +1,4 @@
-"""Threads, forks, signals and books: who is at work on which blocks."""
+"""Threads, forks, signals and accounting: who is at work on which blocks."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ both = pytest.mark.parametrize("unpopulated", ["zeros", "fault"])
 
 
 def _open_blocks(memory: SparseMemory) -> set[int]:
-    assert memory._gate.fence is not None
-    runs = memory._gate.fence.runs()
+    assert memory._guard.protection is not None
     size = memory.block
-    return {at // size for low, high in zip(runs[::2], runs[1::2], strict=True) for at in range(low, high, size)}
+    return {at // size for low, high in memory._guard.protection.unprotected for at in range(low, high, size)}
 
 
 def _together(*functions: Callable[[], object]) -> None:
@@ -98,7 +97,7 @@ def _hammer(unpopulated: Any, shared: bool, seconds: float) -> None:
                             memory.read(first * PAGE, 1)
 
         _together(*(lambda seed=seed: work(seed) for seed in range(4)))
-        assert not memory._gate.operations
+        assert not memory._guard.operations
         if unpopulated == "fault":
             assert set(present_blocks(memory)) == _open_blocks(memory)
         memory.discard()
@@ -271,7 +270,7 @@ def test_ctrl_c_at_any_moment(unpopulated: Any) -> None:
             finally:
                 signal.signal(signal.SIGALRM, signal.SIG_IGN)
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            assert not list(memory._gate.operations)
+            assert not list(memory._guard.operations)
             if unpopulated == "fault":
                 assert set(present_blocks(memory)) == _open_blocks(memory)
         assert memory.read(0, 4) == b"kept"
@@ -281,7 +280,7 @@ def test_ctrl_c_at_any_moment(unpopulated: Any) -> None:
     signal.signal(signal.SIGALRM, before)
 
 
-# --- books
+# --- accounting
 
 
 class _Account(Accounting):
@@ -313,13 +312,13 @@ class _Account(Accounting):
 
 @both
 @pytest.mark.parametrize("shared", [False, True])
-def test_books(unpopulated: Any, shared: bool) -> None:
-    books = _Account(10 * PAGE)
-    memory = SparseMemory(64 * PAGE, block=2 * PAGE, shared=shared, unpopulated=unpopulated, books=books)
+def test_accounting(unpopulated: Any, shared: bool) -> None:
+    accounting = _Account(10 * PAGE)
+    memory = SparseMemory(64 * PAGE, block=2 * PAGE, shared=shared, unpopulated=unpopulated, accounting=accounting)
     memory.populate(PAGE, PAGE)
-    assert books.charged == RangeSet([PageRange(0, 2 * PAGE)])
+    assert accounting.charged == RangeSet([PageRange(0, 2 * PAGE)])
     memory.populate_many([(0, 1), (9 * PAGE, 1), (20 * PAGE, 4 * PAGE)])
-    assert (books.charged.length, memory.populated) == (8 * PAGE, books.charged)
+    assert (accounting.charged.length, memory.populated) == (8 * PAGE, accounting.charged)
     calls: list[Callable[[], object]] = [
         lambda: memory.populate(0, 12 * PAGE),
         lambda: memory.populate_many([(40 * PAGE, PAGE), (50 * PAGE, 1)]),
@@ -327,41 +326,41 @@ def test_books(unpopulated: Any, shared: bool) -> None:
     for call in calls:
         with pytest.raises(PoolFullError):
             call()
-        assert memory.populated == books.charged
+        assert memory.populated == accounting.charged
     memory.discard(0, 9 * PAGE)  # inward: not the block of which half is outside
-    assert (books.charged.length, memory.populated) == (6 * PAGE, books.charged)
+    assert (accounting.charged.length, memory.populated) == (6 * PAGE, accounting.charged)
     memory.discard_many([(8 * PAGE, 2 * PAGE), (20 * PAGE, 2 * PAGE)])
-    assert (books.charged, memory.populated) == (RangeSet([PageRange(22 * PAGE, 24 * PAGE)]),) * 2
+    assert (accounting.charged, memory.populated) == (RangeSet([PageRange(22 * PAGE, 24 * PAGE)]),) * 2
 
     memory.close()
-    assert books.calls[-1] == "close"
+    assert accounting.calls[-1] == "close"
 
 
-def test_books_are_closed_once_and_when_the_memory_is_gone() -> None:
-    books = _Account(10 * PAGE)
+def test_accounting_are_closed_once_and_when_the_memory_is_gone() -> None:
+    accounting = _Account(10 * PAGE)
 
     def closed_in_the_child(memory: SparseMemory) -> list[str]:
         memory.close()
-        return books.calls
+        return accounting.calls
 
     def forgotten() -> memoryview:
-        memory = SparseMemory(4 * PAGE, books=books)
+        memory = SparseMemory(4 * PAGE, accounting=accounting)
         # Of a fork: its end is not the end of the memory.
         assert in_child(lambda: closed_in_the_child(memory)) == []
         return memory.view()
 
     view = forgotten()
-    assert books.calls == []
+    assert accounting.calls == []
     view.release()
     del view
-    assert books.calls == ["close"]
+    assert accounting.calls == ["close"]
 
 
 @both
-def test_books_after_a_failure(unpopulated: Any, small_tmpfs: Callable[[str], Path]) -> None:
-    books = _Account(1000 * PAGE)
+def test_accounting_after_a_failure(unpopulated: Any, small_tmpfs: Callable[[str], Path]) -> None:
+    accounting = _Account(1000 * PAGE)
     backing = TemporaryFile(small_tmpfs("64k"))
-    with SparseMemory(64 * PAGE, backing=backing, unpopulated=unpopulated, books=books) as memory:
+    with SparseMemory(64 * PAGE, backing=backing, unpopulated=unpopulated, accounting=accounting) as memory:
         memory.populate(3 * PAGE, 2 * PAGE)
         calls: list[Callable[[], object]] = [
             lambda: memory.populate(0, 40 * PAGE, headroom="ignore"),
@@ -372,13 +371,13 @@ def test_books_after_a_failure(unpopulated: Any, small_tmpfs: Callable[[str], Pa
             with pytest.raises(prefault.PopulateError):
                 call()
             # Only what was charged for this call is refunded.
-            assert books.charged == memory.populated == RangeSet([PageRange(3 * PAGE, 5 * PAGE)])
+            assert accounting.charged == memory.populated == RangeSet([PageRange(3 * PAGE, 5 * PAGE)])
 
 
 @both
-def test_books_after_a_discard_that_fails(unpopulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    books = _Account(1 << 40)
-    with SparseMemory(64 * MIB * 3, block=MIB, unpopulated=unpopulated, books=books, huge="never") as memory:
+def test_accounting_after_a_discard_that_fails(unpopulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    accounting = _Account(1 << 40)
+    with SparseMemory(64 * MIB * 3, block=MIB, unpopulated=unpopulated, accounting=accounting, huge="never") as memory:
         memory.populate(60 * MIB, 120 * MIB)
         memory.write(179 * MIB, b"kept")
         split = memory.range.start + 64 * MIB
@@ -396,7 +395,7 @@ def test_books_after_a_discard_that_fails(unpopulated: Any, monkeypatch: pytest.
         refusing = False
         # In steps of 64 MiB: those before the one that failed are gone, and it and those after it are as before.
         kept = memory.populated
-        assert books.charged == kept
+        assert accounting.charged == kept
         assert PageRange(128 * MIB, 180 * MIB) in kept
         assert MIB not in kept
         assert kept.length < 120 * MIB
@@ -407,7 +406,7 @@ def test_books_after_a_discard_that_fails(unpopulated: Any, monkeypatch: pytest.
             assert (faults(memory, 60 * MIB), faults(memory, 179 * MIB)) == (True, False)
         monkeypatch.undo()
         memory.discard()
-        assert not books.charged
+        assert not accounting.charged
 
 
 # --- the measure

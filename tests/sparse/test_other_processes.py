@@ -76,13 +76,13 @@ def test_a_fork_takes_nothing_from_a_scratch_file(unpopulated: Any, tmp_path: Pa
         memory.populate(access="write")
         memory.write(0, b"kept")
         span = Span(*memory.range)
-        with _another_thread_within(lambda: memory._gate.discarding([span])):
+        with _another_thread_within(lambda: memory._guard.discarding([span])):
             assert in_child(lambda: True)
             assert os.pread(memory.fd or 0, 4, 0) == b"kept"
             assert _allocated(memory) == 16 * PAGE
 
 
-class _BadBooks(Accounting):
+class _BadAccounting(Accounting):
     def __init__(self) -> None:
         self.refunding = False
 
@@ -99,20 +99,20 @@ class _BadBooks(Accounting):
 
 def test_what_fails_in_a_fork_does_not_lock_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "unraisablehook", lambda *_: None)  # for what hooks of fork raise
-    books = _BadBooks()
-    memories = [SparseMemory(16 * PAGE, unpopulated="fault", books=books) for _ in range(3)]
-    gate, span = memories[1]._gate, Span(*memories[1].range)
+    accounting = _BadAccounting()
+    memories = [SparseMemory(16 * PAGE, unpopulated="fault", accounting=accounting) for _ in range(3)]
+    gate, span = memories[1]._guard, Span(*memories[1].range)
 
     def child() -> list[int]:
-        books.refunding = False
+        accounting.refunding = False
         return [memory.populate().bytes for memory in memories]
 
     with _another_thread_within(lambda: gate.populating([span])):
-        books.refunding = True
+        accounting.refunding = True
         try:
             assert in_child(child) == [16 * PAGE] * 3
         finally:
-            books.refunding = False
+            accounting.refunding = False
     for memory in memories:
         memory.close()
 
@@ -207,11 +207,11 @@ def test_a_guard_that_the_kernel_has_dropped_is_put_back_by_a_discard(many: bool
         assert not faults(memory, 10 * PAGE)
         if many:
 
-            def punch(start: int, length: int, real: Any = memory._gate.punch) -> Any:
+            def punch(start: int, length: int, real: Any = memory._guard.punch) -> Any:
                 mman.madvise(start, length, mman.MADV_GUARD_REMOVE)  # or only now
                 return real(start, length)
 
-            monkeypatch.setattr(memory._gate, "punch", punch)
+            monkeypatch.setattr(memory._guard, "punch", punch)
             memory.discard_many([(9 * PAGE, PAGE), (10 * PAGE, PAGE)])
         else:
             memory.discard(9 * PAGE, 2 * PAGE)

@@ -45,8 +45,8 @@ def _no_leaks(no_leaks: None) -> None:
 def _faulting(memory: SparseMemory) -> list[int]:
     """Numbers of the blocks that cannot be read at their first and last byte; no other cannot at either.
 
-    The kernel reads what a fence does not forbid, in this very process. That the others are a SIGSEGV is tried in children
-    at a few of them, since a fork takes 5 ms.
+    The kernel reads what the protection does not forbid, in this very process. That the others are a SIGSEGV is tried in
+    children at a few of them, since a fork takes 5 ms.
     """
     shut: list[int] = []
     accessible: list[int] = []
@@ -189,12 +189,11 @@ def test_random_blocks_against_a_set(guards: bool) -> None:
                     memory.discard_many([(at * PAGE, PAGE) for at in many])
                     model -= set(many)
             assert present_blocks(memory) == sorted(model)
-            runs = memory._gate.fence.runs() if memory._gate.fence else []
-            assert {
-                at // PAGE for low, high in zip(runs[::2], runs[1::2], strict=True) for at in range(low, high, PAGE)
-            } == model
-            assert mappings(memory) <= (2 * 6 + 1 if guards else len(runs) + 1)
-            # Not in children, of which it would take thousands: the kernel reads what a fence does not forbid.
+            assert memory._guard.protection is not None
+            runs = memory._guard.protection.unprotected
+            assert {at // PAGE for low, high in runs for at in range(low, high, PAGE)} == model
+            assert mappings(memory) <= (2 * 6 + 1 if guards else 2 * len(runs) + 1)
+            # Not in children, of which it would take thousands: the kernel reads what the protection does not forbid.
             for at in [rng.randrange(blocks) for _ in range(20)]:
                 assert _kernel_can_read(memory.range.start + at * PAGE) == (at in model)
         memory.discard()
@@ -246,7 +245,7 @@ def _scatter(size: str, block: int, count: int) -> None:
         memory.discard_many([(at * block, block) for at in chosen])
         assert mappings(memory) == 1
         assert not memory.populated
-        assert not memory._gate.fence or not memory._gate.fence._open  # the books are empty, too
+        assert not memory._guard.protection or not memory._guard.protection._unprotected  # no extent keeps a state
     assert status_kib("VmPTE") <= tables + 1024  # the page tables of guards went back
 
 
@@ -310,8 +309,8 @@ def test_transparent_huge_pages_between_guards() -> None:
         needs.capability(prefault._system.capabilities.PAGEMAP_SCAN)
         for at in (0, 3, 1):  # 1 was a guard region, in an extent of four blocks
             memory.populate(at * block, block)
-        assert memory._gate.fence is not None
-        assert memory._gate.fence._extent == 4 * block
+        assert memory._guard.protection is not None
+        assert memory._guard.protection._extent == 4 * block
         huge = [oracle.smaps(memory.range.start).get("AnonHugePages", 0)]
         if not huge[0]:
             needs.missing("transparent huge pages are off")

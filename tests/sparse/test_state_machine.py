@@ -163,10 +163,9 @@ class Machine(RuleBasedStateMachine):
             assert os.fstat(memory.fd).st_blocks * 512 == len(self.model) * self.block
         if self.pool is not None:
             assert hugetlb.read_pool(HUGE).available == self.pool - len(self.model)
-        if memory._gate.fence is not None:
-            runs = memory._gate.fence.runs()
-            opened = {at // self.block for s, e in zip(runs[::2], runs[1::2], strict=True) for at in range(s, e, self.block)}
-            assert opened == set(self.model)
+        if memory._guard.protection is not None:
+            runs = memory._guard.protection.unprotected
+            assert {at // self.block for start, stop in runs for at in range(start, stop, self.block)} == set(self.model)
         # Mappings of hugetlb are not joined, and without guards each run of blocks is one.
         assert mappings(memory) <= 2 * _BLOCKS + 1
 

@@ -142,13 +142,13 @@ class FourBlocks(Accounting):
 
 @pytest.mark.parametrize("unpopulated", ["zeros", "fault"])
 def test_an_exhausted_pool_is_busy(unpopulated: str) -> None:
-    books = FourBlocks()
-    with SparseMemory("64 MiB", backing="memfd", block=BLOCK, unpopulated=unpopulated, books=books) as memory:  # type: ignore[arg-type]
+    accounting = FourBlocks()
+    with SparseMemory("64 MiB", backing="memfd", block=BLOCK, unpopulated=unpopulated, accounting=accounting) as memory:  # type: ignore[arg-type]
         device = VirtioMem(memory, addr=ADDR, requested_size="64 MiB")
         run_out(device, memory, 4)
-        assert books.charged == device.plugged
+        assert accounting.charged == device.plugged
         assert ask(device, UNPLUG_ALL) == ACK
-        assert not books.charged
+        assert not accounting.charged
 
 
 @pytest.mark.parametrize("unpopulated", ["zeros", "fault"])

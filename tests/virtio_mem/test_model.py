@@ -118,7 +118,7 @@ class Device(RuleBasedStateMachine):
         backing = data.draw(st.sampled_from(self.backings))
         self.shop = Shop(self.model)
         self.memory = SparseMemory(
-            BLOCKS * BLOCK, backing=backing, block=BLOCK, unpopulated=unpopulated, huge="never", books=self.shop,  # type: ignore[arg-type]
+            BLOCKS * BLOCK, backing=backing, block=BLOCK, unpopulated=unpopulated, huge="never", accounting=self.shop,  # type: ignore[arg-type]
         )  # fmt: skip
         self.device = VirtioMem(
             self.memory, addr=ADDR, block_size=BLOCK, requested_size=requested * BLOCK, usable_extent=EXTENT * BLOCK,

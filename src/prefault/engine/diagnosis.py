@@ -12,7 +12,8 @@ from prefault._kernel._call import explain
 from prefault._kernel.mman import EHWPOISON
 from prefault._system import proc
 from prefault.engine.methods import Access, Method
-from prefault.inspection.scan import PageState, residency_of
+from prefault.inspection.result import PageState
+from prefault.inspection.scan import residency_of
 from prefault.limits import limits_on, use_of_vma
 from prefault.limits.process_limits import lock_refusal
 from prefault.memory.vma import Backing, Vma, file_size, vm_flags, vma_at

@@ -11,7 +11,8 @@ from prefault._kernel import mman
 from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from prefault._system import capabilities
 from prefault.errors import DiscardError
-from prefault.inspection.scan import PageState, residency_of
+from prefault.inspection.result import PageState
+from prefault.inspection.scan import residency_of
 from prefault.memory.borrowing import Borrowed, Span, borrow
 from prefault.memory.vma import Backing, Vma, vm_flags, vmas_by_kind
 from prefault.ranges import PageRange, RangeSet

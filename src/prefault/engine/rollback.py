@@ -16,7 +16,9 @@ from prefault.engine.discarding import drop
 from prefault.engine.methods import best
 from prefault.engine.planning import Segment
 from prefault.errors import PopulateError
-from prefault.inspection.scan import PageState, mapped_by_others, residency_of, resident
+from prefault.inspection.mincore import resident
+from prefault.inspection.result import PageState
+from prefault.inspection.scan import mapped_by_others, residency_of
 from prefault.memory.vma import Backing, file_descriptor, vma_at
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, PAGE_SIZE

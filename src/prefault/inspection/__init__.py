@@ -1,1 +1,1 @@
-"""What is populated now: the result, and the ways to scan."""
+"""Residency: the state of the pages of any memory, and the kernel interfaces that tell it."""

@@ -123,7 +123,7 @@ class Pool:
             try:
                 return SparseMemory(
                     round_up(wanted, self.block), reservation=request.size, backing=Descriptor(fd), block=self.block,
-                    unpopulated=unpopulated, huge=huge, books=books,
+                    unpopulated=unpopulated, huge=huge, accounting=books,
                 )  # fmt: skip
             finally:
                 os.close(fd)

@@ -1,4 +1,4 @@
-"""Sparse memory: a large reservation of which parts are populated and discarded at will."""
+"""Sparse memory: a large reservation whose blocks are populated and discarded at will."""
 
 from prefault.sparse.accounting import Accounting
 from prefault.sparse.sparse_memory import SparseMemory

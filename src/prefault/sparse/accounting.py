@@ -1,4 +1,4 @@
-"""What a pool is to sparse memory: the books of which blocks are charged to it."""
+"""The accounting of populated blocks: the interface between sparse memory and a pool."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prefault.ranges import RangeSet
 
 
 class Accounting(abc.ABC):
-    """The account of one :class:`~prefault.SparseMemory` with whoever its memory is drawn from.
+    """The account of one :class:`~prefault.SparseMemory` with the pool that its memory is drawn from.
 
     Offsets are bytes from the start of the memory, in whole blocks. Calls for different blocks may come from several threads
     at once; two calls for the same block never overlap.
@@ -16,18 +16,18 @@ class Accounting(abc.ABC):
 
     @abc.abstractmethod
     def charge(self, blocks: RangeSet) -> RangeSet:
-        """Book blocks that are about to be populated, all or none; those that were not booked before.
+        """Charge blocks that are about to be populated, all or none; return those that were not charged before.
 
-        Called before a page is touched and before a fence is opened.
+        Called before a page is touched and before a block is unprotected.
 
         Raises:
-            PoolFullError: there is no room for them. Nothing is booked then.
+            PoolFullError: there is no room for them. Nothing is charged then.
         """
 
     @abc.abstractmethod
     def refund(self, blocks: RangeSet) -> None:
-        """Blocks that were discarded, or whose population failed: no page of them is left. Some may not be booked at all."""
+        """Refund blocks without a page: discarded, or their population failed. Some may not be charged at all."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """The memory is gone. Called once."""
+        """End the account: the memory is gone. Called once."""

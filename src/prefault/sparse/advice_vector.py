@@ -1,30 +1,30 @@
-"""One advice on many ranges: process_madvise on this process, 1024 ranges a call, without an object a range."""
+"""One advice on many ranges: process_madvise on this process, 1024 ranges per call, without an object for each range."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prefault._kernel import mman
 from prefault._system import capabilities
 from prefault._system.own_process import own_process
+from prefault.intervals import Intervals
 from prefault.sizes import MIB
 
 if TYPE_CHECKING:
-    from prefault.sparse.range_arguments import Numbers
+    from prefault.intervals import Numbers
 
 _FEW = 4
-"""For so few ranges single calls are as fast."""
+"""Number of ranges up to which single calls are as fast."""
 
 _LONGEST = 4 * MIB
 """Longer ranges are cut: a call cannot be interrupted."""
 
-
 _AT_ONCE = 64 * MIB
+"""Bytes of one call, about."""
 
 
 class AdviceVector:
-    """Ranges as the kernel wants them: an array of ``struct iovec``.
+    """Ranges as process_madvise takes them: an array of ``struct iovec``.
 
     Args:
         starts: addresses.
@@ -45,19 +45,19 @@ class AdviceVector:
         return len(self.starts)
 
     def span(self, first: int, stop: int) -> tuple[int, int]:
-        """Addresses from the start of one range to the end of the one before ``stop``, what lies between included."""
+        """Return the addresses from the start of one range to the end of the one before ``stop``."""
         return int(self.starts[first]), int(self.starts[stop - 1] + self.lengths[stop - 1])
 
     def stop_of(self, first: int, limit: int) -> int:
-        """Where a call that begins with range number ``first`` ends: 1024 ranges, or about ``limit`` bytes, at least one."""
+        """Return where a call from range number ``first`` on ends: after 1024 ranges or ``limit`` bytes, at least one."""
         within = int(self._reach.searchsorted(self._before[first] + limit, side="right"))
         return min(first + mman.IOV_MAX, max(first + 1, within), len(self))
 
     def advise(self, pidfd: int, first: int, stop: int, advice: int) -> int:
-        """Advise the ranges of these numbers, at most 1024; the number of the first that is not advised.
+        """Advise the ranges of these numbers, at most 1024; return the number of the first that is not advised.
 
         Raises:
-            OSError: the first of them. A later one that fails ends the call.
+            OSError: the kernel refuses the first of them. A later one that it refuses ends the call.
         """
         try:
             done = mman.process_madvise_vector(pidfd, self._iovecs.ctypes.data + 16 * first, stop - first, advice)
@@ -66,22 +66,17 @@ class AdviceVector:
         return int(self._before.searchsorted(self._before[first] + done))
 
 
-def advise(address: int, edges: Sequence[int] | Numbers, advice: int) -> None:
-    """Advise ranges, given as edges from ``address`` on, all of them.
+def advise(pages: Intervals, advice: int) -> None:
+    """Advise ranges of addresses, all of them.
 
     Raises:
-        OSError: one of them; those before it are advised.
+        OSError: the kernel refuses one of them; those before it are advised.
     """
-    if len(edges) <= 2 * _FEW or not capabilities.PROCESS_MADVISE.available:
-        for start, stop in zip(edges[::2], edges[1::2], strict=True):
-            mman.madvise(address + int(start), int(stop - start), advice)
+    if len(pages) <= _FEW or not capabilities.PROCESS_MADVISE.available:
+        for start, stop in pages:
+            mman.madvise(start, stop - start, advice)
         return
-    import numpy
-
-    from prefault.sparse.range_arguments import pieces
-
-    starts, lengths = pieces(numpy.asarray(edges, numpy.int64), _LONGEST)
-    vector = AdviceVector(starts + address, lengths)
+    vector = AdviceVector(*pages.pieces(_LONGEST))
     with own_process() as pidfd:
         at = 0
         while at < len(vector):

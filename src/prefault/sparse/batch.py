@@ -1,4 +1,4 @@
-"""Populating and discarding many ranges at once: vectors of 1024 ranges, and all or nothing over all of them."""
+"""populate_many and discard_many: vectors of 1024 ranges, all or nothing over all of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter, perf_counter_ns
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prefault._kernel import mman
 from prefault._kernel.pagemap import PageCategory
@@ -20,7 +20,9 @@ from prefault.engine.planning import NO_FALLOCATE, Segment, make_plan, without_f
 from prefault.engine.populating import HeadroomChoice, PopulateResult, locate
 from prefault.engine.rollback import Rollback, holes_before
 from prefault.errors import DiscardError, PopulateError, PopulateInterrupted
+from prefault.inspection.mincore import resident_in
 from prefault.inspection.scan import occupied
+from prefault.intervals import Intervals
 from prefault.limits import MemoryUse, Shortfall
 from prefault.limits.admission import AdmissionControl
 from prefault.limits.demand import ScatteredDemand
@@ -28,81 +30,83 @@ from prefault.memory.borrowing import Borrowed
 from prefault.memory.vma import Backing
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, format_size
-from prefault.sparse import range_arguments as sets
 from prefault.sparse.advice_vector import AdviceVector, advise
-from prefault.sparse.operations import Discarding, Populating, SparseAccessGuard
+from prefault.sparse.exclusion import BlockGuard
+from prefault.sparse.operations import Discarding, Populating
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from prefault.sparse.range_arguments import Numbers
+    from numpy import bool_
+    from numpy.typing import NDArray
+
+    from prefault.intervals import Numbers
 
 _PIECE = 4 * MIB
 _NEAR = 4 * MIB
-"""A gap that is looked at as well: a call more costs more than to walk it, page tables full of guards included."""
+"""A gap that is scanned as well: one more call costs more than to walk it, page tables full of guards included."""
 _STEP = 64 * MIB
-_TAKEN_BACK_AT_ONCE = 512
+_UNDONE_AT_ONCE = 512
 
 _PRESENT, _SWAPPED = int(PageCategory.PRESENT), int(PageCategory.SWAPPED)
+_ZERO_PAGE = int(PageCategory.PFNZERO)
 _COPY_PENDING = int(PageCategory.PFNZERO | PageCategory.FILE)
 
 
 def populate_many(
-    memory: Borrowed, gate: SparseAccessGuard, blocks: Numbers, access: Access | None, headroom: HeadroomChoice
+    memory: Borrowed, guard: BlockGuard, blocks: Intervals, access: Access | None, headroom: HeadroomChoice
 ) -> PopulateResult:
-    """Populate the blocks, given as edges, all or none."""
+    """Populate the blocks, all or none."""
     began = perf_counter_ns()
     if headroom not in ("check", "ignore"):
         raise ValueError(f"headroom is 'check' or 'ignore', not {headroom!r}")
     if access not in (None, "read", "write"):
         raise ValueError(f"access is 'read', 'write' or None, not {access!r}")
-    if not len(blocks):
+    if not blocks:
         return PopulateResult(0, 0, 0.0, access or "write", "none", 1)
-    with Populating(gate, blocks):
+    with Populating(guard, blocks):
         return _BatchRun(memory, blocks, access, headroom).run(began)
 
 
 class _BatchRun:
-    """One call at work on blocks that the gate has let through."""
+    """One call at work on blocks that its operation has admitted."""
 
-    def __init__(self, memory: Borrowed, blocks: Numbers, access: Access | None, headroom: HeadroomChoice) -> None:
+    def __init__(self, memory: Borrowed, blocks: Intervals, access: Access | None, headroom: HeadroomChoice) -> None:
         # All blocks are parts of one mapping, so what is best for the first is best for all.
-        first, stop = int(blocks[0]), int(blocks[-1])
-        plan = make_plan(memory, access, first, int(blocks[1]) - first, None, 1)
+        first, stop = blocks.span
+        plan = make_plan(memory, access, first, blocks.edges[1] - first, None, 1)
         (segment,) = plan.segments
         method = segment.method
         if segment.backing is not Backing.FILE:
             method = method.without_fallocate  # fallocate first pays for large ranges only (docs/design/sparse.md)
         self._notes = plan.notes
         self._origin = memory.address
-        self._pages = blocks + memory.address
+        self._pages = blocks.shifted(memory.address)
         self._segment = Segment(
             memory.address + first, memory.address + stop, method, segment.target, segment.backing, segment.reason
         )
-        starts, lengths = sets.pieces(self._pages, max(_PIECE, segment.target.page_size))
-        self._vector = AdviceVector(starts, lengths)
+        self._vector = AdviceVector(*self._pages.pieces(max(_PIECE, segment.target.page_size)))
         self._at = 0
         self._tried: int | None = None
-        self._before = self._kept = self._pages[:0]
+        self._before = self._kept = Intervals()
         self._look()
-        self._watch: AdmissionControl | None = None
+        self._admission: AdmissionControl | None = None
         if headroom == "check":
-            missing = sets.without(sets.without(self._pages, self._before), self._resident)
-            self._watch = AdmissionControl([_Scattered(self._segment.use, self._pages, missing, memory.fd)], memory.address)
-            self._watch.start()
+            missing = self._pages - self._before - self._resident
+            self._admission = AdmissionControl(
+                [_Scattered(self._segment.use, self._pages, missing, memory.fd)], memory.address
+            )
+            self._admission.start()
 
     # --- before
 
     def _look(self) -> None:
-        """Find out what has to be known in order to count the work, and to undo it."""
+        """Find out the facts that are needed to count the work, and to undo it."""
         segment = self._segment
-        rows = occupied(sets.bridged(self._pages, _NEAR))
-        category = rows[:, 2]
-        present, swapped = (category & _PRESENT) != 0, (category & _SWAPPED) != 0
-        if segment.method.access == "write" and not segment.target.shared:
-            present &= (category & _COPY_PENDING) == 0
-        self._before = self._within(rows[present])
-        self._kept = self._within(rows[present | swapped])
+        rows = occupied(self._pages.bridged(_NEAR).edges)
+        populated, swapped = self._populated(rows), (rows[:, 2] & _SWAPPED) != 0
+        self._before = _ranges(rows[populated]) & self._pages
+        self._kept = _ranges(rows[populated | swapped]) & self._pages
         self._known = capabilities.PAGEMAP_SCAN.available or capabilities.PAGEMAP.available
         if not self._known:
             raise PopulateError(
@@ -114,23 +118,18 @@ class _BatchRun:
         self._resident = self._file_pages()
         self._holes = holes_before(segment)
 
-    def _within(self, rows: Any) -> Numbers:
-        return sets.common(sets.merged(rows[:, 0], rows[:, 1]), self._pages)
+    def _populated(self, rows: Numbers) -> NDArray[bool_]:
+        """Tell which rows need no population: present, and not still to be copied by a write."""
+        populated: NDArray[bool_] = (rows[:, 2] & _PRESENT) != 0
+        if self._segment.method.access == "write" and not self._segment.target.shared:
+            populated &= (rows[:, 2] & _COPY_PENDING) == 0
+        return populated
 
-    def _file_pages(self) -> Numbers:
-        """Of shared memory the pages of our blocks that are in memory already, mapped by this process or not."""
-        import numpy
-
-        segment = self._segment
-        if not segment.target.shared or segment.backing is Backing.FILE:
-            return self._pages[:0]
-        spans = sets.bridged(self._pages, _NEAR)
-        every = numpy.concatenate([
-            sets.incore(part.start, mman.mincore(part.start, part.length))
-            for start, stop in zip(spans[::2], spans[1::2], strict=True)
-            for part in PageRange(start, stop).chunks(256 * MIB)
-        ])  # fmt: skip
-        return sets.merged(every[::2], every[1::2])
+    def _file_pages(self) -> Intervals:
+        """Return the pages of a shared memory file that are in memory already, mapped by this process or not."""
+        if not self._segment.target.shared or self._segment.backing is Backing.FILE:
+            return Intervals()
+        return resident_in([PageRange(*span) for span in self._pages.bridged(_NEAR)])
 
     # --- work
 
@@ -144,13 +143,13 @@ class _BatchRun:
         except PopulateError:
             raise
         except BaseException as interruption:
-            brought_in, kept = self._settle()
-            text = f"{format_size(brought_in)} of {format_size(sets.total(self._pages))} populated{_undone(kept)}"
+            brought_in, kept = self._undo()
+            text = f"{format_size(brought_in)} of {format_size(self._pages.length)} populated{_undone(kept)}"
             if isinstance(interruption, KeyboardInterrupt):
                 raise PopulateInterrupted(f"interrupted: {text}", kept) from None
             interruption.add_note(f"populate_many was stopped: {text}")
             raise
-        whole, present = sets.total(self._pages), sets.total(self._before)
+        whole, present = self._pages.length, self._before.length
         seconds = (perf_counter_ns() - began) / 1e9
         method = self._segment.method  # without fallocate, perhaps, by now
         return PopulateResult(whole - present, present, seconds, method.access, method.name, 1, self._notes)
@@ -160,7 +159,7 @@ class _BatchRun:
         with own_process() as pidfd:
             while self._at < len(vector):
                 stop = vector.stop_of(
-                    self._at, pace.size if self._watch is None else min(pace.size, self._watch.largest_chunk)
+                    self._at, pace.size if self._admission is None else min(pace.size, self._admission.largest_chunk)
                 )
                 pace.start()
                 with self._admitted(self._at, stop):
@@ -190,18 +189,18 @@ class _BatchRun:
 
     @contextmanager
     def _admitted(self, first: int, stop: int) -> Iterator[None]:
-        """Around populating pieces of these numbers: the limits are looked at again."""
-        if self._watch is None:
+        """Around populating the pieces of these numbers: check the limits again."""
+        if self._admission is None:
             yield
             return
         start, end = self._vector.span(first, stop)
-        shortage = self._watch.admit(start, end)
-        if shortage is not None:
-            raise self._failed(start, shortage)
+        shortfall = self._admission.admit(start, end)
+        if shortfall is not None:
+            raise self._failed(start, shortfall)
         try:
             yield
         finally:
-            self._watch.release()
+            self._admission.release()
 
     # --- the end
 
@@ -210,9 +209,9 @@ class _BatchRun:
         segment = self._segment
         self._tried = self._at + 1
         cause = error if isinstance(error, Shortfall) else diagnose(address, segment.method, error, segment.target.fd)
-        brought_in, kept = self._settle()
+        brought_in, kept = self._undo()
         offset = address - self._origin
-        where = f"offset {offset} ({address:#x}), in one of {len(self._pages) // 2} ranges"
+        where = f"offset {offset} ({address:#x}), in one of {len(self._pages)} ranges"
         done = f"before that {format_size(brought_in)} populated{_undone(kept)}"
         if isinstance(cause, Shortfall):
             message = f"stopped at {where}: for the next part {cause.sentence}; {done}"
@@ -224,44 +223,44 @@ class _BatchRun:
         result.__cause__ = error if isinstance(error, OSError) else None
         return result
 
-    def _settle(self) -> tuple[int, RangeSet]:
-        """How many bytes this call brought in, and what of that is still there.
+    def _undo(self) -> tuple[int, RangeSet]:
+        """Discard the pages that this call brought in; return how many bytes these were, and the pages that stayed.
 
-        Only what was tried, lest others lose what they touch; and a few ranges at a time: it takes memory to find out what
-        is to be discarded, at a moment when there may be none left.
+        Only pages that were tried, lest others lose what they touch; and a few ranges at a time: finding out what to discard
+        takes memory, at a moment when there may be none left.
         """
-        # Of an interruption nobody knows how far into a vector it struck.
+        # After an interruption it is unknown how far into a vector it struck.
         tried = self._at + mman.IOV_MAX if self._tried is None else self._tried
         _, end = self._vector.span(0, min(tried, len(self._vector)))
-        begun = sets.window(self._pages, self._segment.start, end)
+        begun = self._pages & Intervals([(self._segment.start, end)])
         brought_in, stayed = 0, list[PageRange]()
-        for at in range(0, len(begun), 2 * _TAKEN_BACK_AT_ONCE):
-            part = begun[at : at + 2 * _TAKEN_BACK_AT_ONCE]
-            if part[-1] > end:  # it was cut into pieces
-                part = part.copy()
-                part[-1] = end
-            done = sets.as_set(self._brought_in(part))
+        for part in begun.batches(_UNDONE_AT_ONCE):
+            done = _pages(self._brought_in(part))
             brought_in += done.length
-            kept, resident = (sets.as_set(sets.window(some, part[0], part[-1])) for some in (self._kept, self._resident))
-            stayed += Rollback.knowing(self._segment, kept, resident, self._holes).undo(done, sets.as_set(part))
+            kept, resident = (_pages(some.window(*part.span)) for some in (self._kept, self._resident))
+            stayed += Rollback.knowing(self._segment, kept, resident, self._holes).undo(done, _pages(part))
         return brought_in, RangeSet(stayed)
 
-    def _brought_in(self, pages: Numbers) -> Numbers:
-        """What of these pages is there now and was not before."""
-        rows = occupied(sets.bridged(pages, _NEAR))
-        present = (rows[:, 2] & _PRESENT) != 0
-        if self._segment.method.access == "write" and not self._segment.target.shared:
-            present &= (rows[:, 2] & _COPY_PENDING) == 0
-        there = sets.common(sets.merged(rows[present, 0], rows[present, 1]), pages)
-        return sets.without(there, sets.window(self._before, pages[0], pages[-1]))
+    def _brought_in(self, pages: Intervals) -> Intervals:
+        """Return the pages of a set that are populated now and were not before."""
+        rows = occupied(pages.bridged(_NEAR).edges)
+        return (_ranges(rows[self._populated(rows)]) & pages) - self._before.window(*pages.span)
+
+
+def _ranges(rows: Numbers) -> Intervals:
+    return Intervals.from_arrays(rows[:, 0], rows[:, 1])
+
+
+def _pages(pages: Intervals) -> RangeSet:
+    return RangeSet.from_edges(pages.edges)
 
 
 class _Scattered(ScatteredDemand):
-    """What ranges take that lie scattered in one segment, of which it is known what is missing."""
+    """The demand of ranges scattered in one segment, whose missing pages are known."""
 
-    def __init__(self, use: MemoryUse, pages: Numbers, missing: Numbers, fd: int | None) -> None:
+    def __init__(self, use: MemoryUse, pages: Intervals, missing: Intervals, fd: int | None) -> None:
         # That a disk is full is an error and kills nobody; how much of a file's holes lies in the ranges is not counted.
-        super().__init__(use._replace(allocates=False), pages, missing, fd)
+        super().__init__(use._replace(allocates=False), pages.to_numpy(), missing.to_numpy(), fd)
 
     def memory(self, start: int, stop: int) -> int:
         takes = self.use.copies or self.use.fills_shmem
@@ -272,37 +271,37 @@ class _Scattered(ScatteredDemand):
 
 
 def _undone(kept: RangeSet) -> str:
-    return f", and discarded again but for {format_size(kept.length)}" if kept else ", and discarded again"
+    return f", and discarded again except {format_size(kept.length)}" if kept else ", and discarded again"
 
 
-def discard_many(memory: Borrowed, gate: SparseAccessGuard, blocks: Numbers) -> DiscardResult:
-    """Discard the blocks, given as edges."""
+def discard_many(memory: Borrowed, guard: BlockGuard, blocks: Intervals) -> DiscardResult:
+    """Discard the blocks."""
     began = perf_counter()
-    if not len(blocks):
+    if not blocks:
         return DiscardResult(0, 0, 0.0, "none")
-    pages = blocks + memory.address
+    pages = blocks.shifted(memory.address)
     freed = _allocated(pages)
-    with Discarding(gate, blocks):
+    with Discarding(guard, blocks):
         how = "MADV_DONTNEED"
-        if gate.memory_file is not None:
+        if guard.memory_file is not None:
             how = "FALLOC_FL_PUNCH_HOLE"
-            _each(pages, gate.punch)
-        elif gate.fence is None:
+            _each(pages, guard.punch)
+        elif guard.protection is None:
             how = _drop(pages)
-    return DiscardResult(sets.total(blocks), freed, perf_counter() - began, how)
+    return DiscardResult(blocks.length, freed, perf_counter() - began, how)
 
 
-def _allocated(pages: Numbers) -> int | None:
+def _allocated(pages: Intervals) -> int | None:
     if not capabilities.PAGEMAP_SCAN.available:
         return None
-    rows = occupied(sets.bridged(pages, _NEAR))
-    there = ((rows[:, 2] & _PRESENT) != 0) & ((rows[:, 2] & int(PageCategory.PFNZERO)) == 0)
-    return sets.total(sets.common(sets.merged(rows[there, 0], rows[there, 1]), pages))
+    rows = occupied(pages.bridged(_NEAR).edges)
+    allocated = (rows[:, 2] & (_PRESENT | _ZERO_PAGE)) == _PRESENT
+    return (_ranges(rows[allocated]) & pages).length
 
 
-def _drop(pages: Numbers) -> str:
+def _drop(pages: Intervals) -> str:
     try:
-        advise(0, pages, mman.MADV_DONTNEED)
+        advise(pages, mman.MADV_DONTNEED)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
@@ -311,13 +310,13 @@ def _drop(pages: Numbers) -> str:
     return "MADV_DONTNEED"
 
 
-def _each(pages: Numbers, give_back: Callable[[int, int], str]) -> str:
-    """Range by range, those that are long in steps; what gave back the last one."""
+def _each(pages: Intervals, discard_one: Callable[[int, int], str]) -> str:
+    """Discard range by range, long ones in steps; return the name of the method of the last one."""
     how = ""
-    starts, lengths = sets.pieces(pages, _STEP)
+    starts, lengths = pages.pieces(_STEP)
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         try:
-            how = give_back(start, length)
+            how = discard_one(start, length)
         except OSError as error:
             raise DiscardError(
                 error.errno or 0,

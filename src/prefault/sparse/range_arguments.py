@@ -1,4 +1,4 @@
-"""The ranges that a caller of populate_many and discard_many gives, as intervals (:mod:`prefault.intervals`)."""
+"""The ranges that a caller of populate_many or discard_many gives, as :class:`~prefault.intervals.Intervals`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,7 @@ from itertools import chain
 from operator import index
 from typing import TYPE_CHECKING, Any
 
-from prefault.intervals import (
-    IntervalMeasure,
-    bridged,
-    common,
-    incore,
-    inward,
-    longer,
-    merged,
-    outward,
-    pieces,
-    total,
-    union,
-    window,
-    without,
-)
+from prefault.intervals import Intervals
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MAX_SIZE
 
@@ -31,31 +17,12 @@ if TYPE_CHECKING:
 
     from prefault.intervals import Numbers
 
-__all__ = [
-    "IntervalMeasure",
-    "Numbers",
-    "as_set",
-    "bridged",
-    "common",
-    "incore",
-    "inward",
-    "longer",
-    "merged",
-    "outward",
-    "parse_ranges",
-    "pieces",
-    "total",
-    "union",
-    "window",
-    "without",
-]  # fmt: skip
 
-
-def parse_ranges(ranges: Any, size: int) -> Numbers:
-    """What the caller of populate_many means, as edges in bytes; empty ranges left out.
+def parse_ranges(ranges: Any, size: int) -> Intervals:
+    """Return the union of the ranges, in bytes.
 
     Raises:
-        ValueError, TypeError: a range that is none, or lies outside ``[0, size)``; the message has its index.
+        ValueError, TypeError: an item is no range, or lies outside ``[0, size)``; the message has its index.
     """
     offsets, lengths = _columns(ranges)
     bad = (offsets < 0) | (lengths < 0) | (offsets > size) | (lengths > size - offsets)
@@ -65,7 +32,7 @@ def parse_ranges(ranges: Any, size: int) -> Numbers:
     some = lengths > 0
     if not some.all():
         offsets, lengths = offsets[some], lengths[some]
-    return merged(offsets, offsets + lengths)
+    return Intervals.from_arrays(offsets, offsets + lengths)
 
 
 def _complaint(at: int, offset: int, length: int, size: int) -> str:
@@ -75,18 +42,18 @@ def _complaint(at: int, offset: int, length: int, size: int) -> str:
 
 
 def _columns(ranges: Any) -> tuple[Numbers, Numbers]:
-    """Offsets and lengths, as given."""
+    """Return offsets and lengths, as given."""
     import numpy
 
     if isinstance(ranges, numpy.ndarray):
         return _of_array(ranges)
     if isinstance(ranges, RangeSet):
-        edges = numpy.fromiter(chain.from_iterable(ranges), numpy.int64, 2 * len(ranges)).reshape(-1, 2)
-        return edges[:, 0], edges[:, 1] - edges[:, 0]
+        edges = ranges.to_numpy()
+        return edges[::2], edges[1::2] - edges[::2]
     if isinstance(ranges, str | bytes) or not isinstance(ranges, Iterable):
         raise TypeError(f"ranges are pairs of offset and length, a RangeSet or an array, not {type(ranges).__name__}")
     items = ranges if isinstance(ranges, list | tuple) else list(ranges)
-    # Passes in C instead of one in Python. Whatever is out of the ordinary goes the slow way, which says what and where.
+    # Passes in C instead of one in Python. Anything out of the ordinary takes the slow way, whose errors say what and where.
     if set(map(type, items)) <= {tuple, list} and set(map(len, items)) <= {2}:
         numbers: Iterable[Any] = chain.from_iterable(items)
         if set(map(type, numbers)) <= {int}:
@@ -136,8 +103,3 @@ def _one_by_one(items: Iterable[Any]) -> tuple[Numbers, Numbers]:
         found += (offset, length)
     pairs = numpy.array(found, numpy.int64).reshape(-1, 2)
     return pairs[:, 0], pairs[:, 1]
-
-
-def as_set(edges: Numbers) -> RangeSet:
-    """The same as a RangeSet; the numbers are multiples of the page size."""
-    return RangeSet.from_edges(edges.tolist())

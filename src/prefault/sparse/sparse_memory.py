@@ -1,4 +1,4 @@
-"""SparseMemory: a large reservation of which parts are populated and discarded at will."""
+"""SparseMemory: a large reservation whose blocks are populated and discarded at will."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from prefault.engine.discarding import DiscardResult, discard, drop
 from prefault.engine.methods import Access, Target, best
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
 from prefault.inspection.scan import occupied
+from prefault.intervals import Intervals
 from prefault.mapping.mapping import HugeAdvice, MappedMemory, MemoryPin, OwnedMemory
 from prefault.memory.backings import (
     BackingSource,
@@ -65,12 +66,12 @@ class SparseMemory(MappedMemory):
         block: the granularity, a multiple of the page size of the backing, which is the default; with ``huge="advise"`` of
             a huge page, 2 MiB.
         unpopulated: what touching a block that is not populated does. ``"zeros"``: it faults pages in, as ordinary memory.
-            ``"fault"``: a SIGSEGV, in this process and in its forks; another process has fences of its own.
+            ``"fault"``: a SIGSEGV, in this process and in its forks; another process has protection of its own.
         huge: transparent huge pages, as for :class:`Mapping`; never where a block is smaller than one.
-        books: what is asked before blocks are populated, and told when they are gone: a pool's account.
+        accounting: charged before blocks are populated, refunded after they are discarded: a pool's account.
 
     Raises:
-        MappingError: the backing or the addresses cannot be had. Nothing is left behind.
+        MappingError: the backing or the addresses are not available. Nothing is left behind.
         ValueError, TypeError: a wrong size, backing or option.
     """
 
@@ -84,7 +85,7 @@ class SparseMemory(MappedMemory):
         block: Size | None = None,
         unpopulated: Unpopulated = "zeros",
         huge: HugeAdvice = "auto",
-        books: Accounting | None = None,
+        accounting: Accounting | None = None,
     ) -> None:
         source = parse_backing(backing)
         if huge not in ("auto", "advise", "never"):
@@ -106,23 +107,23 @@ class SparseMemory(MappedMemory):
             )
             if opened.fd is not None:
                 ensure_length(source, opened.fd, opened.offset, self._size, opened.page_size)
-            fenced = unpopulated == "fault"
+            faults = unpopulated == "fault"
             memory.map(
-                self._reservation, opened, shared=self.shared, prot=mman.PROT_NONE if fenced else _ACCESSIBLE,
+                self._reservation, opened, shared=self.shared, prot=mman.PROT_NONE if faults else _ACCESSIBLE,
                 huge=self.huge, noreserve=True,
             )  # fmt: skip
-            fence = self._fence(memory, opened) if fenced else None
-            if not fenced and self._reservation > self._size:
+            protection = self._protection(memory, opened) if faults else None
+            if not faults and self._reservation > self._size:
                 mman.mprotect(memory.address + self._size, self._reservation - self._size, mman.PROT_NONE)
-            self._gate = self._make_gate(memory, source, fence, books)
+            self._guard = self._make_guard(memory, source, protection, accounting)
         except BaseException:
             memory.unmap()
             raise
-        if books is not None:
-            memory.at_unmap = _Closing(books)
+        if accounting is not None:
+            memory.at_unmap = _Closing(accounting)
         self._memory = memory
 
-    def _fence(self, memory: OwnedMemory, opened: OpenedBacking) -> BlockProtection:
+    def _protection(self, memory: OwnedMemory, opened: OpenedBacking) -> BlockProtection:
         merges = opened.page_size == PAGE_SIZE
         if merges and not self.shared:
             # Give all of the mapping one anon_vma. Parts that get one each, at their first fault, are never joined again.
@@ -130,20 +131,20 @@ class SparseMemory(MappedMemory):
             with contextlib.suppress(OSError):  # no memory: it is for the sake of fewer mappings only
                 best("write", allocate=False).run(memory.address, PAGE_SIZE, Target())
             mman.mprotect(memory.address, PAGE_SIZE, mman.PROT_NONE)
-        fence = BlockProtection(memory.address, self._reservation, self.block, merges=merges)
+        protection = BlockProtection(memory.address, self._reservation, self.block, merges=merges)
         if merges:
             # With the page goes its page table (since Linux 6.14), which would keep a huge page out.
             drop(memory.address, min(self._reservation, 2 * MIB))
-        return fence
+        return protection
 
-    def _make_gate(
-        self, memory: OwnedMemory, source: BackingSource, fence: BlockProtection | None, books: Accounting | None
+    def _make_guard(
+        self, memory: OwnedMemory, source: BackingSource, protection: BlockProtection | None, accounting: Accounting | None
     ) -> SparseAccessGuard:  # fmt: skip
         vma = vma_at(memory.address)
         assert vma is not None
         on_disk = vma.backing is Backing.FILE
         return SparseAccessGuard(
-            memory.address, self.block, fence, books, file_offset=memory.file_offset,
+            memory.address, self.block, protection, accounting, file_offset=memory.file_offset,
             memory_file=memory.fd if self.shared and not on_disk else None,
             scratch_file=memory.fd if self.shared and on_disk and not source.is_given else None,
         )  # fmt: skip
@@ -160,7 +161,7 @@ class SparseMemory(MappedMemory):
         progress: Progress | bool = False,
         headroom: HeadroomChoice = "check",
     ) -> PopulateResult:
-        """Make blocks present, all or none: the same as :func:`prefault.populate` of this object, which see.
+        """Make blocks present, all or none, as :func:`prefault.populate` of this object does.
 
         Rounded outward to whole blocks. On failure or Ctrl-C the pages that this call brought in are discarded again, and
         whatever was there before keeps its bytes.
@@ -169,9 +170,9 @@ class SparseMemory(MappedMemory):
             offset: where to start.
             length: how far; None: to the end.
             access: ``"read"``, ``"write"`` or None, the better one.
-            threads: how many at once; None: as it pays.
+            threads: how many at once; None: chosen by size, affinity and CPU quota.
             progress: True draws a bar on stderr; a function is called with the bytes done and in all.
-            headroom: ``"check"`` looks at the limits before the start and on the way, ``"ignore"`` does not.
+            headroom: ``"check"`` checks the limits before the start and between chunks, ``"ignore"`` skips these checks.
 
         Raises:
             PopulateError: one of its subclasses says why; of a pool also PoolFullError.
@@ -183,10 +184,10 @@ class SparseMemory(MappedMemory):
         )
 
     def discard(self, offset: Size = 0, length: Size | None = None) -> DiscardResult:
-        """Give blocks back, and shut them: the same as :func:`prefault.discard` of this object, which see.
+        """Give blocks back and protect them, as :func:`prefault.discard` of this object does.
 
-        Rounded **inward** to whole blocks. What is read next, where it may be read, is zeros; of private mappings of a file
-        it is the file's bytes. Memory files lose the pages for every process; of files on a disk only a
+        Rounded **inward** to whole blocks. Blocks that may be read are zeros afterwards; those of private mappings of a file
+        hold the file's bytes. Memory files lose the pages for every process; of files on a disk only a
         :class:`TemporaryFile` of this memory's own loses them, other files are never changed.
 
         Raises:
@@ -204,30 +205,32 @@ class SparseMemory(MappedMemory):
             ranges: pairs of offset and length, :class:`PageRange`, a :class:`RangeSet`, or an integer array of shape
                 ``(n, 2)``, in any order; overlapping and touching ones are merged, empty ones left out.
             access: as for :meth:`populate`.
-            headroom: as for :meth:`populate`; but for the space of a disk, which is looked at by nobody.
+            headroom: as for :meth:`populate`; the space of a disk is not checked.
 
         Raises:
-            ValueError: one of them is no range inside the memory; the message has its index. Nothing was populated.
+            ValueError: an item is no range inside the memory; the message has its index. Nothing was populated.
             PopulateError, PopulateInterrupted: as :meth:`populate`.
         """
-        from prefault.sparse import batch, range_arguments
+        from prefault.sparse import batch
+        from prefault.sparse.range_arguments import parse_ranges
 
         with self._borrow() as memory:
-            blocks = range_arguments.outward(range_arguments.parse_ranges(ranges, memory.length), self.block)
-            return batch.populate_many(memory, self._gate, blocks, access, headroom)
+            blocks = parse_ranges(ranges, memory.length).outward(self.block)
+            return batch.populate_many(memory, self._guard, blocks, access, headroom)
 
     def discard_many(self, ranges: Ranges) -> DiscardResult:
         """Discard many ranges, merged as for :meth:`populate_many` and then rounded inward to whole blocks.
 
         Raises:
-            ValueError: one of them is no range inside the memory; the message has its index. Nothing was discarded.
+            ValueError: an item is no range inside the memory; the message has its index. Nothing was discarded.
             DiscardError: as :meth:`discard`.
         """
-        from prefault.sparse import batch, range_arguments
+        from prefault.sparse import batch
+        from prefault.sparse.range_arguments import parse_ranges
 
         with self._borrow() as memory:
-            blocks = range_arguments.inward(range_arguments.parse_ranges(ranges, memory.length), self.block)
-            return batch.discard_many(memory, self._gate, blocks)
+            blocks = parse_ranges(ranges, memory.length).inward(self.block)
+            return batch.discard_many(memory, self._guard, blocks)
 
     @property
     def populated(self) -> RangeSet:
@@ -236,33 +239,31 @@ class SparseMemory(MappedMemory):
             return self._populated(memory)
 
     def _populated(self, memory: Borrowed) -> RangeSet:
-        from prefault.sparse import range_arguments
-
-        spans = [memory.address, memory.address + memory.length]
-        if self._gate.fence is not None:
-            # What is shut has no pages, but perhaps page tables full of guards, which take their time to walk and look
+        spans = Intervals([(memory.address, memory.address + memory.length)])
+        if self._guard.protection is not None:
+            # Protected blocks have no pages, but perhaps page tables full of guards, which take their time to walk and look
             # like swapped pages before Linux 6.15.
-            self._gate.ask_for_change()
-            with self._gate.lock:
-                spans = [memory.address + at for at in self._gate.fence.runs()]
-        rows = occupied(spans, how=False)
-        return range_arguments.as_set(range_arguments.merged(rows[:, 0], rows[:, 1]) - memory.address)
+            self._guard.require_unlocked()
+            with self._guard.lock:
+                spans = self._guard.protection.unprotected.shifted(memory.address)
+        rows = occupied(spans.edges, how=False)
+        return RangeSet.from_arrays(rows[:, 0] - memory.address, rows[:, 1] - memory.address)
 
     # --- bytes
 
     def read(self, offset: Size, length: Size) -> bytes:
-        """The bytes at ``offset``, read by the kernel: what cannot be had is an exception, and no signal.
+        """Read bytes at ``offset`` through the kernel: unavailable memory is an exception, not a signal.
 
         Raises:
             NotPopulatedError: a block is not populated, and unpopulated memory faults here.
-            PopulateError: the memory for it cannot be had (tmpfs full, hugetlb pool empty, a poisoned page, ...).
+            PopulateError: the memory for it is not available (tmpfs full, hugetlb pool empty, a poisoned page, ...).
             ValueError: outside of the memory; closed.
         """
         with self._borrow() as memory:
             span = memory.select(offset, length)
             content = array("B", bytes(span.stop - span.start))
             if content:
-                copy(memory, self._gate, span.start, content, "read")
+                copy(memory, self._guard, span.start, content, "read")
             return content.tobytes()
 
     def write(self, offset: Size, data: Any) -> None:
@@ -271,12 +272,13 @@ class SparseMemory(MappedMemory):
         with self._borrow() as memory:
             span = memory.select(offset, len(source))
             if len(source):
-                copy(memory, self._gate, span.start, array("B", bytes(source)), "write")
+                copy(memory, self._guard, span.start, array("B", bytes(source)), "write")
 
     def view(self, offset: Size = 0, length: Size | None = None) -> memoryview:
-        """The bytes as memory. It keeps the memory; :meth:`close` refuses while it lives, :meth:`resize` does not mind.
+        """Return the bytes as a memoryview, which pins the memory.
 
-        Reading or writing what is not populated is what ``unpopulated`` says, SIGBUS where the memory for it cannot be had.
+        While it lives :meth:`close` refuses, and :meth:`resize` works. Touching unpopulated blocks does what ``unpopulated``
+        says, and is a SIGBUS where the memory for them is not available.
         """
         with self._borrow() as memory:
             span = memory.select(offset, length)
@@ -287,7 +289,7 @@ class SparseMemory(MappedMemory):
     def ndarray(
         self, dtype: numpy.typing.DTypeLike = "uint8", shape: int | tuple[int, ...] | None = None, *, offset: Size = 0
     ) -> numpy.ndarray[Any, Any]:
-        """The memory from ``offset`` on as an array, without a copy.
+        """Return the memory from ``offset`` on as an array, without a copy.
 
         Args:
             dtype: anything that numpy takes for one, but no Python objects.
@@ -308,15 +310,15 @@ class SparseMemory(MappedMemory):
         wanted = size_of(size, "size")
         memory = self._open_memory()
         rounded = wanted + -wanted % self.block
-        self._gate.ask_for_change()
-        with self._gate.lock:
+        self._guard.require_unlocked()
+        with self._guard.lock:
             if wanted < self._size and rounded < self._size:
                 raise ValueError(f"{wanted} bytes are fewer than the {self._size} that there are: memory only grows")
             if rounded > self._reservation:
                 raise ValueError(f"{wanted} bytes are more than the reservation of {self._reservation} bytes")
             if memory.fd is not None:
                 ensure_length(self.backing, memory.fd, memory.file_offset, rounded, self.page_size)
-            if self._gate.fence is None and rounded > self._size:
+            if self._guard.protection is None and rounded > self._size:
                 mman.mprotect(memory.address + self._size, rounded - self._size, _ACCESSIBLE)
             self._size = rounded
 
@@ -344,7 +346,7 @@ class SparseMemory(MappedMemory):
             readonly=False,
             fd=memory.fd,
             huge=self.huge == "advise",
-            access_guard=self._gate,
+            access_guard=self._guard,
             pin=pin,
         )
 
@@ -366,15 +368,15 @@ class SparseMemory(MappedMemory):
 
 
 class _Closing:
-    """Tells the books that the memory is gone; not those of the parent when a forked child closes its own copy."""
+    """Closes the accounting when the memory is unmapped; not the parent's when a forked child closes its own copy."""
 
-    def __init__(self, books: Accounting) -> None:
-        self._books = books
+    def __init__(self, accounting: Accounting) -> None:
+        self._accounting = accounting
         self._process = os.getpid()
 
     def __call__(self) -> None:
         if os.getpid() == self._process:
-            self._books.close()
+            self._accounting.close()
 
 
 def _before_fork() -> None:

@@ -18,7 +18,8 @@ from prefault.engine.discarding import DiscardResult, discard
 from prefault.engine.locking import LockResult, lock, unlock
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
 from prefault.errors import ProtectionError
-from prefault.inspection.scan import Residency, residency
+from prefault.inspection.result import Residency
+from prefault.inspection.scan import residency
 from prefault.mapping.mapping import MappedMemory, MemoryPin
 from prefault.memory.borrowing import Borrowed
 from prefault.ranges import PageRange, RangeSet

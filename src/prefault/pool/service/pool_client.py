@@ -91,7 +91,7 @@ class PoolClient:
             books = BlockCharges(account, created.size, self.block, created.name)
             return SparseMemory(
                 round_up(wanted, self.block), reservation=created.size, backing=Descriptor(fd), block=self.block,
-                unpopulated=unpopulated, huge=huge, books=books,
+                unpopulated=unpopulated, huge=huge, accounting=books,
             )  # fmt: skip
         except BaseException:
             account.close()

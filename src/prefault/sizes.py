@@ -33,7 +33,7 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", re.ASCII)
 
 
 def parse_size(size: Size) -> int:
-    """The number of bytes that ``size`` says.
+    """Return the number of bytes that ``size`` stands for.
 
     Args:
         size: bytes as an ``int``, or a text: a decimal number and a unit. ``K``, ``M``, ``G``, ``T``, ``P``, ``E`` and
@@ -70,7 +70,7 @@ def parse_size(size: Size) -> int:
 
 
 def format_size(size: int) -> str:
-    """``size`` bytes for people, in binary units: ``"4.0 GiB"``, ``"512 bytes"``. Rounded to a tenth of the unit."""
+    """Format bytes for people, in binary units, rounded to a tenth of the unit: ``"4.0 GiB"``, ``"512 bytes"``."""
     value = float(size)
     if abs(size) < KIB:
         return f"{size} byte{'' if size == 1 else 's'}"

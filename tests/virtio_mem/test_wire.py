@@ -157,7 +157,7 @@ def test_any_10_bytes_are_a_response_or_refused(data: bytes, request: RequestTyp
     "request_", [Request(-1), Request(2**16), Request(0, -1), Request(0, 2**64), Request(0, 0, -1), Request(0, 0, 2**16)]
 )
 def test_numbers_that_do_not_fit(request_: Request) -> None:
-    with pytest.raises(ValueError, match="has no place in a request"):
+    with pytest.raises(ValueError, match="does not fit into a request"):
         request_.encode()
 
 

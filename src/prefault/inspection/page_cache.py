@@ -1,4 +1,4 @@
-"""How much of the files behind memory is in the page cache: cachestat(2) where it answers, else mincore(2)."""
+"""The part of the files behind memory that is in the page cache: cachestat(2) where it answers, else mincore(2)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prefault.sizes import PAGE_SIZE
 
 
 def page_cache_of(memory: Borrowed, buffer: Any, pages: PageRange) -> PageCache | None:
-    """Return the page cache of the file that a mapping of ours lends; None without a file, or where the kernel refuses."""
+    """Return the page cache of the file behind a borrowed Mapping; None without a file, or where the kernel refuses."""
     if memory.fd is None or not pages or not capabilities.CACHESTAT.available:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The values that describe residency: the state of a page, runs of pages, and the result of one look."""
+"""The values that describe residency: the state of a page, runs of pages, and the result of one scan."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Residency:
         self, pages: PageRange, words: array[int], source: str, unknown: dict[PageState, str],
         page_cache: PageCache | None = None,
     ) -> None:  # fmt: skip
-        """``words`` holds start, stop and state of each run in turn: objects are made only for those who ask for runs."""
+        """Wrap ``words``: start, stop and state of each run in turn. Objects are made only when the runs are asked for."""
         self.range = pages
         self.source = source
         self.unknown = unknown

@@ -259,7 +259,7 @@ class _Scattered(ScatteredDemand):
     """The demand of ranges scattered in one segment, whose missing pages are known."""
 
     def __init__(self, use: MemoryUse, pages: Intervals, missing: Intervals, fd: int | None) -> None:
-        # That a disk is full is an error and kills nobody; how much of a file's holes lies in the ranges is not counted.
+        # A full disk is an error and kills no process; the part of a file's holes that lies in the ranges is not counted.
         super().__init__(use._replace(allocates=False), pages.to_numpy(), missing.to_numpy(), fd)
 
     def memory(self, start: int, stop: int) -> int:

@@ -1,4 +1,4 @@
-"""GrowableArray: an ndarray that grows in place, because the addresses after it are reserved."""
+"""GrowableArray: an ndarray that grows in place, into addresses that are reserved for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _AHEAD = 4 * MIB
 _BATCH = 4096
-"""Items of an iterable that are converted at once. Memory for them comes on top of the data."""
+"""Number of items of an iterable that are converted at once. Memory for them comes on top of the data."""
 
 _PLAIN_TYPES: dict[str, frozenset[type]] = {
     "b": frozenset({bool}),
@@ -29,7 +29,7 @@ _PLAIN_TYPES: dict[str, frozenset[type]] = {
     "f": frozenset({bool, int, float}),
     "c": frozenset({bool, int, float, complex}),
 }
-"""What Python has for each kind of number: numpy stores it without changing its kind, and checks its range."""
+"""Types of Python for each kind of dtype that numpy stores without changing their kind, checking the range."""
 
 
 class GrowableArray(MemoryOwner):
@@ -47,25 +47,25 @@ class GrowableArray(MemoryOwner):
 
     Views taken earlier stay valid: the items do not move. A view has the length that the array had then. What lies beyond a
     later, shorter length is no longer the array's: such a view reads old items there, or zeros, or items that were appended
-    since. Writing there may allocate memory behind the array's back.
+    since. Writing there may allocate memory that the array does not count.
 
     One thread at a time may change the length; others may read and write items meanwhile. After a fork the child has a copy
     of its own, copied page by page as either side writes; with a file behind the memory (memfd, tmpfs) both have the same
     items, and only one of them may change the length.
 
     Args:
-        dtype: anything that numpy takes for one, but no Python objects.
+        dtype: anything that numpy takes for one, except Python objects.
         capacity: the most that the array can ever take, in bytes.
-        item_shape: of one item: ``(3,)`` makes an array of shape ``(len, 3)``.
-        backing: what memory comes from, as for :class:`~prefault.Mapping`.
+        item_shape: shape of one item: ``(3,)`` makes an array of shape ``(len, 3)``.
+        backing: as for :class:`~prefault.Mapping`.
         huge: transparent huge pages, as for :class:`~prefault.Mapping`; None asks for them for anonymous memory, where the
-            kernel has them in a size of 2 MiB. Growing is several times faster then, and 2 MiB the least that it takes.
+            kernel has them in a size of 2 MiB. Growing is several times faster then, and takes at least 2 MiB.
         step: how far to populate ahead, in bytes. Default: as much again as there is, up to 4 MiB; of large arrays a
             sixty-fourth.
 
     Raises:
         ValueError, TypeError: a capacity too small for one item, a negative shape, a dtype without a size or with objects.
-        MappingError: the addresses, or the backing, cannot be had.
+        MappingError: the addresses, or the backing, are not available.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class GrowableArray(MemoryOwner):
         self._room = 0
 
     def _whole(self, memory: SparseMemory) -> numpy.ndarray[Any, Any]:
-        """All of the capacity, populated or not."""
+        """Return the array of the whole capacity, populated or not."""
         return memory.ndarray(self.dtype, (self.capacity, *self.item_shape))
 
     def _nothing(self) -> numpy.ndarray[Any, Any]:
@@ -131,7 +131,7 @@ class GrowableArray(MemoryOwner):
 
     @property
     def memory(self) -> SparseMemory:
-        """The memory that it lives in, from its first byte on: for its descriptor, its residency or its address."""
+        """The memory that holds the items, from its first byte on: for its descriptor, its residency or its address."""
         if self._memory is None:
             raise ValueError("the array is closed")
         return self._memory
@@ -143,16 +143,16 @@ class GrowableArray(MemoryOwner):
 
     @property
     def populated_bytes(self) -> int:
-        """Bytes of memory that it takes: the items, and what is populated ahead of them."""
+        """Bytes of populated memory: the items, and the pages ahead of them."""
         return self._populated
 
     @property
     def closed(self) -> bool:
-        """Whether the memory was given up."""
+        """True once the memory is released."""
         return self._memory is None
 
     def __len__(self) -> int:
-        """Items."""
+        """Count the items."""
         return self._length
 
     def __getitem__(self, key: Any) -> Any:
@@ -162,11 +162,11 @@ class GrowableArray(MemoryOwner):
         self.array[key] = value
 
     def __iter__(self) -> Iterator[Any]:
-        """Over the items that there are now."""
+        """Iterate over the items that there are now."""
         return iter(self.array)
 
     def __array__(self, dtype: numpy.typing.DTypeLike | None = None, copy: bool | None = None) -> numpy.ndarray[Any, Any]:
-        """For ``numpy.asarray``: no copy, unless another dtype or a copy is asked for."""
+        """Return the items for ``numpy.asarray``: no copy, unless another dtype or a copy is requested."""
         array = self.array
         if dtype is not None and array.dtype != dtype:
             if copy is False:
@@ -201,12 +201,12 @@ class GrowableArray(MemoryOwner):
         Args:
             items: an array, or an object with the buffer protocol, of shape ``(n, *item_shape)``: all of it is added, or
                 nothing. The array itself and views of it will do. Or any other iterable, whose items are added one after
-                the other: if it raises, or an item does not fit, what came before stays, as with :meth:`list.extend`.
+                the other: if it raises, or an item does not fit, the items before stay, as with :meth:`list.extend`.
                 Integers of an array that are too large for the dtype are cut off, as numpy does; those of other iterables
                 are an OverflowError.
 
         Raises:
-            The same as :meth:`append`, and whatever the iterable raises.
+            ValueError, TypeError, OverflowError, PopulateError: as :meth:`append`; and the exceptions of the iterable.
         """
         self._open()
         array = _as_array(items)
@@ -242,10 +242,10 @@ class GrowableArray(MemoryOwner):
             self._set_populated(populated)
 
     def close(self) -> None:
-        """Give up memory and addresses. A second call does nothing.
+        """Release memory and addresses. Idempotent.
 
         Raises:
-            BufferError: a view of the array is alive. Nothing has changed then.
+            BufferError: a view of the array is alive. The array is as before then.
         """
         memory = self._memory
         if memory is None:
@@ -284,7 +284,7 @@ class GrowableArray(MemoryOwner):
     # --- growing
 
     def _grow(self, items: int) -> None:
-        """Populate so that ``items`` items have room, and a step more."""
+        """Populate room for ``items`` items, and a step more."""
         memory = self.memory
         if items > self.capacity:
             raise ValueError(
@@ -300,7 +300,7 @@ class GrowableArray(MemoryOwner):
         except PopulateError:
             if needed == wanted:
                 raise
-            wanted = needed  # what is populated ahead is for speed; the items are what matters
+            wanted = needed  # populating ahead is for speed only
             memory.populate(self._populated, wanted - self._populated, access="write")
         self._set_populated(wanted)
 
@@ -341,7 +341,7 @@ class GrowableArray(MemoryOwner):
             self.append(item)
 
     def _store(self, start: int, items: list[Any]) -> None:
-        """Write Python objects, each one item, where there is room for them."""
+        """Write Python objects, each one item, where room is populated for them."""
         import numpy
 
         values = numpy.asarray(items)
@@ -370,7 +370,7 @@ def _checked_shape(shape: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _as_array(items: Any) -> numpy.ndarray[Any, Any] | None:
-    """``items`` as an ndarray without a copy, if that is what it is; None for other iterables."""
+    """Return an array or a buffer as an ndarray without a copy; None for other iterables."""
     import numpy
 
     if not any(hasattr(items, name) for name in ("__array__", "__array_interface__")):

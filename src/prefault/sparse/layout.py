@@ -1,4 +1,4 @@
-"""Block, size and reservation of a sparse memory, and the file that reaches as far."""
+"""Block, size and reservation of a sparse memory, and the length of the file behind it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST = MAX_SIZE >> 1
 
 
 class Layout(NamedTuple):
-    """Bytes; size and reservation are whole blocks. And which transparent huge pages fit these."""
+    """Block, size and reservation in bytes, the latter two in whole blocks; and the advice on huge pages that fits them."""
 
     block: int
     size: int
@@ -25,7 +25,11 @@ class Layout(NamedTuple):
 
 
 def size_of(size: Size, what: str) -> int:
-    """A size in bytes that a mapping could have."""
+    """Parse a size that a mapping can have, in bytes.
+
+    Raises:
+        ValueError: zero, or more than the kernel can map.
+    """
     wanted = parse_size(size)
     if wanted == 0:
         raise ValueError(f"a {what} of 0 bytes is not possible: mmap(2) refuses it")
@@ -42,10 +46,10 @@ def lay_out(
     block: int | None,
     huge: HugeAdvice,
 ) -> Layout:
-    """What was asked for in whole blocks.
+    """Round the requested size and reservation to whole blocks, and choose what was left open.
 
     Raises:
-        ValueError: it does not fit together.
+        ValueError: the requests contradict each other.
     """
     page_size = opened.page_size
     huge_page = _huge_page(page_size)
@@ -53,8 +57,8 @@ def lay_out(
         block = huge_page if huge == "advise" else page_size
     if block <= 0 or block % page_size:
         raise ValueError(f"a block is a multiple of the page size, {page_size} bytes, not {block} bytes")
-    # A huge page taken for a part of it would come, and stay, with blocks that nobody asked for: populating brings in more
-    # than can be taken back, and discarding a part of it frees nothing.
+    # A huge page larger than a block would bring in, and keep, blocks that the caller did not ask for: populating could not
+    # be undone, and discarding a part of the page frees nothing.
     if block % huge_page and huge == "advise":
         raise ValueError(
             f"with transparent huge pages a block is a multiple of {huge_page} bytes, not {block} bytes (huge='never'"
@@ -72,15 +76,15 @@ def lay_out(
 
 
 def _huge_page(page_size: int) -> int:
-    """Bytes in a transparent huge page; the page size where there are none for this memory."""
+    """Return the bytes in a transparent huge page; the page size where this memory cannot have one."""
     return (thp.pmd_size() or page_size) if page_size == PAGE_SIZE else page_size
 
 
 def ensure_length(source: BackingSource, fd: int, offset: int, size: int, page_size: int) -> None:
-    """The file reaches ``size`` bytes from ``offset`` on. Only our own files are made longer.
+    """Check that a file holds ``size`` bytes from ``offset`` on. Files that prefault made are made longer where needed.
 
     Raises:
-        MappingError: it does not, and is not ours or cannot be made longer.
+        MappingError: the file is too short, and is the caller's or cannot be made longer.
     """
     there = os.fstat(fd).st_size - offset
     if size <= there + -there % page_size:

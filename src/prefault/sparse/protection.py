@@ -36,10 +36,10 @@ class BlockProtection:
     """
 
     def __init__(self, address: int, length: int, block: int, *, merges: bool) -> None:
-        """``merges``: whether the kernel joins neighbouring mappings of equal protection (of hugetlb it does not)."""
+        """Protect a mapping; ``merges``: the kernel joins its parts of equal protection (not those of hugetlb)."""
         self._address = address
         self._extent = block
-        # A page table is what any block takes, so filling the rest of it with guards costs little.
+        # Any block takes a whole page table, so filling the rest of it with guards costs little.
         while self._extent < _TABLE_SPAN or self._extent * _EXTENTS < length:
             self._extent *= 2
         self._unprotected: dict[int, Intervals] = {}

@@ -1,6 +1,6 @@
 """virtio-mem: the device side of section 5.15 of the VIRTIO specification, over sparse memory and without a transport.
 
-:class:`VirtioMem` decides and does what a request asks; :mod:`prefault.virtio_mem.wire` has the structures that travel.
+:class:`VirtioMem` decides on requests and executes them; :mod:`prefault.virtio_mem.wire` has the structures on the wire.
 """
 
 from prefault.virtio_mem.virtio_device import VirtioMem

@@ -1,4 +1,4 @@
-"""The device: which blocks are plugged, what is answered, and when the driver is told of a change."""
+"""The device: the plugged blocks, the responses to requests, and the notifications of a changed configuration."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _BUSY = Response(ResponseType.BUSY)
 _ERROR = Response(ResponseType.ERROR)
 
 _REFUSALS = (PopulateError, DiscardError)
-"""What memory says that cannot be had or given back now."""
+"""Errors of a memory that can neither be plugged nor unplugged at the moment."""
 
 
 class BlockMemory(Protocol):
-    """What the device needs of the memory behind its region: :class:`~prefault.SparseMemory` has it.
+    """The interface of the memory behind the device's region; :class:`~prefault.SparseMemory` implements it.
 
     Both calls work on whole blocks of the device; populate brings in all of them or raises and changes nothing.
     """
 
     def __len__(self) -> int:
-        """Bytes."""
+        """Return the length in bytes."""
 
     @property
     def block(self) -> int:
@@ -51,10 +51,10 @@ class BlockMemory(Protocol):
         """``"fault"`` where touching unpopulated memory is a SIGSEGV, else ``"zeros"``."""
 
     def populate(self, offset: int, length: int) -> object:
-        """Make it present and accessible."""
+        """Make a range present and accessible."""
 
     def discard(self, offset: int, length: int) -> object:
-        """Give it back."""
+        """Give the memory of a range back."""
 
 
 class VirtioMem:
@@ -67,34 +67,34 @@ class VirtioMem:
         device.request_size("8 GiB")            # the owner: the driver is asked to plug or unplug
         answer = device.handle(request)         # the transport: 24 bytes in, 10 bytes out
 
-    There is no virtqueue in it. A block is plugged when its memory is populated, and not before; it is unplugged when its
+    The device has no virtqueue. A block is plugged when its memory is populated, and not before; it is unplugged when its
     memory is given back. Requests are handled one after the other; several threads may call. The configuration can be read
     at any time, also while a request is worked on.
 
     Args:
         memory: behind the region, offset 0 being ``addr``; all of it counts as unplugged, so nothing may be populated.
-            It stays the caller's, and is to be closed after the device's last request. Whether its unpopulated parts may be
-            touched decides the feature ``UNPLUGGED_INACCESSIBLE``.
+            It stays the caller's, and is to be closed after the device's last request. Where its unpopulated parts fault,
+            the device offers the feature ``UNPLUGGED_INACCESSIBLE``.
         addr: guest-physical address of the region, a multiple of the block size.
         block_size: of the device, a power of two and a multiple of the memory's own; default: that, but at least 2 MiB,
             so that a huge page is never shared by a plugged and an unplugged block.
         region_size: the most that can be plugged; default: all of the memory.
         requested_size: at the start.
         node_id: the ACPI proximity domain, which offers the feature ``ACPI_PXM``.
-        usable_extent: how much larger than the requested size the usable region is, to leave the driver a choice: Linux adds
+        usable_extent: bytes by which the usable region exceeds the requested size, to leave the driver a choice: Linux adds
             memory in sections of 128 MiB, and only those that fit. With a requested size of 0 nothing is usable.
-        persistent_suspend: whether the platform can suspend with plugged memory, which offers ``PERSISTENT_SUSPEND``. The
-            device takes no part in it: suspending and waking up are no resets.
+        persistent_suspend: the platform can suspend with plugged memory, which offers ``PERSISTENT_SUSPEND``. The device
+            takes no part in that: suspending and waking up are no resets.
         on_config_change: called without arguments where the specification wants a configuration update notification: in the
-            thread that called :meth:`request_size`, which raises what it raises. The change is made by then.
+            thread that called :meth:`request_size`, which passes its exceptions on. The change is made by then.
 
     Attributes:
         offered: the features that the device offers.
         negotiated: those that the driver has accepted; none after a reset.
-        busy_reason: why a request was last answered BUSY, for the device's owner: the driver is not told.
+        busy_reason: the cause of the last BUSY response, for the device's owner: the driver does not receive it.
 
     Raises:
-        ValueError: a size or an address that the specification does not allow, or that the memory does not have.
+        ValueError: a size or an address that the specification does not allow, or that exceeds the memory.
     """
 
     def __init__(
@@ -134,16 +134,16 @@ class VirtioMem:
         self.negotiated = Feature(0)
         self.busy_reason: str | None = None
 
-    # --- what the device's owner sees and wants
+    # --- for the device's owner
 
     @property
     def config(self) -> Config:
-        """The configuration as of now."""
+        """The configuration at this moment."""
         return self._config
 
     @property
     def config_generation(self) -> int:
-        """Grows with every change of the configuration: a driver that read it in parts can tell that they do not fit."""
+        """Number of changes of the configuration: a driver that read it in parts can tell whether they belong together."""
         return self._generation
 
     @property
@@ -153,7 +153,7 @@ class VirtioMem:
             return RangeSet(self._plugged_ranges())
 
     def request_size(self, size: Size) -> None:
-        """Ask the driver to plug or unplug until ``size`` bytes are plugged. It may take its time, or never get there.
+        """Ask the driver to plug or unplug until ``size`` bytes are plugged. The driver may do so late, or never.
 
         The usable region grows to fit. It does not shrink before the driver unplugs everything, or a system reset.
 
@@ -167,10 +167,10 @@ class VirtioMem:
         if changed and self._notify is not None:
             self._notify()
 
-    # --- what the transport passes on
+    # --- for the transport
 
     def handle(self, request: Bytes) -> bytes:
-        """The 10 bytes of the response to the 24 bytes of a request.
+        """Execute a request of 24 bytes, and return the 10 bytes of the response.
 
         Raises:
             ValueError: not 24 bytes: a broken driver, to which there is no answer.
@@ -178,10 +178,10 @@ class VirtioMem:
         return self.process(Request.decode(request)).encode()
 
     def process(self, request: Request) -> Response:
-        """Do what a request asks, and answer it. An unknown type is an ERROR.
+        """Execute a request, and return the response. An unknown type is an ERROR.
 
         Where several answers would fit, ERROR goes before NACK, and NACK before BUSY. After BUSY no block has changed its
-        state, and :attr:`busy_reason` says what was in the way.
+        state, and :attr:`busy_reason` holds the cause.
 
         Raises:
             ValueError: the memory is closed.
@@ -202,9 +202,9 @@ class VirtioMem:
             return _ERROR
 
     def negotiate(self, features: int) -> bool:
-        """Take the device-type features that the driver accepts; whether the device can work with them (FEATURES_OK).
+        """Accept the device-type features that the driver chose; return whether the device can work with them (FEATURES_OK).
 
-        It cannot where the driver wants one that was not offered, or insists on reading unplugged memory that faults.
+        False where the driver chose a feature that was not offered, or insists on reading unplugged memory that faults.
         """
         self.negotiated = Feature(0)
         if features & ~int(self.offered) or (self.offered & ~features) & Feature.UNPLUGGED_INACCESSIBLE:
@@ -213,15 +213,15 @@ class VirtioMem:
         return True
 
     def device_reset(self) -> None:
-        """The driver resets the device (status 0): features are negotiated anew. Blocks and memory stay as they are."""
+        """Reset the device on request of the driver (status 0): features are negotiated anew, blocks and memory stay."""
         self.negotiated = Feature(0)
 
     def system_reset(self) -> bool:
-        """The whole machine is reset: everything is unplugged, and the usable region fits the requested size again.
+        """Reset with the whole machine: unplug everything, and fit the usable region to the requested size again.
 
         Returns:
             False: the memory could not be given back, see :attr:`busy_reason`. All blocks are plugged as before, and the
-            driver finds that when it starts. The specification allows that.
+            driver finds them when it starts, as the specification allows.
         """
         with self._lock:
             self.device_reset()
@@ -230,7 +230,7 @@ class VirtioMem:
     # --- the rules
 
     def _blocks(self, request: Request) -> slice | None:
-        """The blocks that a request names, as numbers; None where it names none, or one outside the usable region."""
+        """Return the numbers of the requested blocks; None where one lies outside the usable region, or there is none."""
         config = self._config
         offset = request.addr - config.addr
         if request.addr % config.block_size or not 0 < request.nb_blocks <= MAX_BLOCKS:
@@ -289,21 +289,21 @@ class VirtioMem:
         return True
 
     def _restore(self, ranges: list[PageRange]) -> None:
-        """Blocks that stay plugged because discarding failed must be accessible, whatever it has done already."""
+        """Make blocks accessible again that stay plugged because discarding failed half-way."""
         for item in ranges:
             with contextlib.suppress(*_REFUSALS):  # as much as there is memory for; the answer is BUSY in any case
                 self._memory.populate(item.start, item.length)
 
     def _busy(self, verb: str, blocks: slice, error: OSError) -> Response:
-        # The text, not the error: that would refer to the frames of this call, and they to the memory.
+        # The text, not the error, which would keep the frames of this call alive, and they the memory.
         where = f"{format_size(self._bytes(blocks)[1])} at {self._config.addr + self._bytes(blocks)[0]:#x}"
         self.busy_reason = f"cannot {verb} {where}: {error}"
         return _BUSY
 
-    # --- books
+    # --- the state of the blocks
 
     def _bytes(self, blocks: slice) -> tuple[int, int]:
-        """Offset and length of blocks in the memory."""
+        """Return offset and length of blocks in the memory."""
         size = self._config.block_size
         return blocks.start * size, (blocks.stop - blocks.start) * size
 

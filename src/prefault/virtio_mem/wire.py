@@ -1,4 +1,4 @@
-"""What travels between driver and device: little endian, laid out as in ``include/uapi/linux/virtio_mem.h``.
+"""The structures between driver and device: little endian, laid out as in ``include/uapi/linux/virtio_mem.h``.
 
 Source: Virtual I/O Device (VIRTIO), version 1.2 and later, section 5.15. The names are the header's without ``VIRTIO_MEM_``.
 """
@@ -16,7 +16,7 @@ _RESPONSE = struct.Struct("<H6xH")
 _CONFIG = struct.Struct("<QH6xQQQQQ")
 
 REQUEST_BYTES = _REQUEST.size
-"""Bytes of every request, whatever its type."""
+"""Bytes of a request of any type."""
 
 RESPONSE_BYTES = _RESPONSE.size
 """Bytes of every response."""
@@ -25,7 +25,7 @@ CONFIG_BYTES = _CONFIG.size
 """Bytes of the configuration space."""
 
 MAX_BLOCKS = (1 << 16) - 1
-"""The most blocks that one request can name."""
+"""Maximum of blocks that one request can name."""
 
 _ADDRESSES = 1 << 64
 
@@ -42,7 +42,7 @@ class Feature(enum.IntFlag):
 
 
 class RequestType(enum.IntEnum):
-    """What a driver may ask for."""
+    """The requests of a driver."""
 
     PLUG = 0
     UNPLUG = 1
@@ -51,7 +51,7 @@ class RequestType(enum.IntEnum):
 
 
 class ResponseType(enum.IntEnum):
-    """What the device answers."""
+    """The answers of the device."""
 
     ACK = 0
     """Done."""
@@ -64,7 +64,7 @@ class ResponseType(enum.IntEnum):
 
 
 class BlockState(enum.IntEnum):
-    """What a STATE request finds."""
+    """The state of a range of blocks, the answer to a STATE request."""
 
     PLUGGED = 0
     UNPLUGGED = 1
@@ -75,9 +75,9 @@ class Request(NamedTuple):
     """``struct virtio_mem_req``.
 
     Attributes:
-        type: a :class:`RequestType`, or whatever 16-bit number a driver sent.
+        type: a :class:`RequestType`, or another 16-bit number that a driver sent.
         addr: guest-physical address of the first block.
-        nb_blocks: how many, in a row.
+        nb_blocks: count of neighbouring blocks.
     """
 
     type: int
@@ -85,7 +85,7 @@ class Request(NamedTuple):
     nb_blocks: int = 0
 
     def encode(self) -> bytes:
-        """The 24 bytes of it, padding zero.
+        """Return the 24 bytes of the request, padding zero.
 
         Raises:
             ValueError: a number does not fit into its field.
@@ -93,11 +93,11 @@ class Request(NamedTuple):
         try:
             return _REQUEST.pack(self.type, self.addr, self.nb_blocks)
         except struct.error as error:
-            raise ValueError(f"{self} has no place in a request: the fields are of 16, 64 and 16 bits") from error
+            raise ValueError(f"{self} does not fit into a request: the fields are of 16, 64 and 16 bits") from error
 
     @classmethod
     def decode(cls, data: Bytes) -> Request:
-        """The request that a driver sent. Its padding is ignored, as specified; an unknown type is left to the device.
+        """Parse the bytes that a driver sent. Padding is ignored, as specified; an unknown type is left to the device.
 
         Raises:
             ValueError: not 24 bytes.
@@ -111,19 +111,19 @@ class Response(NamedTuple):
 
     Attributes:
         type: the answer.
-        state: of the blocks, where a STATE request is acknowledged; else None, and zero on the wire.
+        state: state of the blocks, where a STATE request is acknowledged; else None, and zero on the wire.
     """
 
     type: ResponseType
     state: BlockState | None = None
 
     def encode(self) -> bytes:
-        """The 10 bytes of it."""
+        """Return the 10 bytes of the response."""
         return _RESPONSE.pack(self.type, 0 if self.state is None else self.state)
 
     @classmethod
     def decode(cls, data: Bytes, request: int) -> Response:
-        """What the device answered to a request of type ``request``: only after ACK of STATE the state means anything.
+        """Parse the response to a request of type ``request``: the state counts only after the ACK of a STATE request.
 
         Raises:
             ValueError: not 10 bytes, or numbers that the specification does not know.
@@ -136,16 +136,16 @@ class Response(NamedTuple):
 
 
 class Config(NamedTuple):
-    """``struct virtio_mem_config``: what the driver may read and never writes. All sizes in bytes.
+    """``struct virtio_mem_config``, which the driver reads and never writes. All sizes in bytes.
 
     Attributes:
         block_size: size and alignment of a block.
         node_id: an ACPI proximity domain, with :attr:`Feature.ACPI_PXM`.
         addr: guest-physical address of the region.
-        region_size: the most that there can ever be.
+        region_size: maximum of memory that the device can ever have.
         usable_region_size: the part of the region, from its start, in which blocks can be plugged now.
-        plugged_size: how much is plugged.
-        requested_size: how much the device wants to be plugged.
+        plugged_size: bytes that are plugged.
+        requested_size: bytes that the device wants to be plugged.
     """
 
     block_size: int
@@ -157,10 +157,10 @@ class Config(NamedTuple):
     requested_size: int
 
     def check(self) -> Config:
-        """Itself, if it is what section 5.15.4.2 demands.
+        """Return the configuration itself if it satisfies section 5.15.4.2.
 
         Raises:
-            ValueError: it is not; the text names the fields.
+            ValueError: it does not; the message names the fields.
         """
         block = self.block_size
         if not 0 < block < _ADDRESSES or block & (block - 1):
@@ -185,7 +185,7 @@ class Config(NamedTuple):
         return self
 
     def encode(self) -> bytes:
-        """The 56 bytes of the configuration space, padding zero.
+        """Return the 56 bytes of the configuration space, padding zero.
 
         Raises:
             ValueError: as :meth:`check`.
@@ -194,10 +194,10 @@ class Config(NamedTuple):
 
     @classmethod
     def decode(cls, data: Bytes) -> Config:
-        """The configuration that a device shows, its padding ignored.
+        """Parse the configuration space of a device, its padding ignored.
 
         Raises:
-            ValueError: not 56 bytes, or what a device must not show.
+            ValueError: not 56 bytes, or values that a device must not show.
         """
         _check_length("configuration space", data, CONFIG_BYTES)
         return cls(*_CONFIG.unpack(data)).check()

@@ -47,7 +47,7 @@ _numbers = st.integers(0, 3 * _HUGE)
         (0, PAGE_SIZE - 1, "not on page boundaries"),
     ],
 )
-def test_what_is_no_range(start: int, stop: int, message: str) -> None:
+def test_refused_ranges_of_pages(start: int, stop: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PageRange(start, stop)
 

@@ -43,7 +43,7 @@ _LARGEST = 2**63 - 1
         (_LARGEST, _LARGEST),
     ],
 )
-def test_what_people_write(text: int | str, expected: int) -> None:
+def test_sizes_as_text(text: int | str, expected: int) -> None:
     assert parse_size(text) == expected
 
 

@@ -1,4 +1,4 @@
-"""What is present, page by page, from each of the three sources, against pagemap and smaps."""
+"""The state of each page from each of the three sources, against pagemap and smaps."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def source(request: pytest.FixtureRequest) -> str:
 
 
 def _states(memory: object, source: str) -> list[PageState]:
-    """The states of the pages, from the source, without what nobody can tell on this kernel."""
+    """The states of the pages, from the source, without those that this kernel cannot tell."""
     off, _ = _SOURCES[source]
     with without(*off):
         found = prefault.residency(memory)
@@ -101,7 +101,7 @@ def test_counts_ranges_and_text() -> None:
             assert str(prefault.residency(region)) == "32.0 KiB: 16.0 KiB present"
 
 
-def test_what_a_source_cannot_tell(source: str) -> None:
+def test_states_that_a_source_cannot_tell(source: str) -> None:
     off, tells = _SOURCES[source]
     with Region(2) as region, without(*off):
         prefault.populate(region, access="read")
@@ -277,7 +277,7 @@ def test_holes_in_the_range(source: str) -> None:
 # --- written
 
 
-def test_nobody_tracks_writes(source: str) -> None:
+def test_writes_that_are_not_tracked(source: str) -> None:
     if capabilities.SOFT_DIRTY.available:
         pytest.skip("this kernel tracks writes always (soft-dirty)")
     off, _ = _SOURCES[source]
@@ -290,7 +290,7 @@ def test_nobody_tracks_writes(source: str) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_written_pages_are_told_where_they_are_tracked(shared: bool) -> None:
+def test_written_pages_that_are_tracked(shared: bool) -> None:
     needs.capability(capabilities.PAGEMAP_SCAN)
     with Region(8, shared=shared) as region:
         for page in range(6):
@@ -389,7 +389,7 @@ def _evict(path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["cachestat", "mincore"])
-def test_the_page_cache_of_what_others_mapped(tmp_path: Path, how: str) -> None:
+def test_the_page_cache_of_pages_that_another_process_mapped(tmp_path: Path, how: str) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x" * 64 * PAGE_SIZE)
     with path.open("rb") as file, ExitStack() as stack:
@@ -441,7 +441,7 @@ def test_memory_without_a_file_has_no_page_cache() -> None:
         assert "page cache" not in str(prefault.residency(buffer))
 
 
-def test_no_page_cache_to_tell_of(hugetlb_pool: Callable[[int], None]) -> None:
+def test_memory_whose_page_cache_is_unknown(hugetlb_pool: Callable[[int], None]) -> None:
     hugetlb_pool(1)
     with Mapping(1, backing="memfd-hugetlb") as mapping:
         assert prefault.residency(mapping).page_cache is None

@@ -41,7 +41,7 @@ def _no_leaks(no_leaks: None) -> None:
 
 @kinds
 @ways
-def test_many_is_as_one_by_one(kind: SparseKind, missing: tuple[str, ...], tmp_path: Path) -> None:
+def test_populate_many_equals_populate_one_by_one(kind: SparseKind, missing: tuple[str, ...], tmp_path: Path) -> None:
     rng = random.Random(2)
     count = 3000
     unpopulated: Any = "fault"
@@ -90,7 +90,7 @@ def test_ranges_are_merged_and_rounded(unpopulated: Any) -> None:
 
 
 @both
-def test_a_bad_range_and_nothing_happens(unpopulated: Any) -> None:
+def test_a_bad_range_changes_nothing(unpopulated: Any) -> None:
     with SparseMemory(64 * PAGE, unpopulated=unpopulated) as memory:
         memory.populate(PAGE, PAGE)
         ranges = [(at % 64 * PAGE, PAGE) for at in range(1_000_000)]
@@ -158,7 +158,7 @@ def test_another_process_keeps_its_pages(unpopulated: Any, small_tmpfs: Callable
     with SparseMemory(64 * PAGE, backing=TemporaryFile(small_tmpfs("64k")), unpopulated=unpopulated) as memory:
         assert memory.fd is not None
         os.pwrite(memory.fd, b"x", 2 * PAGE)
-        os.pwrite(memory.fd, bytes(PAGE), 6 * PAGE)  # zeros, but in memory before: somebody's
+        os.pwrite(memory.fd, bytes(PAGE), 6 * PAGE)  # zeros, but in memory before: another user's
         _fails(memory, [(at * PAGE, PAGE) for at in range(0, 64, 2)], prefault.BackingFullError, 32)
         assert os.pread(memory.fd, 1, 2 * PAGE) == b"x"
         assert os.fstat(memory.fd).st_blocks * 512 == 2 * PAGE
@@ -204,7 +204,7 @@ def test_a_poisoned_page_in_the_middle() -> None:
 def test_a_hole_in_the_middle() -> None:
     with SparseMemory(4096 * PAGE, huge="never") as memory:
         hole = memory.range.start + 2000 * PAGE
-        mman.munmap(hole, PAGE)  # somebody else's mistake
+        mman.munmap(hole, PAGE)  # a mistake of the caller's
         ranges = [(at * PAGE, PAGE) for at in range(0, 4096, 2)]
         with pytest.raises(prefault.HoleError) as caught:
             memory.populate_many(ranges)
@@ -249,8 +249,8 @@ def _extents(path: Path) -> list[Any]:
         return list(fiemap(file.fileno(), 0, path.stat().st_size, 1000))
 
 
-def _assert_shut(memory: SparseMemory) -> None:
-    """What has no page cannot be touched."""
+def _assert_protected(memory: SparseMemory) -> None:
+    """Check that blocks without a page are protected."""
     if memory._guard.protection is None:
         return
     there = set(present_blocks(memory))
@@ -292,12 +292,12 @@ def test_ctrl_c_between_vectors(unpopulated: Any, call: int, monkeypatch: pytest
         memory.populate_many(ranges)
         with _interrupted_at(call, monkeypatch, "process_madvise_vector"), suppress(KeyboardInterrupt):
             memory.discard_many(ranges)  # which may be done before that many calls
-        _assert_shut(memory)
+        _assert_protected(memory)
         memory.discard_many(ranges)
         assert present_blocks(memory) == [8001]
 
 
-def test_no_pagemap_no_promise() -> None:
+def test_without_pagemap_populating_is_refused() -> None:
     with SparseMemory(64 * PAGE) as memory, without("pagemap", "pagemap_scan"):
         with pytest.raises(prefault.PopulateError, match="all or nothing is not possible") as caught:
             memory.populate_many([(0, PAGE)])

@@ -88,7 +88,7 @@ def test_other_dtypes() -> None:
             assert growing.array.tolist() == [*expected.tolist() * 3, expected.tolist()[0]]
 
 
-def test_it_is_an_array_to_others(small: GrowableArray) -> None:
+def test_libraries_take_it_as_an_array(small: GrowableArray) -> None:
     small.extend(range(5))
     assert numpy.asarray(small).tolist() == [0, 1, 2, 3, 4]
     assert numpy.shares_memory(numpy.asarray(small), small.array)
@@ -107,7 +107,7 @@ def test_it_is_an_array_to_others(small: GrowableArray) -> None:
     assert repr(small) == "<GrowableArray of float64, 5 of at most 8192 items, 4.0 KiB populated>"
 
 
-def test_it_may_be_extended_by_itself(small: GrowableArray) -> None:
+def test_extending_by_itself(small: GrowableArray) -> None:
     small.extend([1, 2, 3])
     small.extend(small)
     small.extend(small.array[::-1])
@@ -123,7 +123,7 @@ def test_it_may_be_extended_by_itself(small: GrowableArray) -> None:
 # --- where it lies
 
 
-def test_nothing_ever_moves() -> None:
+def test_items_never_move() -> None:
     with GrowableArray(capacity="256 MiB") as growing:
         growing.append(1.0)
         view = growing.array
@@ -238,7 +238,7 @@ def test_a_capacity_that_ends_inside_a_huge_page(small_tmpfs: Callable[[str], Pa
 
 
 @pytest.mark.parametrize("step", [None, 1, "16 KiB"])
-def test_shrink_gives_back(step: int | str | None) -> None:
+def test_shrink_discards_whole_steps(step: int | str | None) -> None:
     with GrowableArray(capacity="256 KiB", huge="never", step=step) as growing:
         growing.extend(range(30_000))
         view = growing.array
@@ -268,7 +268,7 @@ def test_shrink_gives_huge_pages_back_whole() -> None:
 
 
 @pytest.mark.parametrize("length", [-1, 4, 2**70])
-def test_shrink_is_no_growth(small: GrowableArray, length: int) -> None:
+def test_shrink_refuses_a_larger_length(small: GrowableArray, length: int) -> None:
     small.extend([1, 2, 3])
     with pytest.raises(ValueError, match=f"an array of 3 items cannot be shrunk to {length}"):
         small.shrink(length)

@@ -77,7 +77,7 @@ def check(growing: GrowableArray, model: list[float]) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(CHANGES, STEPS)
-def test_it_does_what_a_list_does(changes: list[Change], step: int | str | None) -> None:
+def test_random_changes_against_a_list(changes: list[Change], step: int | str | None) -> None:
     model: list[float] = []
     with GrowableArray(capacity=CAPACITY, huge="never", step=step) as growing:
         for verb, number in changes:
@@ -88,7 +88,7 @@ def test_it_does_what_a_list_does(changes: list[Change], step: int | str | None)
 @pytest.mark.stress
 @settings(deadline=None, max_examples=1000)
 @given(CHANGES, STEPS, st.sampled_from(["anonymous", "memfd"]))
-def test_it_does_what_a_list_does_for_long(changes: list[Change], step: int | str | None, backing: str) -> None:
+def test_random_changes_against_a_list_for_long(changes: list[Change], step: int | str | None, backing: str) -> None:
     model: list[float] = []
     with GrowableArray(capacity=CAPACITY, huge="never", step=step, backing=backing) as growing:
         for verb, number in changes:

@@ -1,4 +1,4 @@
-"""Threads, forks, signals and accounting: who is at work on which blocks."""
+"""Threads, forks, signals and accounting: operations on common blocks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from support.sparse import PAGE, faults, mappings, present_blocks, status_kib
 both = pytest.mark.parametrize("unpopulated", ["zeros", "fault"])
 
 
-def _open_blocks(memory: SparseMemory) -> set[int]:
+def _unprotected_blocks(memory: SparseMemory) -> set[int]:
     assert memory._guard.protection is not None
     size = memory.block
     return {at // size for low, high in memory._guard.protection.unprotected for at in range(low, high, size)}
@@ -99,7 +99,7 @@ def _hammer(unpopulated: Any, shared: bool, seconds: float) -> None:
         _together(*(lambda seed=seed: work(seed) for seed in range(4)))
         assert not memory._guard.operations
         if unpopulated == "fault":
-            assert set(present_blocks(memory)) == _open_blocks(memory)
+            assert set(present_blocks(memory)) == _unprotected_blocks(memory)
         memory.discard()
         assert present_blocks(memory) == []
         assert mappings(memory) == 1
@@ -114,7 +114,7 @@ def test_two_threads_populate_the_same_block(unpopulated: Any) -> None:
         assert oracle.present_bytes(memory.range.start, 8 * MIB) == 8 * MIB
 
 
-def test_one_that_fails_takes_nothing_from_another(small_tmpfs: Callable[[str], Path]) -> None:
+def test_a_failing_populate_keeps_the_pages_of_another(small_tmpfs: Callable[[str], Path]) -> None:
     with SparseMemory(64 * PAGE, backing=TemporaryFile(small_tmpfs("64k")), unpopulated="fault") as memory:
         for _ in range(20):
             failures: list[Exception] = []
@@ -202,8 +202,8 @@ def test_a_fork_while_other_threads_work() -> None:
 
         def child() -> bool:
             assert memory.read(0, 6) == b"parent"
-            # What the other threads were about to do is taken back, and nobody holds a block.
-            assert set(present_blocks(memory)) == _open_blocks(memory)
+            # The operations of the other threads are undone, and none is at work on a block.
+            assert set(present_blocks(memory)) == _unprotected_blocks(memory)
             memory.populate()
             memory.discard(PAGE, 4000 * PAGE)
             assert faults(memory, PAGE)
@@ -220,7 +220,7 @@ def test_a_fork_while_other_threads_work() -> None:
         assert present_blocks(memory) == [0]
 
 
-def test_a_fork_in_the_middle_of_ones_own_work() -> None:
+def test_a_fork_within_an_operation_of_this_thread() -> None:
     with SparseMemory(64 * MIB, unpopulated="fault", huge="never") as memory:
         answers: list[str] = []
 
@@ -272,7 +272,7 @@ def test_ctrl_c_at_any_moment(unpopulated: Any) -> None:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             assert not list(memory._guard.operations)
             if unpopulated == "fault":
-                assert set(present_blocks(memory)) == _open_blocks(memory)
+                assert set(present_blocks(memory)) == _unprotected_blocks(memory)
         assert memory.read(0, 4) == b"kept"
         assert interrupted > 10
         memory.discard()
@@ -284,7 +284,7 @@ def test_ctrl_c_at_any_moment(unpopulated: Any) -> None:
 
 
 class _Account(Accounting):
-    """Books that keep a set, and check that all is in order."""
+    """Accounting that keeps a set, and checks each call against it."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -336,7 +336,7 @@ def test_accounting(unpopulated: Any, shared: bool) -> None:
     assert accounting.calls[-1] == "close"
 
 
-def test_accounting_are_closed_once_and_when_the_memory_is_gone() -> None:
+def test_accounting_is_closed_once_when_the_memory_is_unmapped() -> None:
     accounting = _Account(10 * PAGE)
 
     def closed_in_the_child(memory: SparseMemory) -> list[str]:
@@ -402,7 +402,7 @@ def test_accounting_after_a_discard_that_fails(unpopulated: Any, monkeypatch: py
         assert oracle.present_bytes(memory.range.start, len(memory)) == kept.length
         assert memory.read(179 * MIB, 4) == b"kept"
         if unpopulated == "fault":
-            assert _open_blocks(memory) == set(present_blocks(memory))
+            assert _unprotected_blocks(memory) == set(present_blocks(memory))
             assert (faults(memory, 60 * MIB), faults(memory, 179 * MIB)) == (True, False)
         monkeypatch.undo()
         memory.discard()
@@ -412,12 +412,12 @@ def test_accounting_after_a_discard_that_fails(unpopulated: Any, monkeypatch: py
 # --- the measure
 
 
-def test_no_growth() -> None:
+def test_no_leak() -> None:
     _cycle(2000)
 
 
 @pytest.mark.stress
-def test_no_growth_over_a_hundred_thousand_cycles() -> None:
+def test_no_leak_over_a_hundred_thousand_cycles() -> None:
     _cycle(100_000)
 
 
@@ -446,7 +446,7 @@ def _cycle(count: int) -> None:
             assert memory.populated.length == 3 * block
 
 
-def test_a_child_that_dies_leaves_no_fence_open_in_its_parent() -> None:
+def test_a_child_that_dies_leaves_no_block_unprotected_in_its_parent() -> None:
     with SparseMemory(8 * PAGE, backing="memfd", unpopulated="fault") as memory:
         pid = os.fork()
         if not pid:

@@ -1,4 +1,4 @@
-"""What others do meanwhile: forks, other mappings of the same memory, a kernel that refuses."""
+"""Concurrent changes from elsewhere: forks, other mappings of the same memory, a kernel that refuses."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _another_thread_within(make: Callable[[], Any]) -> Iterator[None]:
 
 
 @both
-def test_a_fork_takes_nothing_from_a_scratch_file(unpopulated: Any, tmp_path: Path) -> None:
+def test_a_fork_discards_nothing_of_a_scratch_file(unpopulated: Any, tmp_path: Path) -> None:
     """The child takes back what other threads were at, and the file is the parent's."""
     with SparseMemory(16 * PAGE, backing=TemporaryFile(tmp_path), unpopulated=unpopulated) as memory:
         memory.populate(access="write")
@@ -97,17 +97,17 @@ class _BadAccounting(Accounting):
         pass
 
 
-def test_what_fails_in_a_fork_does_not_lock_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_a_fork_leaves_other_memories_unlocked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "unraisablehook", lambda *_: None)  # for what hooks of fork raise
     accounting = _BadAccounting()
     memories = [SparseMemory(16 * PAGE, unpopulated="fault", accounting=accounting) for _ in range(3)]
-    gate, span = memories[1]._guard, Span(*memories[1].range)
+    guard, span = memories[1]._guard, Span(*memories[1].range)
 
     def child() -> list[int]:
         accounting.refunding = False
         return [memory.populate().bytes for memory in memories]
 
-    with _another_thread_within(lambda: gate.populating([span])):
+    with _another_thread_within(lambda: guard.populating([span])):
         accounting.refunding = True
         try:
             assert in_child(child) == [16 * PAGE] * 3
@@ -156,7 +156,9 @@ def test_a_fork_while_another_thread_imports_numpy() -> None:
 
 @both
 @pytest.mark.parametrize("many", [False, True])
-def test_what_another_populates_meanwhile_stays(unpopulated: Any, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rollback_keeps_pages_that_another_mapping_populated(
+    unpopulated: Any, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pages of zeros that the failing call brought in, and that another mapping counts on by now."""
     with (
         SparseMemory(256 * PAGE, backing="memfd", unpopulated=unpopulated) as one,
@@ -178,7 +180,7 @@ def test_what_another_populates_meanwhile_stays(unpopulated: Any, many: bool, mo
         assert _allocated(one) == 4 * PAGE
 
 
-def test_what_only_fallocate_brought_in_and_another_maps_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rollback_keeps_allocated_pages_that_another_mapping_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         SparseMemory(256 * PAGE, backing="memfd") as one,
         SparseMemory(None, backing=Descriptor(one.fd or 0)) as other,
@@ -198,7 +200,7 @@ def test_what_only_fallocate_brought_in_and_another_maps_stays(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("many", [False, True])
-def test_a_guard_that_the_kernel_has_dropped_is_put_back_by_a_discard(many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_discard_installs_a_guard_again_that_the_kernel_dropped(many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Truncation of a page that another process maps just then drops the guards of all (seen on 6.18)."""
     with SparseMemory(64 * PAGE, backing="memfd", unpopulated="fault") as memory:
         memory.populate(8 * PAGE, PAGE)
@@ -216,7 +218,7 @@ def test_a_guard_that_the_kernel_has_dropped_is_put_back_by_a_discard(many: bool
         else:
             memory.discard(9 * PAGE, 2 * PAGE)
         assert [faults(memory, at * PAGE) for at in (8, 9, 10, 12, 20)] == [False, True, True, True, False]
-        assert not faults(memory, 11 * PAGE)  # nobody has asked for that
+        assert not faults(memory, 11 * PAGE)  # no call asked for that page
 
 
 def test_a_block_that_was_not_tried_keeps_what_another_thread_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +315,7 @@ def test_the_kernel_has_no_mapping_left_for_a_discard(
                 assert "vm.max_map_count" in str(error)
                 assert isinstance(error.__cause__, OSError)
                 calls = 10
-                discard()  # nobody is at work on them any more, though the exception is alive
+                discard()  # no operation is at work on them, though the exception is alive
             gone = {0, 3, 9, *range(256, 1024)}
             assert present_blocks(memory) == [block for block in range(1024) if block not in gone]
             assert memory.read(5 * PAGE, 4) == b"kept"

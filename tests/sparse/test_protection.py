@@ -1,4 +1,4 @@
-"""What is not populated is a SIGSEGV: in children that touch it. And the mappings stay few."""
+"""Touching an unpopulated block is a SIGSEGV, tried in children; and the mappings stay few."""
 
 from __future__ import annotations
 
@@ -48,22 +48,22 @@ def _faulting(memory: SparseMemory) -> list[int]:
     The kernel reads what the protection does not forbid, in this very process. That the others are a SIGSEGV is tried in
     children at a few of them, since a fork takes 5 ms.
     """
-    shut: list[int] = []
+    protected: list[int] = []
     accessible: list[int] = []
     for block in range(memory.reservation // memory.block):
         first = _kernel_can_read(memory.range.start + block * memory.block)
         last = _kernel_can_read(memory.range.start + (block + 1) * memory.block - 1)
         assert first == last
-        (accessible if first else shut).append(block)
-    for block in {*shut[:1], *shut[-1:], *accessible[:1], *accessible[-1:]}:
+        (accessible if first else protected).append(block)
+    for block in {*protected[:1], *protected[-1:], *accessible[:1], *accessible[-1:]}:
         at = (block + 1) * memory.block - 1 if block % 2 else block * memory.block
-        assert faults(memory, at) == (block in shut)
-    return shut
+        assert faults(memory, at) == (block in protected)
+    return protected
 
 
 @kinds
 @pytest.mark.parametrize("guards", [True, False])
-def test_what_is_not_populated_faults(kind: SparseKind, guards: bool, tmp_path: Path) -> None:
+def test_unpopulated_blocks_fault(kind: SparseKind, guards: bool, tmp_path: Path) -> None:
     with without(*(() if guards else ("guard_regions",))):
         memory = kind.make(10 * PAGE, tmp_path, unpopulated="fault", **({} if kind.is_disk else {"reservation": 12 * PAGE}))
     with memory:
@@ -89,7 +89,7 @@ def test_what_is_not_populated_faults(kind: SparseKind, guards: bool, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", HUGE_KINDS, ids=lambda kind: kind.name)
-def test_huge_pages_that_are_not_populated_fault(
+def test_unpopulated_huge_pages_fault(
     kind: SparseKind, tmp_path: Path, hugetlb_pool: Callable[[int], None]
 ) -> None:  # fmt: skip
     hugetlb_pool(3)
@@ -105,7 +105,7 @@ def test_huge_pages_that_are_not_populated_fault(
         assert _faulting(memory) == [0, 2, 3, 5, 7]
 
 
-def test_a_populate_that_fails_opens_nothing(small_tmpfs: Callable[[str], Path]) -> None:
+def test_a_failing_populate_unprotects_nothing(small_tmpfs: Callable[[str], Path]) -> None:
     with SparseMemory(32 * PAGE, backing=TemporaryFile(small_tmpfs("64k")), unpopulated="fault") as memory:
         memory.populate(2 * PAGE, PAGE)
         memory.populate(8 * PAGE, PAGE)
@@ -126,7 +126,7 @@ def test_a_populate_that_fails_opens_nothing(small_tmpfs: Callable[[str], Path])
         memory.populate(10 * PAGE, 10 * PAGE)
 
 
-def test_fences_in_a_fork() -> None:
+def test_protection_in_a_fork() -> None:
     for shared in (False, True):
         with SparseMemory(16 * PAGE, shared=shared, unpopulated="fault") as memory:
             memory.populate(PAGE, PAGE)
@@ -143,21 +143,21 @@ def test_fences_in_a_fork() -> None:
                 return faulting
 
             assert in_child(child) == [block for block in range(16) if block not in (3, 5)]
-            # Fences are each process's own; a page of shared memory that one discards is gone for both.
+            # Protection is each process's own; a page of shared memory that one discards is gone for both.
             assert _faulting(memory) == [block for block in range(16) if block not in (1, 5)]
             memory.populate()
             assert memory.read(PAGE, 6) == (bytes(6) if shared else b"parent")
             assert memory.read(3 * PAGE, 5) == (b"child" if shared else bytes(5))
 
 
-def test_two_mappings_have_fences_of_their_own() -> None:
+def test_two_mappings_are_protected_separately() -> None:
     with SparseMemory(8 * PAGE, backing="memfd", unpopulated="fault") as one:
         assert one.fd is not None
         with SparseMemory(None, backing=Descriptor(one.fd), unpopulated="fault") as other:
             one.populate(0, PAGE)
             other.populate(PAGE, PAGE)
             assert (faults(one, PAGE), faults(other, 0)) == (True, True)
-            other.discard(0, PAGE)  # not populated by this one: shut already, and taken from the file all the same
+            other.discard(0, PAGE)  # not populated by this one: protected already, and taken from the file all the same
             assert not faults(one, 0)
             assert one.read(0, 1) == b"\0"
 

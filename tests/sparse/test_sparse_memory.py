@@ -148,7 +148,7 @@ def test_a_size_is_rounded_up_to_blocks() -> None:
 
 
 @both
-def test_a_terabyte_takes_nothing(unpopulated: Any) -> None:
+def test_a_reservation_of_a_terabyte_takes_no_memory(unpopulated: Any) -> None:
     before = oracle.mappings()
     with SparseMemory("64 TiB", unpopulated=unpopulated) as memory:
         assert len(memory) == 64 << 40
@@ -195,7 +195,7 @@ def test_attach_by_descriptor(unpopulated: Any) -> None:
         memory.write(PAGE, b"hello")
         with SparseMemory(None, backing=Descriptor(memory.fd), unpopulated=unpopulated) as other:
             assert len(other) == len(memory)
-            assert other.populated == RangeSet()  # page tables, and so fences, are of each mapping
+            assert other.populated == RangeSet()  # page tables, and so protection, belong to each mapping
             other.populate(PAGE, PAGE)
             assert other.read(PAGE, 5) == b"hello"
             other.discard(PAGE, PAGE)
@@ -251,7 +251,7 @@ def test_an_offset_in_the_file() -> None:
 # --- bytes
 
 
-def test_reading_what_is_not_populated() -> None:
+def test_reading_unpopulated_blocks() -> None:
     with SparseMemory(16 * BLOCK, block=BLOCK, unpopulated="fault") as memory:
         memory.populate(BLOCK, 2 * BLOCK)
         for use in (lambda: memory.read(0, 1), lambda: memory.write(PAGE, b"x"), lambda: memory.read(BLOCK - 1, 2)):
@@ -266,7 +266,7 @@ def test_reading_what_is_not_populated() -> None:
         assert memory.read(0, 3) == bytes(3)
 
 
-def test_reading_a_page_that_cannot_be_had(small_tmpfs: Callable[[str], Path]) -> None:
+def test_reading_a_page_without_memory_for_it(small_tmpfs: Callable[[str], Path]) -> None:
     with SparseMemory(64 * PAGE, backing=TemporaryFile(small_tmpfs("64k"))) as memory:
         with pytest.raises(prefault.BackingFullError) as caught:
             memory.write(0, b"x" * 64 * PAGE)
@@ -461,7 +461,7 @@ def test_resident_memory_returns(unpopulated: Any) -> None:
         assert resident() < before + 4 * MIB
 
 
-def test_what_a_view_may_do_behind_the_fences() -> None:
+def test_protected_blocks_through_a_view() -> None:
     with SparseMemory(64 * PAGE, unpopulated="fault") as memory:
         memory.populate(0, PAGE)
         memory.populate(2 * PAGE, PAGE)
@@ -474,7 +474,7 @@ def test_what_a_view_may_do_behind_the_fences() -> None:
 
 
 def test_blocks_and_huge_pages_fit_each_other() -> None:
-    """A huge page in the place of a smaller block would bring in, and keep, what nobody asked for."""
+    """A huge page in the place of a smaller block would bring in, and keep, memory that the caller did not ask for."""
     with pytest.raises(ValueError, match="a multiple of 2097152 bytes, not 65536 bytes"):
         SparseMemory(GIB, block="64 KiB", huge="advise")
     with SparseMemory(3 * MIB, huge="advise") as memory:
@@ -487,7 +487,7 @@ def test_blocks_and_huge_pages_fit_each_other() -> None:
 
 
 @pytest.mark.parametrize("backing", ["anonymous", "memfd"])
-def test_the_plan_is_what_populate_will_do_behind_the_fence(backing: str) -> None:
+def test_the_plan_of_protected_memory_is_what_populate_will_do(backing: str) -> None:
     with SparseMemory(4 * MIB, backing=backing, unpopulated="fault") as memory:
         planned = prefault.plan(memory)
         assert (planned.method, planned.access) == (memory.populate().method, "write")
@@ -500,7 +500,7 @@ def test_two_owners_of_one_mapping_are_refused() -> None:
                 twice(memory)
 
 
-def test_a_block_that_was_shut_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_was_protected_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Discarded before the bytes are read, and populated again before anybody asks why they could not be."""
 
     def too_late(*_: int) -> int:

@@ -47,7 +47,7 @@ class Machine(RuleBasedStateMachine):
         kind = data.draw(st.sampled_from(self.kinds))
         self.kind = kind
         self.unpopulated = data.draw(st.sampled_from(["zeros", "fault"]))
-        # Where a fault maps what lies around it in the page cache, nobody can say which pages are there.
+        # Where a fault maps what lies around it in the page cache, it is unknown which pages are there.
         if kind.is_disk:
             self.unpopulated = "fault"
         self.block = kind.page_size * (1 if self.pool is not None or self.small else data.draw(st.sampled_from([1, 3])))
@@ -69,7 +69,7 @@ class Machine(RuleBasedStateMachine):
         return self.kind.unwritten(block * self.block, self.block)
 
     def _room(self) -> int | None:
-        """How many blocks fit; None where there is no end."""
+        """Return how many blocks fit; None where there is no limit."""
         return 16 if self.small is not None else self.pool
 
     def _populate(self, wanted: set[int], call: Callable[[], prefault.PopulateResult]) -> None:

@@ -159,7 +159,7 @@ def test_more_plugged_than_requested_may_only_shrink() -> None:
     assert ask(it, PLUG, 1) == NACK
 
 
-def test_which_answer_wins() -> None:
+def test_precedence_of_answers() -> None:
     memory = Notes()
     it = device(memory)
     assert ask(it, PLUG, 0, 8) == ACK
@@ -230,7 +230,7 @@ def test_a_discard_that_fails_leaves_the_block_plugged_and_accessible() -> None:
     assert ask(it, UNPLUG_ALL) == ACK
 
 
-def test_what_is_not_the_memorys_refusal_comes_through() -> None:
+def test_other_exceptions_of_the_memory_pass_through() -> None:
     memory = Notes()
     it = device(memory)
     for error in (ValueError("the memory is closed"), KeyboardInterrupt()):
@@ -296,7 +296,7 @@ def test_a_system_reset_unplugs_everything() -> None:
 # --- the configuration
 
 
-def test_what_the_driver_reads_first() -> None:
+def test_the_initial_configuration() -> None:
     it = device(node_id=7, usable_extent=3 * BLOCK + 5)
     assert it.config == (BLOCK, 7, ADDR, 16 * BLOCK, 11 * BLOCK, 0, 8 * BLOCK)
     assert VirtioMem(Notes(), addr=0).config == (BLOCK, 0, 0, 16 * BLOCK, 0, 0, 0)
@@ -332,7 +332,7 @@ def test_bad_devices(options: dict[str, Any], complaint: str) -> None:
         device(**options)
 
 
-def test_a_change_is_told_once() -> None:
+def test_a_change_is_notified_once() -> None:
     seen: list[tuple[int, ...]] = []
     it: VirtioMem = device(on_config_change=lambda: seen.append(it.config[-3:]), requested_size=0, usable_extent=2 * BLOCK)
     generation = it.config_generation
@@ -346,7 +346,7 @@ def test_a_change_is_told_once() -> None:
     assert seen[1:] == [(6 * BLOCK, BLOCK, BLOCK)]
 
 
-def test_a_size_that_cannot_be_asked_for_changes_nothing() -> None:
+def test_a_refused_size_changes_nothing() -> None:
     calls: list[int] = []
     it = device(on_config_change=lambda: calls.append(1))
     before = it.config

@@ -62,7 +62,7 @@ int main(void)
 
 @pytest.fixture(scope="module")
 def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the C compiler makes of ``linux/virtio_mem.h``: bytes and numbers in hexadecimal, by name."""
+    """The structures of ``linux/virtio_mem.h`` as C lays them out: bytes and numbers in hexadecimal, by name."""
     if sys.byteorder != "little":
         needs.missing("the compiler of this machine lays out big-endian structures")
     gcc = shutil.which("gcc")

@@ -88,7 +88,7 @@ def test_runs_of_a_large_device_are_found_without_allocating_its_states(no_leaks
     frames.close()
 
 
-def test_all_who_have_the_descriptors_see_the_same(frames: Frames) -> None:
+def test_all_processes_with_the_descriptors_see_the_same(frames: Frames) -> None:
     other = Frames(os.dup(frames.fd), os.dup(frames.states_fd), 20 * PAGE - 100, PAGE, False)
     frames.secure(range(1, 2))
     frames.view(range(1, 2))[:3] = b"abc"
@@ -127,7 +127,7 @@ def test_pages_one_behind_the_other_are_secured_together(frames: Frames) -> None
     assert found[-1] == [*range(2, 12), 17, 18, 19]
 
 
-def test_what_was_secured_ahead_and_punched_is_secured_again(frames: Frames) -> None:
+def test_pages_secured_ahead_and_punched_are_secured_again(frames: Frames) -> None:
     for page in (2, 3, 4, 5):
         frames.secure_one(page)
     frames.punch(range(6, 8))
@@ -138,7 +138,7 @@ def test_what_was_secured_ahead_and_punched_is_secured_again(frames: Frames) -> 
     assert _there(frames) == list(range(2, 10))  # and none ahead any more
 
 
-def test_of_large_pages_none_is_secured_ahead(no_leaks: None, hugetlb_pool: Callable[[int], None]) -> None:
+def test_large_pages_are_not_secured_ahead(no_leaks: None, hugetlb_pool: Callable[[int], None]) -> None:
     hugetlb_pool(0)
     frames = Frames.create(4 * HUGE_PAGE, HUGE_PAGE)
     frames.secure_one(0)
@@ -147,7 +147,7 @@ def test_of_large_pages_none_is_secured_ahead(no_leaks: None, hugetlb_pool: Call
     frames.close()
 
 
-def test_behind_the_end_of_the_device_there_are_zeros(frames: Frames) -> None:
+def test_bytes_behind_the_end_of_the_device_are_zeros(frames: Frames) -> None:
     frames.view(range(18, 20))[:] = b"x" * 2 * PAGE
     frames.clear_tail(range(18, 19))
     assert bytes(frames.view(range(19, 20))) == b"x" * PAGE
@@ -155,7 +155,7 @@ def test_behind_the_end_of_the_device_there_are_zeros(frames: Frames) -> None:
     assert bytes(frames.view(range(18, 20))) == b"x" * (2 * PAGE - 100) + bytes(100)
 
 
-def test_repair_ends_what_was_in_the_middle(frames: Frames) -> None:
+def test_repair_settles_unfinished_pages(frames: Frames) -> None:
     states = [
         DevicePageState.MISSING,
         DevicePageState.FILLING,

@@ -1,4 +1,4 @@
-"""check_device fails on every driver that is wrong, and its message says what is."""
+"""check_device fails on every wrong driver, and its message names the fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was discarded does not come back, whatever fills or saves its pages at the time."""
+"""Discarded content does not come back, even if its pages are filled or saved at the time."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from support.devices import Saved
 
 PAGES = 16
 PAGE = 3
-"""What is discarded."""
+"""Content that is discarded."""
 _WAIT_S = 0.3
-"""How long it is waited for what must not come."""
+"""Seconds to wait for an event that must not come."""
 
 
 class Gates:
@@ -46,7 +46,7 @@ class Gates:
         return self._bytes[self._index(name) + 1] == 1
 
     def pass_through(self, name: str) -> None:
-        """By the driver."""
+        """Wait at a point, in the driver."""
         self._bytes[self._index(name) + 1] = 1
         assert processes.eventually(lambda: not self._bytes[self._index(name)])
 
@@ -66,11 +66,11 @@ class Stored(Device):
         self._save_fails = save_fails
 
     def hold(self, value: int) -> None:
-        """By the test: what the store has of the page."""
+        """Set the store's content of the page, in the test."""
         self._store[PAGE * PAGE_SIZE] = value
 
     def evict(self) -> None:
-        """By the test."""
+        """Have the driver evict, in the test."""
         self._told[0] = 1
 
     def open(self, area: DeviceArea) -> None:
@@ -201,7 +201,7 @@ def test_a_discard_that_waits_ends_with_its_area_which_is_closed_at_the_driver()
 
 
 def _writes_discards_reads(connect: Callable[[], Handmade], pages: range, seed: int, duration_s: float) -> tuple[int, int]:
-    """How often, and how often the old bytes came back."""
+    """Return the number of rounds, and of those in which the old bytes came back."""
     generator = random.Random(seed)
     count = wrong = 0
     with connect() as client:

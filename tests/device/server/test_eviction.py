@@ -1,4 +1,4 @@
-"""Taking pages back: no write is lost, whoever writes; and dirty tracking."""
+"""Eviction loses no write; and dirty tracking."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PAGE = mmap.PAGESIZE
 
 
 class Stored(Device):
-    """What is evicted is kept in memory that the test shares with the server, and supplied again from there.
+    """Device whose evicted pages are kept in memory that the test shares, and supplied again from there.
 
     A page that is discarded is evicted instead: so the test says when. ``churn`` evicts at random all the time.
     """
@@ -85,7 +85,7 @@ class ByMessage(Stored):
 
 
 class SlowToSave(ByMessage):
-    """After the content was copied it takes a while."""
+    """Device that waits after it saved the content."""
 
     def save(self, pages: range, content: memoryview) -> None:
         super().save(pages, content)
@@ -93,7 +93,7 @@ class SlowToSave(ByMessage):
 
 
 @pytest.mark.parametrize("touch", ["written", "not mapped", "read"])
-def test_who_touches_a_page_while_it_is_evicted_waits_and_loses_nothing(touch: str) -> None:
+def test_a_touch_of_a_page_that_is_being_evicted_waits_and_loses_nothing(touch: str) -> None:
     with served(SlowToSave(workers=2)) as (running, client):
         area, other = client.map(16 * PAGE), client.map(16 * PAGE, access="read")
         area.view[5 * PAGE] = 50
@@ -127,7 +127,7 @@ def test_a_page_that_the_client_replaced_leaves_no_write_behind_it_unprotected()
 
 
 @pytest.mark.usefixtures("no_leaks")
-def test_what_was_written_is_saved_and_comes_back() -> None:
+def test_writes_are_saved_and_come_back() -> None:
     device = ByMessage()
     with served(device) as (running, client):
         area, other = client.map(16 * PAGE), client.map(8 * PAGE, 2 * PAGE, access="read")
@@ -173,7 +173,7 @@ def test_pages_that_could_not_be_saved_stay_as_they_are() -> None:
 
 
 class Small(Device):
-    """What was supplied first goes first."""
+    """Device that is not writable, with a small capacity: reclaim by age."""
 
     writable = False
     length = 1 << 40
@@ -244,7 +244,7 @@ _COUNTERS = PAGE // 8
 
 
 def _writer(connect: Callable[[], Any], number: int, seed: int, pages: int, duration_s: float) -> list[int]:
-    """Adds one to its own word of a random page, as fast as it can; how often, by page."""
+    """Add one to its own word of random pages, as fast as possible; return the number of times, by page."""
     generator = random.Random(seed)
     counts = [0] * pages
     with connect() as client:

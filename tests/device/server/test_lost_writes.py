@@ -1,4 +1,4 @@
-"""What a client wrote stays, and is known as written: after restarts, lost connections, roll-backs, parts of pages."""
+"""Written content stays, and is known as dirty: after restarts, lost connections, rollbacks, parts of pages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 PAGES = 8
 _WAIT_S = 0.3
-"""How long a driver waits for a write that cannot come, as it has to wait for the driver."""
+"""Seconds that a driver waits for a write that cannot come, since the write waits for the driver."""
 
 
 class Evicting(Device):
@@ -48,11 +48,11 @@ class Evicting(Device):
         self._said[0] = 1
 
     def saves(self) -> bool:
-        """Whether it has taken the content of pages that are still there."""
+        """Whether the driver has the content of pages that are not punched yet."""
         return self._said[1] == 1
 
     def written(self) -> None:
-        """By the test: they have another content by now."""
+        """Announce, in the test, that the pages have other content by now."""
         self._said[2] = 1
 
     def open(self, area: DeviceArea) -> None:
@@ -109,7 +109,7 @@ class FailsAtLast(Pattern):
         self._said = mmap.mmap(-1, PAGE_SIZE)
 
     def asked(self) -> bool:
-        """Whether the last page was asked for."""
+        """Whether the driver was asked for the last page."""
         return self._said[0] == 1
 
     def fail(self) -> None:
@@ -141,7 +141,7 @@ def test_a_rollback_leaves_what_another_client_wrote_in_an_area_that_it_closed(t
 
 
 class CountsDiscards(Pattern):
-    """Says how often it was told of a discard, by whichever of its servers."""
+    """Device that counts calls of discard, over all of its servers."""
 
     def __init__(self) -> None:
         super().__init__(PAGES, writable=True, restartable=True)
@@ -161,7 +161,7 @@ def _stop(pid: int) -> None:
 
 
 def test_a_discard_that_killed_servers_did_not_read_is_done_when_it_is_asked_for_again(tmp_path: Path) -> None:
-    """Done sooner it would be answered, and done once more by the next server, which finds the copy: after new writes."""
+    """Carried out sooner, a discard would be repeated by the next server, which finds the copy, after new writes."""
     device = CountsDiscards()
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with prefault.device.serve(device, tmp_path / "s") as server:

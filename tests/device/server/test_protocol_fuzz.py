@@ -1,4 +1,4 @@
-"""Clients that keep to nothing: the server lives, goes on serving a good client, and has nothing left of them."""
+"""Clients that break the protocol: the server lives, serves a good client, and keeps nothing of theirs."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_the_wrong_number_of_descriptors(tmp_path: Path, no_leaks: None, count: 
 
 
 def test_descriptors_where_none_belong(tmp_path: Path, no_leaks: None) -> None:
-    """With another message they are closed, whatever becomes of the message: nobody holds the pipe."""
+    """Descriptors that come with another message are closed: no process keeps the pipe open."""
     with served(tmp_path) as path:
         for greeted in (False, True):
             reader, writer = os.pipe()
@@ -240,7 +240,7 @@ def test_runs_outside_of_an_area(tmp_path: Path, no_leaks: None, runs: protocol.
         in_child(lambda: ask(path))
 
 
-def test_areas_of_somebody_else(tmp_path: Path, no_leaks: None) -> None:
+def test_areas_of_another_client(tmp_path: Path, no_leaks: None) -> None:
     with served(tmp_path) as path:
         for number in (0, 1, 2, 1 << 62):
             for request in (
@@ -257,14 +257,14 @@ def test_areas_of_somebody_else(tmp_path: Path, no_leaks: None) -> None:
                     assert reply is None or isinstance(reply, protocol.Refused | protocol.Failed), (request, reply)
 
 
-def test_ways_to_ask_for_what_a_reader_may_not(tmp_path: Path, no_leaks: None) -> None:
+def test_requests_that_a_reader_may_not_make(tmp_path: Path, no_leaks: None) -> None:
     with served(tmp_path) as path, Raw(path) as raw:
         raw.greet()
         raw.say(msgspec.structs.replace(WHOLE, access="write"))
         assert isinstance(raw.hear(), protocol.Refused)  # the device is read-only
 
 
-def test_memory_that_is_not_what_was_said(tmp_path: Path, no_leaks: None) -> None:
+def test_memory_that_is_not_the_announced_area(tmp_path: Path, no_leaks: None) -> None:
     """An area that is unmapped behind the server's back, and one that never was the frames."""
 
     def misbehave(path: str, frames: bool) -> None:
@@ -376,7 +376,7 @@ def test_a_thousand_connections_and_a_good_client_meanwhile(tmp_path: Path, no_l
 
 
 def test_silence(tmp_path: Path, no_leaks: None) -> None:
-    """Who says nothing is in nobody's way, before Hello and after."""
+    """Silent clients disturb no other, before Hello and after."""
     with _Silent(tmp_path) as (path, raws):
         for raw in raws[::2]:
             raw.say(HELLO, raw.descriptors())  # and never hears
@@ -397,7 +397,7 @@ class _Silent:
         self._stack.close()
 
 
-def test_who_asks_and_never_listens(tmp_path: Path, no_leaks: None) -> None:
+def test_a_client_that_reads_no_replies_harms_only_itself(tmp_path: Path, no_leaks: None) -> None:
     def ask(path: str) -> None:
         with Raw(path) as deaf:
             deaf.greet()
@@ -413,7 +413,7 @@ def test_who_asks_and_never_listens(tmp_path: Path, no_leaks: None) -> None:
         in_child(lambda: ask(path))
 
 
-def test_who_hangs_up_is_served_until_it_ends(tmp_path: Path, no_leaks: None) -> None:
+def test_a_client_that_hangs_up_is_served_until_it_ends(tmp_path: Path, no_leaks: None) -> None:
     """The connection is gone, the mapping is not: its faults are answered until the process ends."""
 
     def hang_up_and_touch(path: str) -> bytes:
@@ -432,7 +432,7 @@ def test_who_hangs_up_is_served_until_it_ends(tmp_path: Path, no_leaks: None) ->
 # --- who may come
 
 
-def _become_nobody(directory: Path) -> None:
+def _become_another_user(directory: Path) -> None:
     os.chdir(directory)
     os.setgroups([])
     os.setresgid(_NOBODY, _NOBODY, _NOBODY)
@@ -450,8 +450,8 @@ def open_directory() -> Iterator[Path]:
 def test_the_socket_is_for_its_owner(open_directory: Path, no_leaks: None) -> None:
     needs.root("become another user")
 
-    def as_nobody() -> None:
-        _become_nobody(open_directory)
+    def as_another_user() -> None:
+        _become_another_user(open_directory)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection, pytest.raises(PermissionError):
             connection.connect("s")
 
@@ -459,7 +459,7 @@ def test_the_socket_is_for_its_owner(open_directory: Path, no_leaks: None) -> No
     try:
         with served(open_directory) as path:
             assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-            in_child(as_nobody)
+            in_child(as_another_user)
     finally:
         os.umask(before)
 
@@ -467,8 +467,8 @@ def test_the_socket_is_for_its_owner(open_directory: Path, no_leaks: None) -> No
 def test_another_user_is_refused_by_its_credentials(open_directory: Path, no_leaks: None) -> None:
     needs.root("become another user")
 
-    def as_nobody() -> list[str]:
-        _become_nobody(open_directory)
+    def as_another_user() -> list[str]:
+        _become_another_user(open_directory)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.settimeout(10)
         connection.connect("s")
@@ -481,6 +481,6 @@ def test_another_user_is_refused_by_its_credentials(open_directory: Path, no_lea
 
     with served(open_directory) as path:
         os.chmod(path, 0o666)
-        said = in_child(as_nobody)
+        said = in_child(as_another_user)
         assert len(said) == 1
         assert said[0].endswith(f"it serves user {os.geteuid()}, not user {_NOBODY}")

@@ -1,4 +1,4 @@
-"""The server, against a client that only knows the protocol. What memory holds is asked of the memory and of pagemap."""
+"""The server, against a client that only knows the protocol. The oracle is the memory itself, and pagemap."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_processes_that_touch_the_same_page_are_answered_by_one_call(workers: in
     [lambda: ValueError("no such page"), lambda: SystemExit(3), KeyboardInterrupt, lambda: MemoryError(), BaseException],
     ids=["ValueError", "SystemExit", "KeyboardInterrupt", "MemoryError", "BaseException"],
 )
-def test_what_the_driver_raises_is_a_sigbus_for_that_page_and_no_other(
+def test_an_exception_of_the_driver_is_a_sigbus_for_that_page_and_no_other(
     workers: int, raises: Callable[[], BaseException]
 ) -> None:
     device = Numbered(workers=workers)
@@ -271,7 +271,7 @@ def test_a_driver_that_declares_population_as_meaningless() -> None:
 
 
 @pytest.mark.parametrize("rollback", [False, True])
-def test_a_populate_that_fails_says_what_stays(workers: int, rollback: bool) -> None:
+def test_a_populate_that_fails_reports_the_pages_that_stay(workers: int, rollback: bool) -> None:
     device = Numbered(100, batch=10 * PAGE, workers=workers, writable=False)
     device.bad = {35}
     with served(device) as (running, client):
@@ -405,7 +405,7 @@ def test_discard_gives_frames_back_and_the_driver_supplies_again(workers: int) -
     assert "discard 2-10" in device.notes()
 
 
-def test_only_who_may_write_discards_what_others_wrote() -> None:
+def test_only_writers_discard_the_writes_of_others() -> None:
     with served(Numbered(8)) as (_, client):
         area = client.map(8 * PAGE, access="read")
         client.ask(protocol.Refused, protocol.Discard(next(client.numbers), area.number, 0, 1))

@@ -283,7 +283,7 @@ def test_frames_that_a_client_punched_are_supplied_again(bench: Bench) -> None:
 
 
 class _Foreign:
-    """Shared memory of the client's own, said to be frames."""
+    """Shared memory of the client's own, announced as frames."""
 
     def __init__(self, client: Handmade, pages: int) -> None:
         self.map = mmap.mmap(-1, pages * PAGE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
@@ -295,7 +295,7 @@ class _Foreign:
         self.number = client.ask(protocol.Mapped, request).area
 
 
-def test_memory_that_is_not_the_frames_costs_nobody_a_page(bench: Bench) -> None:
+def test_memory_that_is_not_the_frames_costs_no_client_a_page(bench: Bench) -> None:
     assert bench.area.view[3 * PAGE] == 13
     with bench.server.connect() as client:
         foreign = _Foreign(client, 8)
@@ -391,7 +391,7 @@ def test_more_connections_than_there_are_descriptors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_noise(bench: Bench, seed: int) -> None:
-    """Messages with bytes changed, cut, repeated: whatever comes of them, the other client is served."""
+    """Messages with bytes changed, cut, repeated: the other client is served all the same."""
     generator = random.Random(seed)
     for _ in range(15):
         client: Handmade = bench.server.connect()

@@ -188,7 +188,7 @@ def test_windows_of_a_device_with_a_small_capacity() -> None:
 
 
 @pytest.mark.parametrize("writable", [False, True])
-def test_who_finds_no_room_waits_for_what_others_are_filling(tmp_path: Path, writable: bool) -> None:
+def test_a_fill_without_room_waits_for_pages_that_others_are_filling(tmp_path: Path, writable: bool) -> None:
     class Small(Filled):
         capacity = 8 * PAGE
         batch = 6 * PAGE

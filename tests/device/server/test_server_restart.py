@@ -164,7 +164,7 @@ def test_a_page_that_is_blamed_fails_once(warden: Warden) -> None:
 
 
 def test_the_end_of_an_area_that_is_asked_for_again_is_not_that_of_a_newer_one(warden: Warden) -> None:
-    """The last server let go of the area, told its warden so, and was killed before it could answer."""
+    """The last server released the area, notified its warden, and was killed before it could answer."""
     client = warden.client
     area, ended = client.map(4 * PAGE), client.map(4 * PAGE)
     unmap = protocol.Unmap(next(client.numbers), ended.number)

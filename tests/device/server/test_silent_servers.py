@@ -1,4 +1,4 @@
-"""A server that neither works nor ends is found out by its warden, and clients do not wait for it for ever."""
+"""The warden detects a server that neither works nor ends, and clients do not wait for it for ever."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 class Harmful(Pattern):
-    """To supply page 3 does the server harm. What it says of itself is on stderr."""
+    """Device whose page 3 harms the server. Its log is on stderr."""
 
     def __init__(self, harm: Callable[[], None], *, workers: int, restartable: bool = False) -> None:
         super().__init__(16, workers=workers, restartable=restartable, timeout_s=1.0)
@@ -55,7 +55,7 @@ def _close_descriptors() -> None:
 
 
 def _replace_eventfds() -> None:
-    """What a driver does that closes a number twice, and opens something in between: nothing fails, and nothing is heard."""
+    """Act as a driver that closes a number twice, and opens something in between: no call fails, and no wake-up arrives."""
     null = os.open(os.devnull, os.O_RDWR)
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -77,7 +77,7 @@ def _stop_soon() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("harm", [_close_descriptors, _replace_eventfds, _stop, _stop_soon])
-def test_who_waits_for_a_server_that_was_harmed_gets_an_answer(harm: Callable[[], None], workers: int) -> None:
+def test_a_client_that_waits_for_a_harmed_server_gets_an_answer(harm: Callable[[], None], workers: int) -> None:
     """A page, or SIGBUS."""
 
     def client(say: Callable[[str], None]) -> None:

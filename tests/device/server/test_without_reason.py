@@ -69,7 +69,7 @@ def test_the_time_of_reclaim_is_not_that_of_the_fault_it_makes_room_for() -> Non
         prefault.populate(area, offset=PAGE_SIZE, length=PAGE_SIZE)
 
 
-def test_who_waits_for_the_reclaim_of_others_is_in_no_call() -> None:
+def test_waiting_for_the_reclaim_of_others_is_no_call() -> None:
     with prefault.device.map(Unhurried(capacity_pages=3, workers=3)) as area:
         prefault.populate(area, length=3 * PAGE_SIZE)
         prefault.populate(area, offset=3 * PAGE_SIZE, length=3 * PAGE_SIZE)
@@ -130,7 +130,7 @@ def test_a_crash_in_a_batch_fails_one_populate_and_not_one_for_each_page() -> No
         assert page_of(area, 63) == content(63)
 
 
-def test_hello_that_the_dead_server_did_not_read_is_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hello_that_the_dead_server_did_not_read_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     start, started = launching.launch, threading.Event()
     launched: list[LaunchedWarden] = []
 
@@ -152,7 +152,7 @@ def test_hello_that_the_dead_server_did_not_read_is_said_again(monkeypatch: pyte
             assert page_of(area, 1) == content(1)
 
 
-def test_hello_that_the_dead_server_read_is_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hello_that_the_dead_server_read_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     tell = WardenLink.client_admitted
 
     def tell_and_die(self: WardenLink, client: ClientRecord) -> None:
@@ -238,7 +238,7 @@ def test_a_path_is_free_though_a_child_of_the_driver_of_a_dead_device_lives(tmp_
 
 
 class Waiting(Pattern):
-    """It supplies nothing until it may."""
+    """Device that supplies nothing until the test allows it."""
 
     def __init__(self, pages: int) -> None:
         super().__init__(pages, workers=1)
@@ -316,5 +316,5 @@ def _areas_of_the_next_client() -> list[int]:
     return list(registry.clients[1].areas)
 
 
-def test_a_client_does_not_inherit_the_areas_of_one_that_the_warden_could_not_take() -> None:
+def test_a_client_does_not_inherit_the_areas_of_one_that_the_warden_could_not_admit() -> None:
     assert in_child(_areas_of_the_next_client) == []

@@ -67,7 +67,7 @@ class Restless(Device):
             frame[:] = self._saved[page]
 
     def discard(self, area: DeviceArea, pages: range) -> None:
-        """Only of the last page, to hear the number anew."""
+        """Discard the last page only, to read the number anew."""
 
 
 class ForgetsOne(Restless):
@@ -82,7 +82,7 @@ class ForgetsOne(Restless):
 
 
 def _increment(path: str, number: int, threads: int, seconds: float) -> dict[int, int]:
-    """Counts up words that nobody else writes, in every page; how far each came."""
+    """Increment words that no other process writes, in every page; return the counts."""
     counts: dict[int, int] = {}
     failed: list[BaseException] = []
     with prefault.device.connect(path) as client, client.map() as area:
@@ -117,7 +117,7 @@ def _increment(path: str, number: int, threads: int, seconds: float) -> dict[int
 
 
 def _write_while_evicted(path: Path, device: Device, clients: int, threads: int, seconds: float) -> tuple[int, int]:
-    """How many writes and evictions there were; every write is found in the end."""
+    """Return the number of writes and of evictions, after finding every write."""
     with prefault.device.serve(device, path) as server:
         wanted: dict[int, int] = {}
         started = [

@@ -1,4 +1,4 @@
-"""kill -9 of the server, the warden, a client, at any moment: nobody hangs or reads wrong bytes, and nothing is left."""
+"""kill -9 of the server, the warden, a client, at any moment: no client hangs or reads wrong bytes, and nothing is left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ROOT = Path(prefault.__file__).parent.parent
 
 
 def _killing(tmp_path: Path, seed: int, seconds: float, hang_s: float) -> dict[str, Any]:
-    """What ``support.killing`` found; see there."""
+    """Return the findings of ``support.killing``."""
     mark = uuid.uuid4().hex
     environment = {
         **os.environ,
@@ -38,14 +38,14 @@ def _killing(tmp_path: Path, seed: int, seconds: float, hang_s: float) -> dict[s
     return found
 
 
-def test_somebody_is_killed(tmp_path: Path) -> None:
+def test_processes_are_killed(tmp_path: Path) -> None:
     found = _killing(tmp_path, seed=1, seconds=5, hang_s=20.0)
     assert found["counts"]["operations"] > 0
 
 
 @pytest.mark.stress
 @pytest.mark.timeout(1200)
-def test_somebody_is_killed_for_ten_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_processes_are_killed_for_ten_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seed = int(os.environ.get("PREFAULT_SEED", "4"))
     found = _killing(tmp_path, seed=seed, seconds=float(os.environ.get("PREFAULT_KILLING_S", "600")), hang_s=2.0)
     with capsys.disabled():

@@ -1,4 +1,4 @@
-"""Clients that lost their server, or that it let go: they end by SIGBUS or go on, and harm neither others nor themselves."""
+"""Clients that lost or left their server end by SIGBUS or go on, and harm neither others nor themselves."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _take(address: int, length: int) -> None:
 # --- a lost connection
 
 
-def test_what_is_mapped_after_a_lost_connection_is_out_of_its_servers_reach(tmp_path: Path) -> None:
+def test_memory_mapped_after_a_lost_connection_is_out_of_its_servers_reach(tmp_path: Path) -> None:
     device = Pattern(PAGES, salt=2)
 
     def client(say: Callable[[str], None]) -> None:
@@ -107,7 +107,7 @@ class OpensAtTheGate(Pattern):
         self._said[2] = 1
 
 
-def test_a_client_that_ends_while_its_area_is_opened_disarms_nobody_elses_lifeline(tmp_path: Path) -> None:
+def test_a_client_that_ends_while_its_area_is_opened_disarms_no_other_lifeline(tmp_path: Path) -> None:
     device = OpensAtTheGate()
     server = listening(device, tmp_path)
     with server as connect, connect():

@@ -1,4 +1,4 @@
-"""Server, warden and client are killed, or end: nobody hangs, and nobody reads what the driver did not supply."""
+"""Server, warden and client are killed, or end: no client hangs, or reads bytes that the driver did not supply."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _used: list[int] = []
 
 @pytest.fixture
 def kernel_faults() -> None:
-    """What peek() needs in a child, where skipping is too late."""
+    """Require the capability that peek() needs in a child, where skipping is too late."""
     needs.capability(UFFD_KERNEL_FAULTS)
 
 
 @pytest.fixture(autouse=True)
-def nobody_left(request: pytest.FixtureRequest) -> Iterator[None]:
+def no_process_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test ends with no process that has the frames of a device of its own."""
     if "kernel_faults" in request.fixturenames:  # first, so that a test that is skipped need not have used any
         request.getfixturevalue("kernel_faults")
@@ -84,7 +84,7 @@ def test_a_restartable_server_is_replaced(device: Pattern) -> None:
         assert after["server"] != before["server"]
 
 
-def test_who_waits_for_a_page_is_served_by_the_next_server(tmp_path: Path) -> None:
+def test_a_thread_that_waits_for_a_page_is_served_by_the_next_server(tmp_path: Path) -> None:
     with _mapped(Gated(str(tmp_path / "gate"), restartable=True)) as area:
         waiting = Peek(area, 4)
         _await(tmp_path / "asked")
@@ -150,7 +150,7 @@ def test_a_killed_warden_is_replaced_once() -> None:
         assert len(processes.children(before["server"])) == 1
 
 
-def test_a_warden_that_is_killed_before_it_was_told_anything_is_replaced_as_well() -> None:
+def test_a_warden_that_is_killed_before_any_message_is_replaced_as_well() -> None:
     with _mapped(Unlucky(PAGES)) as area:
         assert peek(area, 1) == right(1)
         before = roles()
@@ -248,7 +248,7 @@ def test_with_the_client_all_ends(device: Pattern) -> None:
 
 
 @pytest.mark.parametrize("restartable", [False, True])
-def test_a_driver_that_does_not_come_back_loses_its_process(tmp_path: Path, restartable: bool) -> None:
+def test_a_driver_that_does_not_return_loses_its_process(tmp_path: Path, restartable: bool) -> None:
     device = Gated(str(tmp_path / "never"), restartable=restartable, timeout_s=0.3)
     with _mapped(device) as area:
         assert peek(area, 1) == right(1)
@@ -274,7 +274,7 @@ def test_a_driver_that_ends_its_process_fails_only_for_the_pages_it_was_asked_fo
         assert peek(area, 6) == right(6)
 
 
-def test_a_server_that_keeps_dying_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_keeps_dying_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "RESTARTS_MOST", 1)  # as seen by a fork
     with _mapped(Pattern(PAGES, restartable=True)) as area:
         for page in (1, 2):

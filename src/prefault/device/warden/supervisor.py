@@ -17,11 +17,13 @@ from prefault._system import fork_hooks
 from prefault.device import daemon, handover, limit_messages, protocol, recipes
 from prefault.device.driver import Device, Recipe
 from prefault.device.page_states import DevicePageState
-from prefault.device.registry import AreaRecord, Registry
+from prefault.device.registry import Registry
 from prefault.device.server import fault_resolution
 from prefault.device.server.event_loop import run_server
 from prefault.device.server.warden_link import WardenLink
 from prefault.device.warden import fallback_server
+from prefault.device.warden.client_records import ClientRecords
+from prefault.device.warden.hang_detection import HangDetector
 from prefault.errors import DeviceError
 from prefault.ipc import socket_path
 from prefault.ipc.transport import ProtocolError
@@ -35,8 +37,6 @@ _TIMEOUTS_MOST = 3
 _END_S = 5.0
 """Time that a server may take to end, in seconds, besides the time that its driver has for a call."""
 _START_S = 60.0
-_LATE = 0.25
-"""Share of ``timeout_s``. A check later than that means that no process ran, and the driver's time begins anew."""
 
 _SOFTWARE = 70  # EX_SOFTWARE
 
@@ -70,20 +70,17 @@ class Warden:
         self._control = control
         self._owner = owner
         self._lingers = lingers
-        self._unadmitted_areas: dict[int, dict[int, AreaRecord]] = {}
-        """Areas of clients that are not admitted yet, by number."""
+        self._client_records = ClientRecords(registry)
+        self._hang_detector = HangDetector(registry)
         self._fallback: fallback_server.FallbackServer | None = None
         self._over = self._ending = self._orderly = False
         self._overdue = ""
         """Reason why a server that made no progress was killed; else empty."""
-        self._stopped_until: float | None = None
-        """Time at which a server that was found stopped is killed, unless it is continued."""
         self._start_failure = ""
         """Message of a server that could not be started."""
         self.failed = ""
         """Reason why no other server was started; empty after an orderly end."""
         self._end_deadline: float | None = None
-        self._next_check = 0.0
         self._deaths = handover.RateLimit(RESTARTS_MOST, RESTARTS_WINDOW_S)
         self._timeouts = handover.RateLimit(_TIMEOUTS_MOST, 10 * registry.facts.timeout_s)
         self._selector = selectors.DefaultSelector()
@@ -124,7 +121,9 @@ class Warden:
     def _timeout(self) -> float | None:
         if self._fallback is not None:
             return None
-        until = self._next_check if self._end_deadline is None else min(self._next_check, self._end_deadline)
+        until = self._hang_detector.next_check
+        if self._end_deadline is not None:
+            until = min(until, self._end_deadline)
         return max(0.0, until - time.monotonic())
 
     def _check_deadlines(self) -> None:
@@ -132,35 +131,13 @@ class Warden:
         if self._fallback is not None or self._over:
             self._over = self._over or (self._fallback is not None and self._fallback.over)
             return
-        now = time.monotonic()
-        if self._end_deadline is not None and now >= self._end_deadline:
+        if self._end_deadline is not None and time.monotonic() >= self._end_deadline:
             _log.error("device %s: its server does not end, and is killed", self._registry.facts.name)
             self._kill_server()
-        if now < self._next_check:
-            return
-        # This process was stopped, and so was the server: Ctrl-Z, or a frozen container.
-        if now > self._next_check + _LATE * self._registry.facts.timeout_s:
-            self._next_check = now + self._registry.facts.timeout_s
-            self._stopped_until = None
-            return
-        # A call that begins after this check has its time until the next one at least.
-        limit_ns = int(self._registry.facts.timeout_s * 1e9)
-        oldest = min((began for began in self._registry.frames.heartbeat if began), default=0)
-        left_ns = oldest + limit_ns - time.monotonic_ns() if oldest else limit_ns
-        self._next_check = now + (left_ns if left_ns > 0 else limit_ns) / 1e9
-        if left_ns <= 0:
-            self._kill_overdue("did not come back from a call within")
-        elif not handover.is_stopped(self._server_pidfd):
-            self._stopped_until = None
-        elif self._stopped_until is None:
-            # Stopped by a thread of the driver, for example. Where no call is under way nothing else shows it.
-            self._stopped_until = self._next_check
-        elif now >= self._stopped_until:
-            self._kill_overdue("was stopped by a signal for")
-
-    def _kill_overdue(self, why: str) -> None:
-        self._overdue = why
-        self._kill_server()
+        hang = self._hang_detector.check(self._server_pidfd)
+        if hang:
+            self._overdue = hang
+            self._kill_server()
 
     def _kill_server(self) -> None:
         handover.kill(self._server_pidfd)
@@ -208,8 +185,7 @@ class Warden:
         """Supervise a running server; ``pid`` is None if it is not a child of this process."""
         self._server_pidfd, self._link, self.server_pid = pidfd, link, pid
         self._overdue = ""
-        self._stopped_until = None
-        self._next_check = time.monotonic() + self._registry.facts.timeout_s
+        self._hang_detector.restart()
         self._watch(pidfd, self._reap_server)
         self._watch(link.fileno(), self._receive)
 
@@ -283,34 +259,7 @@ class Warden:
             self._selector.unregister(self._link.fileno())
 
     def _apply(self, message: handover.Message, descriptors: list[int]) -> None:
-        clients = self._registry.clients
         match message:
-            case handover.Admitted():
-                if len(descriptors) != len(message.descriptors):
-                    self._refuse(message, descriptors)
-                    return
-                client = handover.client_record(message, descriptors)
-                client.areas = self._unadmitted_areas.pop(client.number, {})
-                clients[client.number] = client
-                self._release_first()
-            case handover.Areas():
-                areas = (
-                    clients[message.client].areas
-                    if message.client in clients
-                    else self._unadmitted_areas.setdefault(message.client, {})
-                )
-                areas.update((area.number, area) for area in message.areas)
-            case handover.Removed():
-                if message.client in clients:
-                    clients[message.client].areas.pop(message.area, None)
-            case handover.Left():
-                client_left = clients.pop(message.client, None)
-                # A client that could not be admitted: its number will be another's.
-                self._unadmitted_areas.pop(message.client, None)
-                if client_left is not None:
-                    handover.close_client(client_left)
-                if self._lingers and not clients:
-                    self.end()
             case handover.HandoverDone():
                 self._orderly = True
             case handover.ServerStarted():
@@ -318,17 +267,12 @@ class Warden:
             case handover.ServerNotStarted():
                 self._start_failure = message.message
             case _:
-                raise ProtocolError(f"a server does not send {type(message).__name__}")
-
-    def _refuse(self, message: handover.Admitted, descriptors: list[int]) -> None:
-        for descriptor in descriptors:
-            os.close(descriptor)
-        _log.error(
-            "device %s: process %d ends by SIGBUS if the server dies, as its warden takes no more descriptors: %s",
-            self._registry.facts.name,
-            message.pid,
-            limit_messages.no_descriptor(),
-        )
+                self._client_records.apply(message, descriptors)
+        clients = self._registry.clients
+        if isinstance(message, handover.Admitted) and message.number in clients:
+            self._release_first()
+        if isinstance(message, handover.Left) and self._lingers and not clients:
+            self.end()
 
     def _release_first(self) -> None:
         """Close the first connection: the server has admitted its client, which has a duplicate, or it is over."""

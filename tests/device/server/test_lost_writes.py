@@ -48,7 +48,7 @@ class Evicting(Device):
         self._said[0] = 1
 
     def saves(self) -> bool:
-        """Whether the driver has the content of pages that are not punched yet."""
+        """Return whether the driver has the content of pages that are not punched yet."""
         return self._said[1] == 1
 
     def written(self) -> None:
@@ -109,7 +109,7 @@ class FailsAtLast(Pattern):
         self._said = mmap.mmap(-1, PAGE_SIZE)
 
     def asked(self) -> bool:
-        """Whether the driver was asked for the last page."""
+        """Return whether the driver was asked for the last page."""
         return self._said[0] == 1
 
     def fail(self) -> None:

@@ -71,7 +71,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def _refusal(connection: socket.socket) -> protocol.Refused | None:
-    """What it is told before it is hung up on."""
+    """Return the refusal that the client receives before the server hangs up."""
     try:
         packet = connection.recv(protocol.MAX_MESSAGE)
     except ConnectionResetError:
@@ -163,7 +163,7 @@ def test_descriptors_with_another_message(bench: Bench) -> None:
         _wait_until(lambda: len(os.listdir(f"/proc/{bench.server.running.pid}/fd")) < before)
 
 
-def test_who_says_nothing_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_connection_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_connections, "HELLO_S", 0.2)  # in the server, which is a fork
     server = listening(Tens(), tmp_path)
     with server, server.raw() as connection, server.connect() as client:
@@ -223,7 +223,7 @@ def test_pages_outside_of_the_area(bench: Bench, runs: Any) -> None:
         assert bench.good.ask(protocol.Refused, request).kind == "value"
 
 
-def test_an_area_of_somebody_else(bench: Bench) -> None:
+def test_an_area_of_another_client(bench: Bench) -> None:
     with bench.server.connect() as client:
         number = bench.area.number
         for request in (

@@ -71,7 +71,7 @@ def _stop() -> None:
 
 
 def _stop_soon() -> None:
-    """In no call of the driver."""
+    """Stop the process while no call of the driver runs."""
     threading.Timer(0.1, _stop).start()
 
 

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 class Unhurried(Enclave):
-    """Each of its calls keeps to its time, and two of them together do not."""
+    """Driver each of whose calls keeps to its time, though two of them together do not."""
 
     timeout_s = 1.5
     batch = PAGE_SIZE

@@ -95,7 +95,7 @@ class OpensAtTheGate(Pattern):
         self._said[1] = 1
 
     def closed(self) -> bool:
-        """Whether an area was."""
+        """Return whether an area was closed."""
         return self._said[2] == 1
 
     def open(self, area: DeviceArea) -> None:

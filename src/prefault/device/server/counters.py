@@ -30,12 +30,16 @@ class Counters:
     def __init__(self) -> None:
         self.missing = self.minor = self.write_protect = 0
         self.populated_pages = self.supplied_pages = self.errors = 0
-        self.latency = [0] * BUCKETS
+        self.latency = [0] * 64  # any number of nanoseconds has its entry: no bound to be checked for each fault
         self.log: deque[int | tuple[int, int]] = deque(maxlen=LOG_ENTRIES)
 
     def record_latency(self, took_ns: int) -> None:
         """Add a fault that took so many nanoseconds to the histogram."""
-        self.latency[min((took_ns // 1000).bit_length(), BUCKETS - 1)] += 1
+        self.latency[(took_ns // 1000).bit_length()] += 1
+
+    def latency_histogram(self) -> tuple[int, ...]:
+        """Return the first :data:`BUCKETS` entries of the histogram, of which the last also counts all longer latencies."""
+        return (*self.latency[: BUCKETS - 1], sum(self.latency[BUCKETS - 1 :]))
 
     def access_runs(self) -> list[tuple[int, int]]:
         """Return the log as runs of pages, first and stop, in the order of asking; adjacent entries are merged."""

@@ -167,7 +167,7 @@ class _EventLoop:
                 events = spin.wait(poll, expected, partial(faults.read, client), self._is_calm)
 
     def _is_calm(self) -> bool:
-        """Whether there is nothing to do but to answer faults."""
+        """Return whether there is nothing to do except answering faults."""
         return not self._state.gone_clients and not self._workers.busy
 
     def _is_over(self) -> bool:

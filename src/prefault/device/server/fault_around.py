@@ -25,7 +25,7 @@ class FaultAroundWindows:
 
     @property
     def wanted(self) -> bool:
-        """Whether a fault ever brings in more than its page."""
+        """True if a fault may bring in more than its page."""
         return self._most > 1
 
     def window_of(self, area: ServedArea, page: int, thread: int) -> range:

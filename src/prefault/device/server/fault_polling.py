@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 _SPIN_NS = 100_000
-"""How long to poll after a fault."""
+"""Nanoseconds to poll after a fault."""
 _SOON_NS = 250_000
 """Faults closer together than this count as a sequence: waking a sleeping process takes 50 to 200 us."""
 _EVENTS = 64

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _BATCH = 64
 _AGAIN_NS = 500_000
-"""How long to go on reading one userfaultfd. On one CPU the thread that was answered runs at once, and may fault again
+"""Nanoseconds to go on reading one userfaultfd. On one CPU the thread that was answered runs at once, and may fault again
 before the loop continues: to read again takes 2 us less than epoll. Other clients wait meanwhile."""
 _READY = int(DevicePageState.READY)
 _MISSING = int(DevicePageState.MISSING)
@@ -136,7 +136,7 @@ class Faults:
                     else:
                         counters.log.append(page)
                         self._map_one(area, page, flags & UFFD_PAGEFAULT_FLAG_WRITE != 0)
-                    counters.latency[min(((monotonic_ns() - now) // 1000).bit_length(), 31)] += 1
+                    counters.latency[((monotonic_ns() - now) // 1000).bit_length()] += 1
                     return None
                 if state != _MISSING:
                     # An eviction wakes all threads at its end, under the lock that is held now: so after this.
@@ -259,7 +259,7 @@ class Faults:
             fill.waiting.append((area, page, write, now))
             return self._jobs.failed(fill, failure)
         counters.supplied_pages += 1
-        counters.latency[min(((monotonic_ns() - now) // 1000).bit_length(), 31)] += 1
+        counters.latency[((monotonic_ns() - now) // 1000).bit_length()] += 1
         return None
 
     def _filled(self, fill: Fill) -> Fill | None:

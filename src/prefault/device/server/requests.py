@@ -212,7 +212,7 @@ class Requests:
             client,
             protocol.Statistics(
                 request.id, counters.missing, counters.minor, counters.write_protect, counters.populated_pages,
-                counters.supplied_pages, counters.errors, tuple(counters.latency),
+                counters.supplied_pages, counters.errors, counters.latency_histogram(),
             ),
         )  # fmt: skip
 

@@ -54,7 +54,7 @@ class Workers:
 
     @property
     def busy(self) -> bool:
-        """Whether any worker runs a call."""
+        """True while any worker runs a call."""
         return self._busy > 0
 
     def submit(self, work: Work) -> None:

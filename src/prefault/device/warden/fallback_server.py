@@ -63,7 +63,7 @@ class FallbackServer:
 
     @property
     def over(self) -> bool:
-        """Whether no client is left."""
+        """True once no client is left."""
         return not self._registry.clients and self._first is None
 
     def _take_over(self, client: ClientRecord, reason: str) -> None:

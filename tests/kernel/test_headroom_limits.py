@@ -44,7 +44,7 @@ def cgroups() -> Iterator[Make]:
 
 
 class Refusal(NamedTuple):
-    """A HeadroomError, as a child process tells of it."""
+    """A HeadroomError, as a child process reports it."""
 
     text: str
     limit: str
@@ -53,11 +53,11 @@ class Refusal(NamedTuple):
     offset: int
     populated: int
     present: int
-    """Bytes of the memory that are present afterwards."""
+    """Bytes of the memory that are present after the call."""
 
 
 def refusal(memory: Any, address: int, size: int, /, **options: Any) -> Refusal | None:
-    """What populate says against it; None where it populates."""
+    """Populate memory; return the refusal, None if it is populated."""
     try:
         prefault.populate(memory, **options)
     except HeadroomError as error:
@@ -70,7 +70,7 @@ def refusal(memory: Any, address: int, size: int, /, **options: Any) -> Refusal 
 
 
 def populated(size: int, **options: Any) -> Refusal | None:
-    """Map so much base page memory and populate it."""
+    """Map memory of base pages and populate it."""
     backing = options.pop("backing", "anonymous")
     shared = options.pop("shared", None)
     with prefault.Mapping(size, backing=backing, shared=shared, huge="never") as mapping:
@@ -91,7 +91,7 @@ def touch(address: int, length: int) -> None:
 
 
 def is_killed(function: Callable[[], object]) -> bool:
-    """Whether the child that runs it dies of SIGKILL."""
+    """Return whether a child that runs the function dies of SIGKILL."""
     try:
         in_child(function)
     except AssertionError as error:
@@ -142,13 +142,13 @@ def test_ignored_headroom_is_the_oom_killer_again(cgroups: Make) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_nearly_all_of_a_cgroup_can_be_populated(kind: dict[str, Any], threads: int, cgroups: Make) -> None:
-    """No false refusal: what is left is the interpreter's share, page tables and the reserve."""
+    """No false refusal: the rest is the interpreter's share, page tables and the reserve."""
     group = cgroups(LIMIT)
     assert in_child(group.inside(lambda: populated(LIMIT - 10 * MIB, threads=threads, **kind))) is None
     assert group.killed == 0
 
 
-def test_small_calls_to_the_very_end(cgroups: Make) -> None:
+def test_small_calls_until_nothing_is_left(cgroups: Make) -> None:
     """Page by page, 256 KiB, 4 MiB: refused in time, whatever a small call remembers of earlier answers."""
     group = cgroups(LIMIT)
 
@@ -166,7 +166,7 @@ def test_small_calls_to_the_very_end(cgroups: Make) -> None:
     assert group.killed == 0
 
 
-def test_what_is_populated_is_never_refused(cgroups: Make) -> None:
+def test_populated_memory_is_never_refused(cgroups: Make) -> None:
     """Not private memory, not shared memory that is in its file, not a file in the page cache."""
     group = cgroups(8 * LIMIT)
 
@@ -179,7 +179,7 @@ def test_what_is_populated_is_never_refused(cgroups: Make) -> None:
             prefault.populate(private)
             prefault.populate(shared)
             assert allocated.fd is not None
-            os.posix_fallocate(allocated.fd, 0, LIMIT)  # in the file, and in nobody's page tables
+            os.posix_fallocate(allocated.fd, 0, LIMIT)  # in the file, and in no page table
             group.limit(group.usage + 6 * MIB)
             assert populated(16 * MIB) is not None
             group.enter()
@@ -249,7 +249,7 @@ def test_clean_page_cache_is_reclaimed_and_not_counted(cgroups: Make, tmp_path: 
 
 
 def test_a_file_in_the_page_cache_is_never_too_large(cgroups: Make, tmp_path: Path) -> None:
-    """Twice the limit: its pages can be taken back while others are mapped."""
+    """Populate a file of twice the limit: its pages can be reclaimed while others are mapped."""
     group = cgroups(LIMIT)
     path = tmp_path / "file"
     path.write_bytes(bytes(2 * LIMIT))
@@ -362,7 +362,7 @@ def test_a_neighbour_that_takes_the_memory_meanwhile(cgroups: Make) -> None:
 
 
 def test_pages_that_a_fork_shares_are_counted(cgroups: Make) -> None:
-    """They are present in the child, and writing to them copies them."""
+    """Shared pages are present in the child, and writing to them copies them."""
     group = cgroups(LIMIT)
     length = 2 * LIMIT
     with prefault.Mapping(length, huge="never") as mapping:
@@ -390,7 +390,7 @@ def test_a_process_that_is_moved_sees_its_new_limit(cgroups: Make) -> None:
     assert second.limit == f"memory.limit_in_bytes of {small.directory}"
 
 
-def test_what_the_kernel_refuses_anyway_is_no_matter_of_memory(cgroups: Make) -> None:
+def test_memory_that_the_kernel_refuses_anyway_is_not_counted(cgroups: Make) -> None:
     group = cgroups(LIMIT)
 
     def populate() -> str:
@@ -452,7 +452,7 @@ def test_an_empty_pool(backing: str, hugetlb_pool: Callable[[int], None]) -> Non
 
 
 @pytest.mark.parametrize("backing", ["hugetlb", "memfd-hugetlb"])
-def test_pages_that_are_reserved_belong_to_who_reserved_them(backing: str, hugetlb_pool: Callable[[int], None]) -> None:
+def test_reserved_pages_belong_to_the_mapping_that_reserved_them(backing: str, hugetlb_pool: Callable[[int], None]) -> None:
     hugetlb_pool(3)
     with (
         prefault.Mapping(2 * HUGE, backing=backing) as owner,
@@ -602,8 +602,8 @@ def test_rlimits_bear_on_new_mappings() -> None:
     assert not bears
 
 
-def test_taking_back_many_ranges_at_the_limit_is_no_kill(cgroups: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finding out what to discard takes memory itself, when there is none left."""
+def test_rollback_of_many_ranges_at_the_limit_is_no_kill(cgroups: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rollback takes memory itself, when none is left."""
     ranges = 60_000
     with prefault.SparseMemory(PAGE_SIZE) as memory:
         memory.populate_many([(0, PAGE_SIZE)])  # modules are loaded outside of the group

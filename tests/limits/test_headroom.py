@@ -1,4 +1,4 @@
-"""The limits as they are read: from directories like those of cgroups, and from this machine."""
+"""Reading the limits: from directories like those of cgroups, and from this machine."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def _no_lag(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def meminfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A function that makes /proc/meminfo say something else, in bytes."""
+    """Return a function that replaces the values of /proc/meminfo, in bytes."""
 
-    def say(**values: int) -> None:
+    def replace(**values: int) -> None:
         path = tmp_path / "meminfo"
         path.write_text("".join(f"{key}: {value // 1024:12} kB\n" for key, value in values.items()))
         monkeypatch.setattr(MEMORY, "_meminfo_file", KeptFile(str(path)))
 
-    say(MemTotal=64 * GIB, MemFree=GIB, MemAvailable=48 * GIB, SwapFree=0)
-    return say
+    replace(MemTotal=64 * GIB, MemFree=GIB, MemAvailable=48 * GIB, SwapFree=0)
+    return replace
 
 
 def group(directory: Path, stat: dict[str, int] | None = None, /, **files: int | str) -> MemoryCgroup:
-    """A directory with files as in a cgroup's, taken for one of v2."""
+    """Make a directory with files as in a cgroup of v2."""
     directory.mkdir(parents=True)
     for name, value in files.items():
         (directory / name.replace("__", ".")).write_text(f"{value}\n")
@@ -147,7 +147,7 @@ def test_parents_that_do_not_count_their_children(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("meminfo")
-def test_what_cannot_be_read_is_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_limit_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = group(tmp_path / "a", memory__max="a lot", memory__current=1)
     without_usage = group(tmp_path / "b", memory__max=MIB)
     gone = MemoryCgroup(str(tmp_path / "c"), 2)
@@ -319,7 +319,7 @@ def test_of_many_mappings_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= asked <= 2  # open and shut
 
 
-def test_of_what_has_no_memory() -> None:
+def test_targets_without_memory() -> None:
     with pytest.raises(ValueError, match="floppy"):
         headroom("floppy")
     with pytest.raises(TypeError, match="int"):
@@ -372,7 +372,7 @@ def test_a_kept_file_is_read_anew(tmp_path: Path) -> None:
 
 def test_a_descriptor_that_is_another_file_s_by_now_is_not_read_and_not_closed(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("mine")
-    (tmp_path / "b").write_text("somebody's")
+    (tmp_path / "b").write_text("other file")
     file = KeptFile(str(tmp_path / "a"))
     file.read()
     number = file._fd
@@ -383,7 +383,7 @@ def test_a_descriptor_that_is_another_file_s_by_now_is_not_read_and_not_closed(t
         assert file.read() == b"mine"
         assert file._fd != number
         del file
-        assert os.pread(other, 10, 0) == b"somebody's"
+        assert os.pread(other, 10, 0) == b"other file"
     finally:
         os.close(other)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from typing import NamedTuple
@@ -30,11 +31,7 @@ class Cause(NamedTuple):
 
 
 # madvise has one errno for several causes, and the fallbacks have EFAULT for all of them. Only these errnos are unambiguous.
-_UNAMBIGUOUS = {
-    EHWPOISON: errors.PoisonedPageError,
-    errno.ENOSPC: errors.BackingFullError,
-    errno.EDQUOT: errors.BackingFullError,
-}
+_UNAMBIGUOUS = (EHWPOISON, errno.ENOSPC, errno.EDQUOT)
 
 
 def diagnose(address: int, method: Method, error: OSError, fd: int | None) -> Cause:
@@ -132,7 +129,9 @@ def _by_file(vma: Vma, address: int, fd: int | None) -> Cause | None:
 def _by_backing(vma: Vma, fd: int | None) -> Cause | None:
     """Return the limit on the backing that leaves no page; for huge pages, which have no other cause, the tightest."""
     use = use_of_vma(vma, fd)
-    limits = [limit for limit in limits_on(use.named() if vma.inode else use) if limit.bounds in _BACKINGS]
+    limits = []
+    with contextlib.suppress(OSError):  # no descriptor is left to read them with
+        limits = [limit for limit in limits_on(use.named() if vma.inode else use) if limit.bounds in _BACKINGS]
     short = min(limits, key=lambda limit: limit.available_bytes, default=None)
     if short is None or (vma.backing is not Backing.HUGETLB and short.available_bytes >= PAGE_SIZE):
         return None

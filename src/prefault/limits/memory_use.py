@@ -96,9 +96,10 @@ class MemoryUse(NamedTuple):
     def files(self) -> Iterator[FilePart]:
         """Yield the files behind it in order of address: neighbouring mappings of one kind may map several."""
         if self.fd is not None:
-            status = os.fstat(self.fd)
-            yield FilePart(self.start, self.stop, (status.st_dev, status.st_ino), self._holes(status))
-            return
+            with contextlib.suppress(OSError):  # closed by another thread
+                status = os.fstat(self.fd)
+                yield FilePart(self.start, self.stop, (status.st_dev, status.st_ino), self._holes(status))
+                return
         for vma in vmas(self.start, self.stop):
             holes = None
             with contextlib.suppress(OSError):
@@ -112,7 +113,8 @@ class MemoryUse(NamedTuple):
     def file_system(self) -> object:
         """Return a key that is equal for memory of one file system."""
         if self.fd is not None:
-            return os.fstat(self.fd).st_dev
+            with contextlib.suppress(OSError):  # closed by another thread
+                return os.fstat(self.fd).st_dev
         vma = vma_at(self.start)
         return None if vma is None else vma.device
 

@@ -12,8 +12,9 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from prefault._system.hugetlb import HugetlbPool
 from prefault.cli.doctor import doctor
-from prefault.doctor import Advice, CapabilityAnswer, HugetlbPoolFacts, MachineFacts, Reading, Record, Report
+from prefault.doctor import Advice, CapabilityAnswer, MachineFacts, Reading, Record, Report
 from prefault.doctor.report import render, show
 
 MACHINE = MachineFacts("6.1.0", "x86_64", None, True, 4096, "3.11.7", "0.1.0", "2026-01-01T00:00:00+00:00", 0, None)
@@ -26,7 +27,7 @@ REPORT = Report(
             CapabilityAnswer("pagemap_scan", False, "another", "6.7", "it does not know it", "pagemap is read"),
         ),
         (Reading("enabled", None, "word", "/sys/x", "Permission denied"), Reading("process", 1, "flag", "/proc/y")),
-        (HugetlbPoolFacts(2 << 20, 4, 3, 2, 1, 0),),
+        (HugetlbPool(2 << 20, 4, 3, 2, 1, 0),),
         (
             Reading("mem_total", 24 << 30, "bytes", "/proc/meminfo: MemTotal"),
             Reading("rlimit_as", 1 << 30, "bytes", "getrlimit(RLIMIT_AS)"),

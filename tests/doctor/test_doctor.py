@@ -21,10 +21,10 @@ import pytest
 import prefault
 from prefault import doctor
 from prefault._system import capabilities, cgroups
+from prefault._system.hugetlb import HugetlbPool
 from prefault.doctor import (
     Advice,
     CapabilityAnswer,
-    HugetlbPoolFacts,
     MachineFacts,
     Reading,
     Record,
@@ -82,13 +82,13 @@ HEALTHY_NUMBERS = {
     "cpus_affinity": 8,
     "cpus_usable": 8,
 }
-POOL = HugetlbPoolFacts(2 * MIB, total=64, free=64, reserved=0, surplus=0, overcommit=0)
+POOL = HugetlbPool(2 * MIB, total=64, free=64, reserved=0, surplus=0, overcommit=0)
 
 
 def record(
     *,
     missing: dict[str, str] | None = None,
-    pools: tuple[HugetlbPoolFacts, ...] = (POOL,),
+    pools: tuple[HugetlbPool, ...] = (POOL,),
     cgroups: tuple[Reading, ...] = (),
     unknown: tuple[Reading, ...] = (),
     on: MachineFacts | None = None,
@@ -168,12 +168,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
         {"dev_shm_huge": "never"}, "dev-shm-huge", "tip", "without huge=", "mount -o remount,huge=within_size /dev/shm",
     ),
     "hugetlb pools empty": (
-        {"pools": (HugetlbPoolFacts(2 * MIB, 0, 0, 0, 0, 0), HugetlbPoolFacts(GIB, 0, 0, 0, 0, 0))},
+        {"pools": (HugetlbPool(2 * MIB, 0, 0, 0, 0, 0), HugetlbPool(GIB, 0, 0, 0, 0, 0))},
         "hugetlb-empty", "tip", "pools are empty",
         "echo 512 > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages  # sets 1.0 GiB aside",
     ),
     "hugetlb pool used up": (
-        {"pools": (replace(POOL, free=10, reserved=10),)}, "hugetlb-used-up", "warning", "all 64 hugetlb pages of 2.0 MiB",
+        {"pools": (POOL._replace(free=10, reserved=10),)}, "hugetlb-used-up", "warning", "all 64 hugetlb pages of 2.0 MiB",
         "echo 576 > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages",
     ),
     "no MADV_POPULATE": (
@@ -316,7 +316,7 @@ QUIET: dict[str, dict[str, Any]] = {
     "the size's own setting overrides enabled": {"enabled": "never", "enabled_pmd": "always"},
     "the size's own setting overrides shmem_enabled": {"shmem_enabled": "never", "shmem_enabled_pmd": "advise"},
     "an old kernel has no setting for the size": {"enabled_pmd": None, "shmem_enabled_pmd": None},
-    "hugetlb pages come on demand": {"pools": (HugetlbPoolFacts(2 * MIB, 0, 0, 0, 0, overcommit=100),)},
+    "hugetlb pages come on demand": {"pools": (HugetlbPool(2 * MIB, 0, 0, 0, 0, overcommit=100),)},
     "a kernel without hugetlb": {"pools": (), "missing": {"hugetlb_pages": "no"}},
     "root may lock": {"rlimit_memlock": 8 * MIB, "memlock_enforced": 0},
     "a cgroup larger than memory": {"cgroups": memory_cgroup("/c", 64 * GIB, GIB)},
@@ -370,7 +370,7 @@ def test_a_container_in_full() -> None:
             rlimit_memlock=8 * MIB,
             rlimit_memlock_hard=8 * MIB,
             memlock_enforced=1,
-            pools=(HugetlbPoolFacts(2 * MIB, 0, 0, 0, 0, 0),),
+            pools=(HugetlbPool(2 * MIB, 0, 0, 0, 0, 0),),
         )
     )  # fmt: skip
     assert [advice.rule for advice in found if advice.severity == "warning"] == [
@@ -501,7 +501,7 @@ def test_the_hugetlb_pools(hugetlb_pool: Callable[[int], None]) -> None:
         assert "hugetlb-used-up" in rules(advise(found))
 
 
-def test_who_may_answer_page_faults() -> None:
+def test_the_setting_of_unprivileged_userfaultfd_is_read() -> None:
     found = {reading.name: reading for reading in collect().limits}
     setting = Path("/proc/sys/vm/unprivileged_userfaultfd")
     if setting.exists():
@@ -577,7 +577,7 @@ def test_json_round_trip() -> None:
         MachineFacts(**again["machine"]),
         tuple(CapabilityAnswer(**item) for item in again["capabilities"]),
         tuple(Reading(**item) for item in again["transparent_huge_pages"]),
-        tuple(HugetlbPoolFacts(**item) for item in again["hugetlb_pools"]),
+        tuple(HugetlbPool(**item) for item in again["hugetlb_pools"]),
         tuple(Reading(**item) for item in again["limits"]),
     )
     assert rebuilt == report.record
@@ -590,8 +590,9 @@ def test_json_round_trip() -> None:
 def test_json_is_documented() -> None:
     text = DOCUMENT.read_text()
     keys = set(to_json(examine())) | {
-        field.name for kind in (MachineFacts, CapabilityAnswer, Reading, HugetlbPoolFacts, Advice) for field in fields(kind)
+        field.name for kind in (MachineFacts, CapabilityAnswer, Reading, Advice) for field in fields(kind)
     }
+    keys |= set(HugetlbPool._fields)
     named = {reading.name for reading in (*collect().settings, *collect().limits)}
     named |= {"commit_limit", "committed", "memory_cgroup_high", "memlock_enforced"}
     advised = {rule for _, rule, *_ in CASES.values()}

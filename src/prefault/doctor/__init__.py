@@ -15,7 +15,6 @@ from prefault.doctor.collect import collect
 from prefault.doctor.record import (
     Advice,
     CapabilityAnswer,
-    HugetlbPoolFacts,
     MachineFacts,
     Reading,
     Record,
@@ -30,7 +29,6 @@ __all__ = [
     "SCHEMA",
     "Advice",
     "CapabilityAnswer",
-    "HugetlbPoolFacts",
     "MachineFacts",
     "Reading",
     "Record",
@@ -58,7 +56,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "machine": asdict(record.machine),
         "capabilities": [asdict(answer) for answer in record.capabilities],
         "transparent_huge_pages": [asdict(setting) for setting in record.settings],
-        "hugetlb_pools": [asdict(pool) for pool in record.pools],
+        "hugetlb_pools": [pool._asdict() for pool in record.pools],
         "limits": [asdict(limit) for limit in record.limits],
         "advice": [asdict(advice) for advice in report.advice],
     }

@@ -201,7 +201,7 @@ def _userfaultfd(record: Record) -> Iterator[Advice]:
             remedy = f"Linux {missing.since} or newer, built with CONFIG_USERFAULTFD"
         yield Advice(
             "userfaultfd-missing", "warning",
-            f"userfaultfd cannot be had ({missing.refusal}): device memory (prefault.device.map, prefault.open_remote) is"
+            f"userfaultfd is unavailable ({missing.refusal}): device memory (prefault.device.map, prefault.open_remote) is"
             " refused with DeviceError",
             remedy,
         )  # fmt: skip
@@ -356,7 +356,7 @@ def _dev_shm(record: Record) -> Iterator[Advice]:
             "dev-shm-full", "warning",
             f"/dev/shm has {format_size(free)} of {format_size(size)} left: shared memory beyond that cannot be populated"
             " (BackingFullError), and touching it is a SIGBUS",
-            "ls -lS /dev/shm  # and remove what nobody uses",
+            "ls -lS /dev/shm  # and remove files that are not in use",
         )  # fmt: skip
 
 

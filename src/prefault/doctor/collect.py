@@ -15,7 +15,7 @@ from prefault._system import capabilities, cgroups, hugetlb, proc, thp
 from prefault._system.cpus import quota_files, read_quota, usable_cpus
 from prefault._system.machine_identity import identify_machine, read_fields
 from prefault._version import __version__
-from prefault.doctor.record import NOT_MOUNTED, CapabilityAnswer, HugetlbPoolFacts, MachineFacts, Reading, Record, Unit
+from prefault.doctor.record import NOT_MOUNTED, CapabilityAnswer, MachineFacts, Reading, Record, Unit
 from prefault.doctor.words import MEANINGS, WITHOUT
 from prefault.sizes import PAGE_SIZE
 
@@ -130,11 +130,10 @@ def _huge_option_of_shm() -> str:
     return next((option.removeprefix("huge=") for option in options if option.startswith("huge=")), "never")
 
 
-def _pools() -> Iterator[HugetlbPoolFacts]:
+def _pools() -> Iterator[hugetlb.HugetlbPool]:
     try:
         for size in hugetlb.page_sizes():
-            pool = hugetlb.read_pool(size)
-            yield HugetlbPoolFacts(size, pool.total, pool.free, pool.reserved, pool.surplus, pool.overcommit)
+            yield hugetlb.read_pool(size)
     except _UNREADABLE:
         return  # the capability hugetlb_pages says so
 

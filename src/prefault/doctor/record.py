@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from prefault._system.hugetlb import HugetlbPool
+
 Severity: TypeAlias = Literal["problem", "warning", "tip"]
 """A problem: something fails or is killed. A warning: slower, weaker, or a limit is near. A tip: could be better."""
 
@@ -87,39 +89,13 @@ class CapabilityAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class HugetlbPoolFacts:
-    """The hugetlb pool of one page size; all but ``page_size`` (bytes) are counts of such pages.
-
-    Attributes:
-        page_size: bytes.
-        total: pages in the pool, surplus included.
-        free: not in use.
-        reserved: of the free ones, promised to mappings.
-        surplus: above the size that was asked for.
-        overcommit: how many surplus pages the kernel may add on demand.
-    """
-
-    page_size: int
-    total: int
-    free: int
-    reserved: int
-    surplus: int
-    overcommit: int
-
-    @property
-    def available(self) -> int:
-        """Free pages that no mapping has reserved."""
-        return self.free - self.reserved
-
-
-@dataclass(frozen=True, slots=True)
 class Record:
     """All findings: machine, capabilities, settings of transparent huge pages, hugetlb pools, limits."""
 
     machine: MachineFacts
     capabilities: tuple[CapabilityAnswer, ...]
     settings: tuple[Reading, ...]
-    pools: tuple[HugetlbPoolFacts, ...]
+    pools: tuple[HugetlbPool, ...]
     limits: tuple[Reading, ...]
 
     def readings(self, name: str) -> tuple[Reading, ...]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from prefault.doctor.record import CapabilityAnswer, HugetlbPoolFacts, Reading, Report
+from prefault._system.hugetlb import HugetlbPool
+from prefault.doctor.record import CapabilityAnswer, Reading, Report
 from prefault.sizes import format_size
 
 _LABELS = {
@@ -131,7 +132,7 @@ def _wrap(text: str, width: int) -> list[str]:
     return [line.replace("/ ", "/") for line in lines] or [""]
 
 
-def _pool(pool: HugetlbPoolFacts) -> str:
+def _pool(pool: HugetlbPool) -> str:
     return (
         f"  hugetlb pages of {format_size(pool.page_size)}: {pool.total} total, {pool.free} free,"
         f" {pool.reserved} reserved, {pool.surplus} surplus"

@@ -138,7 +138,7 @@ def _obstacle(size: int) -> str | None:
     room = available_memory_bytes() - MARGIN_BYTES
     if size <= room:
         return None
-    return f"{format_size(size)} are needed, and {format_size(max(0, room))} of memory can be had"
+    return f"{format_size(size)} are needed, and {format_size(max(0, room))} of memory are available"
 
 
 def _note(bed: Bed, page_size: int, no_pool: str | None) -> str | None:

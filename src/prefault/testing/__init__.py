@@ -1,4 +1,4 @@
-"""Tools for tests: contract checks of drivers, and missing kernel features. They need no test framework."""
+"""Tools for tests, for any test framework: check a driver's contract, and behave as on a kernel that lacks features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Checked", "ContractError", "check_device", "without"]
 
 
 def __getattr__(name: str) -> Any:
-    # Device memory needs msgspec, which is an extra.
+    # Imported on first use: device memory needs msgspec, which is an extra.
     if name in ("Checked", "ContractError", "check_device"):
         from prefault.testing import device_contract
 
@@ -27,10 +27,10 @@ def __getattr__(name: str) -> Any:
 def without(*names: str) -> Iterator[None]:
     """Behave as on a kernel that lacks these capabilities (``"madv_populate"``, ``"pagemap_scan"``, ...).
 
-    This holds for all threads of the process. ``prefault doctor`` lists the names.
+    The context manager affects all threads of the process. ``prefault doctor`` lists the names.
 
     Raises:
-        ValueError: there is no capability of that name.
+        ValueError: a name is not that of a capability.
     """
     known = {capability.name for capability in capabilities.ALL}
     unknown = set(names) - known

@@ -1,7 +1,7 @@
-"""Client processes, which use device memory as they are told and may die of it.
+"""Client processes, which run operations on device memory and may die of them.
 
-A fresh Python process forks a client process for each request: a fork costs little, and the fresh process has none of the
-threads of the checking process. Operations come as JSON; the bytes that a client reads go into a file.
+A fresh Python process forks each client process: a fork is cheap, and the fresh process has none of the threads of the
+checking process. Operations are sent as JSON; the bytes that a client reads go into a file.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ClientProcesses:
                 [sys.executable, "-c", _BOOTSTRAP, root, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                # A library that starts threads when it is imported would have them in no fork.
+                # Threads that a library starts when it is imported do not exist in forks.
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             )
         self._socket = ours
@@ -142,7 +142,7 @@ class ClientProcess:
         """Wait for the answer to :meth:`start` and return it.
 
         Raises:
-            ClientDiedError, ClientHangsError, RefusedError: there is no answer, or it is an exception.
+            ClientDiedError, ClientHangsError, ClientRefusedError: there is no answer, or it is an exception.
         """
         assert self._socket is not None
         ready, _, _ = select.select([self._socket], [], [], self._patience_s)
@@ -188,17 +188,19 @@ class ClientProcess:
         return self._processes.wait(self.pid)
 
     def close(self) -> None:
-        """Ask the client process to leave, and wait for its end. A second call does nothing."""
+        """Ask the client process to end, and wait for that. Idempotent."""
         if self._socket is None:
             return
         try:
-            self.ask("leave")
-        except (ClientDiedError, ClientHangsError, ClientRefusedError):
+            self.ask("end")
+        except (ClientDiedError, ClientHangsError):
             return
+        except ClientRefusedError:
+            pass  # an area could not be closed; the process ends all the same
         self._end()
 
 
-# --- in the other processes
+# --- in the forking process and the client processes
 
 
 def main(fd: int) -> None:
@@ -245,10 +247,10 @@ def _be_client(connection: socket.socket) -> NoReturn:
             answer: tuple[bool, Any]
             try:
                 answer = (True, state.run(operation, arguments))
-            except BaseException as error:  # noqa: BLE001  whatever it is, it is the answer
+            except BaseException as error:  # noqa: BLE001  any exception is the answer
                 answer = (False, ([kind.__name__ for kind in type(error).__mro__], f"{error}"[:4000]))
             connection.send(json.dumps(answer).encode())
-            if operation == "leave":
+            if operation == "end":
                 break
         status = 0
     finally:
@@ -364,9 +366,9 @@ class _State:
     def do_sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
-    def do_leave(self) -> None:
+    def do_end(self) -> None:
         for area in self._areas.values():
             area.close()
         if self._client is not None:
-            with contextlib.suppress(OSError):  # whose server has been killed
+            with contextlib.suppress(OSError):  # the server has been killed
                 self._client.close()

@@ -1,4 +1,4 @@
-"""The test bench of a driver: a recording device around it, client processes, and the cause of each failure."""
+"""Scenes of a check: a driver inside a recording device, served to client processes, and the cause of each failure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from prefault.device.driver import Device
-from prefault.sizes import MIB, PAGE_SIZE
+from prefault.device.recipes import check_device_attributes
+from prefault.sizes import PAGE_SIZE
 from prefault.testing._client_processes import (
     ClientDiedError,
     ClientHangsError,
@@ -19,18 +20,18 @@ from prefault.testing._client_processes import (
     ClientProcesses,
     ClientRefusedError,
 )
-from prefault.testing._recording_device import FACTS, Call, Journal, RecordingDevice
+from prefault.testing._recording_device import ATTRIBUTES, Call, Journal, RecordingDevice
 
 AfterDiscard: TypeAlias = Literal["same", "zeros", "any"]
 
 _SAMPLE = 64
 _SAMPLE_HUGE = 6
-"""Numbers of pages to read, of 4 KiB and of 2 MiB. Of a larger device these are its ends and a random choice between."""
+"""Most pages to compare, of 4 KiB and of 2 MiB. On a larger device these are both ends and random ones between."""
 
 _RESTARTED = "another is started"
 
 HANG_S = 10.0
-"""Seconds that the framework may take on top of the driver's own time limit."""
+"""Seconds that the framework may take in addition to the driver's timeout."""
 
 
 class ContractError(AssertionError):
@@ -41,11 +42,11 @@ class DriverBench:
     """A driver under test; the arguments are those of ``check_device``.
 
     Attributes:
-        at_first: what the pages hold when they are touched for the first time.
-        sample: pages that are looked at.
-        passed: what was done with it so far, and it passed.
-        size, pages: bytes of a page, and how many there are.
-        random: the source of all random choices.
+        initial: bytes of the pages at their first touch.
+        sample: numbers of the pages that are compared.
+        passed: circumstances of the scenes that passed.
+        size, pages: bytes in a page, and number of pages.
+        random: source of all random choices.
     """
 
     processes: ClientProcesses
@@ -65,10 +66,9 @@ class DriverBench:
         self.random = random.Random(seed)
         self._served = 0
         self.passed: list[str] = []
-        self.at_first: dict[int, bytes] = {}
+        self.initial: dict[int, bytes] = {}
         self.device = self._make()
-        self._facts = {name: getattr(self.device, name, None) for name in FACTS}
-        self._check_facts(self.device)
+        self._attributes = {name: getattr(self.device, name, None) for name in ATTRIBUTES}
         self.size = self.device.page_size
         self.pages = -(-self.device.length // self.size)
         self.sample = self._choose_sample()
@@ -83,17 +83,14 @@ class DriverBench:
             device = self._factory()
         except Exception as error:
             raise self.wrong(f"the factory raises {type(error).__name__}: {error}") from error
-        if not isinstance(device, Device):
-            raise self.wrong(f"the factory makes a {type(device).__name__}, which is no Device")
+        try:
+            check_device_attributes(device)
+        except (TypeError, ValueError) as error:
+            raise self.wrong(f"the factory makes no valid device: {error}") from error
         return device
 
-    def _check_facts(self, device: Device) -> None:
-        length = getattr(device, "length", None)
-        if type(length) is not int or length <= 0:
-            raise self.wrong(f"the device has length {length!r}, and must have a positive number of bytes")
-        if device.page_size not in (PAGE_SIZE, 2 * MIB):
-            raise self.wrong(f"the device has page_size {device.page_size}, and must have {PAGE_SIZE} or {2 * MIB}")
-        for name, value in self._facts.items():
+    def _check_equal(self, device: Device) -> None:
+        for name, value in self._attributes.items():
             if getattr(device, name) != value:
                 other = getattr(device, name)
                 raise self.wrong(f"the factory makes devices that differ: one has {name} {value}, another {other}")
@@ -131,14 +128,15 @@ class DriverBench:
     def serving(
         self, what: str, *, delayed: bool = False, fails: tuple[int, ...] = (), kills: bool = False
     ) -> Iterator[Scene]:
-        """Serve a fresh device, record its calls, and judge at the end what the driver did.
+        """Serve a fresh device, record its calls, and judge the driver at the end.
 
-        What the check provokes is not logged: a driver that passes leaves no message. ``kills``: it ends the server.
+        Errors that the check provokes are not logged: a driver that passes leaves no message. ``kills``: the scene kills the
+        server.
         """
         from prefault.device import serve
 
         device = self._make()
-        self._check_facts(device)
+        self._check_equal(device)
         self._served += 1
         journal = Journal(self.directory / f"journal-{self._served}")
         recording = RecordingDevice(
@@ -149,7 +147,7 @@ class DriverBench:
         scene = Scene(self.processes, journal, path, what)
         try:
             try:
-                with _filtered(lambda log: recording.is_news(log) and not (kills and _RESTARTED in log.getMessage())):
+                with _filtered(lambda log: recording.is_unprovoked(log) and not (kills and _RESTARTED in log.getMessage())):
                     server = serve(recording, path)
             except (ValueError, TypeError) as refusal:
                 raise self.wrong(f"the device cannot be served: {refusal}") from refusal
@@ -159,7 +157,7 @@ class DriverBench:
                 except (ClientDiedError, ClientHangsError, ClientRefusedError) as failure:
                     raise self._explain(scene, failure, device) from failure
                 except ContractError as failure:
-                    raise self._deeper(scene, failure, device) from failure
+                    raise self._with_cause(scene, failure, device) from failure
                 for client in scene.clients:
                     client.close()
             self._judge(scene, device)
@@ -198,7 +196,7 @@ class DriverBench:
         about = f"a client {failure}" if not isinstance(failure, ClientRefusedError) else f"a client was refused ({failure})"
         return self.wrong(f"{cause}, when {scene.what}: {about}" if cause else f"when {scene.what}, {about}")
 
-    def _deeper(self, scene: Scene, failure: ContractError, device: Device) -> ContractError:
+    def _with_cause(self, scene: Scene, failure: ContractError, device: Device) -> ContractError:
         """Add the cause of wrong bytes, where the journal has one."""
         cause = self._settled_cause(scene, device)
         return self.wrong(f"{cause}, and so {str(failure).rpartition(' (seed')[0]}") if cause else failure
@@ -224,9 +222,9 @@ class Scene:
     """A server with clients.
 
     Attributes:
-        what: the circumstances; completes "when ...".
-        killed: servers that the check ended itself.
-        discarded: pages that were discarded since the device was made.
+        what: circumstances; completes "when ...".
+        killed: pids of servers that the check killed itself.
+        discarded: pages that were discarded since the device was created.
     """
 
     def __init__(self, processes: ClientProcesses, journal: Journal, path: str, what: str) -> None:
@@ -248,19 +246,19 @@ class Scene:
         return client
 
     def quiet(self) -> None:
-        """Wait a moment, so that a driver that writes too late does so."""
+        """Wait a moment, in which a driver that writes too late does so."""
         time.sleep(0.1)
 
 
 @contextmanager
-def _filtered(is_news: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+def _filtered(is_unprovoked: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
     """Filter the log of processes that are forked inside the block."""
     log = logging.getLogger("prefault.device")
-    log.addFilter(is_news)
+    log.addFilter(is_unprovoked)
     try:
         yield
     finally:
-        log.removeFilter(is_news)
+        log.removeFilter(is_unprovoked)
 
 
 def _alive(pid: int) -> bool:

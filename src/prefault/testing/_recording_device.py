@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from prefault.device.driver import ZERO, Access, Device, DeviceArea, Supplied
 
-FACTS = ("length", "page_size", "writable", "evicts", "populates", "workers", "batch", "fault_around", "capacity")
-_COPIED = (*FACTS, "timeout_s", "restartable")
+ATTRIBUTES = ("length", "page_size", "writable", "evicts", "populates", "workers", "batch", "fault_around", "capacity")
+_COPIED = (*ATTRIBUTES, "timeout_s", "restartable")
 
 
 class Call(NamedTuple):
@@ -42,7 +42,7 @@ class Call(NamedTuple):
 
 
 class Raised(NamedTuple):
-    """An exception that the driver raised."""
+    """An exception that the driver raised, as text, and the call that raised it."""
 
     call: Call
     what: str
@@ -147,7 +147,7 @@ class RecordingDevice(Device):
         seed: the seed of the delays.
         delay_s: the longest delay in seconds; 0: none.
         fails: pages that raise :class:`InjectedError` instead of asking the driver.
-        failing: pages of which it is known that the driver cannot supply them.
+        failing: pages that the driver is meant to refuse.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class RecordingDevice(Device):
         for name in _COPIED:
             setattr(self, name, getattr(inner, name))
 
-    # --- what the framework calls
+    # --- calls of the framework
 
     def open(self, area: DeviceArea) -> None:
         recording = _RecordingArea(area, self)
@@ -216,8 +216,8 @@ class RecordingDevice(Device):
                 self._provoked.add(text := f"page {page} fails for the sake of the check")
                 raise InjectedError(text)
 
-    def is_news(self, record: logging.LogRecord) -> bool:
-        """Return whether a message of the device's processes tells of more than the check has provoked."""
+    def is_unprovoked(self, record: logging.LogRecord) -> bool:
+        """Return whether a log record of the device's processes is about an error that the check did not provoke."""
         message = record.getMessage()
         return not any(text in message for text in self._provoked)
 

@@ -1,4 +1,4 @@
-"""Check the contract of a driver on the driver itself. See :func:`check_device`."""
+"""The checks of :func:`check_device`: a driver is served to client processes, which use it in many orders."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ __all__ = ["AfterDiscard", "Checked", "ContractError", "check_device"]
 
 
 class Checked(NamedTuple):
-    """What was checked of a driver that passes.
+    """Checks that a driver passed.
 
     Attributes:
-        device: the name of its class.
-        pages: how many pages of it were looked at.
-        seed: of all chance.
-        scenes: what was done with it, in order; each completes "It passes when ...".
+        device: name of the driver's class.
+        pages: number of pages whose bytes were compared.
+        seed: of all random choices.
+        scenes: circumstances of the checks, in order; each completes "It passes when ...".
     """
 
     device: str
@@ -56,23 +56,23 @@ def check_device(
     delay_s: float = 0.003,
     patience_s: float | None = None,
 ) -> Checked:
-    """Check that a driver keeps the contract of :class:`prefault.device.Device`. Needs no test framework.
+    """Check that a driver keeps the contract of :class:`prefault.device.Device`. Works in any test framework.
 
-    The driver is served to client processes, which touch, populate, discard and write its pages in many orders, from several
-    processes and threads, while its calls are delayed by chance. Populated and touched pages must hold the same bytes
-    (requirement C4). Clients may die of a wrong driver; the calling process does not.
+    The check serves the driver to client processes, which touch, populate, discard and write its pages in many orders, from
+    several processes and threads, while its calls are delayed at random. Populated and touched pages must hold the same
+    bytes. A wrong driver may kill the client processes; the calling process survives.
 
     Args:
-        factory: makes a device; called many times. Each must hold the same bytes at first, whatever was done to others.
-        seed: the seed of all random choices.
-        expected: ``expected(page)`` returns the bytes of a page at first. None: the bytes of the first touch.
-        failing: pages that the driver rightly cannot supply: touching one is SIGBUS, populating one is DriverError.
-        after_discard: the bytes of a page after a discard: the ``"same"`` as at first, ``"zeros"``, or ``"any"`` bytes.
-        delay_s: the longest delay of a call, in seconds.
-        patience_s: the longest time for an answer, in seconds. None: the time of a few calls by the device's ``timeout_s``.
+        factory: creates a device; called many times. Each must hold the same initial bytes, independent of the others.
+        seed: of all random choices.
+        expected: ``expected(page)`` returns the initial bytes of a page. None: the bytes of the first touch.
+        failing: pages that the driver is meant to refuse: touching one raises SIGBUS, populating one DriverError.
+        after_discard: bytes of a page after a discard: ``"same"`` as the initial ones, ``"zeros"``, or ``"any"`` bytes.
+        delay_s: longest delay of a call, in seconds.
+        patience_s: longest wait for an answer, in seconds. None: a few calls of the device's ``timeout_s``.
 
     Returns:
-        What was checked: print it to see that. The errors that the check itself provokes are not logged.
+        The checks that passed, for you to print. Errors that the check itself provokes are not logged.
 
     Raises:
         ContractError: the driver breaks the contract; the message says how.
@@ -112,20 +112,20 @@ class _Check(DriverBench):
     def _check_touch(self) -> None:
         with self.serving("its pages are touched one after the other") as scene:
             client = scene.client(area={})
-            self.at_first.update(client.touch("area", self.good(), self.size))
+            self.initial.update(client.touch("area", self.good(), self.size))
             if self.expected is not None:
                 wanted = {page: self.expected(page).ljust(self.size, b"\0") for page in self.good()}
-                self.compare(scene, self.at_first, wanted, "and not what was expected")
+                self.compare(scene, self.initial, wanted, "and not what was expected")
             last = self.pages - 1
             beyond = self.pages * self.size - self.device.length
-            if beyond and last in self.at_first and any(self.at_first[last][self.size - beyond :]):
+            if beyond and last in self.initial and any(self.initial[last][self.size - beyond :]):
                 raise self.wrong(f"page {last}, the last one, is not zero behind the end of the device")
             scene.quiet()
             again = client.touch("area", self.good(), self.size)
-            self.compare(scene, again, self.at_first, "after the others were supplied, and held something else before")
+            self.compare(scene, again, self.initial, "after the others were supplied, and held something else before")
         with self.serving("a second device is touched backwards") as scene:
             found = scene.client(area={}).touch("area", self.good()[::-1], self.size)
-            self.compare(scene, found, self.at_first, "there, and another in the first device, touched forwards")
+            self.compare(scene, found, self.initial, "there, and another in the first device, touched forwards")
 
     def _check_edges(self) -> None:
         size, length = self.size, self.device.length
@@ -142,7 +142,7 @@ class _Check(DriverBench):
                     raise self.wrong(f"{count} bytes from offset {offset} on can be mapped of a device of {length} bytes")
             client.ask("map", area="last", offset=last)
             if self.pages - 1 not in self.failing:
-                self.compare(scene, client.touch("last", [self.pages - 1], size), self.at_first, "where it is mapped alone")
+                self.compare(scene, client.touch("last", [self.pages - 1], size), self.initial, "where it is mapped alone")
             if self.device.populates:
                 client.ask("populate", area="last", first=self.pages - 1, pages=0)
 
@@ -153,12 +153,12 @@ class _Check(DriverBench):
             for run in self.runs(self.good()):
                 client.ask("populate", area="area", first=run.start, pages=len(run))
                 found = client.touch("area", list(run), self.size)
-                self.compare(scene, found, self.at_first, "once it is populated, unlike when it is touched")
+                self.compare(scene, found, self.initial, "once it is populated, unlike when it is touched")
                 client.ask("populate", area="area", first=run.start, pages=len(run))  # of pages that are present already
             self._must_be_quiet(scene)
             scene.quiet()
             again = client.touch("area", self.good(), self.size)
-            self.compare(scene, again, self.at_first, "after the others were populated, unlike when it is touched")
+            self.compare(scene, again, self.initial, "after the others were populated, unlike when it is touched")
         with self.serving("it is populated page by page, backwards, with faults between") as scene:
             client = scene.client(area={})
             backwards = self.good()[::-1]
@@ -170,14 +170,14 @@ class _Check(DriverBench):
             ]
             client.ask("together", threads=[operations])
             found = client.touch("area", backwards, self.size)
-            self.compare(scene, found, self.at_first, "once it is populated alone, unlike when it is touched")
+            self.compare(scene, found, self.initial, "once it is populated alone, unlike when it is touched")
             reader = scene.client(area={})
             for run in self.runs(self.good()):
                 found = reader.read("area", run, self.size)
-                self.compare(scene, found, self.at_first, "by Area.read, unlike when it is touched")
+                self.compare(scene, found, self.initial, "by Area.read, unlike when it is touched")
 
     def _check_routes(self) -> None:
-        """Check that locking and changing the protection populate as well (requirement C3): equal bytes, and no faults."""
+        """Check that lock() and protect() populate as well: equal bytes, and no faults."""
         run = self.random.choice(self.runs(self.good()))[: 4 if self.size == PAGE_SIZE else 1]
         offset = run.start * self.size
         length = min(len(run) * self.size, self.device.length - offset)
@@ -192,7 +192,7 @@ class _Check(DriverBench):
                         raise
                     continue  # RLIMIT_MEMLOCK stopped it, and not the driver
                 found = client.touch("part", list(run), self.size)
-                self.compare(scene, found, self.at_first, f"once it is populated by {route}, unlike when it is touched")
+                self.compare(scene, found, self.initial, f"once it is populated by {route}, unlike when it is touched")
                 self._must_be_quiet(scene)
 
     def _must_be_quiet(self, scene: Scene) -> None:
@@ -226,7 +226,7 @@ class _Check(DriverBench):
         """Check that a page that cannot be supplied fails only the clients that ask for it."""
         what = f"page {page} fails for the sake of the check" if injected else f"page {page} is touched, which fails"
         with self.serving(what, fails=(page,) if injected else ()) as scene:
-            near = [near for near in (page - 1, page + 1) if near in self.at_first and near != page]
+            near = [near for near in (page - 1, page + 1) if near in self.initial and near != page]
             victim, witness = scene.client(area={}), scene.client(area={})
             try:
                 victim.touch("area", [page], self.size)
@@ -235,7 +235,7 @@ class _Check(DriverBench):
                     raise
             else:
                 raise self.wrong(f"page {page} must fail, and touching it gave bytes")
-            self.compare(scene, witness.touch("area", near, self.size), self.at_first, "beside one that failed")
+            self.compare(scene, witness.touch("area", near, self.size), self.initial, "beside one that failed")
             if self.device.populates:
                 text = self._must_refuse(witness, "DriverError", area="area", first=page, pages=1)
                 if injected and "for the sake of the check" not in text:
@@ -243,7 +243,7 @@ class _Check(DriverBench):
                 if near:
                     first = min(page, near[0])
                     self._must_refuse(witness, "DriverError", area="area", first=first, pages=2)
-            self.compare(scene, witness.touch("area", near, self.size), self.at_first, "beside one that failed")
+            self.compare(scene, witness.touch("area", near, self.size), self.initial, "beside one that failed")
 
     def _check_discard(self) -> None:
         with self.serving("pages were discarded") as scene:
@@ -271,7 +271,7 @@ class _Check(DriverBench):
         found = client.touch("area", list(run), self.size)
         if self.after_discard == "any":
             return
-        wanted = {page: self.at_first[page] for page in run}
+        wanted = {page: self.initial[page] for page in run}
         if self.after_discard == "zeros":
             wanted.update((page, bytes(self.size)) for page in scene.discarded if page in run)
         how = "populated after a discard" if populate else "touched after a discard"
@@ -293,7 +293,7 @@ class _Check(DriverBench):
             for number, client in enumerate(clients):
                 order = self.random.sample(good, len(good))
                 how = f"read by process {number} in the end, and another when it is touched alone"
-                self.compare(scene, client.touch("area", order, self.size), self.at_first, how)
+                self.compare(scene, client.touch("area", order, self.size), self.initial, how)
 
     def _schedule(self, good: list[int], first: int) -> list[tuple[str, dict[str, Any]]]:
         operations: list[tuple[str, dict[str, Any]]] = []
@@ -332,14 +332,14 @@ class _Check(DriverBench):
             except ClientRefusedError as refused:
                 if "ValueError" not in refused.kinds:
                     raise
-            self.compare(scene, client.touch("area", [page], self.size), self.at_first, "after an attempt to write")
+            self.compare(scene, client.touch("area", [page], self.size), self.initial, "after an attempt to write")
 
     def _check_writes(self) -> None:
         """Check that written bytes stay until they are discarded, wherever the page goes in between."""
         with self.serving("clients write", delayed=True) as scene:
             one, two = scene.client(area={"access": "write"}), scene.client(area={"access": "write"})
             good = self.good()
-            now = dict(self.at_first)
+            now = dict(self.initial)
             for page in self.random.sample(good, max(1, len(good) // 2)):
                 byte = self.random.randint(1, 255)
                 self.random.choice((one, two)).ask("write", area="area", page=page, byte=byte)
@@ -368,7 +368,7 @@ class _Check(DriverBench):
             scene.killed.add(server)
             os.kill(server, signal.SIGKILL)
             found = client.touch("area", good, self.size)
-            self.compare(scene, found, self.at_first, "after the restart, and another before")
+            self.compare(scene, found, self.initial, "after the restart, and another before")
 
     def _check_recipe(self) -> None:
         recipe = self.device.recipe()
@@ -385,7 +385,7 @@ class _Check(DriverBench):
             with serve(recipe, path):
                 client = scene.client(area={})
                 found = client.touch("area", self.good(), self.size)
-                self.compare(scene, found, self.at_first, "and another in a device of the factory")
+                self.compare(scene, found, self.initial, "and another in a device of the factory")
                 client.close()
             self.passed.append(scene.what)
         except (ClientDiedError, ClientHangsError, ClientRefusedError) as failure:

@@ -88,8 +88,8 @@ _CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         {},
         r"the driver took the frame of page \d+ while it was not asked to supply any",
     ),
-    "no length": (bad.NoLength, {}, r"the device has length None"),
-    "a negative length": (bad.NegativeLength, {}, r"the device has length -4096, and must have a positive number of bytes"),
+    "no length": (bad.NoLength, {}, r"the factory makes no valid device: NoLength.length is a number of bytes"),
+    "a negative length": (bad.NegativeLength, {}, r"NegativeLength.length is at least 1 byte .* not -4096"),
     "another device each time": (bad.OtherEachTime, {}, r"the factory makes devices that differ: one has length"),
     "another by its recipe": (
         functools.partial(bad.NotTheSameByRecipe, salt=2),
@@ -98,7 +98,7 @@ _CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     ),
     "raises without populate": (bad.AlsoWithoutPopulate, {}, r"page 0 cannot be supplied: .* RuntimeError: not today"),
     "cannot be made": (bad.fails_to_make, {}, r"the factory raises ConnectionError: no such device"),
-    "no device": (object, {}, r"the factory makes a object, which is no Device"),
+    "no device": (object, {}, r"the factory makes no valid device: object is not a prefault.device.Device"),
     "does not fail as announced": (Pattern, {"failing": (5,)}, r"page 5 must fail, and touching it gave bytes"),
     "other after discard than announced": (
         Pattern,

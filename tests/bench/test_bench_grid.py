@@ -21,7 +21,7 @@ def _published_keys() -> list[tuple[int, str, str, str]]:
     return [(int(row[0]) * MIB, row[1], row[2], row[3]) for row in rows]
 
 
-def test_the_grid_holds_exactly_the_published_cells_and_rows_of_ours() -> None:
+def test_the_grid_is_the_published_cells_and_the_unpublished_rows() -> None:
     cells = [(cell.size_bytes, cell.sharing, cell.backing, cell.method) for cell in grid.full_grid()]
     keys = _published_keys()
     assert len(keys) == len(set(keys)) == 190

@@ -64,7 +64,7 @@ def test_no_figure_is_cut_off(example: BenchRun, width: int) -> None:
     assert _row(text, "fallocate+populate_write").split()[-4:] == ["700.0", "701.0", "0%", "0.84x"]
 
 
-def test_a_row_of_ours_has_no_published_figure(example: BenchRun) -> None:
+def test_an_unpublished_row_has_no_published_figure(example: BenchRun) -> None:
     assert _row(_text(example), "prefault").split()[-4:] == ["300.0", "301.0", "0%", "0.30x"]
 
 

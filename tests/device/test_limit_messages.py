@@ -205,9 +205,7 @@ class _Huge(Device):
 
 
 @pytest.mark.parametrize("workers", [0, 4])
-def test_frames_that_cannot_be_had_are_told_with_the_pool_and_the_first_page(
-    hugetlb_pool: Callable[[int], None], workers: int
-) -> None:
+def test_an_empty_pool_is_named_with_the_first_page_that_failed(hugetlb_pool: Callable[[int], None], workers: int) -> None:
     hugetlb_pool(8)
     with prefault.device.map(_Huge(workers)) as area:
         assert not area.notes

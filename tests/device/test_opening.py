@@ -173,7 +173,7 @@ def _is_ours(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("what", [None, 5, "device", b"", object(), Pattern])
-def test_what_is_no_device(what: Any) -> None:
+def test_an_object_that_is_no_device_is_refused(what: Any) -> None:
     with pytest.raises(TypeError, match="a device is an object of a class made from"):
         prefault.device.map(what)
 

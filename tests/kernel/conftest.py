@@ -11,15 +11,15 @@ import pytest
 from prefault._system import capabilities
 from prefault.testing import without
 from support import needs
+from support.populate_modes import PopulateMode
 from support.regions import filesystem_of
-from support.ways import Way
 
 
-@pytest.fixture(params=list(Way), ids=lambda way: str(way.value))
-def way(request: pytest.FixtureRequest) -> Iterator[Way]:
+@pytest.fixture(params=list(PopulateMode), ids=lambda way: str(way.value))
+def way(request: pytest.FixtureRequest) -> Iterator[PopulateMode]:
     """Each test runs with MADV_POPULATE_* and without it."""
-    chosen: Way = request.param
-    if chosen is Way.MADVISE:
+    chosen: PopulateMode = request.param
+    if chosen is PopulateMode.MADVISE:
         needs.capability(capabilities.MADV_POPULATE)
         yield chosen
         return

@@ -26,20 +26,20 @@ from prefault.engine.methods import Access
 from prefault.testing import without
 from support import needs, oracle
 from support.children import Child
-from support.kinds import HUGE, Kind, Sample, sample
+from support.memory_kinds import HUGE, MemoryKind, Sample, sample
+from support.populate_modes import PopulateMode
 from support.populating import assert_populated
 from support.regions import PAGE, READ, Region, Span, data_pages, file_of
-from support.ways import Way
 
 pytestmark = pytest.mark.usefixtures("way")
 
 EACH_ACCESS: tuple[Access, ...] = ("read", "write")
 each_access = pytest.mark.parametrize("access", EACH_ACCESS)
-each_kind = pytest.mark.parametrize("kind", list(Kind), ids=lambda kind: str(kind.value))
+each_kind = pytest.mark.parametrize("kind", list(MemoryKind), ids=lambda kind: str(kind.value))
 
 
 @pytest.fixture
-def memory(request: pytest.FixtureRequest, kind: Kind, disk: Path) -> Iterator[Sample]:
+def memory(request: pytest.FixtureRequest, kind: MemoryKind, disk: Path) -> Iterator[Sample]:
     """Eight pages of each kind."""
     if kind.page_size == HUGE:
         request.getfixturevalue("hugetlb_pool")(8)
@@ -71,7 +71,7 @@ def test_touching_what_is_populated_faults_no_more(access: Access) -> None:
 
 @each_kind
 @each_access
-def test_all_of_it_is_present_and_no_byte_changed(memory: Sample, kind: Kind, access: Access) -> None:
+def test_all_of_it_is_present_and_no_byte_changed(memory: Sample, kind: MemoryKind, access: Access) -> None:
     if memory.fd is not None:
         memory.write_to_file()
     else:
@@ -82,14 +82,14 @@ def test_all_of_it_is_present_and_no_byte_changed(memory: Sample, kind: Kind, ac
 
 @each_kind
 @each_access
-def test_what_is_in_the_memory_already_stays(memory: Sample, kind: Kind, access: Access) -> None:
+def test_what_is_in_the_memory_already_stays(memory: Sample, kind: MemoryKind, access: Access) -> None:
     memory.write_to_memory()
     assert_populated(memory.region, access)
     memory.assert_intact()
 
 
 def test_readable_leaves_private_pages_of_a_file_to_the_file(disk: Path) -> None:
-    with sample(Kind.PRIVATE_DISK, disk) as memory:
+    with sample(MemoryKind.PRIVATE_DISK, disk) as memory:
         assert memory.fd is not None
         memory.write_to_file()
         assert_populated(memory.region, "read")
@@ -102,7 +102,7 @@ def test_readable_leaves_private_pages_of_a_file_to_the_file(disk: Path) -> None
 
 
 def test_writable_copies_private_pages_of_a_file(disk: Path) -> None:
-    with sample(Kind.PRIVATE_DISK, disk) as memory:
+    with sample(MemoryKind.PRIVATE_DISK, disk) as memory:
         assert memory.fd is not None
         memory.write_to_file()
         assert_populated(memory.region, "read")
@@ -120,7 +120,7 @@ def exclusive(region: Region) -> list[bool]:
     return [bool(entry & pagemap.PM_MMAP_EXCLUSIVE) for entry in oracle.entries(region.address, region.length)]
 
 
-def test_after_fork_readable_shares_and_writable_copies(way: Way) -> None:
+def test_after_fork_readable_shares_and_writable_copies(way: PopulateMode) -> None:
     """process_vm_readv pins what it reads, and since Linux 5.19 the kernel copies a shared page before it pins it.
 
     So this fallback breaks copy-on-write where pages are present and shared with a child. No byte changes by it.
@@ -134,7 +134,7 @@ def test_after_fork_readable_shares_and_writable_copies(way: Way) -> None:
             assert exclusive(region) == [False] * 8
             result = assert_populated(region, "read")
             assert (result.bytes, result.present_bytes) == (0, 8 * PAGE)
-            if way is Way.MADVISE:
+            if way is PopulateMode.MADVISE:
                 assert oracle.frames(region.address, region.length) == frames
                 assert exclusive(region) == [False] * 8
             else:
@@ -193,7 +193,7 @@ def test_writable_leaves_no_huge_zero_page() -> None:
 
 @each_kind
 @each_access
-def test_rollback_takes_exactly_what_came(memory: Sample, kind: Kind, access: Access) -> None:
+def test_rollback_takes_exactly_what_came(memory: Sample, kind: MemoryKind, access: Access) -> None:
     step = memory.page_size
     memory.filled = [index for index in memory.filled if index < memory.pages - 1]
     memory.write_to_memory()
@@ -210,7 +210,7 @@ def test_rollback_takes_exactly_what_came(memory: Sample, kind: Kind, access: Ac
     if memory.fd is not None:
         assert data_pages(memory.fd) == held[0]
         # ext4 may have added a block for the list of extents, and keeps that.
-        assert os.fstat(memory.fd).st_blocks * 512 - held[1] * 512 in ((0, PAGE) if kind is Kind.SHARED_DISK else (0,))
+        assert os.fstat(memory.fd).st_blocks * 512 - held[1] * 512 in ((0, PAGE) if kind is MemoryKind.SHARED_DISK else (0,))
     region.protect(last, step // PAGE, READ)
     memory.content[memory.pages - 1] = bytes(step)
     memory.assert_intact()
@@ -427,7 +427,9 @@ def test_the_files_own_bytes_are_not_dirtied_either(disk: Path) -> None:
     ],
     ids=lambda value: "-".join(map(str, itertools.chain(*value.items()))) if isinstance(value, dict) else None,
 )
-def test_method_of_a_mapping(way: Way, disk: Path, options: dict[str, object], access: Access, allocates: bool) -> None:
+def test_method_of_a_mapping(
+    way: PopulateMode, disk: Path, options: dict[str, object], access: Access, allocates: bool
+) -> None:
     backing = prefault.TemporaryFile(disk) if options["backing"] == "disk" else options["backing"]
     with prefault.Mapping(8 * PAGE, **{**options, "backing": backing}) as mapping:  # type: ignore[arg-type]
         wanted = ("fallocate+" if allocates else "") + way.method(access)
@@ -437,11 +439,11 @@ def test_method_of_a_mapping(way: Way, disk: Path, options: dict[str, object], a
         assert (result.method, result.access, result.bytes) == (wanted, access, 8 * PAGE)
         assert oracle.present_bytes(mapping.range.start, 8 * PAGE) == 8 * PAGE
         slower = any("no MADV_POPULATE" in note for note in result.notes)
-        assert slower == (way is Way.FALLBACKS)
+        assert slower == (way is PopulateMode.FALLBACKS)
 
 
 @pytest.mark.parametrize(("backing", "allocates"), [("hugetlb", False), ("memfd-hugetlb", True)])
-def test_method_of_huge_pages(way: Way, backing: str, allocates: bool, hugetlb_pool: Callable[[int], None]) -> None:
+def test_method_of_huge_pages(way: PopulateMode, backing: str, allocates: bool, hugetlb_pool: Callable[[int], None]) -> None:
     hugetlb_pool(2)
     with prefault.Mapping(2 * HUGE, backing=backing) as mapping:
         wanted = ("fallocate+" if allocates else "") + way.method("write")
@@ -449,7 +451,7 @@ def test_method_of_huge_pages(way: Way, backing: str, allocates: bool, hugetlb_p
         assert oracle.present_bytes(mapping.range.start, 2 * HUGE) == 2 * HUGE
 
 
-def test_method_of_what_others_mapped(way: Way, disk: Path) -> None:
+def test_method_of_what_others_mapped(way: PopulateMode, disk: Path) -> None:
     """Of a file on disk the descriptor matters, so it is looked for; shared memory does as well without."""
     with file_of(disk, 8 * PAGE) as (fd, _), mmap.mmap(fd, 8 * PAGE) as memory:
         assert prefault.plan(memory).method == f"fallocate+{way.method('read')}"
@@ -460,7 +462,7 @@ def test_method_of_what_others_mapped(way: Way, disk: Path) -> None:
     assert prefault.plan(numpy.zeros(8 * PAGE, numpy.uint8)).method == way.method("write")
 
 
-def test_a_buffer_over_several_mappings_gets_a_method_for_each(way: Way) -> None:
+def test_a_buffer_over_several_mappings_gets_a_method_for_each(way: PopulateMode) -> None:
     with Region(8) as region:
         region.protect(4, 4, READ)
         plan = prefault.plan(region)
@@ -482,9 +484,9 @@ def test_memory_that_is_locked_already_is_populated_and_stays_locked(access: Acc
 # --- the errno that a caller may rely on ------------------------------------------------------------------------------
 
 
-def test_errors_of_the_fallbacks_carry_the_errno_of_madvise(way: Way) -> None:
+def test_errors_of_the_fallbacks_carry_the_errno_of_madvise(way: PopulateMode) -> None:
     """A program that looks at errno sees the same on every kernel; __cause__ is what this kernel said."""
-    said = {Way.MADVISE: errno.EINVAL, Way.FALLBACKS: errno.EFAULT}[way]
+    said = {PopulateMode.MADVISE: errno.EINVAL, PopulateMode.FALLBACKS: errno.EFAULT}[way]
     with Region(8, mman.PROT_NONE) as region, pytest.raises(ProtectionError) as caught:
         prefault.populate(region, access="write")
     assert caught.value.errno == errno.EINVAL

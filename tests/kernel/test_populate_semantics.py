@@ -40,9 +40,9 @@ from prefault._system import capabilities
 from prefault.engine.methods import Access
 from support import needs, oracle, userfaultfd
 from support.children import Child, in_child
+from support.populate_modes import PopulateMode
 from support.populating import assert_fails, assert_populated
 from support.regions import EXEC, PAGE, READ, WRITE, Region, Span, file_of, special
-from support.ways import Way
 
 HUGE = 2 << 20
 PAGES = 8
@@ -383,14 +383,14 @@ def test_secret_memory_for_reading() -> None:
     os.close(fd)
 
 
-def test_secret_memory_for_writing(way: Way) -> None:
+def test_secret_memory_for_writing(way: PopulateMode) -> None:
     """The kernel's own lookup of pages (GUP) refuses it, and MADV_POPULATE_WRITE is made of that.
 
     futex_add is not: the kernel resolves its fault as it does a program's, and the pages come.
     """
     fd = secret_memory()
     with Region(PAGES, fd=fd, shared=True) as region:
-        if way is Way.MADVISE:
+        if way is PopulateMode.MADVISE:
             assert_fails(region, SpecialMappingError, errno.EINVAL, page=0, access="write")
         else:
             assert_populated(region, "write")
@@ -399,7 +399,7 @@ def test_secret_memory_for_writing(way: Way) -> None:
 
 
 @each_access
-def test_poisoned_page(way: Way, access: Access) -> None:
+def test_poisoned_page(way: PopulateMode, access: Access) -> None:
     """What hardware would report of a broken page, put there by userfaultfd.
 
     The fallbacks get EFAULT for it and cannot tell it from swap that cannot be read; they say that much.
@@ -408,7 +408,7 @@ def test_poisoned_page(way: Way, access: Access) -> None:
         # Only the page itself is registered: the other pages of registered memory would not be populated at all.
         watcher.register(region.page(5), PAGE)
         watcher.poison(region.page(5))
-        if way is Way.MADVISE:
+        if way is PopulateMode.MADVISE:
             error = assert_fails(region, PoisonedPageError, mman.EHWPOISON, page=5, access=access)
             assert "hardware-poisoned" in str(error)
         else:
@@ -426,7 +426,7 @@ def test_userfaultfd_that_may_not_answer_the_kernel(access: Access) -> None:
 
 
 @each_access
-def test_userfaultfd_with_a_handler(way: Way, access: Access) -> None:
+def test_userfaultfd_with_a_handler(way: PopulateMode, access: Access) -> None:
     """The handler, another process, is asked for one page after the other.
 
     futex_add is refused: futex(2) gives the kernel no leave to wait for a page (its fault comes without
@@ -437,7 +437,7 @@ def test_userfaultfd_with_a_handler(way: Way, access: Access) -> None:
     def populate() -> list[userfaultfd.Fault]:
         with Region(PAGES) as region, userfaultfd.opened(user_mode_only=False) as watcher:
             watcher.register(region.address, region.length)
-            if way is Way.FALLBACKS and access == "write":
+            if way is PopulateMode.FALLBACKS and access == "write":
                 assert_fails(region, PopulateError, errno.EFAULT, page=0, access=access)
                 return []
 

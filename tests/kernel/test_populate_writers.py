@@ -20,8 +20,8 @@ from prefault._system import capabilities
 from prefault.engine.methods import METHODS, Target
 from support import needs, userfaultfd
 from support.children import Child, in_child
+from support.populate_modes import PopulateMode
 from support.regions import PAGE, Region
-from support.ways import Way
 
 PAGES = 4
 ROUNDS = 400_000
@@ -132,7 +132,7 @@ def test_futex_add_does_not_wait_and_writes_nothing(memfd: int) -> None:
         assert ours.read(0, 1) == b"old" + bytes(PAGE - 3)
 
 
-def test_every_word_is_left_as_it_is(way: Way) -> None:
+def test_every_word_is_left_as_it_is(way: PopulateMode) -> None:
     """Whatever it holds."""
     values = numpy.array([0, 1, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF, -2048 & 0xFFFF_FFFF], numpy.uint32)
     with Region(len(values)) as region:

@@ -1,4 +1,4 @@
-"""Drivers that are wrong, each in one way that a driver of somebody could be."""
+"""Broken drivers, each wrong in one plausible way."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ReturnsCount(Pattern):
 
 
 class WritesNeighbour(Pattern):
-    """One page too far."""
+    """Writes one page too far."""
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> None:
         super().fault(area, page, access)
@@ -41,7 +41,7 @@ class WritesNeighbour(Pattern):
 
 
 class OtherByPopulate(Pattern):
-    """One byte in one page is another where it comes by populate."""
+    """Supplies another byte in one page by populate than by fault."""
 
     def populate(self, area: DeviceArea, pages: range, access: Access) -> None:
         super().populate(area, pages, access)
@@ -50,21 +50,21 @@ class OtherByPopulate(Pattern):
 
 
 class ForgetsLast(Pattern):
-    """The old mistake with a half-open range."""
+    """Treats the half-open range as closed, and leaves out the last page."""
 
     def populate(self, area: DeviceArea, pages: range, access: Access) -> None:
         super().populate(area, pages[:-1], access)
 
 
 class RaisesOnPopulate(Pattern):
-    """What can be touched cannot be populated."""
+    """Raises on populate, and not on fault."""
 
     def populate(self, area: DeviceArea, pages: range, access: Access) -> None:
         raise NotImplementedError("populate is not written yet")
 
 
 class Zeros(Pattern):
-    """Success, and no bytes."""
+    """Returns without writing anything."""
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
         return ZERO
@@ -74,7 +74,7 @@ class Zeros(Pattern):
 
 
 class Sleeps(Pattern):
-    """Longer than the time that a call has."""
+    """Sleeps for longer than its timeout."""
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
         if page == 4:
@@ -83,7 +83,7 @@ class Sleeps(Pattern):
 
 
 class Loops(Pattern):
-    """For ever, and without letting go of the GIL: sum() of an endless iterator is one call in C."""
+    """Never returns and holds the GIL: sum() of an endless iterator is one call in C."""
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
         if page == 4:
@@ -92,7 +92,7 @@ class Loops(Pattern):
 
 
 class Leaves(Pattern):
-    """os._exit, as a library might that a C program was made of."""
+    """Calls os._exit, as a library might that was a C program."""
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
         if page == 4:
@@ -108,7 +108,7 @@ class CallsExit(Pattern):
 
 
 class KeepsViews(Pattern):
-    """A pool of buffers that are used again, and the frame is one of them."""
+    """Keeps the frame in a pool of buffers for reuse."""
 
     _kept: memoryview | None = None
 
@@ -133,7 +133,7 @@ class WritesLater(Pattern):
 
 
 class OtherAfterDiscard(Pattern):
-    """A counter that is not put back."""
+    """Does not reset a counter on discard."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class OtherAfterDiscard(Pattern):
 
 
 class OneBufferForAllThreads(Pattern):
-    """Says that its calls may run at once, and has one buffer for all of them."""
+    """Allows concurrent calls, and has one buffer for all of them."""
 
     def __init__(self) -> None:
         super().__init__(workers=4)
@@ -169,7 +169,7 @@ class OneBufferForAllThreads(Pattern):
 
 
 class ByTheThread(Pattern):
-    """What a page holds depends on the thread that asks for it."""
+    """Supplies bytes that depend on the calling thread."""
 
     def __init__(self) -> None:
         super().__init__(workers=4)
@@ -185,7 +185,7 @@ class ByTheThread(Pattern):
 
 
 class TouchesItself(Pattern):
-    """Maps itself, in the process that would have to answer: nobody ever does."""
+    """Maps its own device in the server, which then would have to answer itself."""
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
         if page == 4:
@@ -196,7 +196,7 @@ class TouchesItself(Pattern):
         return super().fault(area, page, access)
 
     directory = ""
-    """Where check_device makes its own."""
+    """Directory of the sockets of check_device."""
 
 
 class OpenRaises(Pattern):
@@ -215,7 +215,7 @@ class DiscardRaises(Pattern):
 
 
 class RaisesForEver(Pattern):
-    """A page that cannot be supplied, and nobody said so."""
+    """Cannot supply a page that was not announced as failing."""
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
         if page == 7:

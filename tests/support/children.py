@@ -1,4 +1,4 @@
-"""Code that must run in another process: what it locks, poisons or blocks on goes away with it."""
+"""Run a function in a forked child, whose locks, poisoned pages and blocked threads end with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _prctl = declare("prctl", INT, LONG)
 
 
 class Child:
-    """A fork that runs ``function`` and sends its result. Killed on leaving the ``with``, whatever it does then."""
+    """A fork that runs ``function`` and sends its result. Leaving the ``with`` kills it."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._reader, writer = os.pipe()
@@ -36,7 +36,7 @@ class Child:
             os.close(self._reader)
             try:
                 answer: tuple[bool, Any] = (True, function())
-            except BaseException:  # noqa: BLE001  it belongs to the parent, and nothing of pytest may run in here
+            except BaseException:  # noqa: BLE001  reported by the parent: no code of pytest may run here
                 answer = (False, traceback.format_exc())
             with os.fdopen(writer, "wb") as pipe:
                 pickle.dump(answer, pipe)
@@ -45,10 +45,10 @@ class Child:
             os._exit(status)
 
     def result(self, timeout_s: float = TIMEOUT_S) -> Any:
-        """What the function returned.
+        """Return the result of the function.
 
         Raises:
-            AssertionError: it raised, died or hangs.
+            AssertionError: the function raised, or the child died or hangs.
         """
         with os.fdopen(os.dup(self._reader), "rb") as pipe:
             ready, _, _ = select.select([pipe], [], [], timeout_s)

@@ -1,4 +1,4 @@
-"""What clients of a device do in processes of their own: importable, as the spawn method of multiprocessing wants it."""
+"""Functions of client processes, importable as the spawn method of multiprocessing needs them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.devices import Remade
 
 
 def checksum_of_served(path: str, first: int, stop: int) -> int:
-    """Connects, touches pages, and says what they hold."""
+    """Connect, touch pages, and return the checksum of their bytes."""
     with prefault.device.connect(path) as client, client.map() as area:
         view = area.memoryview()
         found = zlib.crc32(view[first * client.page_size : stop * client.page_size])
@@ -20,7 +20,7 @@ def checksum_of_served(path: str, first: int, stop: int) -> int:
 
 
 def fill_served(path: str, page: int, byte: int) -> None:
-    """Connects and fills a page."""
+    """Connect and fill a page."""
     with prefault.device.connect(path) as client, client.map() as area:
         array = area.ndarray("uint8")
         array[page * client.page_size : (page + 1) * client.page_size] = byte
@@ -28,7 +28,7 @@ def fill_served(path: str, page: int, byte: int) -> None:
 
 
 def checksum_of_own(pages: int) -> int:
-    """Maps a device of its own, with a server of its own."""
+    """Map a device with a server of its own, and return the checksum of its bytes."""
     with prefault.device.map(Remade(pages), populate=True) as area:
         view = area.memoryview()
         found = zlib.crc32(view)
@@ -37,7 +37,7 @@ def checksum_of_own(pages: int) -> int:
 
 
 def touch(area: Any, page: int) -> bytes:
-    """Reads from an area that somebody else mapped."""
+    """Read from an area that the parent process mapped."""
     view = area.memoryview()
     found = bytes(view[page * area.page_size : page * area.page_size + 8])
     view.release()

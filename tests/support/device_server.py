@@ -1,4 +1,4 @@
-"""A device's server in a child process, without a warden, and a client of it written by hand."""
+"""A device's server in a child process without a warden, and a client of it that sends raw protocol messages."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ForgetfulLink(WardenLink):
 
 
 class Running:
-    """The child process, and our end of the private connection. Killed on leaving the ``with`` if it still runs."""
+    """The server process, and the client's end of the private connection. Leaving the ``with`` kills it if it still runs."""
 
     def __init__(
         self, device: Device, *, warden_link: WardenLink | None = None, listener: socket.socket | None = None,
@@ -78,7 +78,7 @@ class Running:
         self.status: int | None = None
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> int:
-        """The exit status, when the server ends by itself."""
+        """Wait until the server ends by itself, and return its exit status."""
         if self.status is None:
             pidfd = os.pidfd_open(self.pid)
             try:
@@ -152,7 +152,7 @@ class Handmade:
         return protocol.decode_reply(packet)
 
     def ask(self, kind: type[Reply], request: protocol.Request) -> Reply:
-        """The final reply to a request, which is of that kind."""
+        """Send a request and return its final reply, which must be of this kind."""
         self.send(request)
         while isinstance(reply := self.receive(), protocol.Progress):
             pass
@@ -250,13 +250,13 @@ class HandmadeArea:
 
 @contextlib.contextmanager
 def served(device: Device, **options: Any) -> Iterator[tuple[Running, Handmade]]:
-    """A server with its private client."""
+    """Start a server with its private client."""
     with Running(device, **options) as running, Handmade(running.connection) as client:
         yield running, client
 
 
 class listening:  # noqa: N801
-    """A server of many clients; entering gives a function that connects."""
+    """A server of many clients; entering returns a function that connects."""
 
     def __init__(self, device: Device, directory: Any, **options: Any) -> None:
         self._path = str(directory / "s")
@@ -286,7 +286,7 @@ def _write(fd: int, text: str) -> None:
 
 
 def ends_by(function: Callable[[Callable[[str], None]], object], timeout_s: float = TIMEOUT_S) -> tuple[str, int]:
-    """Runs ``function(say)`` in a fork: what it said, and its exit status (negative: the signal that ended it)."""
+    """Run ``function(say)`` in a fork; return what it said, and its exit status (negative: the signal that ended it)."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:

@@ -16,7 +16,7 @@ HUGE = 2 * MIB
 
 
 def content(page: int, page_size: int = PAGE_SIZE, salt: int = 1) -> bytes:
-    """What a page of :class:`Pattern` holds: no two pages, and no two words of one, are the same, and none is zero."""
+    """Return the bytes of a page of :class:`Pattern`: all words of all pages differ, and none is zero."""
     import numpy
 
     words = numpy.arange(page_size // 8, dtype=numpy.uint64)
@@ -25,13 +25,13 @@ def content(page: int, page_size: int = PAGE_SIZE, salt: int = 1) -> bytes:
 
 
 def expected(device: Pattern, page: int) -> bytes:
-    """The whole page as a client sees it: zeros behind the end of the device."""
+    """Return a page as a client sees it, with zeros behind the end of the device."""
     inside = min(device.page_size, device.length - page * device.page_size)
     return content(page, device.page_size, device.salt)[:inside] + bytes(device.page_size - inside)
 
 
 class Pattern(Device):
-    """Bytes that follow from the number of the page. ``tail``: how many bytes the last page lacks."""
+    """Supplies bytes that follow from the page number. ``tail``: bytes that the last page lacks."""
 
     def __init__(
         self, pages: int = 64, *, salt: int = 1, page_size: int = PAGE_SIZE, writable: bool = False, workers: int = 0,
@@ -62,7 +62,7 @@ class Pattern(Device):
 
 
 class Remade(Pattern):
-    """A :class:`Pattern` that can be made anew in a fresh process, and goes on after a crash."""
+    """A restartable :class:`Pattern` with a recipe."""
 
     def __init__(self, pages: int = 64, *, salt: int = 1, workers: int = 0, writable: bool = False, tail: int = 0) -> None:
         super().__init__(pages, salt=salt, workers=workers, writable=writable, tail=tail, restartable=True)
@@ -73,7 +73,7 @@ class Remade(Pattern):
 
 
 class WithoutPopulate(Device):
-    """Only what is needed: ``length`` and ``fault``; half of the pages are zeros."""
+    """Defines ``length`` and ``fault`` only; half of the pages are zeros."""
 
     writable = False
 
@@ -88,7 +88,7 @@ class WithoutPopulate(Device):
 
 
 class Slow(Pattern):
-    """Every call sleeps up to ``delay_s``, by chance."""
+    """Sleeps up to ``delay_s`` in every call, at random."""
 
     def __init__(self, pages: int = 64, *, delay_s: float = 0.002, seed: int = 0, **options: Any) -> None:
         super().__init__(pages, **options)
@@ -111,7 +111,7 @@ class Slow(Pattern):
 
 
 class Failing(Pattern):
-    """Pages in ``bad`` cannot be supplied. A populate fails before it wrote anything."""
+    """Cannot supply the pages in ``bad``; populate raises before it writes anything."""
 
     def __init__(self, pages: int = 64, *, bad: tuple[int, ...] = (3,), **options: Any) -> None:
         super().__init__(pages, **options)
@@ -130,7 +130,7 @@ class Failing(Pattern):
 
 
 class Enclave(Device):
-    """A small pool, from which pages go out sealed and come back opened, like those of an enclave page cache.
+    """Has a small pool, evicts pages encrypted and decrypts them on return, like an enclave page cache.
 
     New pages are zeros. Sealed ones have a checksum, so that a page that comes back wrong is an error and not a wrong byte.
     """
@@ -187,7 +187,7 @@ class Enclave(Device):
 
 
 class Saved(Device):
-    """Writable, and kept in a file: what is evicted is written there, and comes back from there, also in a new process."""
+    """Writable, with a file as its store: evicted pages are saved there and loaded from there, also by a new process."""
 
     evicts = True
     restartable = True
@@ -241,7 +241,7 @@ class Saved(Device):
 
 
 class WritesWholePages(Pattern):
-    """Writes all of the last frame, though only a part of that page is the device's: nobody is to see what lies behind."""
+    """Writes all of the last frame, though the device ends in it: clients must not see the rest."""
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
         area.frame(page)[:] = content(page)

@@ -10,7 +10,7 @@ from prefault.device.driver import Access, Device, DeviceArea
 
 
 class FakeArea(DeviceArea):
-    """All of a device. What is asked for is filled by :meth:`get`, as the server would, and checked to be in its place."""
+    """An area over a whole device, whose pages :meth:`fill` and :meth:`get` have the driver supply, as the server would."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -44,11 +44,11 @@ class FakeArea(DeviceArea):
         self.device.populate(self, self.pages if pages is None else pages, "read")
 
     def content(self, start: int, stop: int) -> bytes:
-        """Bytes of the frames."""
+        """Return bytes of the frames as they are."""
         return self._memory[start:stop]
 
     def get(self, start: int, stop: int) -> bytes:
-        """Bytes of the device, their pages filled before."""
+        """Fill the pages of ``[start, stop)``, and return their bytes."""
         self.fill(range(start // self._unit, -(-stop // self._unit)))
         return self.content(start, stop)
 

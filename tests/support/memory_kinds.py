@@ -1,4 +1,4 @@
-"""Every kind of memory that can be populated, small, with part of it filled."""
+"""Small samples of every kind of memory that can be populated, partly filled."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from support.regions import PAGE, Region, file_of
 HUGE = 2 << 20
 
 
-class Kind(enum.Enum):
-    """What is mapped, and how."""
+class MemoryKind(enum.Enum):
+    """Backing and sharing of a mapping."""
 
     PRIVATE_ANONYMOUS = "private-anonymous"
     SHARED_ANONYMOUS = "shared-anonymous"
@@ -30,23 +30,23 @@ class Kind(enum.Enum):
 
     @property
     def shared(self) -> bool:
-        """MAP_SHARED."""
+        """Whether the mapping is MAP_SHARED."""
         return self.value.startswith("shared")
 
     @property
     def page_size(self) -> int:
-        """Of the kernel, for this kind."""
+        """Bytes in a page of this kind."""
         return HUGE if self.value.endswith("hugetlb") else PAGE
 
 
 class Sample:
-    """A region of ``pages`` pages of its kind, of which some had content before they were mapped or populated.
+    """A region of memory, some pages of which had content before they were mapped or populated.
 
     Attributes:
         region: the memory.
-        content: what must be read from it, page by page.
-        fd: of the file behind it; None without one.
-        filled: numbers of the pages that hold something, in the file or in the memory.
+        content: expected bytes, page by page.
+        fd: of the file behind the memory; None without one.
+        filled: numbers of the pages with content, in the file or in the memory.
     """
 
     def __init__(self, region: Region, pages: int, page_size: int, fd: int | None, seed: int) -> None:
@@ -83,17 +83,17 @@ class Sample:
 
 
 @contextmanager
-def sample(kind: Kind, disk: Path, *, pages: int = 8, seed: int = 1) -> Iterator[Sample]:
+def sample(kind: MemoryKind, disk: Path, *, pages: int = 8, seed: int = 1) -> Iterator[Sample]:
     """Memory of a kind, unmapped and removed afterwards. A hugetlb pool must have as many pages."""
     with ExitStack() as stack:
         fd: int | None = None
         flags = mman.MAP_HUGETLB if kind.page_size == HUGE else 0
-        if kind in (Kind.PRIVATE_MEMFD, Kind.SHARED_MEMFD):
+        if kind in (MemoryKind.PRIVATE_MEMFD, MemoryKind.SHARED_MEMFD):
             fd = os.memfd_create("prefault-test")
             stack.callback(os.close, fd)
             os.ftruncate(fd, pages * PAGE)
-        elif kind in (Kind.PRIVATE_DISK, Kind.SHARED_DISK, Kind.SHARED_TMPFS):
-            directory = Path("/dev/shm") if kind is Kind.SHARED_TMPFS else disk
+        elif kind in (MemoryKind.PRIVATE_DISK, MemoryKind.SHARED_DISK, MemoryKind.SHARED_TMPFS):
+            directory = Path("/dev/shm") if kind is MemoryKind.SHARED_TMPFS else disk
             fd, _ = stack.enter_context(file_of(directory, pages * PAGE))
         region = stack.enter_context(
             Region(pages, fd=-1 if fd is None else fd, shared=kind.shared, flags=flags, page_size=kind.page_size)

@@ -1,4 +1,4 @@
-"""What a test needs of the machine. Missing, it is skipped with a reason; with PREFAULT_REQUIRE_ALL=1 it fails (CI)."""
+"""Requirements of tests on the machine: an unmet one skips the test, or fails it with PREFAULT_REQUIRE_ALL=1 (CI)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def page_frames() -> None:
 
 
 def huge_pages(pages: int, page_size: int = HUGE) -> None:
-    """A hugetlb pool with so many free pages; see the fixture ``hugetlb_pool`` for making one."""
+    """Require free pages in a hugetlb pool; the fixture ``hugetlb_pool`` makes some."""
     if page_size not in hugetlb.page_sizes():
         missing(f"the kernel has no huge pages of {page_size >> 20} MiB")
     if hugetlb.read_pool(page_size).available < pages:

@@ -1,4 +1,4 @@
-"""Asserting what a populate call did, against what the kernel says."""
+"""Assert the effect of a populate call, as the kernel reports it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.regions import PAGE, Span
 
 
 def assert_populated(span: Span, access: Access | None = None, **options: Any) -> prefault.PopulateResult:
-    """All of it is populated: every page is present, and all that was not there before is counted."""
+    """Populate a span; assert that every page is present and that the result counts all bytes that were absent."""
     before = oracle.present_bytes(span.address, span.length)
     result = prefault.populate(span, access=access, **options)
     assert oracle.present_bytes(span.address, span.length) == span.length
@@ -34,18 +34,18 @@ def assert_fails(
     page_size: int = PAGE,
     **options: Any,
 ) -> prefault.PopulateError:
-    """It fails just so.
+    """Populate a span; assert that the call fails with this error at this page.
 
     Args:
         span: what to populate.
-        kind: the class of the error, itself and no subclass.
+        kind: exact class of the error.
         number: errno.
         page: number of the first page that cannot be populated.
-        access: what for.
-        present: numbers of the pages that are there afterwards; None: all before ``page``.
-        before: numbers of pages that were there before the call.
-        page_size: of the pages that are counted here.
-        options: more for populate. Headroom is not checked unless asked for: these are the kernel's answers.
+        access: of the populate call.
+        present: numbers of the pages that are present afterwards; None: all before ``page``.
+        before: numbers of pages that were present before the call.
+        page_size: in which pages are counted.
+        options: further arguments of populate. Headroom is not checked by default, as the kernel is to refuse.
     """
     options.setdefault("headroom", "ignore")
     with pytest.raises(prefault.PopulateError) as caught:

@@ -1,4 +1,4 @@
-"""Processes, as /proc has them: who descends from whom, and what they hold open."""
+"""Processes as /proc shows them: their relations, names and open descriptors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def _fields(pid: int) -> list[str]:
-    """Of /proc/pid/stat, from the state on; empty where there is no such process."""
+    """Read the fields of /proc/pid/stat from the state on; empty where there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -17,33 +17,33 @@ def _fields(pid: int) -> list[str]:
 
 
 def alive(pid: int) -> bool:
-    """Whether it runs: neither gone nor waiting to be reaped."""
+    """Return whether a process runs, and is not a zombie."""
     fields = _fields(pid)
     return bool(fields) and fields[0] not in "ZX"
 
 
 def parent(pid: int) -> int:
-    """Of a process; 0 where there is no such process."""
+    """Return the pid of the parent; 0 where there is no such process."""
     fields = _fields(pid)
     return int(fields[1]) if fields else 0
 
 
 def name(pid: int) -> str:
-    """Of a process (comm); empty where there is no such process."""
+    """Return the name (comm) of a process; empty where there is no such process."""
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except (FileNotFoundError, ProcessLookupError):
         return ""
 
 
-def _everybody() -> list[int]:
+def _all_pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def children(pid: int) -> set[int]:
-    """The children of a process that run."""
+    """Return the children of a process that run."""
     found = set()
-    for other in _everybody():
+    for other in _all_pids():
         fields = _fields(other)
         if fields and int(fields[1]) == pid and fields[0] not in "ZX":
             found.add(other)
@@ -51,7 +51,7 @@ def children(pid: int) -> set[int]:
 
 
 def descendants(pid: int) -> set[int]:
-    """Children, grandchildren and so on, as far as they run and none of them between has ended."""
+    """Return children, grandchildren and so on, as far as they and all processes between them run."""
     found: set[int] = set()
     pending = [pid]
     while pending:
@@ -64,7 +64,7 @@ def descendants(pid: int) -> set[int]:
 def with_environment(entry: str) -> set[int]:
     """The processes that were started with an entry (``"NAME=value"``) in their environment, and their forks."""
     found = set()
-    for pid in _everybody():
+    for pid in _all_pids():
         try:
             environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except (FileNotFoundError, ProcessLookupError, PermissionError):

@@ -1,4 +1,4 @@
-"""The clients that are among those who are killed: operations by chance on device memory, whose bytes they check."""
+"""Clients of :mod:`support.random_kills`: random operations on device memory, with checks of its bytes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from support.devices import Saved, content
 PAGES = 48
 THREADS = 3
 ALARM_S = 5
-"""How long a fork of a client may take to touch one page."""
+"""Seconds for a fork of a client to touch one page."""
 START_S = 12
-"""The same where it starts a device of its own: ten fresh Pythons at once take 2 to 3 s on two CPUs, more on busy ones."""
+"""Seconds for a fork that starts a device of its own: ten fresh Pythons at once take 2 to 3 s on two CPUs, or more."""
 _SALTS = 4
 
 _WORDS = numpy.arange(PAGE_SIZE // 8, dtype=numpy.uint64)
 
-# What a client may be told when somebody was killed. Before that it may be told nothing of the kind.
+# Errors that a client may get once a process was killed, and not before.
 _REFUSALS = (PopulateError, DeviceError, ConnectionError)
 
 KILLED, STOP = 0, 1
@@ -45,7 +45,7 @@ _WEIGHTS = (40, 20, 15, 10, 5, 5, 1)
 
 
 class Sluggish(Saved):
-    """Pages from a file, in two halves with a pause; threads evict some all the time. Discarding changes nothing."""
+    """A driver that loads pages from a file in two halves with a pause; threads evict all the time; discard does nothing."""
 
     def __init__(
         self, path: str, *, workers: int, restartable: bool, named: bool, delay_s: float, timeout_s: float = 30.0
@@ -64,7 +64,7 @@ class Sluggish(Saved):
         self._ends: dict[int, threading.Event] = {}
 
     def recipe(self) -> Recipe | None:
-        return Recipe("support.killed_clients:Sluggish", self._all) if self._named else None
+        return Recipe("support.random_kill_clients:Sluggish", self._all) if self._named else None
 
     def open(self, area: DeviceArea) -> None:
         self._ends[id(area)] = ends = threading.Event()
@@ -96,7 +96,7 @@ class Sluggish(Saved):
 
 
 class Board:
-    """Memory that the killer shares with all clients: flags, and for each thread what it does."""
+    """Memory that the killer shares with all clients: flags, and the operation of each thread."""
 
     _COUNT, _OPERATION = 0, 8
     _SLOT = 64
@@ -139,7 +139,7 @@ class Board:
 
 
 class _Thread:
-    """One of a client's threads: operations by chance, on areas of its own, whose bytes it checks."""
+    """A thread of a client: random operations on areas of its own, with checks of their bytes."""
 
     def __init__(self, board: Board, slot: int, source: _Source, seed: int) -> None:
         self._board = board
@@ -186,7 +186,7 @@ class _Thread:
         self._areas.pop(self._random.randrange(len(self._areas))).close()
 
     def _pick(self) -> tuple[Any, int, int]:
-        """An area, a page of it, and which of the device's that is."""
+        """Choose an area and a page of it; return both, with the page's number in the device."""
         area = self._random.choice(self._areas)
         index = self._random.randrange(len(area) // PAGE_SIZE)
         return area, index, index + area.offset // PAGE_SIZE
@@ -231,7 +231,7 @@ class _Thread:
 
 
 def _wrong(area: Any, index: int, page: int) -> str:
-    """Reads a page by touching it; what is wrong with its bytes. Each word says where it is from."""
+    """Touch a page; return what is wrong with its bytes, whose words each name their origin, or an empty string."""
     words = numpy.zeros(512, numpy.uint64)
     numpy.copyto(words, area.ndarray("uint64")[index * 512 : (index + 1) * 512])  # without the GIL
     salts = words - _WORDS - numpy.uint64((page + 1) << 20)
@@ -244,7 +244,7 @@ def _wrong(area: Any, index: int, page: int) -> str:
 
 
 def _be_grandchild(board: Board, source: _Source, view: memoryview, index: int, anew: bool) -> NoReturn:
-    """A fork of a client: it may not touch what its parent mapped, and may map it itself."""
+    """Run a fork of a client: it may not touch its parent's areas, and may map the device itself."""
     status = 1
     try:
         limit_s = START_S if anew and source.starts else ALARM_S
@@ -266,7 +266,7 @@ def _be_grandchild(board: Board, source: _Source, view: memoryview, index: int, 
 
 
 class _Source:
-    """Where a client gets areas: from a server at a path, or from one of its own."""
+    """Source of a client's areas: a server at a path, or one of its own."""
 
     def __init__(self, device: Device, path: str | None) -> None:
         self._device = device

@@ -1,12 +1,11 @@
-"""Device memory in use by several processes, some of which are killed: what the others see of it.
+"""Kill processes of device memory at random while others use it, and check what the survivors see.
 
-Run as a program, in a process of its own, of which all that is started can be told by its environment::
+Run as a program, whose environment identifies all processes that it starts::
 
-    PREFAULT_KILLING=... python -m support.killing SEED SECONDS HANG_S [ROUND]
+    PREFAULT_KILLING=... python -m support.random_kills SEED SECONDS HANG_S [ROUND]
 
-It prints counts as JSON. ``tests/device/warden/test_kills.py`` runs it and looks at what is left. What goes wrong
-names its round, which can be run alone. The schedule of operations and kills is the same then; the scheduler
-decides the rest.
+The program prints counts as JSON. ``tests/device/warden/test_kills.py`` runs it and checks for leftovers. A failure names
+its round, which can be run alone: with the same schedule of operations and kills, though not of the kernel's scheduler.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import prefault.device
 from prefault.device.driver import Device
 from support import processes
 from support.devices import content
-from support.killed_clients import ALARM_S, KILLED, PAGES, START_S, STOP, THREADS, Board, Sluggish, be_client
+from support.random_kill_clients import ALARM_S, KILLED, PAGES, START_S, STOP, THREADS, Board, Sluggish, be_client
 
 _MOST_CLIENTS = 3
 _LEFTOVERS_S = START_S + 5.0
@@ -37,7 +36,7 @@ _FOR_EVER_S = START_S + 5.0
 
 
 class _Plan(NamedTuple):
-    """A round, as chance has it."""
+    """Parameters of a round, chosen at random."""
 
     workers: int
     restartable: bool

@@ -1,4 +1,4 @@
-"""Clients of a device that can say anything, and a server that is looked at while they do."""
+"""Clients that send arbitrary messages to a device's server, and checks that the server keeps serving others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _state_of_servers() -> dict[int, list[str]]:
 
 @contextmanager
 def served(directory: Path) -> Iterator[str]:
-    """A server, and a client of good conduct who is served before and after; at the end nothing is left of the others."""
+    """Serve a device; assert at the end that a well-behaved client is served, and nothing of the others is left."""
     with prefault.device.serve(Pattern(PAGES), directory / "s") as server:
         path = str(server.path)
         with prefault.device.connect(path) as client, client.map() as area:
@@ -51,7 +51,7 @@ def served(directory: Path) -> Iterator[str]:
             assert page_of(area, 1) == content(1)
             with prefault.device.connect(path) as other, other.map(populate=True) as another:
                 assert page_of(another, 9) == content(9)
-            # The same processes, and as many descriptors as before, as soon as they have noticed who went.
+            # The same processes, with as many descriptors as before, once they have noticed that clients left.
             assert processes.eventually(lambda: _counts(_state_of_servers()) == _counts(before), 8), _changed(before)
 
 

@@ -19,7 +19,7 @@ READ, WRITE, EXEC = mman.PROT_READ, mman.PROT_WRITE, mman.PROT_EXEC
 
 
 class Span:
-    """Addresses, as an object that prefault and numpy take for a buffer of bytes."""
+    """A range of addresses that prefault and numpy accept as a buffer of bytes."""
 
     def __init__(self, address: int, length: int, *, readonly: bool = False) -> None:
         self.address = address
@@ -29,16 +29,16 @@ class Span:
         }  # fmt: skip
 
     def page(self, index: int) -> int:
-        """The address of a page."""
+        """Return the address of a page."""
         return self.address + index * PAGE
 
     def part(self, first: int, pages: int) -> Span:
-        """Some of the pages."""
+        """Return the span of some of the pages."""
         return Span(self.page(first), pages * PAGE)
 
 
 class Region(Span):
-    """Raw mmap(2). Transparent huge pages are off unless asked for, so that one page more is one fault more."""
+    """Memory by raw mmap(2), without transparent huge pages unless asked for, so that each page is one fault."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Devices that tests of wardens need, importable by recipe, and a look at a device's processes."""
+"""Devices for tests of wardens, importable by recipe, and queries about a device's processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGES = 32
 
 
 class Gated(Pattern):
-    """Page 4 is supplied when the file at ``gate`` is there; ``deadly``: then its process ends by itself instead."""
+    """Supplies page 4 once the file at ``gate`` exists; with ``deadly`` it ends its process then."""
 
     def __init__(
         self, gate: str, *, restartable: bool = False, deadly: bool = False, timeout_s: float = 30.0, by_recipe: bool = False
@@ -53,7 +53,7 @@ class Gated(Pattern):
 
 
 class Forks(Pattern):
-    """It has a child of its own, which does nothing for a while."""
+    """Starts a child of its own, which does nothing for a while."""
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
         reader, writer = os.pipe()
@@ -69,14 +69,14 @@ class Forks(Pattern):
 
 
 class NeverCloses(Pattern):
-    """Its end does not come."""
+    """Never returns from close()."""
 
     def close(self, area: DeviceArea) -> None:
         time.sleep(3600)
 
 
 class Chatty(Pattern):
-    """It prints."""
+    """Prints at each fault."""
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
         print("from the driver")
@@ -85,7 +85,7 @@ class Chatty(Pattern):
 
 
 def raising() -> Pattern:
-    """A factory without luck."""
+    """A factory that raises."""
     raise LookupError("no such thing")
 
 
@@ -95,7 +95,7 @@ def leaving() -> Pattern:
 
 
 def vanishing() -> Pattern:
-    """A factory that takes its process with it."""
+    """A factory that ends its process."""
     os._exit(9)
 
 
@@ -106,7 +106,7 @@ def hanging() -> Pattern:
 
 
 def a_number() -> int:
-    """No factory."""
+    """A factory of something else than a device."""
     return 5
 
 
@@ -118,13 +118,13 @@ def lengthless() -> Pattern:
 
 
 def of_everything(**arguments: Any) -> Pattern:
-    """It insists on what a recipe can carry."""
+    """A factory that checks that every type of argument arrives."""
     assert arguments == everything(), arguments
     return Pattern(2)
 
 
 def everything() -> dict[str, Any]:
-    """What a recipe can carry."""
+    """Return an argument of every type that a recipe can carry."""
     return {
         "none": None, "yes": True, "small": -(1 << 63), "large": (1 << 64) - 1, "half": 0.5, "text": "\N{SNOWMAN}",
         "bytes": b"\0\xff", "nested": [{"a": [1, [2]]}, []], "long": "x" * 1_000_000,
@@ -132,7 +132,7 @@ def everything() -> dict[str, Any]:
 
 
 def roles(pid: int | None = None) -> dict[str, int]:
-    """The pids of the one warden and the one server that descend from a process, by role."""
+    """Return the pids of the one warden and the one server that descend from a process, by role."""
     found = {}
     for other in processes.descendants(pid or os.getpid()):
         try:
@@ -157,7 +157,7 @@ def _named() -> set[int]:
 
 
 def frames_of(area: prefault.device.Area) -> int:
-    """The inode of the frames that are mapped, by which to find who has them open."""
+    """Return the inode of an area's frames, to find the processes that have them open."""
     with area.memoryview() as view, borrow(view) as memory:
         start = f"{memory.address:x}-"
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -168,7 +168,7 @@ def frames_of(area: prefault.device.Area) -> int:
 
 
 class Unlucky(Pattern):
-    """The first process that its server starts to be its warden is killed before it is told anything."""
+    """The first replacement warden that its server starts is killed before it receives a message."""
 
     def open(self, area: DeviceArea) -> None:
         start = spawning.spawn
@@ -184,7 +184,7 @@ class Unlucky(Pattern):
 
 
 class DiesAtItsStart(Pattern):
-    """Its process is killed while it is made, and leaves a child that has all of its descriptors; its pid is in the file."""
+    """Is killed in __init__, and leaves a child with all of its descriptors, whose pid is in the file."""
 
     def __init__(self, path: str) -> None:
         super().__init__(8)
@@ -198,7 +198,7 @@ class DiesAtItsStart(Pattern):
 
 
 def holders_of(inode: int) -> set[int]:
-    """The processes of devices, whoever's children they are, that have these frames."""
+    """Return all device processes on this machine that have these frames open."""
     found = set()
     for pid in _named():
         try:
@@ -226,12 +226,12 @@ def _peek(area: prefault.device.Area, page: int) -> bytes | None:
 
 
 def right(page: int) -> bytes:
-    """What :func:`peek` should give."""
+    """Return the expected result of :func:`peek`."""
     return content(page)[:512]
 
 
 class Peek(threading.Thread):
-    """A :func:`peek` under way."""
+    """A :func:`peek` in a thread."""
 
     def __init__(self, area: prefault.device.Area, page: int) -> None:
         super().__init__(daemon=True)
@@ -249,5 +249,5 @@ class Peek(threading.Thread):
 
 
 def peek(area: prefault.device.Area, page: int) -> bytes | None:
-    """The page as the kernel reads it for a system call, which fails (None) where a touch would be SIGBUS."""
+    """Read a page by a system call, which fails (None) where a touch would raise SIGBUS."""
     return Peek(area, page).result()

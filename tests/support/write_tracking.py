@@ -1,4 +1,4 @@
-"""userfaultfd write-protection in asynchronous mode (Linux 6.7): the kernel notes which pages are written, on its own."""
+"""userfaultfd write-protection in asynchronous mode (Linux 6.7): the kernel itself records which pages are written."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from support import userfaultfd
 
 @contextmanager
 def tracking(address: int, length: int) -> Iterator[None]:
-    """From here on the kernel tracks writes to ``[address, address + length)``; no page counts as written at first."""
-    with userfaultfd.opened(UffdFeature.WP_ASYNC | UffdFeature.WP_UNPOPULATED) as watcher:
-        watcher.register(address, length, UFFDIO_REGISTER_MODE_WP)
-        watcher.write_protect(address, length, protect=True)
+    """Have the kernel track writes to ``[address, address + length)`` inside the block; all pages start out clean."""
+    with userfaultfd.opened(UffdFeature.WP_ASYNC | UffdFeature.WP_UNPOPULATED) as tracker:
+        tracker.register(address, length, UFFDIO_REGISTER_MODE_WP)
+        tracker.write_protect(address, length, protect=True)
         yield

@@ -32,7 +32,7 @@ def connect_to_server(connection: socket.socket, path: str | os.PathLike[str], t
         hint = {
             errno.ENOENT: "there is no such socket",
             errno.ECONNREFUSED: "no server is alive there",
-            errno.EPROTOTYPE: f"the server there is no {served}'s",
+            errno.EPROTOTYPE: f"the socket there is not that of a {served}",
             errno.EACCES: "it belongs to another user",
         }.get(error.errno or 0, error.strerror)
         raise OSError(error.errno, f"no {served} at {where}: {hint}") from error

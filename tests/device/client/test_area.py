@@ -126,7 +126,7 @@ def test_a_poisoned_page_can_be_populated_later() -> None:
         assert bytes(area.memoryview()) == _all(device)
 
 
-def test_populating_writable_what_is_read_only() -> None:
+def test_populating_a_read_only_area_writable_is_refused() -> None:
     with prefault.device.map(Pattern(2)) as area, pytest.raises(ProtectionError, match="not writable"):
         prefault.populate(area, access="write")
 
@@ -153,7 +153,7 @@ def test_progress_counts_up_to_everything() -> None:
     assert seen == sorted(seen)
 
 
-def test_ctrl_c_stops_the_driver_and_says_what_is_there() -> None:
+def test_ctrl_c_stops_the_driver_and_reports_what_is_present() -> None:
     device = Slow(400, delay_s=0.02, batch_pages=2, writable=False)
     with prefault.device.map(device) as area:
 
@@ -379,15 +379,15 @@ def test_a_dirty_page_that_left_the_page_table_is_still_dirty() -> None:
         assert PAGE_SIZE in area.dirty_pages()
 
 
-def test_who_writes_is_told_page_by_page_even_while_they_are_asked_for() -> None:
+def test_writes_during_dirty_pages_are_in_a_later_result() -> None:
     pages = 64
     with prefault.device.map(Pattern(pages, writable=True), track_dirty=True) as area:
         area.populate()
         with area.memoryview() as array:
-            _check_told(area, array, pages)
+            _check_all_writes_reported(area, array, pages)
 
 
-def _check_told(area: Area, array: memoryview, pages: int) -> None:
+def _check_all_writes_reported(area: Area, array: memoryview, pages: int) -> None:
     rounds = [0] * pages
     stop = False
 
@@ -579,7 +579,7 @@ def test_leaving_the_with_by_an_exception_while_a_view_lives() -> None:
     assert kept[0][0] == expected(Pattern(2), 0)[0]
 
 
-def test_what_is_forgotten_is_collected() -> None:
+def test_an_unreferenced_area_is_collected_and_its_server_ends() -> None:
     before = processes.descendants(os.getpid())
     device = Pattern(4)
     area = prefault.device.map(device)

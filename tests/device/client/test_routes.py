@@ -88,7 +88,7 @@ def test_at_map_time() -> None:
         assert all(oracle.present(area.address, len(area)))
 
 
-def test_only_where_it_was_asked_for() -> None:
+def test_without_populate_a_touch_supplies_one_page() -> None:
     device = Counting()
     with prefault.device.map(device) as area:
         assert device.counts == (0, 0, 0)
@@ -97,7 +97,7 @@ def test_only_where_it_was_asked_for() -> None:
         assert oracle.present(area.address, len(area)) == [page == 5 for page in range(PAGES)]
 
 
-def test_only_what_is_lacking_is_asked_for() -> None:
+def test_populate_requests_absent_pages_only() -> None:
     device = Counting()
     with prefault.device.map(device) as area:
         for page in (0, 7, 8, 31):

@@ -153,7 +153,7 @@ def test_the_handshake_asks_for_what_there_is() -> None:
 
 
 @pytest.mark.parametrize(("name", "lacks"), [("uffd_poison", "UFFDIO_POISON"), ("uffd_minor_shmem", "minor faults")])
-def test_as_on_a_kernel_that_lacks_what_is_needed(name: str, lacks: str) -> None:
+def test_a_kernel_without_a_needed_feature_is_refused(name: str, lacks: str) -> None:
     with without(name), pytest.raises(DeviceError, match=lacks):
         prefault.device.map(Pattern(4))
 

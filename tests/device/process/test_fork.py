@@ -140,7 +140,7 @@ def test_a_child_keeps_none_of_our_descriptors() -> None:
         assert area.read(0, 1)
 
 
-def test_a_child_that_ends_harms_nobody() -> None:
+def test_a_child_that_ends_does_not_harm_the_others() -> None:
     device = Pattern(16)
     with prefault.device.map(device) as area:
         for _ in range(5):

@@ -218,7 +218,7 @@ def test_with_the_standard_descriptors_closed(tmp_path: Path) -> None:
         assert done.returncode == 0
 
 
-def test_what_is_only_on_sys_path(tmp_path: Path) -> None:
+def test_a_module_that_is_only_on_sys_path(tmp_path: Path) -> None:
     """Nothing of it is in the environment or installed where the interpreter looks."""
     (tmp_path / "only_here.py").write_text(
         "from prefault.device import *\n"

@@ -92,7 +92,7 @@ class Command:
 @pytest.mark.parametrize(
     "device", [Pattern(16), Recipe("support.devices:Remade", {"pages": 16})], ids=["fork", "recipe"]
 )  # fmt: skip
-def test_several_processes_share_what_is_served(device: Any, socket_path: Path) -> None:
+def test_several_processes_share_a_served_device(device: Any, socket_path: Path) -> None:
     needs.capability(UFFD_KERNEL_FAULTS)  # for peek(), in the child
     with prefault.device.serve(device, socket_path) as server:
         assert server.path == str(socket_path)
@@ -274,7 +274,7 @@ def _connected_as_nobody(directory: Path) -> str:
 
 @pytest.mark.parametrize("mode", [0o666, 0o777])
 @pytest.mark.parametrize("first", ["server", "client"])
-def test_another_user_hears_the_reason_whoever_is_faster(
+def test_another_user_gets_the_reason_in_either_order_of_events(
     open_directory: Path, no_leaks: None, first: str, mode: int
 ) -> None:
     """Where the client's Hello lies unread when the server hangs up, the kernel answers with ECONNRESET."""
@@ -397,7 +397,7 @@ def test_its_exit_status_tells_that_the_driver_was_lost(socket_path: Path) -> No
         (["support.devices:content", "--arg", "page=1"], 1, "is no device: bytes is not a prefault.device.Device"),
     ],
 )  # fmt: skip
-def test_the_command_says_what_is_wrong(
+def test_the_command_names_the_error(
     arguments: list[str], status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "s"

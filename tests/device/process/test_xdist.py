@@ -66,7 +66,7 @@ MODULE = """
     def test_an_area_that_is_never_closed():
         left_open.append(prefault.device.map(Numbers(), populate=True))
 
-    def test_touching_what_cannot_be_had_ends_the_worker():
+    def test_touching_a_failing_page_ends_the_worker():
         prefault.device.map(Failing()).memoryview()[0]
 """
 
@@ -75,9 +75,13 @@ MODULE = """
 def test_a_module_of_a_user(tmp_path: Path, distribution: str) -> None:
     (tmp_path / "test_user.py").write_text(textwrap.dedent(MODULE))
     mark = f"PREFAULT_TEST_XDIST={os.getpid()}-{distribution}"
-    command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", distribution, "-W", "error", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable, "-m", "pytest", "-p", "xdist.plugin", "-n", "2", "--dist", distribution, "-W", "error",
+        "-p", "no:cacheprovider",
+    ]  # fmt: skip
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path} | dict([mark.split("=", 1)])
+    # Other plugins would take most of the time: each of the processes imports them.
+    environment = os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | dict([mark.split("=", 1)])
     for crash in (False, True):
         chosen = ["-k", "ends_the_worker" if crash else "not ends_the_worker", "--max-worker-restart", "0"]
         done = subprocess.run(
@@ -85,7 +89,7 @@ def test_a_module_of_a_user(tmp_path: Path, distribution: str) -> None:
         )
         said = done.stdout + done.stderr
         if crash:
-            assert "crashed while running 'test_user.py::test_touching_what_cannot_be_had" in said
+            assert "crashed while running 'test_user.py::test_touching_a_failing_page" in said
         else:
             assert done.returncode == 0, said
             assert "8 passed" in said

@@ -19,7 +19,7 @@ _ROOT = Path(prefault.__file__).parent.parent
 
 
 def _killing(tmp_path: Path, seed: int, seconds: float, hang_s: float) -> dict[str, Any]:
-    """Return the findings of ``support.killing``."""
+    """Return the findings of ``support.random_kills``."""
     mark = uuid.uuid4().hex
     environment = {
         **os.environ,
@@ -27,7 +27,7 @@ def _killing(tmp_path: Path, seed: int, seconds: float, hang_s: float) -> dict[s
         "PREFAULT_KILLING": mark,
         "TMPDIR": str(tmp_path),
     }
-    command = [sys.executable, "-m", "support.killing", str(seed), str(seconds), str(hang_s)]
+    command = [sys.executable, "-m", "support.random_kills", str(seed), str(seconds), str(hang_s)]
     with (tmp_path / "stderr").open("wb") as file:
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=file, timeout=seconds + 120)
     stderr = (tmp_path / "stderr").read_text()[-4000:]

@@ -96,7 +96,7 @@ def test_npy(server: HttpServer, order: Literal["C", "F"], dtype: Any) -> None:
     assert array.tobytes() == expected.tobytes()
 
 
-def test_npy_moves_what_is_touched(server: HttpServer) -> None:
+def test_npy_downloads_only_touched_pages(server: HttpServer) -> None:
     expected = numpy.random.default_rng(1).random((16, MIB // 8))
     numpy.save(server.directory / "a.npy", expected)
     array = _open(server, "a.npy")

@@ -118,12 +118,12 @@ class Pool:
         number = self._table.open(request, os.getpid())
         account = _LocalAccount(self._table, number)
         try:
-            books = BlockCharges(account, request.size, self.block, request.name)
+            accounting = BlockCharges(account, request.size, self.block, request.name)
             fd = self._table.descriptor(number)
             try:
                 return SparseMemory(
                     round_up(wanted, self.block), reservation=request.size, backing=Descriptor(fd), block=self.block,
-                    unpopulated=unpopulated, huge=huge, accounting=books,
+                    unpopulated=unpopulated, huge=huge, accounting=accounting,
                 )  # fmt: skip
             finally:
                 os.close(fd)

@@ -147,13 +147,13 @@ def test_gone_ends_all_waiting_and_all_asking(peer: Peer) -> None:
 
 def test_a_warden_still_hears_of_areas_that_go(peer: Peer) -> None:
     ended: list[int] = []
-    before = Asking(lambda: peer.channel.part(1, lambda: ended.append(1)))
+    before = Asking(lambda: peer.channel.unmap_area(1, lambda: ended.append(1)))
     first = peer.take()
     peer.say(protocol.Gone(0, "it fell over"))
     assert peer.take() == first  # the server may not have read it
     peer.say(protocol.Done(first.id))
     before.result()
-    after = Asking(lambda: peer.channel.part(2, lambda: ended.append(2)))
+    after = Asking(lambda: peer.channel.unmap_area(2, lambda: ended.append(2)))
     peer.say(protocol.Done(peer.take().id))
     after.result()
     assert ended == [1, 2]
@@ -161,7 +161,7 @@ def test_a_warden_still_hears_of_areas_that_go(peer: Peer) -> None:
 
 def test_the_end_of_the_socket_ends_all_waiting(peer: Peer) -> None:
     ended: list[int] = []
-    threads = [Asking(_ask(peer.channel, 1)), Asking(lambda: peer.channel.part(3, lambda: ended.append(3)))]
+    threads = [Asking(_ask(peer.channel, 1)), Asking(lambda: peer.channel.unmap_area(3, lambda: ended.append(3)))]
     peer.take()
     peer.take()
     peer.socket.shutdown(socket.SHUT_RDWR)
@@ -201,7 +201,7 @@ def test_a_signal_handler_in_the_middle_of_a_request_cannot_ask(peer: Peer) -> N
             _ask(peer.channel, 2)()
         except RuntimeError as error:
             raised.append(error)
-        peer.channel.part(4, lambda: raised.append(StopIteration()))  # as a finalizer would
+        peer.channel.unmap_area(4, lambda: raised.append(StopIteration()))  # as a finalizer would
 
     def other_side() -> None:
         first = peer.take()
@@ -282,7 +282,7 @@ def test_an_area_that_ctrl_c_left_keeps_its_memory_until_the_server_has_let_go(p
     with pytest.raises(KeyboardInterrupt):
         peer.channel.open(opening)
     is_out.set()
-    peer.channel.give_up(opening, lambda: ended.append(1))
+    peer.channel.abandon(opening, lambda: ended.append(1))
     unmap = thread.result()
     assert isinstance(unmap, protocol.Unmap)
     assert unmap.area == 17
@@ -296,7 +296,7 @@ def test_an_area_whose_answer_nobody_waits_for_is_given_back_by_the_next_to_read
     peer.take()
     while not opening.sent:
         time.sleep(0.001)
-    peer.channel.give_up(opening, lambda: ended.append(1), time.monotonic())
+    peer.channel.abandon(opening, lambda: ended.append(1), time.monotonic())
     assert not ended
     peer.say(protocol.Mapped(1234, 17))
     assert mapping.result().area == 17
@@ -318,7 +318,7 @@ def test_thousands_of_areas_may_go_in_the_middle_of_a_request(peer: Peer) -> Non
 
     def handler(*_: object) -> None:
         for number in range(count):
-            peer.channel.part(number, lambda: ended.append(1))  # as the garbage collector would
+            peer.channel.unmap_area(number, lambda: ended.append(1))  # as the garbage collector would
 
     def other_side() -> None:
         first = peer.take()

@@ -110,7 +110,7 @@ class DeviceConnection(Channel):
     @property
     def lost_but_served(self) -> bool:
         """Whether the connection is lost while a server or warden, which still holds the lifeline, may act on areas."""
-        if not self._silent or self._lifeline < 0:
+        if not self._disconnected or self._lifeline < 0:
             return False
         poll = select.poll()
         poll.register(self._lifeline, select.POLLIN)

@@ -110,7 +110,7 @@ class MappedArea(OwnedMemory, PageProvider):
         if self._opening is None or os.getpid() != self.pid:
             self._unmap_now()
         else:
-            self.connection.give_up(self._opening, self._unmap_now, _deadline)
+            self.connection.abandon(self._opening, self._unmap_now, _deadline)
 
     def _unmap_now(self) -> None:
         try:

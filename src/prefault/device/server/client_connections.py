@@ -1,4 +1,4 @@
-"""Connections of clients: who may, what comes, what goes; a client that does not read or write harms only itself."""
+"""Connections of clients: accepting, receiving requests, sending replies. A client that does neither harms only itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from prefault.ipc.accepting import Acceptor, send_last
 from prefault.ipc.transport import ProtocolError, receive_all
 
 HELLO_S = 5.0
-"""How long a connection may take to say Hello, in seconds."""
+"""Seconds that a client has to send Hello."""
 _DESCRIPTORS_EACH = 5
 _MAX_CONNECTIONS = 4096
 _QUEUE_MOST = 64
@@ -31,18 +31,18 @@ EPOLLIN, EPOLLOUT = select.EPOLLIN, select.EPOLLOUT
 
 
 class ClientConnection:
-    """A connection.
+    """A connection, of a client as soon as it has sent Hello.
 
     Attributes:
-        client: once it said Hello.
-        deadline: until when it is to do so.
-        waiting: packets that it did not take yet.
+        client: the client; None before Hello.
+        deadline: the time (time.monotonic) by which Hello must come.
+        waiting: packets for which the socket had no room yet.
     """
 
-    __slots__ = ("client", "connection", "deadline", "pid", "pidfd", "uid", "waiting")
+    __slots__ = ("client", "deadline", "pid", "pidfd", "socket", "uid", "waiting")
 
-    def __init__(self, connection: socket.socket, pid: int, uid: int, pidfd: int) -> None:
-        self.connection = connection
+    def __init__(self, connected: socket.socket, pid: int, uid: int, pidfd: int) -> None:
+        self.socket = connected
         self.pid = pid
         self.uid = uid
         self.pidfd = pidfd
@@ -52,16 +52,16 @@ class ClientConnection:
 
 
 class ClientConnections:
-    """All links; told of what the loop sees on them.
+    """All connections of clients; the event loop calls their handlers.
 
     Args:
-        watch: ``watch(fd, mask, handler)``: have ``handler(mask)`` called; again to change the mask.
-        forget: no more.
-        greeted: told of Hello and its record, says Welcome.
-        asked: told of requests.
-        welcome: says Welcome once more, to who is a client already.
-        restarted: there was another server before.
-        lost: told of a client whose connection is over.
+        watch: ``watch(fd, mask, handler)`` has ``handler(mask)`` called on events; another call changes the mask.
+        forget: ends the calls for a descriptor.
+        greeted: called with Hello and the record of the new client; replies with Welcome.
+        asked: called with each request.
+        welcome: called with a repeated Hello of a client that is known; replies with Welcome.
+        restarted: whether another server ran before.
+        lost: called with a client whose connection has ended.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class ClientConnections:
     ) -> None:  # fmt: skip
         self._watch = watch
         self._forget = forget
-        self.links: dict[int, ClientConnection] = {}
-        self.strangers: set[ClientConnection] = set()
+        self.connections: dict[int, ClientConnection] = {}
+        self.unidentified: set[ClientConnection] = set()
         most = min(_MAX_CONNECTIONS, max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _DESCRIPTORS_EACH - 16))
         self._acceptor = Acceptor(most, _encode_refusal, limit_messages.no_descriptor)
         self.restarted = restarted
@@ -83,180 +83,183 @@ class ClientConnections:
         self.asked = asked
         self.lost = lost
 
-    # --- coming
+    # --- connecting
 
     def accept(self, listener: socket.socket) -> None:
-        """Somebody connects."""
-        connection = self._acceptor.accept(listener, len(self.links))
-        if connection is not None:
-            self.admit(connection)
+        """Accept a connection, or refuse it."""
+        accepted = self._acceptor.accept(listener, len(self.connections))
+        if accepted is not None:
+            self.admit(accepted)
 
-    def admit(self, connection: socket.socket) -> None:
-        """Wait for Hello on a connection, or refuse it."""
-        connection.setblocking(False)
-        peer = self._acceptor.identify(connection)
+    def admit(self, accepted: socket.socket) -> None:
+        """Wait for Hello on a socket, or refuse it."""
+        accepted.setblocking(False)
+        peer = self._acceptor.identify(accepted)
         if peer is None:
             return
-        link = ClientConnection(connection, *peer)
+        connection = ClientConnection(accepted, *peer)
         try:
-            self._listen(link)
-            self.strangers.add(link)
+            self._watch_connection(connection)
+            self.unidentified.add(connection)
         except OSError as error:  # fs.epoll.max_user_watches
             os.close(peer.pidfd)
-            self._acceptor.refuse(connection, f"it cannot wait for one more: {error.strerror}")
+            self._acceptor.refuse(accepted, f"it cannot wait for one more: {error.strerror}")
 
     def resume(self, client: ServedClient) -> None:
-        """The connection of a client that the last server had."""
+        """Go on with the connection of a client of the last server."""
         assert client.connection is not None
         record = client.record
-        link = ClientConnection(client.connection, record.pid, record.uid, record.pidfd)
-        link.client = client
-        # It is asked again, but for what was answered meanwhile, of which this may be a copy: a discard comes once.
+        connection = ClientConnection(client.connection, record.pid, record.uid, record.pidfd)
+        connection.client = client
+        # Drop what it sent: the client repeats every request without a reply, and a discard must not be executed twice.
         with contextlib.suppress(OSError):
             for _ in range(_DROPPED_MOST):
                 if not client.connection.recv(1):
                     break
-        self._listen(link)
+        self._watch_connection(connection)
 
-    def _listen(self, link: ClientConnection) -> None:
-        self._watch(link.connection.fileno(), EPOLLIN, lambda mask: self._ready(link, mask))
-        self.links[link.connection.fileno()] = link
+    def _watch_connection(self, connection: ClientConnection) -> None:
+        self._watch(connection.socket.fileno(), EPOLLIN, lambda mask: self._ready(connection, mask))
+        self.connections[connection.socket.fileno()] = connection
 
-    def patience(self) -> float | None:
-        """Seconds until the next deadline; None if nobody is to say Hello."""
-        if not self.strangers:
+    def hello_timeout(self) -> float | None:
+        """Return the seconds until the next deadline of a Hello; None without one."""
+        if not self.unidentified:
             return None
-        return max(0.0, min(link.deadline for link in self.strangers) - time.monotonic())
+        return max(0.0, min(connection.deadline for connection in self.unidentified) - time.monotonic())
 
     def expire(self) -> None:
-        """Hang up on who said nothing for too long."""
+        """End the connections that sent no Hello in time."""
         now = time.monotonic()
-        for link in list(self.strangers):
-            if link.deadline <= now:
-                self.hang_up(link)
+        for connection in list(self.unidentified):
+            if connection.deadline <= now:
+                self.hang_up(connection)
 
-    # --- what comes
+    # --- requests
 
-    def _ready(self, link: ClientConnection, mask: int) -> None:
-        if link.connection.fileno() not in self.links:
+    def _ready(self, connection: ClientConnection, mask: int) -> None:
+        if connection.socket.fileno() not in self.connections:
             return  # an earlier event of the same round ended it
         try:
             if mask & EPOLLOUT:
-                self._flush(link)
+                self._flush(connection)
             elif mask:
-                self._receive(link)
+                self._receive(connection)
         except (BlockingIOError, InterruptedError):
             pass
         except OSError:
-            self.hang_up(link)
+            self.hang_up(connection)
         except ProtocolError as error:
-            self.reject(link, str(error))
+            self.reject(connection, str(error))
 
-    def _receive(self, link: ClientConnection) -> None:
-        packet, descriptors, lost = receive_all(link.connection, protocol.MAX_MESSAGE, protocol.MAX_DESCRIPTORS)
+    def _receive(self, connection: ClientConnection) -> None:
+        packet, descriptors, lost = receive_all(connection.socket, protocol.MAX_MESSAGE, protocol.MAX_DESCRIPTORS)
         try:
             if not packet:
-                return self.hang_up(link)
+                return self.hang_up(connection)
             request = protocol.decode_request(packet)
-            if link.client is None:
+            if connection.client is None:
                 if not isinstance(request, protocol.Hello):
                     raise ProtocolError("Hello comes first")
                 if request.version != protocol.VERSION:
                     raise ProtocolError(f"version {protocol.VERSION} of the protocol is spoken here, not {request.version}")
                 if lost:
                     refusal = f"the server does not take you: {limit_messages.no_descriptor()}"
-                    self.send(link, protocol.Refused(request.id, "device", errno.EMFILE, refusal))
-                    return self.hang_up(link)
-                record = _record(link, descriptors)
+                    self.send(connection, protocol.Refused(request.id, "device", errno.EMFILE, refusal))
+                    return self.hang_up(connection)
+                record = _record(connection, descriptors)
                 descriptors = []
-                self.strangers.discard(link)
-                return self.greeted(link, request, record)
-            if self.restarted and isinstance(request, protocol.Hello):  # asked again; the first was read after all
-                return self.welcome(link, request)
+                self.unidentified.discard(connection)
+                return self.greeted(connection, request, record)
+            if self.restarted and isinstance(request, protocol.Hello):  # repeated, though the first was read
+                return self.welcome(connection, request)
             if descriptors:
                 raise ProtocolError("descriptors come with Hello only")
-            return self.asked(link.client, request)
+            return self.asked(connection.client, request)
         finally:
             for fd in descriptors:
                 os.close(fd)
 
-    # --- what goes
+    # --- replies
 
-    def say(self, client: ServedClient, reply: protocol.Reply) -> None:
-        """Send a reply, or have it wait; Progress is not worth waiting for. Not to who is gone."""
-        link = None if client.connection is None else self.links.get(client.connection.fileno())
-        if link is not None:
-            self.send(link, reply)
+    def reply(self, client: ServedClient, reply: protocol.Reply) -> None:
+        """Send a reply to a client, or queue it; drop it if the client is gone."""
+        connection = None if client.connection is None else self.connections.get(client.connection.fileno())
+        if connection is not None:
+            self.send(connection, reply)
 
-    def send(self, link: ClientConnection, reply: protocol.Reply, descriptors: tuple[int, ...] = ()) -> None:
-        """The same for a link; with descriptors, which do not wait."""
-        if link.waiting:
+    def send(self, connection: ClientConnection, reply: protocol.Reply, descriptors: tuple[int, ...] = ()) -> None:
+        """Send a reply on a connection, or queue it.
+
+        Progress is dropped where it would be queued, and a reply with descriptors ends the connection.
+        """
+        if connection.waiting:
             if not isinstance(reply, protocol.Progress):
-                link.waiting.append(protocol.encode(reply))
-                self._mind(link)
+                connection.waiting.append(protocol.encode(reply))
+                self._update_events(connection)
             return
         packet = protocol.encode(reply)
         try:
             if descriptors:
-                socket.send_fds(link.connection, [packet], list(descriptors), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                socket.send_fds(connection.socket, [packet], list(descriptors), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             else:
-                link.connection.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                connection.socket.send(packet, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
             if descriptors:
-                self.hang_up(link)
+                self.hang_up(connection)
             elif not isinstance(reply, protocol.Progress):
-                link.waiting.append(packet)
-                self._mind(link)
+                connection.waiting.append(packet)
+                self._update_events(connection)
         except OSError:
-            self.hang_up(link)
+            self.hang_up(connection)
 
-    def _flush(self, link: ClientConnection) -> None:
-        while link.waiting:
-            link.connection.send(link.waiting[0], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            link.waiting.popleft()
-        self._mind(link)
+    def _flush(self, connection: ClientConnection) -> None:
+        while connection.waiting:
+            connection.socket.send(connection.waiting[0], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            connection.waiting.popleft()
+        self._update_events(connection)
 
-    def _mind(self, link: ClientConnection) -> None:
-        """Who does not take replies is not asked for more requests."""
-        mask = EPOLLIN if len(link.waiting) < _QUEUE_MOST else 0
-        if link.waiting:
+    def _update_events(self, connection: ClientConnection) -> None:
+        """Apply backpressure: stop reading requests from a client that does not drain its replies."""
+        mask = EPOLLIN if len(connection.waiting) < _QUEUE_MOST else 0
+        if connection.waiting:
             mask |= EPOLLOUT
-        self._watch(link.connection.fileno(), mask, lambda mask: self._ready(link, mask))
+        self._watch(connection.socket.fileno(), mask, lambda mask: self._ready(connection, mask))
 
     # --- the end
 
-    def reject(self, link: ClientConnection, reason: str) -> None:
-        """The other side does not keep to the protocol."""
+    def reject(self, connection: ClientConnection, reason: str) -> None:
+        """End a connection whose client violates the protocol, with the reason."""
         refused = protocol.Refused(0, "protocol", errno.EPROTO, reason[:1000])
-        send_last(link.connection, protocol.encode(refused))
-        self.hang_up(link)
+        send_last(connection.socket, protocol.encode(refused))
+        self.hang_up(connection)
 
-    def hang_up(self, link: ClientConnection) -> None:
-        """End a connection, for all who have it, the warden included. If its client lives, its faults are still answered."""
-        fd = link.connection.fileno()
-        if self.links.pop(fd, None) is None:
+    def hang_up(self, connection: ClientConnection) -> None:
+        """Shut a connection down, which ends the warden's copy as well. Faults of a living client are still resolved."""
+        fd = connection.socket.fileno()
+        if self.connections.pop(fd, None) is None:
             return
-        self.strangers.discard(link)
+        self.unidentified.discard(connection)
         self._forget(fd)
         with contextlib.suppress(OSError):  # the other side is gone
-            link.connection.shutdown(socket.SHUT_RDWR)
-        link.connection.close()
-        if link.client is not None:
-            link.client.connection = None
-            link.client.record.connection = -1
-            self.lost(link.client)
+            connection.socket.shutdown(socket.SHUT_RDWR)
+        connection.socket.close()
+        if connection.client is not None:
+            connection.client.connection = None
+            connection.client.record.connection = -1
+            self.lost(connection.client)
         else:
-            os.close(link.pidfd)
+            os.close(connection.pidfd)
 
     def close(self) -> None:
-        """All of them."""
-        for link in list(self.links.values()):
-            self.hang_up(link)
+        """End all connections."""
+        for connection in list(self.connections.values()):
+            self.hang_up(connection)
         self._acceptor.close()
 
 
-def _record(link: ClientConnection, descriptors: list[int]) -> ClientRecord:
-    """What a client sent with Hello, looked at; its descriptors are the record's if this returns."""
+def _record(connection: ClientConnection, descriptors: list[int]) -> ClientRecord:
+    """Check the descriptors that came with Hello and make the client's record, which owns them from then on."""
     if len(descriptors) != protocol.MAX_DESCRIPTORS:
         raise ProtocolError(f"{protocol.MAX_DESCRIPTORS} descriptors come with Hello, not {len(descriptors)}")
     userfaultfd, lifeline_write, lifeline_read = descriptors
@@ -274,7 +277,8 @@ def _record(link: ClientConnection, descriptors: list[int]) -> ClientRecord:
     except OSError as error:
         raise ProtocolError(f"the descriptors are not what they should be: {error.strerror}") from None
     return ClientRecord(
-        0, link.pid, link.uid, link.connection.fileno(), link.pidfd, userfaultfd, lifeline_write, lifeline_read
+        0, connection.pid, connection.uid, connection.socket.fileno(), connection.pidfd, userfaultfd, lifeline_write,
+        lifeline_read,
     )  # fmt: skip
 
 

@@ -103,7 +103,7 @@ class _EventLoop:
         )
         self._populate_requests = PopulateRequests(
             state, self._page_tables, self._jobs, self._discards, self._workers,
-            page_by_page=self._driver_calls.page_by_page, reply=self._connections.say,
+            page_by_page=self._driver_calls.page_by_page, reply=self._connections.reply,
         )  # fmt: skip
         self._requests = Requests(
             state,
@@ -111,7 +111,7 @@ class _EventLoop:
             self._populate_requests,
             self._discards,
             Eviction(state),
-            reply=self._connections.say,
+            reply=self._connections.reply,
             events=self,
         )
         self._fault_polling = FaultPolling()
@@ -145,7 +145,7 @@ class _EventLoop:
         more = False
         while True:
             if not events:
-                events = poll(0 if more or self._state.gone_clients else self._connections.patience(), _EVENTS)
+                events = poll(0 if more or self._state.gone_clients else self._connections.hello_timeout(), _EVENTS)
             arrived = time.monotonic_ns()
             for fd, mask, handler in [(fd, mask, handlers.get(fd)) for fd, mask in events]:
                 # A handler may close a descriptor, and open another of that number: a later event is not about that one.
@@ -154,7 +154,7 @@ class _EventLoop:
             events = []
             if self._state.gone_clients:
                 self._remove_gone_clients()
-            if self._connections.strangers:
+            if self._connections.unidentified:
                 self._connections.expire()
             if (self._stopping or not self._state.clients) and self._is_over():
                 return
@@ -175,7 +175,7 @@ class _EventLoop:
             return True
         return (
             self._listener is None
-            and not self._connections.links
+            and not self._connections.connections
             and not self._state.clients
             and not self._workers.busy
         )  # fmt: skip
@@ -214,7 +214,7 @@ class _EventLoop:
 
     def _admit_new(self, link: ClientConnection, request: protocol.Hello, record: ClientRecord) -> None:
         record.number = max(self._registry.clients, default=0) + 1
-        client = ServedClient(record, link.connection)
+        client = ServedClient(record, link.socket)
         link.client = client
         try:
             self._admit(client)
@@ -279,7 +279,7 @@ class _EventLoop:
             self._forget(record.userfaultfd)
             self._forget(record.pidfd)
             if client.connection is not None:
-                self._connections.hang_up(self._connections.links[client.connection.fileno()])
+                self._connections.hang_up(self._connections.connections[client.connection.fileno()])
             del self._state.clients[record.number], self._registry.clients[record.number]
             with self._state.lock:  # an eviction may be at one of its areas
                 for fd in (record.userfaultfd, record.pidfd, record.lifeline_write, record.lifeline_read):
@@ -343,7 +343,7 @@ class _EventLoop:
         for client in list(self._state.clients.values()):
             for area in client.record.areas.values():
                 fault_resolution.wake(client.record.userfaultfd, area.address, area.length)
-            self._connections.say(client, protocol.Restarted(0, self._registry.generation))
+            self._connections.reply(client, protocol.Restarted(0, self._registry.generation))
 
     def _open(self, area: ServedArea) -> None:
         """Open an area at a new driver. A failure is logged; faults will show whether the driver can serve the area."""
@@ -361,7 +361,7 @@ class _EventLoop:
         self._state.lock.acquire()
         for client in clients:
             fault_resolution.resolve_all(self._state.frames, client.record)
-            self._connections.say(client, protocol.Gone(0, f"the server of device {self._state.name} was ended"))
+            self._connections.reply(client, protocol.Gone(0, f"the server of device {self._state.name} was ended"))
             fault_resolution.disarm(client.record.lifeline_read)
         self._ended = True
         self._connections.close()

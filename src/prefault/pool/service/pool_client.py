@@ -88,10 +88,10 @@ class PoolClient:
         account = _RemoteAccount(self, created.member, fd)
         self._members.add(account)
         try:
-            books = BlockCharges(account, created.size, self.block, created.name)
+            accounting = BlockCharges(account, created.size, self.block, created.name)
             return SparseMemory(
                 round_up(wanted, self.block), reservation=created.size, backing=Descriptor(fd), block=self.block,
-                unpopulated=unpopulated, huge=huge, accounting=books,
+                unpopulated=unpopulated, huge=huge, accounting=accounting,
             )  # fmt: skip
         except BaseException:
             account.close()

@@ -41,7 +41,7 @@ def _numbers(pool: Pool) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("backing", ["memfd", "tmpfs", Memfd("named")])
-def test_the_books_and_the_kernel_agree(no_leaks: None, backing: Any) -> None:
+def test_the_accounting_and_the_kernel_agree(no_leaks: None, backing: Any) -> None:
     with Pool(16 * _BLOCK, backing=backing, block=_BLOCK) as pool:
         memory = pool.sparse("1 GiB", name="guest")
         assert len(memory) == 1 << 30
@@ -128,7 +128,7 @@ def test_an_overdraft_is_shown() -> None:
 
 
 def test_a_fork_while_another_thread_holds_the_lock() -> None:
-    """The child can close what it has, and is told that the pool is not its own."""
+    """The child can close its copies, and gets an error that the pool is its parent's."""
     with Pool(8 * _BLOCK, block=_BLOCK) as pool, pool.sparse(64 * _BLOCK) as memory:
         memory.populate(0, _BLOCK)
         held, done = threading.Event(), threading.Event()
@@ -158,7 +158,7 @@ def test_a_fork_while_another_thread_holds_the_lock() -> None:
 
 
 def test_what_fails_in_the_kernel_is_refunded(small_tmpfs: Callable[[str], Path]) -> None:
-    """The books have room, the tmpfs has not: somebody else wrote to it."""
+    """The accounting has room, the tmpfs has none: another process wrote to it."""
     directory = small_tmpfs("1m")
     with Pool(_MIB, backing=TemporaryFile(directory), block=_BLOCK) as pool, pool.sparse(_MIB) as memory:
         memory.populate(0, 4 * _BLOCK)
@@ -210,7 +210,7 @@ def test_the_memory_really_returns_to_the_hugetlb_pool(hugetlb_pool: Callable[[i
 
 
 def test_huge_pages_are_set_aside_for_the_pool(hugetlb_pool: Callable[[int], None], no_leaks: None) -> None:
-    """A promise of the kernel: nobody else on this machine gets them."""
+    """The kernel reserves them: no other process on this machine gets them."""
     hugetlb_pool(6)
     block = needs.HUGE
     before = hugetlb.read_pool(block)
@@ -234,7 +234,7 @@ def test_huge_pages_are_set_aside_for_the_pool(hugetlb_pool: Callable[[int], Non
     assert hugetlb.read_pool(block).available == before.available
 
 
-def test_huge_pages_that_were_lost_are_told_of_and_taken_again(hugetlb_pool: Callable[[int], None]) -> None:
+def test_lost_huge_pages_are_reported_and_reserved_again(hugetlb_pool: Callable[[int], None]) -> None:
     hugetlb_pool(4)
     block = needs.HUGE
     with Pool(4 * block, backing="memfd-hugetlb") as pool, pool.sparse(64 * block) as memory:
@@ -248,8 +248,8 @@ def test_huge_pages_that_were_lost_are_told_of_and_taken_again(hugetlb_pool: Cal
         assert pool.statistics().unbacked == 0
 
 
-def test_what_is_left_mapped_elsewhere_cannot_grow_behind_the_books() -> None:
-    """A closed member's file is cut off: its memory is gone even where somebody else maps it."""
+def test_a_mapping_in_another_process_cannot_allocate_uncharged_memory() -> None:
+    """A closed member's file is truncated: its memory is gone even where another process maps it."""
     with Pool(4 * _BLOCK, block=_BLOCK) as pool:
         memory = pool.sparse(8 * _BLOCK)
         assert memory.fd is not None
@@ -261,7 +261,7 @@ def test_what_is_left_mapped_elsewhere_cannot_grow_behind_the_books() -> None:
 
 
 def test_a_view_keeps_its_memory(no_leaks: None) -> None:
-    """Whatever becomes of the sparse memory and the pool."""
+    """A view outlives the sparse memory and the pool."""
     pool = Pool(4 * _BLOCK, block=_BLOCK)
     memory = pool.sparse(8 * _BLOCK)
     memory.populate(0, _BLOCK)
@@ -336,7 +336,7 @@ def test_resize_within_the_reservation() -> None:
         ("2 MiB", {"on_high_water": print}, ValueError, "needs a mark"),
     ],
 )
-def test_pools_that_cannot_be(
+def test_invalid_pools(
     no_descriptors: None, capacity: Any, options: dict[str, Any], error: type[Exception], complaint: str
 ) -> None:
     with pytest.raises(error, match=complaint):
@@ -359,7 +359,7 @@ def test_pools_that_cannot_be(
         (8 * _BLOCK, {"reservation": _BLOCK}, "smaller than the size"),
     ],
 )
-def test_members_that_cannot_be(no_descriptors: None, size: Any, options: dict[str, Any], complaint: str) -> None:
+def test_invalid_members(no_descriptors: None, size: Any, options: dict[str, Any], complaint: str) -> None:
     with Pool(4 * _BLOCK, block=_BLOCK) as pool:
         with pytest.raises(ValueError, match=complaint):
             pool.sparse(size, **options)
@@ -407,7 +407,7 @@ def test_too_few_huge_pages(hugetlb_pool: Callable[[int], None], no_leaks: None)
 
 
 class _Calls:
-    """Collects what the callback is told."""
+    """Collects the statistics that the callback gets."""
 
     def __init__(self) -> None:
         self.seen: list[PoolStatistics] = []
@@ -470,7 +470,7 @@ def test_a_balloon_can_work_in_the_callback() -> None:
         assert pool.statistics().charged == 5 * _BLOCK
 
 
-def test_what_the_callback_raises_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_of_the_callback_reaches_the_excepthook_only(monkeypatch: pytest.MonkeyPatch) -> None:
     raised = list[str]()
     monkeypatch.setattr(threading, "excepthook", lambda hook: raised.append(str(hook.exc_value)))
     calls = _Calls()

@@ -1,4 +1,4 @@
-"""The books of a pool against a model that adds up everything each time."""
+"""The ledger of a pool against a model that adds up everything each time."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_blocks_against_a_set_of_numbers(steps: list[tuple[bool, set[int]]]) -> 
     assert member.charge(_set(model)) == RangeSet()
 
 
-def test_an_interrupted_charge_is_taken_back() -> None:
+def test_an_interrupted_charge_is_rolled_back() -> None:
     class Interrupted(_Paper):
         def settle(self, charged: int) -> None:
             super().settle(charged)

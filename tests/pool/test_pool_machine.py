@@ -24,7 +24,7 @@ _SIZE = 16
 
 
 class _Member(NamedTuple):
-    """What the model knows: the blocks that are populated, each with the byte that it was filled with."""
+    """The model: the blocks that are populated, each with the byte that it was filled with."""
 
     memory: SparseMemory
     blocks: dict[int, int]

@@ -149,7 +149,7 @@ def test_nonsense_is_answered_and_hung_up_on(tmp_path: Path, no_descriptors: Non
         pool_protocol.encode(_HELLO)[:-1],
     ],
 )
-def test_half_a_message_has_its_time_and_no_more(tmp_path: Path, no_descriptors: None, said: bytes) -> None:
+def test_half_a_message_ends_the_connection_at_the_deadline(tmp_path: Path, no_descriptors: None, said: bytes) -> None:
     with _served(tmp_path, timeout=0.5) as (_, server), _neighbour(server.path), _raw(server.path) as connection:
         connection.sendall(said)
         assert all(isinstance(reply, pool_protocol.PoolWelcome) for reply in _replies(connection))  # until it hangs up
@@ -168,7 +168,7 @@ def test_a_byte_now_and_then_does_not_buy_time(tmp_path: Path) -> None:
             drip()
 
 
-def test_who_is_silent_after_hello_is_left_alone(tmp_path: Path) -> None:
+def test_a_client_that_is_silent_after_hello_stays_connected(tmp_path: Path) -> None:
     with _served(tmp_path, timeout=0.5) as (_, server), _raw(server.path, _HELLO) as connection:
         _replies(connection, 1)
         time.sleep(0.8)
@@ -242,7 +242,7 @@ def test_descriptors_that_a_client_sends_never_arrive(tmp_path: Path, no_leaks: 
             os.close(reader)
 
 
-def test_one_connection_too_many_is_told_so(tmp_path: Path, no_leaks: None) -> None:
+def test_one_connection_too_many_is_refused_with_the_reason(tmp_path: Path, no_leaks: None) -> None:
     with _served(tmp_path, max_connections=3) as (_, server), _neighbour(server.path):
         with _raw(server.path, _HELLO) as one, _raw(server.path, _HELLO) as two:
             _replies(one, 1)
@@ -321,7 +321,7 @@ def test_no_descriptors_left(tmp_path: Path, no_leaks: None) -> None:
     assert served
 
 
-def test_who_does_not_take_its_answers_is_dropped(tmp_path: Path, no_leaks: None) -> None:
+def test_a_client_that_does_not_read_its_replies_is_disconnected(tmp_path: Path, no_leaks: None) -> None:
     def ask_and_never_listen(connection: socket.socket) -> None:
         while True:  # the server stops reading what it cannot answer, and then hangs up
             connection.sendall(pool_protocol.encode(pool_protocol.StatisticsRequest(2)))
@@ -333,7 +333,7 @@ def test_who_does_not_take_its_answers_is_dropped(tmp_path: Path, no_leaks: None
 
 
 def test_an_event_of_a_connection_that_is_gone(tmp_path: Path, no_leaks: None) -> None:
-    """Of one round, when an earlier event ended it and a new connection has its descriptors by now."""
+    """An earlier event of the round ended the connection, and a new one has its descriptors by now."""
     with _served(tmp_path) as (_, server):
         with _raw(server.path, _HELLO) as first:
             _replies(first, 1)
@@ -506,7 +506,7 @@ def test_a_path_longer_than_a_socket_address(tmp_path: Path) -> None:
         connect_to_pool(server.path).close()
 
 
-def test_nobody_there(tmp_path: Path) -> None:
+def test_connecting_without_a_server(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no such socket"):
         connect_to_pool(tmp_path / "s")
     with pytest.raises(FileNotFoundError):
@@ -675,7 +675,7 @@ def test_descriptors_that_a_server_sends_unasked_are_closed(tmp_path: Path, no_l
     os.close(reader)
 
 
-def test_without_msgspec_it_says_what_to_install(tmp_path: Path) -> None:
+def test_without_msgspec_the_error_names_what_to_install(tmp_path: Path) -> None:
     def without() -> str:
         import sys
 

@@ -243,7 +243,7 @@ def test_killed_with_a_fork_that_lives_on(tmp_path: Path) -> None:
             os.close(write)
 
 
-def test_who_hangs_up_and_lives_keeps_its_memory_until_it_ends(tmp_path: Path) -> None:
+def test_a_process_that_hangs_up_keeps_its_memory_until_it_ends(tmp_path: Path) -> None:
     """The process may still touch it: to cut the file off would kill it."""
 
     def member() -> object:
@@ -265,7 +265,7 @@ def test_who_hangs_up_and_lives_keeps_its_memory_until_it_ends(tmp_path: Path) -
         assert pool.statistics().available == pool.capacity
 
 
-def test_orphans_of_a_closed_server_are_found_later(tmp_path: Path) -> None:
+def test_detached_members_of_a_closed_server_are_reaped_later(tmp_path: Path) -> None:
     def member() -> object:
         client = connect(tmp_path / "s")
         memory = client.sparse(64 * _BLOCK)
@@ -285,7 +285,7 @@ def test_orphans_of_a_closed_server_are_found_later(tmp_path: Path) -> None:
                 memory.populate()
 
 
-def test_emptying_what_a_dead_process_left_keeps_nobody_waiting(
+def test_emptying_the_files_of_a_dead_process_does_not_delay_others(
     tmp_path: Path, no_leaks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Many GiB take seconds. Nor does a client that closes a member without emptying its file."""
@@ -326,7 +326,7 @@ def test_emptying_what_a_dead_process_left_keeps_nobody_waiting(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_no_descriptor_to_watch_an_orphan_with(tmp_path: Path, no_leaks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_descriptor_for_a_detached_member(tmp_path: Path, no_leaks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server lives, and its own descriptor tells it of the end."""
 
     def exhausted(*_: object) -> None:
@@ -360,7 +360,7 @@ def test_no_descriptor_for_a_new_member(tmp_path: Path, no_leaks: None, monkeypa
         client.sparse(64 * _BLOCK, reserved=16 * _BLOCK).close()
 
 
-def test_orphans_of_a_closed_server_are_found_by_the_next_one(tmp_path: Path, no_leaks: None) -> None:
+def test_detached_members_of_a_closed_server_are_reaped_by_the_next_one(tmp_path: Path, no_leaks: None) -> None:
     def member() -> object:
         client = connect(tmp_path / "first")
         memory = client.sparse(64 * _BLOCK)
@@ -565,7 +565,7 @@ def test_a_fork_of_a_client(tmp_path: Path, no_leaks: None) -> None:
 
 
 def test_an_interrupted_request_leaves_the_connection_usable(tmp_path: Path, no_leaks: None) -> None:
-    """The answer that nobody waited for is skipped, and the member that nobody has is closed."""
+    """The reply without a waiting thread is skipped, and the member without a user is closed."""
     path = tmp_path / "s"
     with _Held(lambda: _serve_forever(path)) as held, connect(path, timeout=30) as client:
         memory = client.sparse(64 * _BLOCK)
@@ -626,7 +626,7 @@ def test_a_finalizer_in_the_middle_of_a_request(tmp_path: Path, no_leaks: None, 
 # --- the high-water mark
 
 
-def test_clients_are_told_of_the_high_water_mark(tmp_path: Path, no_leaks: None) -> None:
+def test_clients_receive_the_high_water_mark(tmp_path: Path, no_leaks: None) -> None:
     told, seen = threading.Semaphore(0), list[PoolStatistics]()
 
     def callback(statistics: PoolStatistics) -> None:
@@ -650,7 +650,7 @@ def test_clients_are_told_of_the_high_water_mark(tmp_path: Path, no_leaks: None)
         assert len(seen) == 3
 
 
-def test_a_subscriber_that_never_listens_holds_nobody_up(tmp_path: Path, no_leaks: None) -> None:
+def test_a_subscriber_that_never_reads_delays_no_other(tmp_path: Path, no_leaks: None) -> None:
     from prefault.pool.service.pool_client import _PoolConnection
 
     with _shared(tmp_path, 2 * PAGE_SIZE, block=PAGE_SIZE, high_water=1) as (pool, path):

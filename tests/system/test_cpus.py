@@ -1,4 +1,4 @@
-"""How many CPUs may be kept busy: by affinity, and by the quota of every cgroup above."""
+"""The CPUs that may be kept busy: by affinity, and by the quota of every cgroup above."""
 
 from __future__ import annotations
 

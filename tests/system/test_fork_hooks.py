@@ -42,7 +42,7 @@ class _Thing:
         self.forked = True
 
 
-def test_instances_are_told_in_the_child_and_not_kept_alive(calls: list[str]) -> None:
+def test_instances_are_called_in_the_child_and_not_kept_alive(calls: list[str]) -> None:
     things = fork_hooks.instances(_Thing.after_fork)
     kept, lost = _Thing("kept"), _Thing("lost")
     things.add(kept)

@@ -185,6 +185,6 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def test_a_child_keeps_files_that_took_the_numbers_of_ours() -> None:
+def test_a_child_keeps_files_that_took_the_numbers_of_kept_ones() -> None:
     done = subprocess.run([sys.executable, "-c", _OTHERS_DESCRIPTORS], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")

@@ -18,7 +18,7 @@ from prefault.errors import DeviceError, DeviceGoneError
 
 
 class Peer:
-    """The other end: reads requests, and says what it is told to."""
+    """The other end: reads requests, and sends the replies of the test."""
 
     def __init__(self) -> None:
         ours, self.socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -133,7 +133,7 @@ def test_what_is_unanswered_is_asked_again_of_a_new_server(peer: Peer) -> None:
     assert open_one.result() == [(7, 8)]
 
 
-def test_gone_ends_all_waiting_and_all_asking(peer: Peer) -> None:
+def test_gone_ends_all_waits_and_all_requests(peer: Peer) -> None:
     threads = [Asking(_ask(peer.channel, area)) for area in range(3)]
     for _ in threads:
         peer.take()
@@ -171,14 +171,14 @@ def test_the_end_of_the_socket_ends_all_waiting(peer: Peer) -> None:
 
 
 @pytest.mark.parametrize("garbage", [b"\xc1", b"\x93\xa4what\x01\x02", os.urandom(100)])
-def test_garbage_ends_the_asking_and_not_the_process(peer: Peer, garbage: bytes) -> None:
+def test_garbage_ends_the_requests_and_not_the_process(peer: Peer, garbage: bytes) -> None:
     thread = Asking(_ask(peer.channel, 1))
     peer.take()
     peer.socket.send(garbage)
     assert isinstance(thread.result(), DeviceGoneError)
 
 
-def test_an_answer_of_the_wrong_kind_ends_the_asking(peer: Peer) -> None:
+def test_a_reply_of_the_wrong_kind_ends_the_requests(peer: Peer) -> None:
     thread = Asking(_ask(peer.channel, 1))
     peer.say(protocol.Done(peer.take().id))
     assert isinstance(thread.result(), DeviceGoneError)
@@ -263,7 +263,7 @@ def _map(number: int) -> protocol.Map:
     return protocol.Map(number, 1 << 20, 0, 4096, "read", False)
 
 
-def test_an_area_that_ctrl_c_left_keeps_its_memory_until_the_server_has_let_go(peer: Peer) -> None:
+def test_an_area_that_ctrl_c_left_keeps_its_memory_until_the_server_has_released_it(peer: Peer) -> None:
     ended: list[int] = []
     opening = Exchange(_map(1234))
 
@@ -289,7 +289,7 @@ def test_an_area_that_ctrl_c_left_keeps_its_memory_until_the_server_has_let_go(p
     assert ended == [1]
 
 
-def test_an_area_whose_answer_nobody_waits_for_is_given_back_by_the_next_to_read(peer: Peer) -> None:
+def test_an_abandoned_area_is_unmapped_by_the_next_reader(peer: Peer) -> None:
     ended: list[int] = []
     opening = Exchange(_map(1234))
     mapping = Asking(lambda: peer.channel.open(opening))

@@ -27,7 +27,7 @@ from prefault.ipc.transport import ProtocolError
 from prefault.pool import Pool
 from prefault.pool import connect as connect_to_pool
 from prefault.pool.service import pool_protocol
-from prefault.pool.service.pool_client import _PoolConnection
+from prefault.pool.service.pool_connection import PoolConnection
 from prefault.pool.service.pool_server import PoolServer
 from support import needs, oracle
 from support.children import Child, in_child
@@ -71,7 +71,7 @@ def _replies(connection: socket.socket, count: int | None = None) -> list[pool_p
     return replies
 
 
-def _member(link: _PoolConnection) -> tuple[int, int]:
+def _member(link: PoolConnection) -> tuple[int, int]:
     created, fd = link.call(pool_protocol.Create(0, 64 * PAGE_SIZE, 0, None, None), pool_protocol.Created)
     assert fd is not None
     return created.member, fd
@@ -80,7 +80,7 @@ def _member(link: _PoolConnection) -> tuple[int, int]:
 @contextmanager
 def _neighbour(path: str | Path) -> Iterator[None]:
     """A client of good conduct, who is served before and after, and has what it had."""
-    link = _PoolConnection(path, 10.0)
+    link = PoolConnection(path, 10.0)
     link.greet(events=False)
     member, fd = _member(link)
     link.call(pool_protocol.Settle(0, member, 2 * PAGE_SIZE), pool_protocol.PoolDone)
@@ -179,7 +179,7 @@ def test_a_client_that_is_silent_after_hello_stays_connected(tmp_path: Path) -> 
 def test_members_belong_to_their_connection(tmp_path: Path, no_leaks: None) -> None:
     with _served(tmp_path) as (pool, server), _neighbour(server.path):
         (other,) = pool.statistics().members
-        link = _PoolConnection(server.path, 10.0)
+        link = PoolConnection(server.path, 10.0)
         link.greet(events=False)
         for number in (1, 2, 0, 1 << 62):
             with pytest.raises(ValueError, match=f"member {number} is none of this connection"):
@@ -214,7 +214,7 @@ def test_requests_that_are_refused(
     tmp_path: Path, no_descriptors: None, create: pool_protocol.Create, error: type[Exception]
 ) -> None:
     with _served(tmp_path) as (pool, server):
-        link = _PoolConnection(server.path, 10.0)
+        link = PoolConnection(server.path, 10.0)
         link.greet(events=False)
         with pytest.raises(error):
             link.call(create, pool_protocol.Created)
@@ -352,7 +352,7 @@ def test_an_event_of_a_connection_that_is_gone(tmp_path: Path, no_leaks: None) -
 
 def test_members_have_a_limit_too(tmp_path: Path, no_leaks: None) -> None:
     with _served(tmp_path, max_members=3) as (_, server):
-        link = _PoolConnection(server.path, 10.0)
+        link = PoolConnection(server.path, 10.0)
         link.greet(events=False)
         held = [_member(link) for _ in range(3)]
         with pytest.raises(PoolFullError, match="given out 3 members"):
@@ -368,7 +368,7 @@ def test_members_that_a_connection_left_count_as_well(tmp_path: Path, no_leaks: 
     """Each holds a descriptor of the server: connecting again and again does not get a process more of them."""
     with _served(tmp_path, max_members=3) as (pool, server), ExitStack() as stack:
         for _ in range(3):
-            link = _PoolConnection(server.path, 10.0)
+            link = PoolConnection(server.path, 10.0)
             link.greet(events=False)
             stack.callback(os.close, _member(link)[1])
             link.close()

@@ -651,10 +651,10 @@ def test_clients_receive_the_high_water_mark(tmp_path: Path, no_leaks: None) -> 
 
 
 def test_a_subscriber_that_never_reads_delays_no_other(tmp_path: Path, no_leaks: None) -> None:
-    from prefault.pool.service.pool_client import _PoolConnection
+    from prefault.pool.service.pool_connection import PoolConnection
 
     with _shared(tmp_path, 2 * PAGE_SIZE, block=PAGE_SIZE, high_water=1) as (pool, path):
-        deaf = _PoolConnection(path, 10)
+        deaf = PoolConnection(path, 10)
         deaf.greet(events=True)
         with pool.sparse(PAGE_SIZE) as memory, connect(path) as client:
             for _ in range(1000):

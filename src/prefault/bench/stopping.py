@@ -48,7 +48,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether a signal came."""
+        """True once a signal came."""
         return self.signal is not None
 
     def fileno(self) -> int:

@@ -67,7 +67,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether the worker still runs."""
+        """True while the worker runs."""
         return self._process.poll() is None
 
     def measure(self, cell: Cell, repeats: int, places: Places) -> None:

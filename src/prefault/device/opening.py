@@ -172,7 +172,7 @@ class DeviceClient:
 
     @property
     def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
+        """True after :meth:`close`."""
         return not self._ends.alive
 
     def close(self) -> None:

@@ -55,7 +55,7 @@ class Bed:
 
     @property
     def user_mode_only(self) -> bool:
-        """Whether faults that the kernel raises are not answered."""
+        """True if faults that the kernel raises are not answered."""
         return self.keeper.user_mode_only
 
     @property

@@ -124,7 +124,7 @@ class Area(MappedMemory):
 
     @property
     def writable(self) -> bool:
-        """Whether the area may be written now; :meth:`protect` changes that."""
+        """True if the area may be written now; :meth:`protect` changes that."""
         return bool(self._here().prot & mman.PROT_WRITE)
 
     @property

@@ -109,7 +109,7 @@ class DeviceConnection(Channel):
 
     @property
     def lost_but_served(self) -> bool:
-        """Whether the connection is lost while a server or warden, which still holds the lifeline, may act on areas."""
+        """True if the connection is lost while a server or warden, which still holds the lifeline, may act on areas."""
         if not self._disconnected or self._lifeline < 0:
             return False
         poll = select.poll()
@@ -118,7 +118,7 @@ class DeviceConnection(Channel):
 
     @property
     def kernel_tracks_writes(self) -> bool:
-        """Whether the kernel records writes to tracked areas of this connection without a fault (WP_ASYNC)."""
+        """True if the kernel records writes to tracked areas of this connection without a fault (WP_ASYNC)."""
         return bool(self.userfaultfd.features & UffdFeature.WP_ASYNC)
 
     def _descriptors_of(self, request: protocol.Request) -> list[int]:

@@ -57,7 +57,7 @@ class MappedArea(OwnedMemory, PageProvider):
 
     @property
     def write_protects(self) -> bool:
-        """Whether the server or the kernel write-protects pages of the area."""
+        """True if the server or the kernel write-protects pages of the area."""
         return self.track_dirty or (self.connection.device_info.evicts and self.access == "write")
 
     def attach(self, length: int, cpu: int | None) -> None:

@@ -81,7 +81,7 @@ class Version(NamedTuple):
 
     @property
     def told_apart(self) -> bool:
-        """Whether another version of the same length would be noticed."""
+        """True if another version of the same length would be noticed."""
         return bool(self.tag or self.modified)
 
     def change(self, now: Version) -> str:

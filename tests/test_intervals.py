@@ -71,6 +71,7 @@ def test_measures_of_a_set(pairs: list[tuple[int, int]], number: int) -> None:
     assert len(some) == len(list(some))
     assert (number in some) == (number in every)
     assert (numpy.int64(number) in some) == (number in every)
+    assert some.end_after(number) == next((stop for start, stop in some if start <= number < stop), None)
 
 
 @given(_pairs)

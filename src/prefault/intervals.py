@@ -28,6 +28,8 @@ _MANY_TO_IMPORT = 2048
 
 _BEYOND_INT64 = 1 << 63
 
+_NONE = array("Q")
+
 
 class Intervals:
     """An immutable set of numbers below 2**64, kept as sorted, disjoint intervals that do not touch.
@@ -69,8 +71,11 @@ class Intervals:
     @classmethod
     def union_of(cls, sets: Iterable[Intervals]) -> Self:
         """Make the union of any number of sets."""
+        some = [one for one in sets if one.edges]
+        if len(some) <= 1:
+            return cls._with(some[0].edges if some else _NONE)
         edges = array("Q")
-        for one in sets:
+        for one in some:
             edges += one.edges
         if not _is_many(edges, edges):
             return cls._with(Intervals(_pairs(edges)).edges)
@@ -100,6 +105,9 @@ class Intervals:
     @property
     def length(self) -> int:
         """Count of the numbers in all intervals together."""
+        if _is_many(self.edges, self.edges):
+            starts, stops = self._columns()
+            return int((stops - starts).sum())
         return sum(self.edges[1::2]) - sum(self.edges[::2])
 
     @property
@@ -130,12 +138,16 @@ class Intervals:
         return self._with(_united(many, few))
 
     def __and__(self, other: Intervals) -> Self:
+        if self._is_apart(other):
+            return self._with(_NONE)
         few, many = _by_length(self.edges, other.edges)
         if _is_many(few, many):
             return self._with_numbers(common(self.to_numpy(), other.to_numpy()))
         return self._with(_shared(many, few))
 
     def __sub__(self, other: Intervals) -> Self:
+        if self._is_apart(other):
+            return self
         few, many = _by_length(self.edges, other.edges)
         if _is_many(few, many):
             return self._with_numbers(without(self.to_numpy(), other.to_numpy()))
@@ -146,18 +158,19 @@ class Intervals:
 
     def isdisjoint(self, other: Intervals) -> bool:
         """Tell whether the sets have no number in common."""
-        if not self.edges or not other.edges:
-            return True
-        if self.edges[0] >= other.edges[-1] or other.edges[0] >= self.edges[-1]:
-            return True
-        return not (self & other)
+        return self._is_apart(other) or not (self & other)
+
+    def _is_apart(self, other: Intervals) -> bool:
+        """Tell whether one set ends before the other one begins, or is empty."""
+        mine, theirs = self.edges, other.edges
+        return not mine or not theirs or mine[0] >= theirs[-1] or theirs[0] >= mine[-1]
 
     # --- derived sets
 
     @property
     def hull(self) -> Self:
         """The smallest interval that holds the whole set, as a set."""
-        return self._with(self.edges[:1] + self.edges[-1:])
+        return self if len(self.edges) <= 2 else self._with(array("Q", (self.edges[0], self.edges[-1])))
 
     def shifted(self, by: int) -> Self:
         """Return the set ``by`` further on; negative: back."""
@@ -186,13 +199,22 @@ class Intervals:
         first, last = bisect_right(self.edges, start), bisect_left(self.edges, stop)
         return self._with(self.edges[first - first % 2 : last + last % 2])
 
+    def end_after(self, number: int) -> int | None:
+        """Return the end of the interval that holds a number; None where none does."""
+        after = bisect_right(self.edges, number)
+        return self.edges[after] if after & 1 else None
+
     def bridged(self, gap: int) -> Self:
         """Return the set with all gaps filled that are not longer than ``gap``."""
         return self._with_numbers(_bridged(self.to_numpy(), gap))
 
     def longer(self, than: int) -> Self:
         """Return the intervals that are longer than ``than``."""
-        return self._with(array("Q", [at for pair in self if pair[1] - pair[0] > than for at in pair]))
+        if not _is_many(self.edges, self.edges):
+            return self._with(array("Q", [at for pair in _pairs(self.edges) if pair[1] - pair[0] > than for at in pair]))
+        starts, stops = self._columns()
+        some = stops - starts > than
+        return self.from_arrays(starts[some], stops[some])
 
     def batches(self, count: int) -> Iterator[Self]:
         """Yield the set in sets of at most ``count`` intervals."""

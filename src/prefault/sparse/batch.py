@@ -89,7 +89,7 @@ class _BatchRun:
         self._at = 0
         self._tried: int | None = None
         self._before = self._kept = Intervals()
-        self._look()
+        self._inspect()
         self._admission: AdmissionControl | None = None
         if headroom == "check":
             missing = self._pages - self._before - self._resident
@@ -100,15 +100,14 @@ class _BatchRun:
 
     # --- before
 
-    def _look(self) -> None:
+    def _inspect(self) -> None:
         """Find out the facts that are needed to count the work, and to undo it."""
         segment = self._segment
         rows = occupied(self._pages.bridged(_NEAR).edges)
         populated, swapped = self._populated(rows), (rows[:, 2] & _SWAPPED) != 0
         self._before = _ranges(rows[populated]) & self._pages
         self._kept = _ranges(rows[populated | swapped]) & self._pages
-        self._known = capabilities.PAGEMAP_SCAN.available or capabilities.PAGEMAP.available
-        if not self._known:
+        if not (capabilities.PAGEMAP_SCAN.available or capabilities.PAGEMAP.available):
             raise PopulateError(
                 errno.EOPNOTSUPP,
                 "all or nothing is not possible here: /proc/self/pagemap cannot be read, so the pages that a call brings"

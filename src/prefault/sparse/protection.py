@@ -71,10 +71,9 @@ class BlockProtection:
     def first_protected(self, start: int, stop: int) -> int | None:
         """Return the first byte of ``[start, stop)`` that is protected, if any."""
         while start < stop:
-            end = min(stop, start - start % self._extent + self._extent)
-            protected = Intervals.from_edges((start, end)) - self._unprotected.get(start // self._extent, _NONE)
-            if protected:
-                return protected.span[0]
+            end = self._unprotected.get(start // self._extent, _NONE).end_after(start)
+            if end is None:
+                return start
             start = end
         return None
 
@@ -234,10 +233,13 @@ class BlockProtection:
     def _by_extent(self, blocks: Intervals) -> Iterator[tuple[int, Intervals]]:
         """Yield the extents that a set touches, and the part of the set in each."""
         size = self._extent
-        if len(blocks) > 1:
+        start, stop = blocks.span
+        if stop <= start - start % size + size:
+            if blocks:
+                yield start // size, blocks
+        elif len(blocks) > 1:
             yield from self._by_extent_many(blocks)
-            return
-        for start, stop in blocks:
+        else:
             for extent in range(start // size, -(-stop // size)):
                 yield extent, Intervals.from_edges((max(start, extent * size), min(stop, extent * size + size)))
 

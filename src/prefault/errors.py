@@ -1,4 +1,4 @@
-"""What can go wrong, named by whose fault it is.
+"""Errors, named by their cause.
 
 Your call: plain ``TypeError``, ``ValueError`` and ``BufferError``. The memory or the machine: a subclass of
 :class:`PopulateError`, :class:`DiscardError` or :class:`MappingError`, each an ``OSError`` with ``errno``. The person at the
@@ -17,10 +17,10 @@ class PopulateError(OSError):
     """Population stopped before all of the range was populated.
 
     Attributes:
-        errno: what the kernel said.
-        address: of the first page that could not be populated.
-        offset: the same, in bytes from the start of the buffer; negative by less than a page where the buffer starts
-            inside that page.
+        errno: the kernel's error number.
+        address: address of the first page that could not be populated.
+        offset: distance of that page in bytes from the start of the buffer; negative by less than a page where the buffer
+            starts inside that page.
         populated: the pages that this call brought in and that are still there, as addresses. After a rollback: those that
             could not be discarded, some of them only in the memory of the file; nearly always none.
         populated_bytes: how many bytes that is. Pages that were populated before the call are not counted.
@@ -89,8 +89,8 @@ class HeadroomError(PopulateError):
 
     Attributes:
         limit: the name of the limit, as :func:`prefault.headroom` lists it.
-        needed_bytes: what the call would still have taken from it.
-        available_bytes: what it leaves.
+        needed_bytes: bytes that the call would still have taken from it.
+        available_bytes: bytes that it leaves.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class PoolGoneError(PopulateError, ConnectionError):
 
 
 class DriverError(PopulateError):
-    """The driver of a device raised an exception for the page (EIO); the message has what it said."""
+    """The driver of a device raised an exception for the page (EIO); the message quotes it."""
 
 
 class NoPopulateError(PopulateError):
@@ -131,10 +131,10 @@ class DeviceError(OSError):
 
 
 class NotPopulatedError(OSError):
-    """Bytes were to be read or written that are not populated, in sparse memory that faults there (EFAULT).
+    """Read or write of bytes that are not populated, in sparse memory that faults there (EFAULT).
 
     Attributes:
-        offset: of the first byte that is not, from the start of the memory.
+        offset: distance of the first such byte from the start of the memory.
     """
 
     def __init__(self, number: int, message: str, *, offset: int = 0) -> None:
@@ -146,7 +146,7 @@ class NotPopulatedError(OSError):
 
 
 class PopulateInterrupted(KeyboardInterrupt):
-    """Ctrl-C while populating; what was brought in until then stays, unless ``rollback`` was asked for.
+    """Ctrl-C while populating; the pages that were brought in until then stay, unless ``rollback`` was asked for.
 
     Attributes:
         populated: the pages that this call brought in and that are still there, as addresses.
@@ -168,7 +168,7 @@ class DiscardError(OSError):
     """Pages could not be given back.
 
     Attributes:
-        address: of the part that could not be discarded; what lies before it is.
+        address: address of the part that could not be discarded; the parts before it are.
     """
 
     def __init__(self, number: int, message: str, *, address: int = 0) -> None:
@@ -191,7 +191,7 @@ class HugePagesError(MappingError):
 
 
 def errno_name(number: int | None) -> str:
-    """``"EFAULT: Bad address"`` for 14."""
+    """Return name and meaning of an errno: ``"EFAULT: Bad address"`` for 14."""
     if number is None:
         return "no errno"
     return f"{errno.errorcode.get(number, f'errno {number}')}: {os.strerror(number)}"

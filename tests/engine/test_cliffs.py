@@ -168,14 +168,15 @@ def test_what_kinds_need_is_what_their_segments_need(
         every: list[int] = []
         for segment in segments:
             every += populated_before(segment.start, segment.stop, write=segment.method.access == "write", private=True)
-        module = sys.modules["prefault.engine.populating"]
-        together = module._populated(segments)
-        assert RangeSet(module._ranges(together)) == RangeSet(module._ranges(array("Q", every)))
+        module = sys.modules["prefault.engine.populated_pages"]
+        together = module.populated_pages(segments)
+        assert RangeSet(module.as_ranges(together)) == RangeSet(module.as_ranges(array("Q", every)))
         start, stop = sorted(region.page(page) for page in cut)
         spans = [(s, max(s.start, start), min(s.stop, stop)) for s in segments if s.start < stop and s.stop > start]
         naive = [
-            (Demand(s.use, missing_from(s.start, s.stop, module._populated((s,)))), first, last) for s, first, last in spans
-        ]  # fmt: skip
+            (Demand(s.use, missing_from(s.start, s.stop, module.populated_pages((s,)))), first, last)
+            for s, first, last in spans
+        ]
         kinds = [
             (part, max(start, part.use.start), min(stop, part.use.stop))
             for part in demands_of([s.use for s in segments], together, None)
@@ -286,7 +287,7 @@ def test_chunks_grow_at_once_beside_several_busy_threads(monkeypatch: pytest.Mon
 
 def test_long_chunks_let_the_mmap_lock_go(monkeypatch: pytest.MonkeyPatch) -> None:
     needs.capability(capabilities.PROCESS_MADVISE)
-    from prefault.engine import vectors
+    from prefault.engine import attempts
 
     calls: list[int] = []
     original = mman.process_madvise_vector
@@ -298,7 +299,7 @@ def test_long_chunks_let_the_mmap_lock_go(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(mman, "process_madvise_vector", counted)
     with prefault.Mapping("33 MiB", huge="never") as mapping:
         (segment,) = prefault.plan(mapping).segments
-        assert vectors.populate_long(segment, segment.start + MIB, segment.stop)
+        assert attempts.populate_long(segment, segment.start + MIB, segment.stop)
         assert oracle.present_bytes(segment.start, segment.length) == 32 * MIB
     assert 8 <= sum(calls) <= 9
 

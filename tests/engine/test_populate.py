@@ -49,7 +49,7 @@ def _helpers() -> list[str]:
 
 def _is_at_work(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_globals.get("__name__") == "prefault.engine.populating" and frame.f_code.co_name == "_work":
+        if frame.f_globals.get("__name__") == "prefault.engine.execution" and frame.f_code.co_name == "_work":
             return True
         frame = frame.f_back
     return False
@@ -724,7 +724,7 @@ def test_without_more_threads_one_does_it_all(mapping: prefault.Mapping, monkeyp
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
-    monkeypatch.setattr(sys.modules["prefault.engine.populating"], "start_new_thread", refuse)
+    monkeypatch.setattr(sys.modules["prefault.engine.execution"], "start_new_thread", refuse)
     result = prefault.populate(mapping, threads=2)
     assert (result.bytes, result.threads) == (64 * MIB, 1)
 
@@ -808,9 +808,14 @@ def test_ctrl_c_while_it_waits_for_a_helper_waits_on(mapping: prefault.Mapping, 
     assert oracle.present_bytes(address(mapping), 64 * MIB) == 0
 
 
-def test_ctrl_c_at_any_step_leaves_no_descriptor(mapping: prefault.Mapping) -> None:
+@pytest.mark.parametrize("has_own_pidfd", [True, False])
+def test_ctrl_c_at_any_step_leaves_no_descriptor(
+    mapping: prefault.Mapping, has_own_pidfd: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One signal a call, sooner or later in it."""
     needs.capability(capabilities.PROCESS_MADVISE)
+    if not has_own_pidfd:
+        monkeypatch.setattr(mman, "has_own_pidfd", lambda: False)  # Linux before 6.15
 
     def press(*_: object) -> None:
         if calling:

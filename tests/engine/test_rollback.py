@@ -135,7 +135,7 @@ def test_a_page_that_one_look_missed_keeps_its_bytes(monkeypatch: pytest.MonkeyP
         from array import array
 
         monkeypatch.setattr(
-            sys.modules["prefault.engine.populating"], "populated_before", lambda *args, **options: array("Q")
+            sys.modules["prefault.engine.populated_pages"], "populated_before", lambda *args, **options: array("Q")
         )
         with pytest.raises(prefault.ProtectionError):
             prefault.populate(mapping, rollback=True)

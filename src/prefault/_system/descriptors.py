@@ -47,6 +47,7 @@ class Descriptors:
         self.close()
 
     def __del__(self) -> None:
-        # At interpreter exit the functions may be gone.
-        with contextlib.suppress(TypeError, AttributeError):
-            self.close()
+        # Ctrl-C at the entry of __exit__ or close. At interpreter exit the functions may be gone.
+        if self._numbers:
+            with contextlib.suppress(TypeError, AttributeError):
+                self.close()

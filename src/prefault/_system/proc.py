@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from prefault._kernel._call import explain
-from prefault._system.descriptors import Descriptors
 
 
 class MapsLine(NamedTuple):
@@ -58,12 +57,17 @@ def open_proc(path: str) -> int:
 @contextmanager
 def opened_proc(path: str) -> Iterator[int]:
     """Open a file of /proc for reading, for the length of a block. Ctrl-C leaks no descriptor."""
-    with Descriptors() as descriptors:
+    opened: list[int] = []
+    try:
         try:
-            fd = descriptors.open(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+            # One call from C to C: Ctrl-C cannot strike after the opening and before the number is noted.
+            opened.extend(map(os.open, (path,), (os.O_RDONLY | os.O_CLOEXEC,)))
         except OSError as error:
             raise _refusal(path, error) from error
-        yield fd
+        yield opened[0]
+    finally:
+        if opened:
+            os.close(opened[0])
 
 
 def own_descriptors() -> list[int]:

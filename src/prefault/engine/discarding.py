@@ -31,7 +31,7 @@ class DiscardResult(NamedTuple):
             is given back too, but not counted here. None where the kernel cannot tell.
         seconds: the call took.
         method: the advice or call that did it.
-        notes: what else a user should know.
+        notes: sentences that a user should know.
     """
 
     bytes: int
@@ -101,7 +101,7 @@ _Part: TypeAlias = tuple[PageRange, Vma]
 
 
 def _allocated(parts: list[_Part]) -> int | None:
-    """Bytes that are present and allocated, by one scan from the first part to the last."""
+    """Count bytes that are present and allocated, by one scan from the first part to the last."""
     found = residency_of(PageRange(parts[0][0].start, parts[-1][0].stop))
     # Between the parts lie holes, in which nothing is, and parts of huge pages, which stay.
     if len(parts) == 1 or found.allocated_bytes in (None, 0):
@@ -111,9 +111,9 @@ def _allocated(parts: list[_Part]) -> int | None:
 
 
 def _parts(memory: Borrowed, span: Span) -> tuple[list[_Part], bool]:
-    """The whole pages of every mapping under ``span``, and whether there are holes between.
+    """Return the whole pages of every mapping under ``span``, and whether there are holes between.
 
-    Checked as a whole before anything is discarded.
+    All of the span is checked before any page is discarded.
     """
     parts = []
     at = span.start
@@ -129,7 +129,7 @@ def _parts(memory: Borrowed, span: Span) -> tuple[list[_Part], bool]:
                 )
             if memory.readonly and _loses_bytes(vma, part):
                 raise ValueError("the buffer is read-only: its owner does not expect its bytes to change")
-            if _punches(vma) and not vma.writable and memory.access_guard is None:  # which has just made it so
+            if _punches(vma) and not vma.writable and memory.access_guard is None:  # a guard has just unprotected it
                 raise ValueError(f"the mapping is read-only: discarding {vma.backing.value} would take its bytes from all")
             parts.append((part, vma))
         at = stop
@@ -169,12 +169,12 @@ def _discard_run(run: list[_Part], fd: int | None) -> dict[str, None]:
 
 
 def _punches(vma: Vma) -> bool:
-    """Whether the memory is freed only by taking it from the file, because the file is nothing but memory."""
+    """Return whether the memory is freed only by punching holes, because the file is nothing but memory."""
     return vma.shared and (vma.backing.is_shmem or vma.backing is Backing.HUGETLB)
 
 
 def _loses_bytes(vma: Vma, part: PageRange) -> bool:
-    """Whether discarding can change what is read. It cannot where all pages are those of a file."""
+    """Return whether discarding can change the bytes. It cannot where all pages are those of a file."""
     if vma.shared:
         return _punches(vma)
     if vma.writable or vma.backing is not Backing.FILE:

@@ -89,10 +89,10 @@ def lock(
 
 
 def unlock(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> int:
-    """Let the kernel do with the pages of ``buffer`` as it likes. They stay present until it wants the memory.
+    """Unlock the pages of ``buffer``. They stay present until the kernel wants the memory.
 
     Returns:
-        Bytes in whole pages. Those that were not locked are counted as well: it makes no difference.
+        Bytes in whole pages. Pages that were not locked are counted as well.
 
     Raises:
         HoleError: a part of it is not mapped.

@@ -1,4 +1,4 @@
-"""Which method, for which pages, in how many threads: decided before anything is done, and explained."""
+"""Decide which method populates which pages in how many threads, and explain why, before anything is done."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from prefault._system import capabilities
 from prefault._system.cpus import usable_cpus
-from prefault.engine.methods import POPULATE_READ, POPULATE_WRITE, Access, Method, Target, best, by_name
+from prefault.engine.methods import Access, Method, Target, best, by_name
 from prefault.limits import MemoryUse
 from prefault.memory.borrowing import Borrowed, Span, borrow
-from prefault.memory.vma import Backing, Vma, file_descriptor, vma_at, vmas_by_kind
+from prefault.memory.vma import Backing, Vma, file_descriptor, vmas_by_kind
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
 
 THREAD_BYTES = 32 * MIB
@@ -23,7 +23,7 @@ MAX_THREADS = 8
 
 
 class Segment(NamedTuple):
-    """A stretch that is populated by one method: addresses ``[start, stop)``, with the reason for the choice."""
+    """Stretch that is populated by one method: addresses ``[start, stop)``, with the reason for the choice."""
 
     start: int
     stop: int
@@ -49,13 +49,13 @@ class Segment(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What :func:`prefault.populate` will do.
+    """Work of one :func:`prefault.populate` call, decided and not done.
 
     Attributes:
         span: the bytes that were asked for, as addresses; the first segment starts at the page that holds the first.
         segments: in order of address. One, unless the buffer lies in mappings of different kinds.
         threads: how many work at once.
-        notes: what a user should know, each a sentence.
+        notes: sentences that a user should know.
     """
 
     span: Span
@@ -95,10 +95,10 @@ def plan(
     method: str | None = None,
     threads: int | None = None,
 ) -> Plan:
-    """What :func:`prefault.populate` would do with the same arguments, and why. Nothing is populated.
+    """Return the plan of :func:`prefault.populate` for the same arguments, with its reasons. Nothing is populated.
 
     Raises:
-        TypeError, ValueError: as :func:`prefault.populate`.
+        TypeError, ValueError: those of :func:`prefault.populate`.
     """
     with borrow(buffer) as memory:
         return make_plan(memory, access, offset, length, method, threads)
@@ -107,7 +107,7 @@ def plan(
 def make_plan(
     memory: Borrowed, access: Access | None, offset: Size, length: Size | None, method: str | None, threads: int | None
 ) -> Plan:
-    """The plan for borrowed memory."""
+    """Return the plan for borrowed memory."""
     if access not in (None, "read", "write"):
         raise ValueError(f"access is 'read', 'write' or None, not {access!r}")
     span = memory.select(offset, length)
@@ -116,9 +116,6 @@ def make_plan(
         return Plan(span, (), 1, ())
     if memory.page_provider is not None and chosen is None:
         return Plan(span, (), 1, ("device memory: one call of its driver's populate hook",))
-    simple = _simple(memory, span, access) if chosen is None and memory.contiguous else None
-    if simple is not None:
-        return Plan(span, (simple,), _threads(threads, (simple,)), ())
     segments = tuple(_segments(memory, span, access, chosen))
     notes = [] if memory.contiguous else ["the array is not contiguous: every page that it spans is populated"]
     kinds = {segment[2:5]: segment for segment in segments}.values()
@@ -133,33 +130,17 @@ def _chosen(name: str, access: Access | None) -> Method:
     if method.by_hand or method.overwrites:
         raise ValueError(
             f"method {name!r} is for measurements on empty mappings: it overwrites memory, or dies of SIGBUS where"
-            " memory cannot be had"
+            " there is none"
         )
     if access is not None and method.access != access and not method.hint:
         raise ValueError(f"method {name!r} populates for {method.access}, not for {access}")
     return method
 
 
-def _simple(memory: Borrowed, span: Span, access: Access | None) -> Segment | None:
-    """The one segment of private anonymous memory in a single mapping, with nothing to be said about it.
-
-    What nearly every call is about. It takes a third of the time of the general way, which counts for a single page.
-    """
-    start, stop = span.start - span.start % PAGE_SIZE, span.stop + -span.stop % PAGE_SIZE
-    vma = _vma_at(start, memory)
-    if vma is None or vma.inode or vma.shared or vma.start > start or vma.stop < stop:
-        return None
-    if not capabilities.MADV_POPULATE.available:
-        return None
-    if access == "write" or (access is None and vma.writable and not memory.readonly):
-        return Segment(start, stop, POPULATE_WRITE, _PRIVATE, Backing.ANONYMOUS, "private anonymous memory")
-    return Segment(start, stop, POPULATE_READ, _PRIVATE, Backing.ANONYMOUS, "private anonymous memory, to be read")
-
-
 def _segments(memory: Borrowed, span: Span, access: Access | None, chosen: Method | None) -> Iterator[Segment]:
-    """One segment a mapping, neighbours of the same kind joined; a hole belongs to what comes before it.
+    """Yield one segment per mapping, neighbours of the same kind joined, a hole with the mapping before it.
 
-    The kernel stops at a hole by itself, so that it need not be one of ours to find.
+    The kernel itself stops at a hole, so that none need be found here.
     """
     pending: Segment | None = None
     for found in _pieces(memory, span, access, chosen):
@@ -174,7 +155,7 @@ def _segments(memory: Borrowed, span: Span, access: Access | None, chosen: Metho
 
 
 def _pieces(memory: Borrowed, span: Span, access: Access | None, chosen: Method | None) -> Iterator[Segment]:
-    """One segment for each mapping and each hole."""
+    """Yield one segment for each mapping and each hole."""
     at = span.start - span.start % PAGE_SIZE
     stop = span.stop + -span.stop % PAGE_SIZE
     known: dict[Vma, tuple[Method, Target, Backing | None, str]] = {}
@@ -187,9 +168,9 @@ def _pieces(memory: Borrowed, span: Span, access: Access | None, chosen: Method 
         end = min(stop + (first - stop) % vma.page_size, last)
         like = known.get(vma)
         if like is None:
-            if memory.access_guard is not None:
-                vma.readable = vma.writable = True  # once the gate has let us through: until then it may be fenced off
-            like = known[vma] = _segment(memory, vma, start, end, access, chosen)[2:]
+            # Blocks that the access guard protects are unprotected by the time that the plan is carried out.
+            seen = vma if memory.access_guard is None else vma.unprotected()
+            like = known[vma] = _segment(memory, seen, start, end, access, chosen)[2:]
         yield Segment(start, end, *like)
         at = end
     if at < stop:
@@ -198,13 +179,6 @@ def _pieces(memory: Borrowed, span: Span, access: Access | None, chosen: Method 
 
 def _hole(start: int, stop: int, access: Access | None, chosen: Method | None) -> Segment:
     return Segment(start, stop, chosen or best(access or "write", allocate=False), Target(), None, "nothing is mapped")
-
-
-def _vma_at(address: int, memory: Borrowed) -> Vma | None:
-    vma = vma_at(address)
-    if vma is not None and memory.access_guard is not None:
-        vma.readable = vma.writable = True  # once the gate has let us through: until then it may be fenced off
-    return vma
 
 
 def _same_kind(one: Segment, other: Segment) -> bool:
@@ -238,9 +212,6 @@ def _segment(memory: Borrowed, vma: Vma, start: int, stop: int, access: Access |
     if method.falls_back and vma.backing in (Backing.FILE, Backing.TMPFS):
         reason += f" ({method.without_fallocate.name} alone, if the file system has no fallocate)"
     return Segment(start, stop, method, _target(vma, fd), vma.backing, reason)
-
-
-_PRIVATE = Target()
 
 
 def _descriptor(memory: Borrowed, vma: Vma) -> int | None:
@@ -310,9 +281,9 @@ NO_FALLOCATE = "the file system has no fallocate: holes stay holes, and a later 
 
 
 def without_fallocate(segment: Segment, error: OSError) -> Segment | None:
-    """The segment for a file system that has no fallocate, if that is what ``error`` says (NFS before 4.2, FAT, ramfs).
+    """Return the segment for a file system without fallocate, if ``error`` says so (NFS before 4.2, FAT, ramfs); else None.
 
-    Found out by populating: a plan touches nothing.
+    Populating finds this out: a plan touches nothing.
     """
     method = segment.method
     if method.falls_back and error.errno == errno.EOPNOTSUPP:

@@ -24,14 +24,14 @@ class ReadAhead:
     """Watches the chunks of one thread, and reads ahead where the advice of the mapping forbids it.
 
     The advice is taken off the chunk while it is populated, and given again. Meanwhile faults of other threads in this chunk
-    read ahead as well. A mapping of our own would spare them that, but it needs a descriptor of the file: to open one and
+    read ahead as well. A second mapping of the file would spare them that, but needs a descriptor: to open one and
     close it drops the POSIX locks that this process holds on the file (fcntl(2)).
     """
 
     def __init__(self, whole: PageRange) -> None:
         self._whole = whole
         self._random: RangeSet | None = None
-        """What has the advice; None before it was looked at."""
+        """The ranges that have the advice; None before smaps was read."""
 
     def run(self, chunk: PageRange, populate: Callable[[], _Result]) -> _Result:
         """Call ``populate``, which populates the chunk, and return its result."""
@@ -65,6 +65,6 @@ def _advise(ranges: RangeSet, advice: int) -> None:
 
 
 def _advised_random(whole: PageRange) -> RangeSet:
-    """The mappings in a range that have the flag of MADV_RANDOM in smaps, ``rr``."""
+    """Return the mappings in a range that have the flag of MADV_RANDOM in smaps, ``rr``."""
     found = (PageRange(start, stop) for start, stop in proc.mappings_with_flag("rr"))
     return RangeSet(found) & RangeSet([whole])

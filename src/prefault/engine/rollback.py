@@ -1,4 +1,4 @@
-"""Taking back what a populate call brought in, without losing a byte that was there before."""
+"""Undo a populate call without losing a byte that was there before."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from prefault.sizes import MIB, PAGE_SIZE
 
 
 class Rollback:
-    """What has to be known before a populate call in order to undo it.
+    """State of the memory before a populate call, as far as it is needed to undo the call.
 
     Private pages were empty, the zero page, or pages of the file: dropping them restores what was. Pages whose content is
     nowhere else stay. A file in memory (memfd, tmpfs, hugetlb) gets pages by every access to a hole, also by a read and also
     through a private mapping. Such a page may be what another process has populated or written meanwhile: only pages of
-    nothing but zeros that were not in memory before, and that nobody else maps, are taken from the file; the others just
-    leave our page tables. On a disk, the holes that fallocate filled and nobody wrote to become holes again.
+    nothing but zeros that were not in memory before, and that no other process maps, are taken from the file; the others
+    just leave the page tables of this process. On a disk, holes that fallocate filled become holes again, unless a process
+    wrote to them.
 
     A huge page may reach beyond the range. The part outside stays, for another thread may have written there.
     """
@@ -47,7 +48,7 @@ class Rollback:
 
     @classmethod
     def knowing(cls, segment: Segment, kept: RangeSet, resident: RangeSet, holes: RangeSet) -> Rollback:
-        """For one segment of which all was found out before, by a caller who has faster ways for many small ranges.
+        """Make the rollback of one segment whose state a caller found out by faster ways for many small ranges.
 
         Args:
             segment: all of what is populated, and perhaps more.
@@ -64,7 +65,7 @@ class Rollback:
         return known
 
     def undo(self, brought_in: RangeSet, taken: RangeSet) -> RangeSet:
-        """Discard the pages, and what fallocate set aside in the chunks that were ``taken`` up; those that had to stay.
+        """Discard the pages, and what fallocate allocated in the chunks that were ``taken``; return those that had to stay.
 
         Pages stay in the page tables, or only in the file's own memory.
         """
@@ -88,7 +89,7 @@ class Rollback:
 
 
 def _drop(pages: RangeSet) -> Iterator[PageRange]:
-    """Empty the page tables; the pages that the kernel does not let go of."""
+    """Empty the page tables; yield the pages that the kernel refuses to free."""
     for item in pages:
         try:
             drop(item.start, item.length)
@@ -97,13 +98,13 @@ def _drop(pages: RangeSet) -> Iterator[PageRange]:
 
 
 def _of_its_own(segment: Segment) -> Iterator[PageRange]:
-    """Pages whose content is nowhere else: in swap, under migration, or present and neither the file's nor the zero page.
+    """Yield pages whose content is nowhere else: in swap, under migration, or present and not the file's nor the zero page.
 
     One look at each entry decides: between two looks a page could be swapped out or migrate, and be in neither answer.
     """
     found = residency_of(PageRange(segment.start, segment.stop))
     if found.source == "mincore":
-        # Nobody knows then which pages were there before, and to discard those would lose what they hold.
+        # mincore does not tell which pages this process had before, and to discard those would lose what they hold.
         raise PopulateError(
             errno.EOPNOTSUPP,
             "rollback is not possible here: /proc/self/pagemap cannot be read, so the pages that a call brings in"
@@ -121,13 +122,13 @@ def _of_its_own(segment: Segment) -> Iterator[PageRange]:
 
 
 def _is_memory_file(segment: Segment) -> bool:
-    """Whether populating allocates in a file that is nothing but memory. Private hugetlb pages are never the file's."""
+    """Return whether populating allocates in a file that is only memory. Private hugetlb pages are never the file's."""
     backing = segment.backing
     return backing is not None and (backing.is_shmem or (backing is Backing.HUGETLB and segment.target.shared))
 
 
 def _with_descriptor(segment: Segment) -> Segment:
-    """The segment with a descriptor of its file, where the mapping itself does not permit to punch holes into it."""
+    """Return the segment with a descriptor of its file, where the mapping itself does not permit to punch holes into it."""
     target = segment.target
     if target.fd is not None or (target.shared and target.writable):
         return segment
@@ -139,7 +140,7 @@ def _with_descriptor(segment: Segment) -> Segment:
 
 
 def _beyond(segments: tuple[Segment, ...], brought_in: RangeSet) -> Iterator[PageRange]:
-    """The parts of huge pages that were brought in and that lie outside of all segments."""
+    """Yield the parts of huge pages that were brought in and that lie outside of all segments."""
     size = thp.pmd_size()
     for segment in segments:
         if size is None or segment.target.page_size > PAGE_SIZE:
@@ -158,12 +159,12 @@ def _allocates_on_disk(segment: Segment) -> bool:
 
 
 def holes_before(segment: Segment) -> RangeSet:
-    """The holes that fallocate is about to fill; none where it does not."""
+    """Return the holes that fallocate is about to fill; none where it fills none."""
     return RangeSet(_holes(segment)) if _allocates_on_disk(segment) else RangeSet()
 
 
 def _holes(segment: Segment) -> Iterator[PageRange]:
-    """The parts of the file under a segment that have no blocks, as addresses; none where the file system cannot tell."""
+    """Yield the parts of the file under a segment without blocks, as addresses; none where the file system cannot tell."""
     target = segment.target
     assert target.fd is not None
     at, stop = segment.start + target.file_base, min(segment.stop + target.file_base, target.file_size)
@@ -173,11 +174,11 @@ def _holes(segment: Segment) -> Iterator[PageRange]:
 
 
 _FEW = 16 * PAGE_SIZE
-"""Others may map the pages at any moment, so that few are looked at and taken away at once."""
+"""Bytes that are looked at and punched at once: few, since other processes may map the pages at any moment."""
 
 
 def _punch_unshared(pages: RangeSet, segment: Segment) -> Iterator[PageRange]:
-    """As :func:`_punch_zeros`, but for pages that others map too: to them they are populated."""
+    """Take the pages of zeros that no other process maps from the file; yield those that the kernel refuses to free."""
     read = best("read", allocate=False)
     for item in pages:
         # Of what fallocate alone brought in, and of the file behind a private mapping, only our page tables tell whether
@@ -187,14 +188,14 @@ def _punch_unshared(pages: RangeSet, segment: Segment) -> Iterator[PageRange]:
                 read.run(there.start, there.length, segment.target)
         for few in item.chunks(max(_FEW, segment.target.page_size)):
             zeros, unread = _look(few, segment)
-            # Last, so that as little time as can be lies between the look and the hole.
+            # Last, so that as little time as possible lies between the look and the hole.
             yield from _punch_all(zeros - mapped_by_others(few), segment)
             for page in unread:
                 yield from resident(page)
 
 
 def _punch_zeros(pages: RangeSet, segment: Segment) -> Iterator[PageRange]:
-    """Take the pages that hold nothing but zeros from the file; those that the kernel does not let go of."""
+    """Take the pages that hold nothing but zeros from the file; yield those that the kernel refuses to free."""
     for item in pages:
         for part in item.chunks(max(MIB, segment.target.page_size)):
             yield from _punch_all(_look(part, segment)[0], segment)
@@ -209,7 +210,7 @@ def _punch_all(pages: RangeSet, segment: Segment) -> Iterator[PageRange]:
 
 
 def _punch_each(pages: PageRange, segment: Segment) -> Iterator[PageRange]:
-    """Page by page: some are locked, and there is no descriptor to go round that; or the memfd is sealed."""
+    """Punch page by page: some are locked, and there is no descriptor to go round that; or the memfd is sealed."""
     for page in pages.chunks(segment.target.page_size):
         try:
             _punch(page, segment)
@@ -226,7 +227,7 @@ def _punch(pages: PageRange, segment: Segment) -> None:
 
 
 def _look(pages: PageRange, segment: Segment) -> tuple[RangeSet, RangeSet]:
-    """The pages that hold nothing but zeros, and those that cannot be read."""
+    """Return the pages that hold nothing but zeros, and those that cannot be read."""
     step = segment.target.page_size
     content = _read(pages, segment)
     if len(content) < pages.length and pages.length > step:
@@ -243,7 +244,7 @@ def _look(pages: PageRange, segment: Segment) -> tuple[RangeSet, RangeSet]:
 
 
 def _read(part: PageRange, segment: Segment) -> bytes:
-    """Its bytes as far as they can be read, by the kernel: a guard page, or a file that shrinks meanwhile, is no signal."""
+    """Return the bytes as far as the kernel can read them: a guard page, or a file that shrinks meanwhile, is no signal."""
     target = segment.target
     with contextlib.suppress(OSError):
         if target.fd is not None:

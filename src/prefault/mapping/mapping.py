@@ -1,4 +1,4 @@
-"""Memory that we own: a :class:`Mapping` over a backing."""
+"""Memory that prefault maps itself: a :class:`Mapping` over a backing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ADVICE = {"advise": mman.MADV_HUGEPAGE, "never": mman.MADV_NOHUGEPAGE}
 
 
 class MappedMemory(MemoryOwner):
-    """What :class:`Mapping` and :class:`~prefault.SparseMemory` have in common: a mapping of their own, and its end."""
+    """Base of :class:`Mapping` and :class:`~prefault.SparseMemory`: it owns a mapping, and ends it."""
 
     _memory: OwnedMemory | None
 
@@ -45,16 +45,16 @@ class MappedMemory(MemoryOwner):
 
     @property
     def file_offset(self) -> int:
-        """Where in that file the memory starts, in bytes."""
+        """Offset in that file at which the memory starts, in bytes."""
         return self._open_memory().file_offset
 
     @property
     def closed(self) -> bool:
-        """Whether the memory was given up."""
+        """True once the memory is unmapped or left to its views."""
         return self._memory is None
 
     def close(self) -> None:
-        """Unmap the memory and close its file. A second call does nothing.
+        """Unmap the memory and close its file. Idempotent.
 
         Raises:
             BufferError: a view is still alive, or another thread is at work on the memory. Nothing has changed then.
@@ -88,7 +88,7 @@ class MappedMemory(MemoryOwner):
     def _array(
         view: memoryview, dtype: numpy.typing.DTypeLike, shape: int | tuple[int, ...] | None
     ) -> numpy.ndarray[Any, Any]:
-        """The bytes of a view as an array; without a shape, of as many items as fit."""
+        """Return the bytes of a view as an array; without a shape, of as many items as fit."""
         import numpy
 
         kind = numpy.dtype(dtype)
@@ -108,7 +108,7 @@ class MappedMemory(MemoryOwner):
 
 
 class Mapping(MappedMemory):
-    """A range of memory that is mapped by us and unmapped by :meth:`close`.
+    """Range of memory that prefault maps, and that :meth:`close` unmaps.
 
     ::
 
@@ -131,7 +131,7 @@ class Mapping(MappedMemory):
         align: the address becomes a multiple of this; default 2 MiB for mappings that could hold a huge page.
 
     Raises:
-        MappingError: the backing or the memory cannot be had. Nothing is left behind.
+        MappingError: the backing or the memory is not available. Nothing is left behind.
         ValueError, TypeError: a wrong size, backing or option.
     """
 
@@ -181,23 +181,23 @@ class Mapping(MappedMemory):
         """The addresses of the mapping, whole pages."""
         memory = self._open_memory()
         mapped = memory.mapped
-        if not mapped:  # closed by another thread since we looked
+        if not mapped:  # closed by another thread since the first look
             raise ValueError("the mapping is closed")
         return PageRange(memory.address, memory.address + mapped)
 
     def __len__(self) -> int:
-        """Bytes: what was asked for, rounded up to pages; for a :class:`File` or :class:`Descriptor` not rounded."""
+        """Return the length in bytes, rounded up to pages; for a :class:`File` or :class:`Descriptor` not rounded."""
         return self._length
 
     def memoryview(self) -> memoryview:
-        """The bytes, to read and (if ``writable``) to write. It keeps the memory; :meth:`close` refuses while it lives."""
+        """Return a view of the bytes, writable if ``writable`` is. While it lives, :meth:`close` refuses."""
         view = memoryview(self._open_memory().exporter(self._length)).cast("B")
         return view if self.writable else view.toreadonly()
 
     def ndarray(
         self, dtype: numpy.typing.DTypeLike = "uint8", shape: int | tuple[int, ...] | None = None
     ) -> numpy.ndarray[Any, Any]:
-        """The memory as an array, without a copy.
+        """Return the memory as an array, without a copy.
 
         Args:
             dtype: anything that numpy takes for one, but no Python objects.
@@ -220,7 +220,7 @@ class Mapping(MappedMemory):
 
 
 class OwnedMemory:
-    """The mapping itself and its descriptor: exactly one owner, so that both go away exactly once.
+    """Owner of a mapping and of its file's descriptor: exactly one, so that both go away exactly once.
 
     Views refer to this object, not to the Mapping: a Mapping that is forgotten while a view lives leaves the memory to the
     view, and the last one to go unmaps it.
@@ -284,7 +284,7 @@ class OwnedMemory:
                     raise MappingError(error.errno or 0, f"huge={huge!r} is refused: {error.strerror}") from error
 
     def exporter(self, length: int) -> ctypes.Array[ctypes.c_char]:
-        """The object that lends the memory out by the buffer protocol; one for all views."""
+        """Return the object that exports the memory by the buffer protocol; one for all views."""
         with self._lock:
             if not self.mapped:  # closed by another thread since the caller looked
                 raise ValueError("the mapping is closed")
@@ -296,24 +296,24 @@ class OwnedMemory:
             return array
 
     def pin(self, pin: MemoryPin) -> None:
-        """Stay, for as long as that object lives or until :meth:`unpin`."""
+        """Keep the memory mapped for as long as that object lives or until :meth:`unpin`."""
         with self._lock:
             if not self.mapped:
                 raise ValueError("the mapping is closed")
             self._pins.add(pin)
 
     def unpin(self, pin: MemoryPin) -> None:
-        """It is done. A second call does nothing."""
+        """End what :meth:`pin` began. Idempotent."""
         self._pins.discard(pin)
 
     def forget_other_threads(self) -> None:
-        """After fork, in the child: only the thread that forked is there, and none will let go for the others."""
+        """Drop the pins of other threads, in the child of a fork, which has only the thread that forked."""
         self._lock = threading.RLock()
         me = threading.get_ident()
         self._pins = weakref.WeakSet([pin for pin in self._pins if pin.thread == me])
 
     def close(self) -> None:
-        """Unmap and close, unless somebody looks: BufferError then."""
+        """Unmap and close; BufferError while a view is alive or a thread is at work."""
         with self._lock:
             if self._pins:
                 raise BufferError("the mapping is in use by another thread")
@@ -322,7 +322,7 @@ class OwnedMemory:
             self.unmap()
 
     def unmap(self) -> None:
-        """Unmap and close, whoever looks."""
+        """Unmap and close, though views or pins may exist."""
         mapped, self.mapped = self.mapped, 0
         at_unmap, self.at_unmap = self.at_unmap, None
         try:
@@ -334,13 +334,13 @@ class OwnedMemory:
                 at_unmap()
 
     def __del__(self) -> None:
-        # Nobody refers to it any more, so no view and no pin is left. At interpreter exit the functions may be gone.
+        # No reference to it is left, so no view and no pin is. At interpreter exit the functions may be gone.
         with contextlib.suppress(TypeError, AttributeError):
             self.unmap()
 
 
 class MemoryPin(Pin):
-    """A thread at work on the memory.
+    """Pin of a thread at work on the memory.
 
     The memory knows it weakly: wherever an asynchronous exception (Ctrl-C) strikes, the pin ends with this object.
     """
@@ -351,7 +351,7 @@ class MemoryPin(Pin):
         memory.pin(self)
 
     def release(self) -> None:
-        """Let go; a second call does nothing."""
+        """End the pin. Idempotent."""
         self._memory.unpin(self)
 
 
@@ -365,7 +365,7 @@ def _map_aligned(length: int, prot: int, flags: int, fd: int, offset: int, align
     """Mmap at a multiple of ``align``: look for room, and map there if it is still free.
 
     Not over a reservation with MAP_FIXED: until Linux 6.11 a call that fails then has unmapped it already, and another
-    thread's memory may lie there by the time that we clean up.
+    thread's memory may lie there by the time of the cleanup.
     """
     if align <= page_size:
         return mman.mmap(0, length, prot, flags, fd, offset)  # hugetlb aligns by itself
@@ -379,7 +379,7 @@ def _map_aligned(length: int, prot: int, flags: int, fd: int, offset: int, align
             continue  # another thread was faster
         if address == wanted:
             return address
-        mman.munmap(address, length)  # before Linux 4.17 the address is but a hint
+        mman.munmap(address, length)  # before Linux 4.17 the address is only a hint
     raise OSError(errno.EAGAIN, "other threads took every free place first")
 
 

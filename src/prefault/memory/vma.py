@@ -1,8 +1,9 @@
-"""What is mapped where in this process: virtual memory areas (VMAs), one by one and cheaply."""
+"""Virtual memory areas (VMAs) of this process, asked of the kernel one by one and cheaply."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import enum
 import errno
 import fcntl
@@ -21,7 +22,7 @@ from prefault.sizes import PAGE_SIZE
 
 
 class Backing(enum.Enum):
-    """What supplies the pages of a mapping."""
+    """Supply of the pages of a mapping."""
 
     ANONYMOUS = "private anonymous memory"
     SHARED_ANONYMOUS = "shared anonymous memory"
@@ -33,12 +34,12 @@ class Backing(enum.Enum):
 
     @property
     def is_shmem(self) -> bool:
-        """Memory of the kernel's shmem: it has no place on a disk, and holes are allocated on first touch."""
+        """True for memory of the kernel's shmem: it has no place on a disk, and holes are allocated on first touch."""
         return self in (Backing.SHARED_ANONYMOUS, Backing.MEMFD, Backing.TMPFS)
 
 
 class Vma:
-    """One virtual memory area, as it was when it was asked about.
+    """One virtual memory area, as it was when the kernel was asked.
 
     ``start`` and ``stop`` are addresses, ``page_size`` is the kernel's page size for it (2 MiB or 1 GiB for hugetlb),
     ``file_offset`` is the offset in the file that ``start`` maps, ``device`` and ``inode`` name that file (0 without one).
@@ -68,7 +69,7 @@ class Vma:
 
     @property
     def name(self) -> str:
-        """The path or the ``[name]`` that ``/proc/self/maps`` shows. Looked up when it is first asked for."""
+        """The path or the ``[name]`` that ``/proc/self/maps`` shows. Looked up on first use."""
         if self._name is None:
             again = _query(self.start, with_name=True)
             self._name = again._name or "" if again is not None and again.start <= self.start else ""
@@ -76,7 +77,7 @@ class Vma:
 
     @property
     def backing(self) -> Backing:
-        """What supplies the pages."""
+        """The supply of the pages."""
         if self._backing is None:
             self._backing = self._classify()
         return self._backing
@@ -93,8 +94,8 @@ class Vma:
             return Backing.MEMFD if self.name.startswith("/memfd:") else Backing.SHARED_ANONYMOUS
         filesystem = _filesystem(self.device)
         if filesystem is None:
-            # Of the kernel's own mounts, or of one that this process does not see: then it is taken for a disk, as nothing
-            # is ever taken away from files on disks.
+            # A mount of the kernel's own, or one that this process does not see: that is taken for a disk, since discard
+            # never changes files on disks.
             own = self.name.startswith(("/secretmem", "/dmabuf:", "anon_inode:", "socket:"))
             return Backing.SPECIAL if own else Backing.FILE
         if _is_device(self):
@@ -102,8 +103,14 @@ class Vma:
             return Backing.ANONYMOUS if self.name == "/dev/zero" and not self.shared else Backing.SPECIAL
         return Backing.TMPFS if filesystem in ("tmpfs", "ramfs", "devtmpfs", "rootfs") else Backing.FILE
 
+    def unprotected(self) -> Vma:
+        """Return a copy that permits reading and writing: the mapping as an access guard is going to leave it."""
+        again = copy.copy(self)
+        again.readable = again.writable = True
+        return again
+
     def describe(self) -> str:
-        """A few words for messages: ``"shared, writable: a file (/data/x)"``."""
+        """Return a few words for messages: ``"rw-s a file (/data/x)"``."""
         letters = "".join(
             letter if there else "-"
             for letter, there in (("r", self.readable), ("w", self.writable), ("x", self.executable))
@@ -121,7 +128,7 @@ _QUERY_BYTES = sizeof(procmap.ProcmapQuery)
 
 
 def vma_at(address: int) -> Vma | None:
-    """The VMA that holds ``address``, or else the next one above it; None above the last.
+    """Return the VMA that holds ``address``, or else the next one above it; None above the last.
 
     One ioctl where the kernel has PROCMAP_QUERY (Linux 6.11), else a read of all of ``/proc/self/maps``.
     """
@@ -131,7 +138,7 @@ def vma_at(address: int) -> Vma | None:
 
 
 def vmas(start: int, stop: int) -> Iterator[Vma]:
-    """The VMAs that share a byte with ``[start, stop)``, in order. Between two that do not touch is a hole."""
+    """Yield the VMAs that share a byte with ``[start, stop)``, in order. Between two that do not touch is a hole."""
     if capabilities.PROCMAP_QUERY.available:
         for row in _query_all(start, stop):
             yield _vma_of(row)
@@ -165,7 +172,7 @@ def vmas_by_kind(start: int, stop: int) -> Iterator[tuple[int, int, Vma]]:
 
 
 _ROW = struct.Struct("QQQQQQII")
-"""What PROCMAP_QUERY answers: start, stop, flags, page size, offset in the file, inode, major and minor device number."""
+"""Answer of PROCMAP_QUERY: start, stop, flags, page size, offset in the file, inode, major and minor device number."""
 _Row: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 
 
@@ -195,7 +202,7 @@ def _vma_of(row: _Row) -> Vma:
 
 
 def _may_be_special(start: int, stop: int) -> bool:
-    """Whether the addresses are among those where [vdso] and its neighbours lay when this process asked first."""
+    """Return whether [vdso] or a neighbour of it lay at these addresses when this process first looked."""
     first, last = _special_span()
     return start < last and first < stop
 
@@ -255,12 +262,12 @@ def _read_all() -> Iterator[Vma]:
 
 
 def vm_flags(address: int) -> frozenset[str]:
-    """The VmFlags of the VMA at ``address`` (two letters each, proc_pid_smaps(5)). Slow: for explaining a failure."""
+    """Return the VmFlags of the VMA at ``address`` (two letters each, proc_pid_smaps(5)). Slow: for explaining a failure."""
     return next((line.vm_flags for line in proc.read_smaps() if line.start <= address < line.end), frozenset())
 
 
 def _filesystem(device: int) -> str | None:
-    """The type of the file system with this device number; None for mounts that this process does not see."""
+    """Return the type of the file system with this device number; None for mounts that this process does not see."""
     # Not cached: the number of an unmounted tmpfs goes to the next file system without a disk of its own, perhaps a network
     # file system, and discarding takes the bytes of tmpfs files.
     return next((mount.filesystem for mount in proc.read_mounts() if mount.device == device), None)
@@ -268,7 +275,7 @@ def _filesystem(device: int) -> str | None:
 
 @functools.cache
 def _shmem_device() -> int:
-    """The device number of the kernel's own tmpfs, where memfds, shared anonymous memory and SysV segments live."""
+    """Return the device number of the kernel's own tmpfs, where memfds, shared anonymous memory and SysV segments live."""
     address = mman.mmap(0, PAGE_SIZE, mman.PROT_READ, mman.MAP_SHARED | mman.MAP_ANONYMOUS)
     try:
         vma = vma_at(address)
@@ -279,7 +286,7 @@ def _shmem_device() -> int:
 
 
 def mount_directory(vma: Vma) -> str | None:
-    """Where the file system of the file behind ``vma`` is mounted; None where this process does not see it."""
+    """Return the mount point of the file system behind ``vma``; None where this process does not see it."""
     return next((mount.directory for mount in proc.read_mounts() if mount.device == vma.device), None)
 
 
@@ -292,7 +299,7 @@ def _is_device(vma: Vma) -> bool:
 
 
 def file_descriptor(vma: Vma) -> int | None:
-    """A descriptor of ours that is open for reading and writing on the file of ``vma``, or None.
+    """Return a descriptor of this process that is open for reading and writing on the file of ``vma``, or None.
 
     Borrowed: never to be closed or kept. No new descriptor is opened, because closing *any* descriptor of a file drops the
     POSIX locks that this process holds on it (fcntl(2)), a database's for example.
@@ -309,7 +316,7 @@ def file_descriptor(vma: Vma) -> int | None:
 
 
 def any_descriptor(vma: Vma) -> int | None:
-    """Return a descriptor of ours on the file of ``vma``, however it was opened, or None. Borrowed: never to be closed."""
+    """Return any descriptor of this process on the file of ``vma``, or None. Borrowed: never to be closed."""
     for fd in proc.own_descriptors():
         with contextlib.suppress(OSError):  # closed by another thread since they were listed
             status = os.fstat(fd)
@@ -319,7 +326,7 @@ def any_descriptor(vma: Vma) -> int | None:
 
 
 def file_size(vma: Vma) -> int | None:
-    """The size of the file behind ``vma`` in bytes; None where it cannot be found out."""
+    """Return the size of the file behind ``vma`` in bytes; None where it cannot be found out."""
     fd = any_descriptor(vma)
     if fd is not None:
         with contextlib.suppress(OSError):

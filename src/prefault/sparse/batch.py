@@ -12,14 +12,15 @@ from prefault._kernel import mman
 from prefault._kernel.pagemap import PageCategory
 from prefault._system import capabilities
 from prefault._system.own_process import own_process
+from prefault.engine.attempts import ChunkFailure, locate
 from prefault.engine.chunking import ChunkSize
-from prefault.engine.diagnosis import diagnose
 from prefault.engine.discarding import DiscardResult, drop
 from prefault.engine.methods import Access
+from prefault.engine.outcomes import Settlement, failed, interrupted
 from prefault.engine.planning import NO_FALLOCATE, Segment, make_plan, without_fallocate
-from prefault.engine.populating import HeadroomChoice, PopulateResult, locate
+from prefault.engine.populating import HeadroomChoice, PopulateResult
 from prefault.engine.rollback import Rollback, holes_before
-from prefault.errors import DiscardError, PopulateError, PopulateInterrupted
+from prefault.errors import DiscardError, PopulateError
 from prefault.inspection.mincore import resident_in
 from prefault.inspection.scan import occupied
 from prefault.intervals import Intervals
@@ -142,12 +143,10 @@ class _BatchRun:
         except PopulateError:
             raise
         except BaseException as interruption:
-            brought_in, kept = self._undo()
-            text = f"{format_size(brought_in)} of {format_size(self._pages.length)} populated{_undone(kept)}"
-            if isinstance(interruption, KeyboardInterrupt):
-                raise PopulateInterrupted(f"interrupted: {text}", kept) from None
-            interruption.add_note(f"populate_many was stopped: {text}")
-            raise
+            ended = interrupted(interruption, self._origin, self._pages.length, self._settle())
+            if ended is interruption:
+                raise
+            raise ended from None
         whole, present = self._pages.length, self._before.length
         seconds = (perf_counter_ns() - began) / 1e9
         method = self._segment.method  # without fallocate, perhaps, by now
@@ -182,7 +181,7 @@ class _BatchRun:
             return
         without = None if isinstance(failure.error, Shortfall) else without_fallocate(self._segment, failure.error)
         if without is None:
-            raise self._failed(failure.address, failure.error)
+            raise self._failed(failure)
         self._segment, self._notes = without, (*self._notes, NO_FALLOCATE)
         self._one(number)
 
@@ -195,7 +194,7 @@ class _BatchRun:
         start, end = self._vector.span(first, stop)
         shortfall = self._admission.admit(start, end)
         if shortfall is not None:
-            raise self._failed(start, shortfall)
+            raise self._failed(ChunkFailure(start, self._segment, shortfall))
         try:
             yield
         finally:
@@ -203,27 +202,12 @@ class _BatchRun:
 
     # --- the end
 
-    def _failed(self, address: int, error: OSError | Shortfall) -> PopulateError:
-        # By what is there now, so before anything is discarded.
-        segment = self._segment
+    def _failed(self, failure: ChunkFailure) -> PopulateError:
         self._tried = self._at + 1
-        cause = error if isinstance(error, Shortfall) else diagnose(address, segment.method, error, segment.target.fd)
-        brought_in, kept = self._undo()
-        offset = address - self._origin
-        where = f"offset {offset} ({address:#x}), in one of {len(self._pages)} ranges"
-        done = f"before that {format_size(brought_in)} populated{_undone(kept)}"
-        if isinstance(cause, Shortfall):
-            message = f"stopped at {where}: for the next part {cause.sentence}; {done}"
-            return cause.error(message, address=address, offset=offset, populated=kept)
-        result = cause.error(
-            cause.errno, f"cannot populate the page at {where}: {cause.sentence}; {done}",
-            address=address, offset=offset, populated=kept,
-        )  # fmt: skip
-        result.__cause__ = error if isinstance(error, OSError) else None
-        return result
+        return failed(failure, self._origin, f", in one of {len(self._pages)} ranges", self._settle)
 
-    def _undo(self) -> tuple[int, RangeSet]:
-        """Discard the pages that this call brought in; return how many bytes these were, and the pages that stayed.
+    def _settle(self) -> Settlement:
+        """Roll back, and return how many bytes this call brought in, and the pages that are still there.
 
         Only pages that were tried, lest others lose what they touch; and a few ranges at a time: finding out what to discard
         takes memory, at a moment when there may be none left.
@@ -238,7 +222,7 @@ class _BatchRun:
             brought_in += done.length
             kept, resident = (_pages(some.window(*part.span)) for some in (self._kept, self._resident))
             stayed += Rollback.knowing(self._segment, kept, resident, self._holes).undo(done, _pages(part))
-        return brought_in, RangeSet(stayed)
+        return Settlement(brought_in, RangeSet(stayed), rolled_back=True)
 
     def _brought_in(self, pages: Intervals) -> Intervals:
         """Return the pages of a set that are populated now and were not before."""
@@ -267,10 +251,6 @@ class _Scattered(ScatteredDemand):
 
     def unallocated(self, start: int, stop: int) -> int:
         return self.missing_bytes(start, stop)
-
-
-def _undone(kept: RangeSet) -> str:
-    return f", and discarded again except {format_size(kept.length)}" if kept else ", and discarded again"
 
 
 def discard_many(memory: Borrowed, guard: BlockGuard, blocks: Intervals) -> DiscardResult:

@@ -1,7 +1,8 @@
-"""Populating many ranges by few system calls: process_madvise(2) on this process, up to 1024 ranges per call.
+"""Attempts to populate memory by the methods of segments: by one call, by vectors of ranges, and to find a page that fails.
 
-Each return from a system call takes the GIL again, for which a thread waits through several switch intervals (5 ms each)
-beside busy threads. The kernel gives up the mmap lock between two ranges of a vector.
+A vector is one process_madvise(2) call on this process for up to 1024 ranges. Each return from a system call takes the GIL
+again, for which a thread waits through several switch intervals (5 ms each) beside busy threads. The kernel gives up the
+mmap lock between two ranges of a vector.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import chain, pairwise
+from typing import NamedTuple
 
 from prefault._kernel import mman
 from prefault._system import capabilities
 from prefault._system.own_process import own_process
 from prefault.engine.methods import Method
 from prefault.engine.planning import Segment
+from prefault.limits import Shortfall
+from prefault.ranges import PageRange
 from prefault.sizes import MIB
 
 PIECE = 4 * MIB
@@ -22,6 +26,46 @@ PIECE = 4 * MIB
 
 LONG = 16 * MIB
 """Bytes up to which a plain call holds the mmap lock no longer than a chunk may take."""
+
+
+class ChunkFailure(NamedTuple):
+    """The first page that could not be populated, and why: an error of the kernel, or a limit."""
+
+    address: int
+    segment: Segment
+    error: OSError | Shortfall
+
+
+def attempt(segment: Segment, start: int, length: int) -> OSError | None:
+    """Run the method on a part of its segment; return the error, if there is one.
+
+    The error has no traceback: that would refer to these frames, they to the error, and so to the buffer: an array of many
+    GiB would wait for the garbage collector because populating it failed.
+    """
+    try:
+        segment.method.run(start, length, segment.target)
+    except OSError as error:
+        return error.with_traceback(None)
+    return None
+
+
+def locate(chunk: PageRange, segment: Segment) -> ChunkFailure | None:
+    """Return the first page of a chunk that cannot be populated; None where by now all of it is populated.
+
+    Methods go from the first page on and may be run again on what is populated, so bisection finds the page in at most some
+    30 calls, whichever method it is; everything before the page is populated then.
+    """
+    low, step = chunk.start, segment.target.page_size
+    length = chunk.length
+    while low < chunk.stop:
+        error = attempt(segment, low, length)
+        if error is None:
+            low, length = low + length, chunk.stop - low - length
+        elif length == step:
+            return ChunkFailure(low, segment, error)
+        else:
+            length = max(step, length // 2 // step * step)
+    return None
 
 
 def can_advise(method: Method) -> bool:

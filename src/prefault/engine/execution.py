@@ -1,0 +1,222 @@
+"""Carrying out a plan: threads take chunks in order of address, and the end is settled once none is at work any more."""
+
+from __future__ import annotations
+
+from _thread import start_new_thread
+from array import array
+from functools import partial
+from time import perf_counter_ns
+
+from prefault._kernel.rwlock import Attendance
+from prefault.engine.attempts import LONG, ChunkFailure, attempt, can_advise, locate, populate_long, populate_whole
+from prefault.engine.chunking import Chunk, ChunkQueue, ChunkSize
+from prefault.engine.outcomes import PopulateResult, Settlement, failed, interrupted
+from prefault.engine.planning import Plan, Segment, without_fallocate
+from prefault.engine.populated_pages import as_ranges, populated_pages, total_bytes
+from prefault.engine.progress import Progress
+from prefault.engine.readahead import ReadAhead
+from prefault.engine.rollback import Rollback
+from prefault.errors import PopulateError
+from prefault.limits import Shortfall
+from prefault.limits.admission import AdmissionControl
+from prefault.memory.vma import Backing
+from prefault.ranges import PageRange, RangeSet
+from prefault.sizes import format_size
+
+
+class Execution:
+    """One populate call at work.
+
+    Args:
+        plan: what to populate, and how.
+        origin: the address that offsets in errors are counted from.
+        before: the pages of the plan that are populated already, as addresses, start and stop in turn.
+        progress: called after each chunk of the calling thread.
+        rollback: undoes the call if it fails; None leaves what it brought in.
+        admission: looks at the limits before each chunk; None does not.
+    """
+
+    def __init__(
+        self, plan: Plan, origin: int, before: array[int], progress: Progress | None = None,
+        rollback: Rollback | None = None, admission: AdmissionControl | None = None,
+    ) -> None:  # fmt: skip
+        self._queue = ChunkQueue(plan)
+        self._threads = plan.threads
+        self._length = plan.length
+        self._origin = origin
+        self._before = before
+        self._progress = progress
+        self._rollback = rollback
+        self._admission = admission
+        self._failures: list[ChunkFailure] = []
+        self._defect: BaseException | None = None
+        self._stop = False
+        self._attendance = Attendance()
+
+    def run(self, began: int) -> PopulateResult:
+        """Populate all chunks; ``began`` is when the call began, by :func:`time.perf_counter_ns`.
+
+        Raises:
+            PopulateError, PopulateInterrupted: it failed, or was interrupted, and was rolled back if that was asked for.
+        """
+        ended: PopulateResult | BaseException | None = None
+        interruption: BaseException | None = None
+        try:
+            while ended is None:
+                # Again after a further Ctrl-C: it must not stop the rollback of what the first one interrupted.
+                try:
+                    ended = self._end(began, self._together()) if interruption is None else self._stopped(interruption)
+                except KeyboardInterrupt as ctrl_c:
+                    if interruption is None:
+                        interruption = ctrl_c
+                except BaseException as error:
+                    if interruption is not None:
+                        raise
+                    interruption = error
+            if isinstance(ended, PopulateResult):
+                return ended
+            raise ended
+        finally:
+            del ended, interruption  # an exception must not refer to the frame that it refers to: see attempt()
+
+    def raise_interrupted(self, interruption: BaseException, caught: PageRange) -> None:
+        """Raise PopulateInterrupted for Ctrl-C, else add a note; ``caught`` is a chunk that was under way elsewhere."""
+        self._queue.catch(caught)
+        stopped = self._stopped(interruption)
+        try:
+            if stopped is not interruption:
+                raise stopped from None
+        finally:
+            del stopped
+
+    # --- threads
+
+    def _together(self) -> int:
+        """Take chunks in this thread and in helpers; return how many there were. However it ends, none is at work then."""
+        started = 0
+        try:
+            for _ in range(self._threads - 1):
+                try:
+                    # Not threading.Thread: Ctrl-C in its start() or join() leaves it in disorder.
+                    start_new_thread(self._help, ())
+                except RuntimeError:  # a limit of threads (RLIMIT_NPROC, a pids cgroup), or the interpreter is going down
+                    break
+                started += 1
+            self._work(self._progress)
+        except BaseException:
+            self._stop = True
+            if self._admission is not None:
+                self._admission.abandoned = True  # this thread's chunk may be admitted, and helpers wait for its end
+            raise
+        finally:
+            # CPython runs signal handlers only between calls. There is none from the exception to this one, which waits for
+            # all helpers at once: nothing can come between. A chunk takes some milliseconds.
+            self._attendance.wait()
+        return started
+
+    def _help(self) -> None:
+        if self._attendance.enter():
+            return  # the call is over
+        try:
+            self._work(None)
+        except BaseException as defect:  # noqa: BLE001  raised again in the thread that waits for the helpers
+            self._defect = defect
+            self._stop = True
+        finally:
+            self._attendance.leave()
+
+    def _work(self, progress: Progress | None) -> None:
+        """Populate one chunk after the other, until there is no further one or a chunk failed."""
+        segments = self._queue.plan.segments
+        on_disk = any(segment.backing is Backing.FILE for segment in segments)
+        pace = ChunkSize(on_disk=on_disk, threads=self._threads)
+        ahead = ReadAhead(PageRange(segments[0].start, segments[-1].stop)) if on_disk else None
+        while not self._stop:
+            size = pace.size if self._admission is None else min(pace.size, self._admission.largest_chunk)
+            chunk = self._queue.take(size)
+            if chunk is None:
+                return
+            pace.start()
+            populate = partial(self._populate, chunk)
+            failure = populate() if ahead is None else ahead.run(chunk.pages, populate)
+            if failure is not None:
+                self._stop = True
+                self._failures.append(failure)
+                if len(chunk.segments) == 1:  # else it stays unfinished: what lies above may be populated as well
+                    self._queue.finish(PageRange(chunk.pages.start, failure.address))
+                return
+            pace.finish()
+            self._queue.finish(chunk.pages)
+            if progress is not None:
+                progress(self._queue.done_bytes, self._length)
+
+    # --- one chunk
+
+    def _populate(self, chunk: Chunk) -> ChunkFailure | None:
+        """Populate a chunk if the limits admit it; return the first page that cannot be populated, if there is one."""
+        if self._admission is None:
+            return self._populate_chunk(chunk)
+        shortfall = self._admission.admit(*chunk.pages)
+        if shortfall is not None:
+            return ChunkFailure(chunk.pages.start, chunk.segments[0], shortfall)
+        try:
+            return self._populate_chunk(chunk)
+        finally:
+            self._admission.release()
+
+    def _populate_chunk(self, chunk: Chunk) -> ChunkFailure | None:
+        if len(chunk.segments) == 1:
+            return self._populate_part(chunk.pages, chunk.segments[0])
+        if populate_whole(chunk.segments):
+            return None
+        for segment in chunk.segments:
+            failure = self._populate_part(PageRange(segment.start, segment.stop), segment)
+            if failure is not None:
+                return failure
+        return None
+
+    def _populate_part(self, part: PageRange, segment: Segment) -> ChunkFailure | None:
+        if part.length > LONG and can_advise(segment.method) and populate_long(segment, *part):
+            return None
+        if attempt(segment, part.start, part.length) is None:
+            return None
+        failure = locate(part, segment)
+        if failure is None or isinstance(failure.error, Shortfall):
+            return failure
+        without = without_fallocate(segment, failure.error)
+        if without is None:
+            return failure
+        self._queue.replace(segment, without)
+        return self._populate_part(part, without)
+
+    # --- the end
+
+    def _end(self, began: int, helpers: int) -> PopulateResult | PopulateError:
+        if self._defect is not None:
+            raise self._defect
+        if self._failures:
+            lowest = min(self._failures, key=lambda failure: failure.address)
+            return failed(lowest, self._origin, f" of {format_size(self._length)}", self._settle)
+        if self._progress is not None:
+            self._progress(self._queue.done_bytes, self._length)  # other threads may have finished later
+        plan = self._queue.plan
+        present = total_bytes(self._before)
+        # A hint is taken for all segments.
+        after = total_bytes(populated_pages(plan.segments)) if plan.segments[0].method.hint else plan.length
+        seconds = (perf_counter_ns() - began) / 1e9
+        return PopulateResult(
+            max(0, after - present), present, seconds, plan.access, plan.method, 1 + helpers, plan.notes
+        )  # fmt: skip
+
+    def _stopped(self, interruption: BaseException) -> BaseException:
+        return interrupted(interruption, self._origin, self._length, self._settle())
+
+    def _settle(self) -> Settlement:
+        """Roll back, if that was asked for. No thread is at work any more."""
+        # Of chunks that were not recorded as done, only the page tables tell what has become of them.
+        caught = (populated_pages(chunk.segments, chunk.pages) for chunk in self._queue.unfinished())
+        done = RangeSet([*self._queue.done, *(item for pairs in caught for item in as_ranges(pairs))])
+        brought_in = done - RangeSet(as_ranges(self._before))
+        if self._rollback is None:
+            return Settlement(brought_in.length, brought_in, rolled_back=False)
+        return Settlement(brought_in.length, self._rollback.undo(brought_in, RangeSet(self._queue.taken)), rolled_back=True)

@@ -1,0 +1,34 @@
+"""Pages of a plan that need no population."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+
+from prefault.engine.planning import Segment
+from prefault.inspection.scan import populated_among, populated_before
+from prefault.ranges import PageRange
+
+
+def populated_pages(segments: Sequence[Segment], part: PageRange | None = None) -> array[int]:
+    """Return the pages of the segments (or of a part of them) that are populated: addresses, start and stop in turn."""
+    start, stop = (segments[0].start, segments[-1].stop) if part is None else part
+    if len(segments) == 1:
+        return populated_before(start, stop, write=_writes(segments[0]), private=not segments[0].target.shared)
+    copied = (item for item in segments if _writes(item) and not item.target.shared)
+    return populated_among(start, stop, [edge for item in copied for edge in item[:2]])
+
+
+def _writes(segment: Segment) -> bool:
+    return segment.method.access == "write"
+
+
+def as_ranges(pairs: array[int]) -> Iterator[PageRange]:
+    """Yield the ranges of addresses that are start and stop in turn."""
+    for index in range(0, len(pairs), 2):
+        yield PageRange(pairs[index], pairs[index + 1])
+
+
+def total_bytes(pairs: array[int]) -> int:
+    """Return the bytes in ranges, given by start and stop in turn."""
+    return sum(pairs[1::2]) - sum(pairs[::2])

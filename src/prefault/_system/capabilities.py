@@ -75,7 +75,7 @@ class Capability:
 
     @property
     def available(self) -> bool:
-        """Whether the kernel has it, for this process, and it is not switched off."""
+        """True if the kernel offers the feature to this process, and it is not switched off."""
         answer = self._answer
         if answer is None:
             answer = self._ask()

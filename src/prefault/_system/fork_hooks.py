@@ -1,4 +1,4 @@
-"""What the package does at fork(2): one registration with :func:`os.register_at_fork`, whose hooks run layer by layer.
+"""Fork hooks of the whole package: one registration with :func:`os.register_at_fork`, whose hooks run layer by layer.
 
 Hooks run in the order of their registration in the parent and in the child, and in the reverse order before the fork. A
 module registers its hooks when it is imported, after the lower layers that it imports: before the fork the upper layers

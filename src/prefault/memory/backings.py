@@ -37,7 +37,7 @@ class OpenedBacking(NamedTuple):
 
 
 class BackingSource(abc.ABC):
-    """Where memory comes from: a plain value, which opens nothing before :meth:`open`.
+    """Source of memory: a plain value, which opens nothing before :meth:`open`.
 
     The attributes of its class, and properties, say what the rest of the package must know of a backing.
 

@@ -171,7 +171,7 @@ class Pool:
 
     @property
     def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
+        """True once :meth:`close` was called."""
         return self._table.closed
 
     def __enter__(self) -> Pool:

@@ -97,7 +97,7 @@ class Channel:
 
     @property
     def usable(self) -> bool:
-        """Whether requests can be sent."""
+        """True if requests can be sent."""
         return self._end_reason is None and not self._closed and os.getpid() == self._pid
 
     def check(self) -> None:

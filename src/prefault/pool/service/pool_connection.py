@@ -60,7 +60,7 @@ class PoolConnection:
 
     @property
     def usable(self) -> bool:
-        """Whether requests can be sent, from this process."""
+        """True if this process can send requests."""
         return self._end_reason is None and os.getpid() == self._pid
 
     def greet(self, *, events: bool) -> pool_protocol.PoolWelcome:

@@ -68,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         _complain(_sentence(error))
+        _drop_output_that_cannot_be_written()
         return 1
     except MemoryError as error:
         _complain(str(error) or "Python found no memory: free some, or raise RLIMIT_AS or the cgroup's limit")
@@ -78,6 +79,15 @@ def main(arguments: list[str] | None = None) -> int:
         _complain(str(error))  # an extra that is not installed
         return 1
     return status if isinstance(status, int) else 0
+
+
+def _drop_output_that_cannot_be_written() -> None:
+    """Drop stdout where it cannot be flushed: Python would flush it again at exit, with a traceback and exit status 120."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        sys.stdout = None
 
 
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)

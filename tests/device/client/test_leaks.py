@@ -101,9 +101,13 @@ def test_connections_opened_and_dropped(tmp_path: Path, no_leaks: None) -> None:
             assert _first(area) == content(0)[:8]
             del area, client
             gc.collect()
-        assert processes.eventually(lambda: {pid: held[0] for pid, held in _held().items()} == {
-            pid: held[0] for pid, held in before.items()
-        })  # fmt: skip
+
+        def as_before() -> bool:
+            now = _held()
+            # Less is fine: at first the server may not yet have closed the descriptors of the last client.
+            return now.keys() == before.keys() and all(now[pid][0] <= before[pid][0] for pid in now)
+
+        assert processes.eventually(as_before), (before, _held())
 
 
 def _check_at_once(path: Path, count: int) -> None:

@@ -210,7 +210,8 @@ def stalls(rounds: int) -> Iterator[Measure]:
 
 
 _INTERRUPTED = """
-import sys, time, prefault
+import signal, sys, time, prefault
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where this program was started in the background
 mapping = prefault.Mapping(4 << 30, huge="never")
 print("ready", flush=True)
 try:

@@ -221,6 +221,20 @@ def test_safetensors_of_kinds_that_numpy_lacks(server: HttpServer, monkeypatch: 
     assert found.raw("a").tobytes() == b"1234"
 
 
+def test_safetensors_of_ml_dtypes(server: HttpServer) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    kinds = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+    dtypes = {kind: numpy.dtype(getattr(ml_dtypes, name)) for kind, name in kinds.items()}
+    header = {
+        kind: {"dtype": kind, "shape": [8 // dtype.itemsize], "data_offsets": [0, 8]} for kind, dtype in dtypes.items()
+    }
+    text = json.dumps(header).encode()
+    (server.directory / "a").write_bytes(struct.pack("<Q", len(text)) + text + b"12345678")
+    found = SafeTensors(_open(server, "a"))
+    assert {kind: array.dtype for kind, array in found.items()} == dtypes
+    assert {array.tobytes() for array in found.values()} == {b"12345678"}
+
+
 def test_invalid_safetensors_are_refused() -> None:
     entry = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
     for header in (b"nonsense", b"[]", b"[1]", b'{"a": 1}', json.dumps({"a": entry | {"shape": [-2]}}).encode(),

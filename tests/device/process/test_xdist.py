@@ -71,31 +71,38 @@ MODULE = """
 """
 
 
-@pytest.mark.parametrize("distribution", ["load", "loadfile"])
-def test_a_module_of_a_user(tmp_path: Path, distribution: str) -> None:
-    (tmp_path / "test_user.py").write_text(textwrap.dedent(MODULE))
-    mark = f"PREFAULT_TEST_XDIST={os.getpid()}-{distribution}"
+def _run(directory: Path, workers: int, distribution: str, chosen: str) -> tuple[int, str]:
+    """Run the module's chosen tests; wait until no process is left of them. Return the exit status and the output."""
+    (directory / "test_user.py").write_text(textwrap.dedent(MODULE))
+    mark = f"PREFAULT_TEST_XDIST={os.getpid()}-{directory.name}"
     command = [
-        sys.executable, "-m", "pytest", "-p", "xdist.plugin", "-n", "2", "--dist", distribution, "-W", "error",
-        "-p", "no:cacheprovider",
+        sys.executable, "-m", "pytest", "-p", "xdist.plugin", "-n", str(workers), "--dist", distribution, "-W", "error",
+        "-p", "no:cacheprovider", "--max-worker-restart", "0", "-k", chosen, "test_user.py",
     ]  # fmt: skip
-    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(directory), os.environ.get("PYTHONPATH")]))
     # Other plugins would take most of the time: each of the processes imports them.
     environment = os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | dict([mark.split("=", 1)])
-    for crash in (False, True):
-        chosen = ["-k", "ends_the_worker" if crash else "not ends_the_worker", "--max-worker-restart", "0"]
-        done = subprocess.run(
-            [*command, *chosen, "test_user.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
-        )
-        said = done.stdout + done.stderr
-        if crash:
-            assert "crashed while running 'test_user.py::test_touching_a_failing_page" in said
-        else:
-            assert done.returncode == 0, said
-            assert "8 passed" in said
-            assert "unclosed" not in said
-            assert "Bad file descriptor" not in said
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=100)
     deadline = time.monotonic() + 30
     while left := processes.with_environment(mark):
         assert time.monotonic() < deadline, {pid: processes.name(pid) for pid in left}
         time.sleep(0.05)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("workers", "distribution"),
+    # loadfile gives one file to one worker: a second one would have nothing to do.
+    [(2, "load"), (1, "loadfile")],
+)
+def test_a_module_of_a_user(tmp_path: Path, workers: int, distribution: str) -> None:
+    status, said = _run(tmp_path, workers, distribution, "not ends_the_worker")
+    assert status == 0, said
+    assert "8 passed" in said
+    assert "unclosed" not in said
+    assert "Bad file descriptor" not in said
+
+
+def test_a_worker_that_dies_of_a_page(tmp_path: Path) -> None:
+    _, said = _run(tmp_path, 1, "load", "ends_the_worker")
+    assert "crashed while running 'test_user.py::test_touching_a_failing_page" in said

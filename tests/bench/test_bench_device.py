@@ -156,7 +156,7 @@ def test_more_memory_than_there_is() -> None:
     cell = RouteCell(1 << 50, 4096, "ready", Route.TOUCH)
     result = measure([cell])[cell]
     assert result.status is Status.UNAVAILABLE
-    assert "are needed" in (result.reason or "")
+    assert "it takes 1.0 PiB of memory" in (result.reason or "")
 
 
 def test_without_userfaultfd_every_cell_says_why() -> None:
@@ -215,10 +215,13 @@ def example() -> DeviceRun:
     for frames, factor in (("ready", 1), ("cold", 3)):
         for index, cell in enumerate(cells((64 * MIB,), PAGE_SIZES, (frames,))):  # type: ignore[arg-type]
             value = 250_000_000 * factor // (1 + 40 * (index % 5))
-            found.append(RouteResult(cell, Status.MEASURED, (value, value + 1000), (1000, 2000), counts()))
+            found.append(RouteResult(cell, Status.MEASURED, (value, value + 1000), map_ns=(1000, 2000), counts=counts()))
     found[4] = replace(found[4], status=Status.UNAVAILABLE, values_ns=(), map_ns=(), counts=None, reason="not here")
     found[7] = replace(found[7], note="in hugetlb pages")
-    return DeviceRun(MACHINE, "2026-01-02T03:04:05+00:00", 1.5, 2, False, True, False, tuple(found))
+    return DeviceRun(
+        machine=MACHINE, started="2026-01-02T03:04:05+00:00", seconds=1.5, repeats=2, interrupted=False,
+        results=tuple(found), colocate=False, user_mode_only=True,
+    )  # fmt: skip
 
 
 def text_of(run: DeviceRun, width: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -19,9 +20,10 @@ from prefault.bench import grid, obstacles, places, runner
 from prefault.bench.grid import Cell
 from prefault.bench.kinds import HUGE_PAGE_BYTES, KINDS, Places
 from prefault.bench.results import CellResult, Status
-from prefault.bench.runner import Finished, Repeated
+from prefault.bench.runner import Repeated
 from prefault.bench.stopping import StopRequest
 from prefault.bench.worker_process import Worker, WorkerError
+from support import processes
 
 SIZE = 2 << 20
 WRITE = Cell(SIZE, "private", "Anon 4 KiB", "write")
@@ -46,8 +48,8 @@ def _results(
         for event in events:
             if isinstance(event, Repeated) and meanwhile is not None:
                 meanwhile(event)
-            elif isinstance(event, Finished):
-                results.append(event.result)
+            elif isinstance(event, CellResult):
+                results.append(event)
     return results
 
 
@@ -103,8 +105,8 @@ def test_a_worker_killed_between_cells_harms_none(where: Places) -> None:
     results = []
     with closing(runner.run([WRITE, POPULATE], repeats=1, places=where)) as events:
         for event in events:
-            if isinstance(event, Finished):
-                results.append(event.result.status)
+            if isinstance(event, CellResult):
+                results.append(event.status)
                 for pid in _workers():
                     os.kill(pid, signal.SIGKILL)
                 time.sleep(0.1)  # it is dead when the next cell looks
@@ -150,7 +152,18 @@ def test_a_stop_keeps_what_was_measured(where: Places) -> None:
     assert caught.status is Status.STOPPED
     assert 1 <= len(caught.values_ns) < 100
     assert (left.status, left.values_ns, left.reason) == (Status.STOPPED, (), runner.NOT_REACHED)
-    assert _workers() == []
+    assert processes.eventually(lambda: not _workers())  # the report does not wait for the end of a killed worker
+
+
+def test_a_killed_worker_that_is_slow_to_end_is_reaped_by_the_next(where: Places) -> None:
+    slow = Worker()
+    slow.kill(wait_seconds=0)
+    pid = slow.pid
+    del slow
+    gc.collect()  # a warning of a process that was not waited for would be an error
+    assert processes.eventually(lambda: not processes.alive(pid))
+    Worker().close()
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_signals_are_remembered_and_then_acted_upon_again() -> None:

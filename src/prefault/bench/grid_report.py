@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +15,7 @@ from prefault.bench.findings import findings
 from prefault.bench.grid import Cell, Group
 from prefault.bench.machine import BenchMachine
 from prefault.bench.ratios import Ratios, ratios
-from prefault.bench.results import BenchRun, CellResult, CellStatistics, Status
+from prefault.bench.results import AnyResult, BenchRun, CellResult, CellStatistics, Run, Status, Timed
 from prefault.sizes import MIB, format_size
 
 PIPED_WIDTH = 100
@@ -36,33 +36,70 @@ def console_for(stream: TextIO | None = None) -> Console:
 
 def render(run: BenchRun, console: Console) -> None:
     """Print the machine, a table for each group, the meaning of the columns, and the findings."""
-    for line in machine_lines(run.machine):
-        console.print(Text(line))
-    console.print(Text(_circumstances(run)))
-    if run.interrupted:
-        done = sum(result.status is Status.MEASURED for result in run.results)
-        console.print(Text(f"Interrupted: {done} of {len(run.results)} cells are complete.", style="bold yellow"))
+    warm = f"{format_size(run.warmed_up_bytes)} warmed up first" if run.warmed_up_bytes else "nothing warmed up"
+    print_heading(run, f", an empty mapping each time, {warm}", console)
     beside = ratios(run.results)
     size = None
-    for group, results in _groups(run.results):
+    for group, results in grouped(run):
         if group.size_bytes != size:
             size = group.size_bytes
             console.print()
             console.rule(Text(format_size(size)), align="left", characters="─" if _unicode(console) else "-")
         console.print()
         console.print(_table(group, results, beside, console))
-        for line in _remarks(results):
-            console.print(Text(f"  {line}", style="yellow"))
-    console.print()
-    for line in _legend(run):
-        console.print(Text(line, style="dim"))
+        print_remarks({result.cell.method: result for result in results}, console)
+    print_legend(_legend(run), console)
     sentences = findings(run)
     if sentences:
         console.print()
         console.print(Text(" ".join(sentences)))
 
 
-def machine_lines(machine: BenchMachine) -> list[str]:
+def print_heading(run: Run[Any], circumstances: str, console: Console) -> None:
+    """Print the machine, the time and the circumstances, and how many cells an interrupted run measured."""
+    for line in _machine_lines(run.machine):
+        console.print(Text(line))
+    repeats = "one run" if run.repeats == 1 else f"best of {run.repeats}"
+    console.print(Text(f"{run.started}, {run.seconds:.0f} s; {repeats}{circumstances}"))
+    if run.interrupted:
+        done = sum(result.status is Status.MEASURED for result in run.results)
+        console.print(Text(f"Interrupted: {done} of {len(run.results)} cells are complete.", style="bold yellow"))
+
+
+def grouped(run: Run[AnyResult]) -> Iterable[tuple[Any, list[AnyResult]]]:
+    """Return the results group by group, with the key of each group."""
+    groups: dict[Any, list[AnyResult]] = {}
+    for result in run.results:
+        groups.setdefault(result.cell.group, []).append(result)
+    return groups.items()
+
+
+def new_table() -> Table:
+    """Make a table without columns and lines."""
+    return Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", collapse_padding=True)
+
+
+def print_remarks(results: Mapping[str, Timed[Any]], console: Console) -> None:
+    """Print the reasons of cells without figures and the notes of others, by name; equal remarks share a line."""
+    remarks: dict[str, list[str]] = {}
+    for name, result in results.items():
+        if result.reason is not None:
+            remarks.setdefault(f"{result.status.value}: {result.reason}", []).append(name)
+        if result.note is not None:
+            remarks.setdefault(result.note, []).append(name)
+    for remark, names in remarks.items():
+        whose = "all" if len(names) == len(results) > 1 else ", ".join(names)
+        console.print(Text(f"  {whose}: {remark}", style="yellow"))
+
+
+def print_legend(lines: Iterable[str], console: Console) -> None:
+    """Print the meaning of the columns."""
+    console.print()
+    for line in lines:
+        console.print(Text(line, style="dim"))
+
+
+def _machine_lines(machine: BenchMachine) -> list[str]:
     """Describe the machine in four lines."""
     thp = ", ".join(f"{name}={value or 'absent'}" for name, value in machine.thp.items())
     pools = ", ".join(f"{pages} x {format_size(int(size))}" for size, pages in machine.hugetlb_pages.items()) or "none"
@@ -77,21 +114,8 @@ def machine_lines(machine: BenchMachine) -> list[str]:
     ]
 
 
-def _circumstances(run: BenchRun) -> str:
-    warm = f"{format_size(run.warmed_up_bytes)} warmed up first" if run.warmed_up_bytes else "nothing warmed up"
-    repeats = "one run" if run.repeats == 1 else f"best of {run.repeats}"
-    return f"{run.started}, {run.seconds:.0f} s; {repeats}, an empty mapping each time, {warm}"
-
-
-def _groups(results: Iterable[CellResult]) -> Iterator[tuple[Group, list[CellResult]]]:
-    groups: dict[Group, list[CellResult]] = {}
-    for result in results:
-        groups.setdefault(result.cell.group, []).append(result)
-    yield from groups.items()
-
-
 def _table(group: Group, results: list[CellResult], beside: Mapping[Cell, Ratios], console: Console) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", collapse_padding=True)
+    table = new_table()
     room = console.width - _COLUMNS_WITHOUT_BAR
     bar_columns = max(_BAR_COLUMNS.start, min(_BAR_COLUMNS.stop - 1, room))
     table.add_column(f"{group.sharing} {group.backing}", width=24, no_wrap=True)
@@ -116,18 +140,6 @@ def _table(group: Group, results: list[CellResult], beside: Mapping[Cell, Ratios
             _times(ratio.against_published),
         )
     return table
-
-
-def _remarks(results: list[CellResult]) -> Iterator[str]:
-    """Yield the reasons of cells without figures and the notes of others; cells with the same remark share a line."""
-    remarks: dict[str, list[str]] = {}
-    for result in results:
-        if result.reason is not None:
-            remarks.setdefault(f"{result.status.value}: {result.reason}", []).append(result.cell.method)
-        if result.note is not None:
-            remarks.setdefault(result.note, []).append(result.cell.method)
-    for remark, methods in remarks.items():
-        yield f"{'all' if len(methods) == len(results) > 1 else ', '.join(methods)}: {remark}"
 
 
 def _legend(run: BenchRun) -> Iterator[str]:

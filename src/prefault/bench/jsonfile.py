@@ -9,20 +9,15 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from prefault.bench import published
 from prefault.bench.grid import Cell
 from prefault.bench.machine import BenchMachine
 from prefault.bench.ratios import Ratios, ratios
-from prefault.bench.results import BenchRun, CellResult, Status
+from prefault.bench.results import BenchRun, CellResult, Run, Status, Timed
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-    from prefault.bench.routes.device_results import DeviceRun
-
-Run = TypeVar("Run", bound="DataclassInstance")
+AnyRun = TypeVar("AnyRun", bound=Run[Any])
 
 KIND = "prefault-bench"
 SCHEMA = 1
@@ -110,7 +105,7 @@ def from_json(document: Any) -> BenchRun:
     return read_run(document, KIND, SCHEMA, "prefault bench", BenchRun, _cell_from_json)
 
 
-def run_to_json(run: BenchRun | DeviceRun, kind: str, schema: int) -> dict[str, Any]:
+def run_to_json(run: Run[Any], kind: str, schema: int) -> dict[str, Any]:
     """Convert a run to a document of ``kind``, all but its results; :func:`read_run` reads it."""
     plain = _plain_fields(type(run))
     return {
@@ -121,13 +116,13 @@ def run_to_json(run: BenchRun | DeviceRun, kind: str, schema: int) -> dict[str, 
     }
 
 
-def _plain_fields(run: type[DataclassInstance]) -> list[str]:
+def _plain_fields(run: type[Run[Any]]) -> list[str]:
     return [field.name for field in dataclasses.fields(run) if field.name not in ("machine", "results")]
 
 
 def read_run(
-    document: Any, kind: str, schema: int, command: str, run: type[Run], read_result: Callable[[Any], Any]
-) -> Run:  # fmt: skip
+    document: Any, kind: str, schema: int, command: str, run: type[AnyRun], read_result: Callable[[Any], Any]
+) -> AnyRun:  # fmt: skip
     """Read a run from a document of ``kind``: a dataclass of its plain fields, a ``machine`` and ``results``."""
     if not isinstance(document, Mapping) or document.get("kind") != kind:
         raise SchemaError(f'not a result of {command} (its "kind" would be {kind!r})')
@@ -143,19 +138,29 @@ def read_run(
     return run(**head)
 
 
-def _cell_to_json(result: CellResult, beside: Ratios) -> dict[str, Any]:
+def times_to_json(result: Timed[Any]) -> dict[str, Any]:
+    """Convert what all results have to plain values; :func:`read_times` reads the raw ones."""
     figures = result.statistics
-    derived: dict[str, Any] = {}
-    if figures is not None:
-        derived = {**figures.milliseconds, "doubts": list(figures.doubts)}
-    cell = result.cell
     return {
-        **dataclasses.asdict(cell),
         "status": result.status.value,
         "reason": result.reason,
         "note": result.note,
         "values_ns": list(result.values_ns),
-        **derived,
+        **({} if figures is None else {**figures.milliseconds, "doubts": list(figures.doubts)}),
+    }
+
+
+def read_times(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the fields that all results have, except for the cell."""
+    values_ns = tuple(map(int, entry["values_ns"]))
+    return {"status": Status(entry["status"]), "values_ns": values_ns, "reason": entry["reason"], "note": entry["note"]}
+
+
+def _cell_to_json(result: CellResult, beside: Ratios) -> dict[str, Any]:
+    cell = result.cell
+    return {
+        **dataclasses.asdict(cell),
+        **times_to_json(result),
         "ratio_to_write": beside.ours,
         "published_ms": published.figure_ms(cell),
         "published_ratio_size_bytes": None if beside.published is None else published.reference_size(cell.size_bytes),
@@ -165,13 +170,7 @@ def _cell_to_json(result: CellResult, beside: Ratios) -> dict[str, Any]:
 
 
 def _cell_from_json(entry: Mapping[str, Any]) -> CellResult:
-    return CellResult(
-        Cell(**{field.name: entry[field.name] for field in dataclasses.fields(Cell)}),
-        Status(entry["status"]),
-        tuple(map(int, entry["values_ns"])),
-        entry["reason"],
-        entry["note"],
-    )
+    return CellResult(Cell(**{field.name: entry[field.name] for field in dataclasses.fields(Cell)}), **read_times(entry))
 
 
 def _beside(target: Path) -> Path:

@@ -10,7 +10,8 @@ from typing import TextIO
 
 from prefault.bench.grid import Cell
 from prefault.bench.published import expected_ms
-from prefault.bench.runner import CellStarted, Event, Finished, Repeated
+from prefault.bench.results import CellResult
+from prefault.bench.runner import Event, Repeated
 
 _LINE_SECONDS = 10.0
 
@@ -43,8 +44,8 @@ def progress(cells: Sequence[Cell], repeats: int, stream: TextIO | None = None) 
 
         def show(event: Event) -> None:
             work.add(event)
-            if isinstance(event, CellStarted):
-                display.update(task, description=str(event.cell))
+            if isinstance(event, Cell):
+                display.update(task, description=str(event))
             display.update(task, completed=work.done, count=work.count)
 
         yield show
@@ -72,8 +73,8 @@ class _Work:
     def add(self, event: Event) -> None:
         if isinstance(event, Repeated):
             self._current_weight += self._weights[event.cell]
-        elif isinstance(event, Finished):
-            self._finished_weight += self._weights[event.result.cell] * self._repeats
+        elif isinstance(event, CellResult):
+            self._finished_weight += self._weights[event.cell] * self._repeats
             self._current_weight = 0.0
             self._finished += 1
 

@@ -41,7 +41,7 @@ def obstacle(cell: Cell, places: Places, pool: TemporaryHugetlbPool, mounted: Hu
         found = _disk_obstacle(cell, places.file)
     else:
         found = None
-    return found or _memory_obstacle(cell)
+    return found or memory_obstacle(memory_bytes(cell))
 
 
 def _pool_obstacle(cell: Cell, pool: TemporaryHugetlbPool, mounted: Hugetlbfs) -> str | None:
@@ -77,8 +77,9 @@ def _room_obstacle(cell: Cell, directory: str) -> str | None:
     return None
 
 
-def _memory_obstacle(cell: Cell) -> str | None:
-    needed, available = memory_bytes(cell) + MARGIN_BYTES, available_memory_bytes()
+def memory_obstacle(size_bytes: int) -> str | None:
+    """Return why this much memory, and the margin that stays free, is not available; None where it is."""
+    needed, available = size_bytes + MARGIN_BYTES, available_memory_bytes()
     if available < needed:
         return f"it takes {format_size(needed)} of memory, a margin included, and {format_size(available)} are available"
     return None

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import enum
 import statistics
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from prefault.bench.grid import Cell
 from prefault.bench.machine import BenchMachine
+
+AnyCell = TypeVar("AnyCell", bound=Hashable)
+AnyResult = TypeVar("AnyResult", bound="Timed")  # type: ignore[type-arg]
 
 DOUBTFUL_SPREAD = 0.10
 """A standard deviation of more than this part of the mean makes a figure doubtful (as for pyperf)."""
@@ -25,12 +30,23 @@ class Status(enum.StrEnum):
     STOPPED = "stopped"
 
 
-class Timed:
-    """Base of results: the statistics of their times."""
+@dataclass(frozen=True, slots=True)
+class Timed(Generic[AnyCell]):
+    """Base of results: the times of one cell.
 
-    __slots__ = ()
-    values_ns: tuple[int, ...]
+    Attributes:
+        cell: the cell that was measured.
+        status: ``STOPPED`` is before the last repetition, or before the first.
+        values_ns: the time of each repetition, in the order in which they ran. A failed or stopped cell may have some.
+        reason: why it is not measured, a sentence's worth; None where it is.
+        note: a remark for the reader, such as the method that :func:`prefault.populate` chose.
+    """
+
+    cell: AnyCell
     status: Status
+    values_ns: tuple[int, ...] = ()
+    reason: str | None = None
+    note: str | None = None
 
     @property
     def statistics(self) -> CellStatistics | None:
@@ -40,23 +56,10 @@ class Timed:
         return CellStatistics.of(self.values_ns)
 
 
-@dataclass(frozen=True, slots=True)
-class CellResult(Timed):
-    """The times of one cell.
+class CellResult(Timed[Cell]):
+    """The times of one cell of the grid."""
 
-    Attributes:
-        cell: which.
-        status: ``STOPPED`` is before the last repetition, or before the first.
-        values_ns: the time of each repetition, in the order in which they ran. A failed or stopped cell may have some.
-        reason: why it is not measured, a sentence's worth; None where it is.
-        note: what else is worth knowing, such as what :func:`prefault.populate` chose.
-    """
-
-    cell: Cell
-    status: Status
-    values_ns: tuple[int, ...] = ()
-    reason: str | None = None
-    note: str | None = None
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,26 +121,35 @@ class CellStatistics:
         return tuple(doubts)
 
 
-@dataclass(frozen=True, slots=True)
-class BenchRun:
-    """A run of the benchmark: figures with the machine that gave them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run(Generic[AnyResult]):
+    """Base of runs: figures with the machine that gave them.
 
     Attributes:
-        machine: where.
-        started: when, ISO 8601 with the offset from UTC.
-        seconds: how long it took.
-        quick: whether the quick grid was asked for.
-        repeats: that were asked for in each cell.
-        warmed_up_bytes: of memory that were populated and freed before the first cell; 0 if it came to no measurement.
-        interrupted: whether it was stopped before its end.
-        results: one per cell, in the order of the grid.
+        machine: the machine that was measured.
+        started: the time of the start, ISO 8601 with the offset from UTC.
+        seconds: the duration.
+        repeats: repetitions that were asked for in each cell.
+        interrupted: True if the run was stopped before its end.
+        results: one per cell, in the order of the cells.
     """
 
     machine: BenchMachine
     started: str
     seconds: float
-    quick: bool
     repeats: int
-    warmed_up_bytes: int
     interrupted: bool
-    results: tuple[CellResult, ...]
+    results: tuple[AnyResult, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRun(Run[CellResult]):
+    """A run of ``prefault bench``.
+
+    Attributes:
+        quick: True if the quick grid was asked for.
+        warmed_up_bytes: bytes of memory that were populated and freed before the first cell; 0 if no cell was possible.
+    """
+
+    quick: bool
+    warmed_up_bytes: int

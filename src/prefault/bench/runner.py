@@ -7,14 +7,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from prefault.bench.grid import Cell
 from prefault.bench.kinds import Places
 from prefault.bench.machine import available_memory_bytes, this_machine
 from prefault.bench.obstacles import memory_bytes, obstacle, pool_pages
 from prefault.bench.places import MARGIN_BYTES, Hugetlbfs, TemporaryHugetlbPool, hugetlb_pool, hugetlbfs
-from prefault.bench.results import BenchRun, CellResult, Status
+from prefault.bench.results import AnyCell, BenchRun, CellResult, Status, Timed
 from prefault.bench.stopping import StoppedError, StopRequest
 from prefault.bench.worker_process import CellFailedError, Worker, WorkerError
 from prefault.sizes import GIB
@@ -34,13 +34,6 @@ class WarmedUp:
 
 
 @dataclass(frozen=True, slots=True)
-class CellStarted:
-    """A cell begins."""
-
-    cell: Cell
-
-
-@dataclass(frozen=True, slots=True)
 class Repeated:
     """One repetition of the cell ended."""
 
@@ -48,14 +41,10 @@ class Repeated:
     value_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """A cell has its result. There is one event for every cell of the grid."""
+Event: TypeAlias = WarmedUp | Cell | Repeated | CellResult
+"""A step of a run. A cell that begins is an event, and so is the result of each cell of the grid."""
 
-    result: CellResult
-
-
-Event: TypeAlias = WarmedUp | CellStarted | Repeated | Finished
+AnyEvent = TypeVar("AnyEvent")
 
 
 def run(
@@ -86,27 +75,37 @@ def measure_all(
     cells: Sequence[Cell], *, quick: bool, repeats: int, places: Places, stop: StopRequest, show: Callable[[Event], None]
 ) -> BenchRun:
     """Measure the cells and return the run with their results, in the order of ``cells``. ``show`` takes each event."""
+    warmed_up_bytes = 0
+
+    def count(event: Event) -> None:
+        nonlocal warmed_up_bytes
+        if isinstance(event, WarmedUp):
+            warmed_up_bytes += event.size_bytes
+        show(event)
+
+    events = run(cells, repeats=repeats, places=places, stop=stop)
+    return BenchRun(**follow(cells, events, stop, count), quick=quick, repeats=repeats, warmed_up_bytes=warmed_up_bytes)
+
+
+def follow(
+    cells: Sequence[AnyCell], events: Generator[AnyEvent, None, None], stop: StopRequest, show: Callable[[AnyEvent], None]
+) -> dict[str, Any]:
+    """Exhaust the events of a run and show each; return the fields of the run, all but its options."""
     machine = this_machine()
     started, began = datetime.now().astimezone().isoformat(timespec="seconds"), time.monotonic()
-    warmed_up_bytes = 0
-    results: dict[Cell, CellResult] = {}
-    with closing(run(cells, repeats=repeats, places=places, stop=stop)) as events:
+    results = {}
+    with closing(events):
         for event in events:
             show(event)
-            if isinstance(event, Finished):
-                results[event.result.cell] = event.result
-            elif isinstance(event, WarmedUp):
-                warmed_up_bytes += event.size_bytes
-    return BenchRun(
-        machine=machine,
-        started=started,
-        seconds=time.monotonic() - began,
-        quick=quick,
-        repeats=repeats,
-        warmed_up_bytes=warmed_up_bytes,
-        interrupted=stop.requested,
-        results=tuple(results[cell] for cell in cells),
-    )
+            if isinstance(event, Timed):
+                results[event.cell] = event
+    return {
+        "machine": machine,
+        "started": started,
+        "seconds": time.monotonic() - began,
+        "interrupted": stop.requested,
+        "results": tuple(results[cell] for cell in cells),
+    }
 
 
 class _GridSession:
@@ -159,13 +158,13 @@ class _GridSession:
 
     def _cell(self, cell: Cell) -> Iterator[Event]:
         if self._stopping:
-            yield Finished(CellResult(cell, Status.STOPPED, reason=NOT_REACHED))
+            yield CellResult(cell, Status.STOPPED, reason=NOT_REACHED)
             return
         reason = self._obstacle(cell)
         if reason is not None:
-            yield Finished(CellResult(cell, Status.UNAVAILABLE, reason=reason))
+            yield CellResult(cell, Status.UNAVAILABLE, reason=reason)
             return
-        yield CellStarted(cell)
+        yield cell
         values: list[int] = []
         note: str | None = None
         status, reason = Status.MEASURED, None
@@ -184,7 +183,7 @@ class _GridSession:
         except StoppedError:
             self._worker = None
             status, reason = Status.STOPPED, f"stopped after {len(values)} of {self._repeats} repetitions"
-        yield Finished(CellResult(cell, status, tuple(values), reason, note))
+        yield CellResult(cell, status, tuple(values), reason, note)
 
     def _obstacle(self, cell: Cell) -> str | None:
         return obstacle(cell, self._places, self._pool, self._mounted)

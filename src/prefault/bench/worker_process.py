@@ -23,6 +23,9 @@ _END_SECONDS = 10.0
 _KILLED_SECONDS = 0.02
 _BUFFER_BYTES = 1 << 16
 
+_dying: list[subprocess.Popen[bytes]] = []
+"""Killed workers that had not ended when the wait for them was over. The next worker reaps them."""
+
 _HINTS = {
     "SIGKILL": ", perhaps by the OOM killer",
     "SIGBUS": ": memory behind the mapping ran out",
@@ -48,6 +51,7 @@ class Worker:
     def __init__(self, stop: StopRequest | None = None, fds: Sequence[int] = ()) -> None:
         self._stop = stop
         self._received = b""
+        _dying[:] = [process for process in _dying if process.poll() is None]
         process = subprocess.Popen(
             [sys.executable, "-m", "prefault.bench.worker"],
             stdin=subprocess.PIPE,
@@ -112,8 +116,10 @@ class Worker:
         self._process.kill()
         self._stdin.close()
         self._stdout.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             self._process.wait(wait_seconds)
+        except subprocess.TimeoutExpired:
+            _dying.append(self._process)
 
     def _ask(self, request: dict[str, Any]) -> None:
         try:

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from prefault.bench import jsonfile
-from prefault.bench.jsonfile import read_run
-from prefault.bench.results import Status
 from prefault.bench.routes.device_results import Counts, DeviceRun, Ratio, Route, RouteCell, RouteResult, ratios
 
 KIND = "prefault-bench-device"
@@ -39,24 +37,17 @@ def to_json(run: DeviceRun) -> dict[str, Any]:
 
 def from_json(document: Any) -> DeviceRun:
     """Read the run in a document. SchemaError: the document is something else, or of another version."""
-    return read_run(document, KIND, SCHEMA, "prefault bench device", DeviceRun, _from_json)
+    return jsonfile.read_run(document, KIND, SCHEMA, "prefault bench device", DeviceRun, _from_json)
 
 
 def _to_json(result: RouteResult, compared: Ratio) -> dict[str, Any]:
-    figures = result.statistics
-    derived: dict[str, Any] = {}
-    if figures is not None:
-        derived = {**figures.milliseconds, "us_per_page": result.us_per_page, "doubts": list(figures.doubts)}
     return {
         **result.cell._asdict(),
         "pages": result.cell.pages,
-        "status": result.status.value,
-        "reason": result.reason,
-        "note": result.note,
-        "values_ns": list(result.values_ns),
+        **jsonfile.times_to_json(result),
+        **({} if result.us_per_page is None else {"us_per_page": result.us_per_page}),
         "map_ns": list(result.map_ns),
         "counts": None if result.counts is None else dataclasses.asdict(result.counts),
-        **derived,
         "times_faster_than_touch": compared.to_touch,
         "times_of_map_time": compared.to_map_time,
     }
@@ -64,12 +55,7 @@ def _to_json(result: RouteResult, compared: Ratio) -> dict[str, Any]:
 
 def _from_json(entry: Mapping[str, Any]) -> RouteResult:
     counts = entry["counts"]
-    return RouteResult(
-        RouteCell(entry["size_bytes"], entry["page_size"], entry["frames"], Route(entry["route"])),
-        Status(entry["status"]),
-        tuple(map(int, entry["values_ns"])),
-        tuple(map(int, entry["map_ns"])),
-        None if counts is None else Counts(**{field.name: counts[field.name] for field in dataclasses.fields(Counts)}),
-        entry["reason"],
-        entry["note"],
-    )
+    if counts is not None:
+        counts = Counts(**{field.name: counts[field.name] for field in dataclasses.fields(Counts)})
+    cell = RouteCell(entry["size_bytes"], entry["page_size"], entry["frames"], Route(entry["route"]))
+    return RouteResult(cell, **jsonfile.read_times(entry), map_ns=tuple(map(int, entry["map_ns"])), counts=counts)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prefault.bench.grid_report import machine_lines
-from prefault.bench.results import Status
+from prefault.bench.grid_report import grouped, new_table, print_heading, print_legend, print_remarks
 from prefault.bench.routes.device_results import MEANINGS, DeviceRun, Ratio, Route, RouteResult, ratios
 from prefault.sizes import format_size
 
@@ -21,35 +20,22 @@ _WIDTHS = (
 
 def render(run: DeviceRun, console: Console) -> None:
     """Print the machine, a table for each memory, and what the columns mean."""
-    for line in machine_lines(run.machine):
-        console.print(Text(line))
-    repeats = "one run" if run.repeats == 1 else f"best of {run.repeats}"
-    together = ", client and server on one CPU" if run.colocate else ""
-    console.print(Text(f"{run.started}, {run.seconds:.0f} s; {repeats}{together}"))
+    print_heading(run, ", client and server on one CPU" if run.colocate else "", console)
     if run.user_mode_only:
         console.print(Text("userfaultfd for user mode only: faults that the kernel raises are not answered", style="yellow"))
-    if run.interrupted:
-        done = sum(result.status is Status.MEASURED for result in run.results)
-        console.print(Text(f"Interrupted: {done} of {len(run.results)} cells are complete.", style="bold yellow"))
     compared = ratios(run.results)
-    groups: dict[object, list[RouteResult]] = {}
-    for result in run.results:
-        groups.setdefault(result.cell.group, []).append(result)
-    for results in groups.values():
+    for _, results in grouped(run):
         cell = results[0].cell
         title = f"{format_size(cell.size_bytes)} in {format_size(cell.page_size)} pages, frames {cell.frames}"
         console.print()
         console.print(Text(title, style="bold"))
         console.print(_table(results, [compared.get(result.cell, Ratio(None, None)) for result in results]))
-        for line in _remarks(results):
-            console.print(Text(f"  {line}", style="yellow"))
-    console.print()
-    for line in _legend(run):
-        console.print(Text(line, style="dim"))
+        print_remarks({result.cell.route.value: result for result in results}, console)
+    print_legend(_legend(run), console)
 
 
 def _table(results: list[RouteResult], compared: list[Ratio]) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold", collapse_padding=True)
+    table = new_table()
     table.add_column("", width=max(len(route) for route in Route), no_wrap=True)
     for name, columns in _WIDTHS:
         table.add_column(name, width=columns, justify="right", no_wrap=True)
@@ -74,18 +60,6 @@ def _table(results: list[RouteResult], compared: list[Ratio]) -> Table:
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _remarks(results: list[RouteResult]) -> Iterator[str]:
-    """Yield the reasons of cells without figures and the notes of others; one that holds for all cells only once."""
-    said: dict[str, list[str]] = {}
-    for result in results:
-        if result.reason is not None:
-            said.setdefault(f"{result.status.value}: {result.reason}", []).append(result.cell.route.value)
-        if result.note is not None:
-            said.setdefault(result.note, []).append(result.cell.route.value)
-    for remark, routes in said.items():
-        yield f"{'all' if len(routes) == len(results) else ', '.join(routes)}: {remark}"
 
 
 def _legend(run: DeviceRun) -> Iterable[str]:

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
-from prefault.bench.machine import BenchMachine
-from prefault.bench.results import Status, Timed
+from prefault.bench.results import Run, Timed
 from prefault.sizes import MIB, PAGE_SIZE, format_size
 
 Frames: TypeAlias = Literal["ready", "cold"]
@@ -91,26 +90,16 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class RouteResult(Timed):
-    """The times and counts of one cell.
+class RouteResult(Timed[RouteCell]):
+    """The times and counts of one cell. A time is from the first call to the last page.
 
     Attributes:
-        cell: which.
-        status: measured, or why not.
-        values_ns: the time of each repetition, from the first call to the last page.
-        map_ns: the part of each that :func:`prefault.device.map` took; 0 where it is not timed.
+        map_ns: the part of each time that :func:`prefault.device.map` took; 0 where it is not timed.
         counts: None without a repetition.
-        reason: why it is not measured; None where it is.
-        note: what else is worth knowing.
     """
 
-    cell: RouteCell
-    status: Status
-    values_ns: tuple[int, ...] = ()
     map_ns: tuple[int, ...] = ()
     counts: Counts | None = None
-    reason: str | None = None
-    note: str | None = None
 
     @property
     def us_per_page(self) -> float | None:
@@ -118,25 +107,17 @@ class RouteResult(Timed):
         return min(self.values_ns) / 1000 / self.cell.pages if self.statistics else None
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceRun:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRun(Run[RouteResult]):
     """A run of ``prefault bench device``.
 
     Attributes:
-        machine, started, seconds, repeats, interrupted: as of :class:`~prefault.bench.results.BenchRun`.
-        colocate: whether areas were mapped with ``colocate=True``.
-        user_mode_only: whether the userfaultfd answers no faults of the kernel; None if nothing was mapped.
-        results: one per cell.
+        colocate: True if areas were mapped with ``colocate=True``.
+        user_mode_only: True if the userfaultfd answers no faults of the kernel; None if nothing was mapped.
     """
 
-    machine: BenchMachine
-    started: str
-    seconds: float
-    repeats: int
     colocate: bool
     user_mode_only: bool | None
-    interrupted: bool
-    results: tuple[RouteResult, ...]
 
 
 def cells(sizes: Iterable[int], page_sizes: Iterable[int], frames: Iterable[Frames]) -> list[RouteCell]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
-from datetime import datetime
+from contextlib import ExitStack
 from typing import TypeAlias
 
 from prefault.bench.kinds import HUGE_PAGE_BYTES
-from prefault.bench.machine import available_memory_bytes, this_machine
-from prefault.bench.places import MARGIN_BYTES, hugetlb_pool
+from prefault.bench.obstacles import memory_obstacle
+from prefault.bench.places import hugetlb_pool
 from prefault.bench.results import Status
 from prefault.bench.routes.device_results import DeviceRun, RouteCell, RouteResult
 from prefault.bench.routes.device_routes import (
@@ -21,9 +19,9 @@ from prefault.bench.routes.device_routes import (
     WrongError,
     repetition,
 )
+from prefault.bench.runner import NOT_REACHED, follow
 from prefault.bench.stopping import StoppedError, StopRequest
 from prefault.device.client.fault_descriptor import USER_MODE_ONLY_NOTE
-from prefault.sizes import format_size
 
 Event: TypeAlias = RouteCell | RouteResult
 """A cell that begins, or the result of one that ended."""
@@ -56,25 +54,11 @@ def measure_all(
     cells: Sequence[RouteCell], *, repeats: int, colocate: bool, stop: StopRequest, show: Callable[[Event], None]
 ) -> DeviceRun:
     """Measure the cells and return the run with their results, in the order of ``cells``. ``show`` takes each event."""
-    machine = this_machine()
-    started, began = datetime.now().astimezone().isoformat(timespec="seconds"), time.monotonic()
-    results: dict[RouteCell, RouteResult] = {}
-    with closing(run(cells, repeats=repeats, colocate=colocate, stopping=lambda: stop.requested)) as events:
-        for event in events:
-            show(event)
-            if isinstance(event, RouteResult):
-                results[event.cell] = event
-    notes = [result.note or "" for result in results.values() if result.counts is not None]
-    return DeviceRun(
-        machine=machine,
-        started=started,
-        seconds=time.monotonic() - began,
-        repeats=repeats,
-        colocate=colocate,
-        user_mode_only=any(USER_MODE_ONLY_NOTE in note for note in notes) if notes else None,
-        interrupted=stop.requested,
-        results=tuple(results[cell] for cell in cells),
-    )
+    events = run(cells, repeats=repeats, colocate=colocate, stopping=lambda: stop.requested)
+    fields = follow(cells, events, stop, show)
+    notes = [result.note or "" for result in fields["results"] if result.counts is not None]
+    user_mode_only = any(USER_MODE_ONLY_NOTE in note for note in notes) if notes else None
+    return DeviceRun(**fields, repeats=repeats, colocate=colocate, user_mode_only=user_mode_only)
 
 
 class _RouteSession:
@@ -90,9 +74,9 @@ class _RouteSession:
 
     def _group(self, size: int, page_size: int, cells: list[RouteCell], no_pool: str | None) -> Iterator[Event]:
         if self._stopping():
-            yield from (RouteResult(cell, Status.STOPPED, reason="stopped before its turn") for cell in cells)
+            yield from (RouteResult(cell, Status.STOPPED, reason=NOT_REACHED) for cell in cells)
             return
-        reason = None if page_size == HUGE_PAGE_BYTES and no_pool is None else _obstacle(size)
+        reason = None if page_size == HUGE_PAGE_BYTES and no_pool is None else memory_obstacle(size)
         if reason is not None:
             yield from (RouteResult(cell, Status.UNAVAILABLE, reason=reason) for cell in cells)
             return
@@ -127,18 +111,11 @@ class _RouteSession:
             cell,
             status,
             tuple(one.total_ns for one in done),
-            tuple(one.map_ns for one in done),
-            done[-1].counts if done else None,
             reason,
             note,
+            tuple(one.map_ns for one in done),
+            done[-1].counts if done else None,
         )
-
-
-def _obstacle(size: int) -> str | None:
-    room = available_memory_bytes() - MARGIN_BYTES
-    if size <= room:
-        return None
-    return f"{format_size(size)} are needed, and {format_size(max(0, room))} of memory are available"
 
 
 def _note(bed: Bed, page_size: int, no_pool: str | None) -> str | None:

@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test check stress coverage bench-measures bench-cliffs bench-sparse bench-device bench-remote format clean
 
-## Install into .venv and measure how fast this machine populates memory.
+## Install into .venv, with what device memory and remote files need, and measure how fast this machine populates memory.
 quickstart: $(VENV)/.installed
 	$(BIN)/prefault bench --quick
 
@@ -68,7 +68,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[remote]'
 	touch $@
 
 # requirements/test.txt pins every package that the tests run with.

@@ -14,9 +14,9 @@ unexport PYTHONDONTWRITEBYTECODE
 quickstart: $(VENV)/.installed
 	$(BIN)/prefault bench --quick
 
-## Install what the tests need, and run all tests except the long ones.
+## Install what the tests need, and run all tests except the long ones, file by file in two processes.
 test: $(VENV)/.test-installed $(VENV)/uapi/.extracted
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 ## Check style, types, the layering rule and the public names.
 check: $(VENV)/.test-installed

@@ -63,7 +63,6 @@ def test_multiprocessing_by_spawn(tmp_path: Path, no_descriptors: None) -> None:
     assert found == [_checksum(range(first, 32)) for first in (0, 7, 31)]
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 def test_multiprocessing_by_fork(tmp_path: Path, no_descriptors: None) -> None:
     with (
         prefault.device.serve(Pattern(32), tmp_path / "s") as server,

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from prefault._system import hugetlb
+from prefault._system import hugetlb, thp
 from support import needs, oracle, signals
+from support.machine_lock import MachineLock
 from support.skips import pytest_terminal_summary
 
 __all__ = ["pytest_terminal_summary"]
@@ -24,6 +25,42 @@ def _signals_are_not_ignored() -> Iterator[None]:
     """Ctrl-C and a hangup do in every test, and in every program that a test starts, what they do at a terminal."""
     with signals.not_ignored():
         yield
+
+
+@pytest.fixture(scope="session")
+def _machine_lock() -> Iterator[MachineLock]:
+    lock = MachineLock(Path(tempfile.gettempdir()))
+    yield lock
+    lock.close()
+
+
+@pytest.fixture(autouse=True)
+def _alone_where_the_machine_changes(request: pytest.FixtureRequest, _machine_lock: MachineLock) -> Iterator[None]:
+    """A test that changes settings of the machine runs beside no other test."""
+    with _machine_lock.held(alone="thp_setting" in request.fixturenames):
+        yield
+
+
+@pytest.fixture
+def thp_setting() -> Iterator[Callable[[str, str], None]]:
+    """A function that changes a setting of transparent huge pages; restored afterwards."""
+    needs.root("change the settings of transparent huge pages")
+    before: dict[str, str] = {}
+
+    def change(name: str, word: str) -> None:
+        chosen = thp.read_setting(name)
+        if chosen is None:
+            needs.missing(f"the kernel has no setting {name} of transparent huge pages")
+        before.setdefault(name, chosen)
+        _write_thp_setting(name, word)
+
+    yield change
+    for name, word in before.items():
+        _write_thp_setting(name, word)
+
+
+def _write_thp_setting(name: str, word: str) -> None:
+    Path("/sys/kernel/mm/transparent_hugepage", name).write_text(word)
 
 
 @pytest.fixture

@@ -7,11 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from support import signals
+from support import processes, signals
+from support.children import Child, in_child
+from support.machine_lock import MachineLock
 
 _TESTS = Path(__file__).parent
 
@@ -24,8 +27,27 @@ def run_pytest(directory: Path, text: str, *command: str) -> str:
         sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(directory), "-o", f"pythonpath={_TESTS}",
         "--import-mode=importlib", "-p", "no:cacheprovider", str(directory),
     ]  # fmt: skip
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, cwd=directory)
+    environment = os.environ | {"TMPDIR": str(directory)}  # with a MachineLock of its own: this test holds the other
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=60, cwd=directory, env=environment)
     return done.stdout + done.stderr
+
+
+def test_a_test_that_changes_the_machine_runs_alone(tmp_path: Path) -> None:
+    def run(alone: bool) -> None:
+        with MachineLock(tmp_path).held(alone=alone):
+            pass
+
+    lock = MachineLock(tmp_path)
+    with ExitStack() as stack:
+        with lock.held(alone=False):
+            in_child(lambda: run(alone=False))
+            changing = stack.enter_context(Child(lambda: run(alone=True)))
+            assert not processes.eventually(changing.ended, 0.2)
+            later = stack.enter_context(Child(lambda: run(alone=False)))
+            assert not processes.eventually(later.ended, 0.2)  # a stream of tests does not keep it waiting
+        changing.result()
+        later.result()
+    lock.close()
 
 
 _SENDS_SIGNALS = """

@@ -802,26 +802,6 @@ def test_a_cpu_quota(cgroup_v1: Callable[[str], Path]) -> None:
 # --- remedies that change the whole machine: set, looked at, set back
 
 
-@pytest.fixture
-def thp_setting() -> Iterator[Callable[[str, str], None]]:
-    """A function that changes a setting of transparent huge pages; restored afterwards."""
-    needs.root("change the settings of transparent huge pages")
-    before: dict[Path, str] = {}
-
-    def change(name: str, word: str) -> None:
-        path = THP / name
-        if not path.exists():
-            needs.missing(f"the kernel has no {path}")
-        chosen = re.search(r"\[(.+)\]", path.read_text())
-        assert chosen
-        before.setdefault(path, chosen[1])
-        path.write_text(word)
-
-    yield change
-    for path, word in before.items():
-        path.write_text(word)
-
-
 @pytest.mark.parametrize("word", ["never", "deny"])
 def test_the_remedy_for_shared_memory(word: str, thp_setting: Callable[[str, str], None]) -> None:
     needs.capability(capabilities.MADV_POPULATE)

@@ -642,21 +642,13 @@ def test_rollback_of_shared_memory_without_process_vm_readv_takes_no_byte() -> N
         assert os.pread(memory.fd, 6, 0) == b"theirs"
 
 
-def test_huge_advice_on_shared_memory_is_not_spoilt_by_fallocate() -> None:
+def test_huge_advice_on_shared_memory_is_not_spoilt_by_fallocate(thp_setting: Callable[[str, str], None]) -> None:
     """fallocate knows nothing of the advice on a mapping, and would allocate base pages."""
-    setting = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-    needs.root("change shmem_enabled")
-    if not setting.exists():
-        needs.missing("the kernel has no transparent huge pages for shared memory")
-    before = setting.read_text().partition("[")[2].partition("]")[0]
-    setting.write_text("advise")
-    try:
-        with prefault.Mapping("16 MiB", backing="memfd", huge="advise") as memory:
-            assert prefault.plan(memory).method == "populate_write"
-            prefault.populate(memory)
-            assert oracle.smaps(address(memory))["ShmemPmdMapped"] == 16 * MIB
-    finally:
-        setting.write_text(before)
+    thp_setting("shmem_enabled", "advise")
+    with prefault.Mapping("16 MiB", backing="memfd", huge="advise") as memory:
+        assert prefault.plan(memory).method == "populate_write"
+        prefault.populate(memory)
+        assert oracle.smaps(address(memory))["ShmemPmdMapped"] == 16 * MIB
 
 
 def test_a_file_system_without_fallocate_is_populated_all_the_same(tmp_path: Path) -> None:

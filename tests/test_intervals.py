@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 
 import numpy
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefault import intervals
-from prefault.intervals import IntervalMeasure, Intervals
+from prefault.intervals import Intervals
 from prefault.ranges import RangeSet
 from prefault.sizes import PAGE_SIZE
 
@@ -80,6 +81,9 @@ def test_ways_to_make_a_set(pairs: list[tuple[int, int]]) -> None:
     ends = numpy.array([pair for pair in pairs if pair[0] < pair[1]], numpy.int64).reshape(-1, 2)
     assert Intervals.from_arrays(ends[:, 0], ends[:, 1]) == some
     assert Intervals.from_edges(list(some.edges)) == some
+    cut = [part for start, stop in some for part in ((start, start + 1), (start + 1, stop)) if part[0] < part[1]]
+    for parts in (list(some), cut):  # apart, and touching
+        assert Intervals.from_ascending(*(array("Q", [part[end] for part in parts]) for end in (0, 1))) == some
     assert some.to_numpy().tolist() == list(some.edges)
     assert not some.to_numpy().flags.writeable
 
@@ -90,7 +94,6 @@ def test_a_window_is_the_intervals_that_reach_into_it(pairs: list[tuple[int, int
     stop = start + length
     expected = [(low, high) for low, high in some if low < stop and high > start]
     assert list(some.window(start, stop)) == expected
-    assert list(Intervals.from_edges(intervals.window(some.to_numpy(), start, stop).tolist())) == expected
 
 
 @given(_pairs, st.integers(1, 9))
@@ -105,10 +108,11 @@ def test_blocks(pairs: list[tuple[int, int]], block: int) -> None:
 
 
 @given(_pairs, st.integers(0, 80), st.integers(0, 40))
-def test_measuring_a_part(pairs: list[tuple[int, int]], start: int, length: int) -> None:
+def test_a_part_between_two_numbers(pairs: list[tuple[int, int]], start: int, length: int) -> None:
     some = Intervals(pairs)
     stop = start + length
-    assert IntervalMeasure(some.to_numpy()).within(start, stop) == len(_numbers(pairs) & set(range(start, stop)))
+    assert _members(some.clipped(start, stop)) == _numbers(pairs) & set(range(start, stop))
+    assert not some.clipped(stop, start)
 
 
 @given(_pairs, st.integers(0, 8))

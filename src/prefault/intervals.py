@@ -11,7 +11,7 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from operator import index
+from operator import eq, index
 from typing import TYPE_CHECKING, Self, SupportsIndex, TypeAlias
 
 if TYPE_CHECKING:
@@ -64,9 +64,20 @@ class Intervals:
         return cls._with(array("Q", edges))
 
     @classmethod
+    def from_ascending(cls, starts: array[int], stops: array[int]) -> Self:
+        """Make the set of intervals in ascending order, none of them empty; those that touch become one."""
+        if not starts:
+            return cls._with(_NONE)
+        if any(map(eq, starts[1:], stops)):
+            return cls._with(Intervals(zip(starts, stops, strict=True)).edges)
+        edges = array("Q", bytes(2 * starts.itemsize * len(starts)))
+        edges[::2], edges[1::2] = starts, stops
+        return cls._with(edges)
+
+    @classmethod
     def from_arrays(cls, starts: Numbers, stops: Numbers) -> Self:
         """Make the union of intervals in any order, none of them empty."""
-        return cls._with_numbers(merged(starts, stops))
+        return cls._with_numbers(_merged(starts, stops))
 
     @classmethod
     def union_of(cls, sets: Iterable[Intervals]) -> Self:
@@ -105,10 +116,13 @@ class Intervals:
     @property
     def length(self) -> int:
         """Count of the numbers in all intervals together."""
-        if _is_many(self.edges, self.edges):
+        edges = self.edges
+        if len(edges) <= 2:  # most sets of populated pages: of one page, none or all of it
+            return edges[1] - edges[0] if edges else 0
+        if _is_many(edges, edges):
             starts, stops = self._columns()
             return int((stops - starts).sum())
-        return sum(self.edges[1::2]) - sum(self.edges[::2])
+        return sum(edges[1::2]) - sum(edges[::2])
 
     @property
     def span(self) -> tuple[int, int]:
@@ -134,7 +148,7 @@ class Intervals:
     def __or__(self, other: Intervals) -> Self:
         few, many = _by_length(self.edges, other.edges)
         if _is_many(few, many):
-            return self._with_numbers(union(self.to_numpy(), other.to_numpy()))
+            return self._with_numbers(_combined(self.to_numpy(), other.to_numpy(), 1))
         return self._with(_united(many, few))
 
     def __and__(self, other: Intervals) -> Self:
@@ -142,7 +156,7 @@ class Intervals:
             return self._with(_NONE)
         few, many = _by_length(self.edges, other.edges)
         if _is_many(few, many):
-            return self._with_numbers(common(self.to_numpy(), other.to_numpy()))
+            return self._with_numbers(_combined(self.to_numpy(), other.to_numpy(), 2))
         return self._with(_shared(many, few))
 
     def __sub__(self, other: Intervals) -> Self:
@@ -150,7 +164,7 @@ class Intervals:
             return self
         few, many = _by_length(self.edges, other.edges)
         if _is_many(few, many):
-            return self._with_numbers(without(self.to_numpy(), other.to_numpy()))
+            return self._with_numbers(_without(self.to_numpy(), other.to_numpy()))
         return self._with(_cut(many, few) if many is self.edges else _outside(many, few))
 
     def __xor__(self, other: Intervals) -> Self:
@@ -199,6 +213,10 @@ class Intervals:
         first, last = bisect_right(self.edges, start), bisect_left(self.edges, stop)
         return self._with(self.edges[first - first % 2 : last + last % 2])
 
+    def clipped(self, start: int, stop: int) -> Self:
+        """Return the part of the set in ``[start, stop)``; the empty set for a backward interval."""
+        return self._with(_shared(self.edges, array("Q", (start, stop))) if start < stop else _NONE)
+
     def end_after(self, number: int) -> int | None:
         """Return the end of the interval that holds a number; None where none does."""
         after = bisect_right(self.edges, number)
@@ -206,7 +224,13 @@ class Intervals:
 
     def bridged(self, gap: int) -> Self:
         """Return the set with all gaps filled that are not longer than ``gap``."""
-        return self._with_numbers(_bridged(self.to_numpy(), gap))
+        import numpy
+
+        edges = self.to_numpy()
+        keep = numpy.ones(len(edges), bool)
+        short = numpy.flatnonzero(edges[2::2] - edges[1:-1:2] <= gap)
+        keep[2 * short + 1] = keep[2 * short + 2] = False
+        return self._with_numbers(edges[keep])
 
     def longer(self, than: int) -> Self:
         """Return the intervals that are longer than ``than``."""
@@ -319,7 +343,7 @@ def _outside(many: array[int], few: array[int]) -> array[int]:
 # --- many intervals: the numpy kernel
 
 
-def merged(starts: Numbers, stops: Numbers) -> Numbers:
+def _merged(starts: Numbers, stops: Numbers) -> Numbers:
     """Return the edges of the union of intervals in any order; overlapping and touching ones become one."""
     import numpy
 
@@ -338,32 +362,18 @@ def merged(starts: Numbers, stops: Numbers) -> Numbers:
     return edges
 
 
-def common(one: Numbers, other: Numbers) -> Numbers:
-    """Return the intersection of two sets, all given as edges."""
-    return _combined(one, other, 2)
-
-
-def without(one: Numbers, other: Numbers) -> Numbers:
-    """Return the first set without the other one, all given as edges."""
+def _without(one: Numbers, other: Numbers) -> Numbers:
+    """Return the first set without the other one, all given as edges; neither is empty."""
     import numpy
 
-    if not len(one) or not len(other):
-        return one
     whole = numpy.array([min(one[0], other[0]) - 1, max(one[-1], other[-1]) + 1], numpy.int64)
-    return common(one, numpy.concatenate((whole[:1], other, whole[1:])))
-
-
-def union(one: Numbers, other: Numbers) -> Numbers:
-    """Return the union of two sets, all given as edges."""
-    return _combined(one, other, 1)
+    return _combined(one, numpy.concatenate((whole[:1], other, whole[1:])), 2)
 
 
 def _combined(one: Numbers, other: Numbers, depth: int) -> Numbers:
-    """Return the numbers that lie in at least ``depth`` of the two sets: a sweep over the edges of both."""
+    """Return the numbers that lie in at least ``depth`` of two sets, neither empty: a sweep over the edges of both."""
     import numpy
 
-    if not len(one) or not len(other):
-        return numpy.empty(0, numpy.int64) if depth == 2 else numpy.concatenate((one, other))
     at = numpy.concatenate((one, other))
     step = numpy.ones(len(at), numpy.int64)
     step[1 : len(one) : 2] = -1
@@ -375,48 +385,3 @@ def _combined(one: Numbers, other: Numbers, depth: int) -> Numbers:
     at, deep = at[last], inside[last] >= depth
     edges: Numbers = at[numpy.concatenate((deep[:1], deep[1:] != deep[:-1]))]
     return edges
-
-
-def window(edges: Numbers, start: int, stop: int) -> Numbers:
-    """Return the intervals that have a number in ``[start, stop)``, in whole. A view: nothing is copied."""
-    first, last = int(edges.searchsorted(start, "right")), int(edges.searchsorted(stop))
-    return edges[first - first % 2 : last + last % 2]
-
-
-def bridged(edges: Numbers, gap: int) -> list[int]:
-    """Return the edges of the set with all gaps filled that are not longer than ``gap``."""
-    found: list[int] = _bridged(edges, gap).tolist()
-    return found
-
-
-def _bridged(edges: Numbers, gap: int) -> Numbers:
-    import numpy
-
-    keep = numpy.ones(len(edges), bool)
-    short = numpy.flatnonzero(edges[2::2] - edges[1:-1:2] <= gap)
-    keep[2 * short + 1] = keep[2 * short + 2] = False
-    return edges[keep]
-
-
-class IntervalMeasure:
-    """The number of bytes of a set in any interval, by a binary search each time."""
-
-    def __init__(self, edges: Numbers) -> None:
-        import numpy
-
-        self._edges = edges
-        self._before = numpy.concatenate((edges[:1] * 0, numpy.cumsum(edges[1::2] - edges[::2])))
-
-    def within(self, start: int, stop: int) -> int:
-        """Count the bytes of the set in ``[start, stop)``."""
-        return self._below(stop) - self._below(start)
-
-    def count(self, start: int, stop: int) -> int:
-        """Estimate the number of intervals of the set in ``[start, stop)``."""
-        first, last = self._edges.searchsorted((start, stop))
-        return int(last - first + 1) // 2
-
-    def _below(self, at: int) -> int:
-        edges = int(self._edges.searchsorted(at))
-        rest = at - int(self._edges[edges - 1]) if edges & 1 else 0
-        return int(self._before[edges // 2]) + rest if len(self._edges) else 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from prefault._system.kept_files import KeptFile
 from prefault.engine.chunking import ChunkSize
 from prefault.inspection.pagemap_scan import PagemapScanner
 from prefault.inspection.scan import populated_before, residency_of
+from prefault.intervals import Intervals
 from prefault.limits.allowance import allowance
-from prefault.limits.demand import Demand, ScatteredDemand, demands_of, missing_from
+from prefault.limits.demand import Demand, demands_of
 from prefault.memory import vma
 from prefault.sizes import GIB, MIB
 from prefault.testing import without
@@ -165,16 +165,17 @@ def test_what_kinds_need_is_what_their_segments_need(
         for page in readable:
             region.protect(page, 1, READ)
         segments = prefault.plan(region).segments
-        every: list[int] = []
-        for segment in segments:
-            every += populated_before(segment.start, segment.stop, write=segment.method.access == "write", private=True)
+        every = [
+            populated_before(segment.start, segment.stop, write=segment.method.access == "write", private=True)
+            for segment in segments
+        ]
         module = sys.modules["prefault.engine.populated_pages"]
         together = module.populated_pages(segments)
-        assert RangeSet(module.as_ranges(together)) == RangeSet(module.as_ranges(array("Q", every)))
+        assert together == Intervals.union_of(every)
         start, stop = sorted(region.page(page) for page in cut)
         spans = [(s, max(s.start, start), min(s.stop, stop)) for s in segments if s.start < stop and s.stop > start]
         naive = [
-            (Demand(s.use, missing_from(s.start, s.stop, module.populated_pages((s,)))), first, last)
+            (Demand(s.use, Intervals([(s.start, s.stop)]) - module.populated_pages((s,))), first, last)
             for s, first, last in spans
         ]
         kinds = [
@@ -182,7 +183,7 @@ def test_what_kinds_need_is_what_their_segments_need(
             for part in demands_of([s.use for s in segments], together, None)
             if part.use.start < stop and part.use.stop > start
         ]  # fmt: skip
-        assert len(segments) == 1 or all(isinstance(part, ScatteredDemand) for part, _, _ in kinds)
+        assert len(segments) == 1 or len(kinds) <= len({s.use.kind for s in segments})
         for ask in (Demand.missing_bytes, Demand.memory):
             name = ask.__name__
             assert sum(getattr(part, name)(a, b) for part, a, b in kinds) == sum(
@@ -258,7 +259,7 @@ def test_what_is_empty_is_not_read_entry_by_entry(monkeypatch: pytest.MonkeyPatc
     with prefault.Mapping(8 * GIB, noreserve=True, huge="never") as mapping:
         prefault.populate(mapping, offset=3 * GIB, length=MIB)
         (segment,) = prefault.plan(mapping).segments
-        part = Demand(segment.use, missing_from(*mapping.range, array("Q")))
+        part = Demand(segment.use, Intervals([mapping.range]))
         read: list[int] = []
         module = sys.modules["prefault.limits.demand"]
         original = module.pagemap.read_pagemap

@@ -17,6 +17,7 @@ import prefault
 from prefault._kernel import mman
 from prefault._system import capabilities
 from prefault.engine.methods import METHODS, Access
+from prefault.intervals import Intervals
 from prefault.sizes import MIB, PAGE_SIZE
 from prefault.testing import without
 from support import needs, oracle
@@ -132,10 +133,8 @@ def test_a_page_that_one_look_missed_keeps_its_bytes(monkeypatch: pytest.MonkeyP
     with prefault.Mapping("1 MiB", huge="never") as mapping:
         mapping.memoryview()[:5] = b"hello"
         blocked(mapping, 16 * PAGE_SIZE)
-        from array import array
-
         monkeypatch.setattr(
-            sys.modules["prefault.engine.populated_pages"], "populated_before", lambda *args, **options: array("Q")
+            sys.modules["prefault.engine.populated_pages"], "populated_before", lambda *args, **options: Intervals()
         )
         with pytest.raises(prefault.ProtectionError):
             prefault.populate(mapping, rollback=True)

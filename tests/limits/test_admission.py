@@ -6,7 +6,6 @@ import os
 import sys
 import threading
 import time
-from array import array
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,10 +15,11 @@ from prefault._kernel import mman
 from prefault.engine.methods import Access
 from prefault.errors import HeadroomError
 from prefault.inspection.scan import populated_before
+from prefault.intervals import Intervals
 from prefault.limits import Limit, MemoryAnswer, Shortfall, admission
 from prefault.limits.admission import AdmissionControl
 from prefault.limits.allowance import _Allowance, allowance
-from prefault.limits.demand import Demand, missing_from
+from prefault.limits.demand import Demand
 from prefault.sizes import GIB, MIB, PAGE_SIZE
 from prefault.testing import without
 from support.children import in_child
@@ -45,7 +45,7 @@ def demand_of(mapping: prefault.Mapping, access: Access | None = None) -> Demand
     (segment,) = plan.segments
     write, private = segment.method.access == "write", not segment.target.shared
     present = populated_before(segment.start, segment.stop, write=write, private=private)
-    return Demand(segment.use, missing_from(segment.start, segment.stop, present), mapping.fd)
+    return Demand(segment.use, Intervals([(segment.start, segment.stop)]) - present, mapping.fd)
 
 
 def needed(mapping: prefault.Mapping, access: Access | None = None) -> int:
@@ -129,12 +129,12 @@ def test_memory_that_may_not_be_written_or_is_not_there() -> None:
     with Region(PAGES, mman.PROT_NONE) as region:
         for access in ("read", "write"):
             segments = prefault.plan(region, access=access).segments
-            demand = Demand(segments[0].use, array("Q", [region.address, region.address + LENGTH]))
+            demand = Demand(segments[0].use, Intervals([(region.address, region.address + LENGTH)]))
             assert demand.memory(region.address, region.address + LENGTH) == 0
     with Region(PAGES) as region:
         region.punch(0, PAGES)
         (segment,) = prefault.plan(region).segments
-        demand = Demand(segment.use, array("Q", [region.address, region.address + LENGTH]))
+        demand = Demand(segment.use, Intervals([(region.address, region.address + LENGTH)]))
         assert demand.at_most(region.address, region.address + LENGTH) == 0
 
 

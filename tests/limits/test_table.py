@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +11,9 @@ import pytest
 
 import prefault
 from prefault._kernel import mman
+from prefault.intervals import Intervals
 from prefault.limits import Limit, MemoryUse, limits_on, refusal_ahead, shortfall_of, table
-from prefault.limits.demand import Demand, missing_from
+from prefault.limits.demand import Demand
 from prefault.limits.process_limits import PROCESS_LIMITS, explain_limit
 from prefault.memory.vma import Backing
 from prefault.sizes import MIB, PAGE_SIZE
@@ -37,7 +37,7 @@ def _demand(region: Region, fd: int | None = None) -> Demand:
     """Make the demand of a shared mapping of tmpfs of which no page is present."""
     stop = region.address + region.length
     use = MemoryUse(region.address, stop, Backing.TMPFS, shared=True)
-    return Demand(use, missing_from(region.address, stop, array("Q")), fd)
+    return Demand(use, Intervals([(region.address, stop)]), fd)
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def test_the_commit_limit_is_one_for_all_memory(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(table, "commit_limits", lambda: [commit])
     with prefault.Mapping(2 * MIB, backing="memfd") as one, prefault.Mapping(2 * MIB, backing="tmpfs") as two:
         demands = [
-            Demand(segment.use, missing_from(*mapping.range, array("Q")), mapping.fd)
+            Demand(segment.use, Intervals([mapping.range]), mapping.fd)
             for mapping in (one, two)
             for segment in prefault.plan(mapping).segments
         ]
@@ -106,7 +106,7 @@ def test_locked_memory_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = Limit("RLIMIT_MEMLOCK", "locked memory", MIB, 0, 0, 0, "consequence", "source", "remedy")
     monkeypatch.setattr(table, "resource_limit", lambda name: [limit] if name == limit.name else [])
     with prefault.Mapping(2 * MIB, huge="never") as mapping:
-        demand = Demand(MemoryUse(*mapping.range, locks=True), array("Q", mapping.range))
+        demand = Demand(MemoryUse(*mapping.range, locks=True), Intervals([mapping.range]))
         short = refusal_ahead([demand])
         assert short is not None
         assert (short.needed_bytes, short.available_bytes) == (2 * MIB, MIB)

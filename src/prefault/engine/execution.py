@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from _thread import start_new_thread
-from array import array
 from functools import partial
 from time import perf_counter_ns
 
@@ -12,11 +11,12 @@ from prefault.engine.attempts import LONG, ChunkFailure, attempt, can_advise, lo
 from prefault.engine.chunking import Chunk, ChunkQueue, ChunkSize
 from prefault.engine.outcomes import PopulateResult, Settlement, failed, interrupted
 from prefault.engine.planning import Plan, Segment, without_fallocate
-from prefault.engine.populated_pages import as_ranges, populated_pages, total_bytes
+from prefault.engine.populated_pages import populated_pages
 from prefault.engine.progress import Progress
 from prefault.engine.readahead import ReadAhead
 from prefault.engine.rollback import Rollback
 from prefault.errors import PopulateError
+from prefault.intervals import Intervals
 from prefault.limits import Shortfall
 from prefault.limits.admission import AdmissionControl
 from prefault.memory.vma import Backing
@@ -30,14 +30,14 @@ class Execution:
     Args:
         plan: what to populate, and how.
         origin: the address that offsets in errors are counted from.
-        before: the pages of the plan that are populated already, as addresses, start and stop in turn.
+        before: the pages of the plan that are populated already.
         progress: called after each chunk of the calling thread.
         rollback: undoes the call if it fails; None leaves what it brought in.
         admission: looks at the limits before each chunk; None does not.
     """
 
     def __init__(
-        self, plan: Plan, origin: int, before: array[int], progress: Progress | None = None,
+        self, plan: Plan, origin: int, before: Intervals, progress: Progress | None = None,
         rollback: Rollback | None = None, admission: AdmissionControl | None = None,
     ) -> None:  # fmt: skip
         self._queue = ChunkQueue(plan)
@@ -200,9 +200,9 @@ class Execution:
         if self._progress is not None:
             self._progress(self._queue.done_bytes, self._length)  # other threads may have finished later
         plan = self._queue.plan
-        present = total_bytes(self._before)
+        present = self._before.length
         # A hint is taken for all segments.
-        after = total_bytes(populated_pages(plan.segments)) if plan.segments[0].method.hint else plan.length
+        after = populated_pages(plan.segments).length if plan.segments[0].method.hint else plan.length
         seconds = (perf_counter_ns() - began) / 1e9
         return PopulateResult(
             max(0, after - present), present, seconds, plan.access, plan.method, 1 + helpers, plan.notes
@@ -215,8 +215,7 @@ class Execution:
         """Roll back, if that was asked for. No thread is at work any more."""
         # Of chunks that were not recorded as done, only the page tables tell what has become of them.
         caught = (populated_pages(chunk.segments, chunk.pages) for chunk in self._queue.unfinished())
-        done = RangeSet([*self._queue.done, *(item for pairs in caught for item in as_ranges(pairs))])
-        brought_in = done - RangeSet(as_ranges(self._before))
+        brought_in = RangeSet.union_of([RangeSet(self._queue.done), *caught]) - self._before
         if self._rollback is None:
             return Settlement(brought_in.length, brought_in, rolled_back=False)
         return Settlement(brought_in.length, self._rollback.undo(brought_in, RangeSet(self._queue.taken)), rolled_back=True)

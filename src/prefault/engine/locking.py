@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from array import array
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from prefault._system.capabilities import MLOCK_ONFAULT
 from prefault.engine.methods import Access
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
 from prefault.errors import HoleError, OutOfMemoryError
+from prefault.intervals import Intervals
 from prefault.limits import MemoryUse, refusal_ahead
 from prefault.limits.demand import Demand
 from prefault.limits.process_limits import lock_refusal
@@ -118,7 +118,7 @@ def unlock(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> int:
 
 def _ensure_allowed(pages: PageRange, origin: int) -> None:
     use = MemoryUse(pages.start, pages.stop, locks=True)
-    short = refusal_ahead([Demand(use, array("Q", pages))], "RLIMIT_MEMLOCK")
+    short = refusal_ahead([Demand(use, Intervals([pages]))], "RLIMIT_MEMLOCK")
     if short is not None:
         raise short.error(
             f"locking takes {format_size(short.needed_bytes)} more, and {short.limit.name} leaves"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from prefault.engine.planning import Segment
 from prefault.inspection.scan import populated_among, populated_before
+from prefault.intervals import Intervals
 from prefault.ranges import PageRange
 
 
-def populated_pages(segments: Sequence[Segment], part: PageRange | None = None) -> array[int]:
-    """Return the pages of the segments (or of a part of them) that are populated: addresses, start and stop in turn."""
+def populated_pages(segments: Sequence[Segment], part: PageRange | None = None) -> Intervals:
+    """Return the addresses of the segments (or of a part of them) that are populated."""
     start, stop = (segments[0].start, segments[-1].stop) if part is None else part
     if len(segments) == 1:
         return populated_before(start, stop, write=_writes(segments[0]), private=not segments[0].target.shared)
@@ -21,14 +21,3 @@ def populated_pages(segments: Sequence[Segment], part: PageRange | None = None) 
 
 def _writes(segment: Segment) -> bool:
     return segment.method.access == "write"
-
-
-def as_ranges(pairs: array[int]) -> Iterator[PageRange]:
-    """Yield the ranges of addresses that are start and stop in turn."""
-    for index in range(0, len(pairs), 2):
-        yield PageRange(pairs[index], pairs[index + 1])
-
-
-def total_bytes(pairs: array[int]) -> int:
-    """Return the bytes in ranges, given by start and stop in turn."""
-    return sum(pairs[1::2]) - sum(pairs[::2])

@@ -12,7 +12,6 @@ shortcuts take. They change nothing that a caller could see, and each falls back
 
 from __future__ import annotations
 
-from array import array
 from time import perf_counter_ns
 
 from prefault._system import capabilities
@@ -22,7 +21,7 @@ from prefault.engine.execution import Execution
 from prefault.engine.methods import POPULATE_READ, POPULATE_WRITE, Access, Target
 from prefault.engine.outcomes import PopulateResult
 from prefault.engine.planning import Plan, Segment
-from prefault.engine.populated_pages import total_bytes
+from prefault.intervals import Intervals
 from prefault.limits.allowance import allowance
 from prefault.memory.borrowing import Borrowed, Span
 from prefault.memory.vma import Backing, vma_at
@@ -61,7 +60,7 @@ def surely_fits(segment: Segment, now_ns: int) -> bool:
     return segment.backing is Backing.ANONYMOUS and allowance.spend(bound, now_ns)
 
 
-def run_small(plan: Plan, origin: int, began: int, before: array[int]) -> PopulateResult:
+def run_small(plan: Plan, origin: int, began: int, before: Intervals) -> PopulateResult:
     """Carry out a plan of one chunk in this thread. The arguments are those of :class:`Execution`."""
     segment = plan.segments[0]
     start, length = segment.start, segment.stop - segment.start
@@ -74,6 +73,6 @@ def run_small(plan: Plan, origin: int, began: int, before: array[int]) -> Popula
         raise
     if error is not None:
         return Execution(plan, origin, before).run(began)  # does it again, and finds the page
-    present = total_bytes(before)
+    present = before.length
     took = (perf_counter_ns() - began) / 1e9
     return PopulateResult(length - present, present, took, segment.method.access, segment.method.name, 1, plan.notes)

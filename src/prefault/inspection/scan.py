@@ -79,47 +79,43 @@ def residency_of(pages: PageRange, page_cache: PageCache | None = None) -> Resid
 # --- parts of the answer, for callers that need no more
 
 
-def populated_before(start: int, stop: int, *, write: bool, private: bool) -> array[int]:
-    """Return the pages of ``[start, stop)`` that need no population: a flat array of addresses, start and stop in turn.
+def populated_before(start: int, stop: int, *, write: bool, private: bool) -> Intervals:
+    """Return the addresses in ``[start, stop)`` of the pages that need no population.
 
     For reading, these are the present pages; for writing in private memory, the present pages that are neither the zero page
     nor a page of the file that is still to be copied. Pages shared with a forked child count as populated although the first
     write copies them, and so do pages of a shared file that were only read although the first write makes them dirty: no
     interface tells these apart. Where the kernel has neither PAGEMAP_SCAN nor pagemap, no page is known to be populated.
     """
-    found = array("Q")
     try:
         if capabilities.PAGEMAP_SCAN.available:
             inverted = _COPY_PENDING if write and private else 0
             mask = _PRESENT | inverted
             words = scanner.scan((start, stop), mask, inverted, 0, mask)
-            found = array("Q", bytes(len(words) // 3 * 16))
-            found[::2], found[1::2] = words[::3], words[1::3]
-        elif capabilities.PAGEMAP.available:
-            for run in _from_pagemap(PageRange(start, stop), None).runs:
-                if run.state & PageState.PRESENT and not (write and private and run.state & PageState.FILE):
-                    found.append(run.start)
-                    found.append(run.stop)
+            return Intervals.from_ascending(words[::3], words[1::3])
+        if capabilities.PAGEMAP.available:
+            return Intervals(
+                (run.start, run.stop)
+                for run in _from_pagemap(PageRange(start, stop), None).runs
+                if run.state & PageState.PRESENT and not (write and private and run.state & PageState.FILE)
+            )
     except PermissionError:
-        found = array("Q")  # as in residency_of: this process gave up root
-    return found
+        pass  # as in residency_of: this process gave up root
+    return Intervals()
 
 
-def populated_among(start: int, stop: int, copied: Sequence[int]) -> array[int]:
-    """Return the pages of a range of several kinds of memory that need no population, by one scan.
+def populated_among(start: int, stop: int, copied: Sequence[int]) -> Intervals:
+    """Return the addresses in a range of several kinds of memory of the pages that need no population, by one scan.
 
     Args:
         start: address of the first page.
         stop: address after the last one.
         copied: private memory that is to be written, as addresses, start and stop in turn, ascending; all other memory of
             the range is to be read, or shared.
-
-    Returns:
-        A flat array of addresses, as of :func:`populated_before`.
     """
     found = residency_of(PageRange(start, stop))
     if found.source == "mincore":
-        return array("Q")
+        return Intervals()
     rows = found.rows
     rows = rows[(rows[:, 2] & int(PageState.PRESENT)) != 0]
     pending = (rows[:, 2] & int(PageState.FILE)) != 0
@@ -128,7 +124,7 @@ def populated_among(start: int, stop: int, copied: Sequence[int]) -> array[int]:
     present = Intervals.from_arrays(rows[:, 0], rows[:, 1])
     settled = Intervals.from_arrays(rows[~pending, 0], rows[~pending, 1])
     written = Intervals.from_edges(copied)
-    return (settled & written | present - written).edges
+    return settled & written | present - written
 
 
 def occupied(spans: Sequence[int], *, how: bool = True) -> numpy.typing.NDArray[numpy.int64]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from time import perf_counter_ns, sleep
 
 from prefault.limits.allowance import allowance
-from prefault.limits.demand import Demand, ScatteredDemand
+from prefault.limits.demand import Demand
 from prefault.limits.limit import Shortfall
 from prefault.limits.memory_limits import ask_for_memory
 from prefault.limits.table import refusal_ahead
@@ -27,7 +27,7 @@ class AdmissionControl:
             with control.ahead(start, stop):  # HeadroomError: it does not fit any more
                 ...  # populate the missing pages there
 
-    ``missing`` holds addresses, start and stop in turn, ascending: all that is to be populated, of one kind of memory.
+    ``missing`` holds the addresses of all that is to be populated, of one kind of memory.
     Several threads may be at work; each announces the chunk ahead of it.
 
     Args:
@@ -38,8 +38,8 @@ class AdmissionControl:
     def __init__(self, demands: Sequence[Demand], origin: int = 0) -> None:
         self._demands = demands
         # Demands of single segments follow each other and are found by address; there are few of the others.
-        self._scattered = [demand for demand in demands if isinstance(demand, ScatteredDemand)]
-        self._single = [demand for demand in demands if not isinstance(demand, ScatteredDemand)]
+        self._scattered = [demand for demand in demands if len(demand.stretches) > 1]
+        self._single = sorted((demand for demand in demands if len(demand.stretches) == 1), key=lambda one: one.use.start)
         self._starts = [demand.use.start for demand in self._single]
         self._origin = origin
         self._lock = threading.Lock()

@@ -6,22 +6,17 @@ import contextlib
 import os
 import sys
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from prefault._kernel import fiemap, mman, pagemap
 from prefault._kernel.cachestat import cachestat
 from prefault._system import capabilities
 from prefault.inspection.scan import occupied
-from prefault.intervals import IntervalMeasure, bridged, common, merged, window, without
+from prefault.intervals import Intervals
 from prefault.limits.memory_limits import counts_hugetlb
 from prefault.limits.memory_use import MemoryUse
 from prefault.memory.vma import Backing, file_descriptor, vm_flags, vma_at, vmas
 from prefault.sizes import MIB, PAGE_SIZE
-
-if TYPE_CHECKING:
-    from prefault.intervals import Numbers
 
 _ENTRY_BYTES = 512
 """One byte of page table maps this many bytes of memory (8 for 4096)."""
@@ -42,46 +37,67 @@ class Demand:
     """Memory that is to be populated and its missing pages, which tell what populating it takes.
 
     Args:
-        use: place, kind and access.
-        missing: the pages that are not populated, as addresses, start and stop in turn, ascending.
+        use: place, kind and access; of many stretches, from the start of the first to the end of the last.
+        missing: addresses of the pages that are not populated.
         fd: descriptor of the file behind it, if ``use`` has none: it makes counting exact.
+        stretches: the memory, where it is many stretches of one kind: memory between them does not count; None: all of it.
     """
 
-    __slots__ = ("_missing", "use")
+    __slots__ = ("_missing", "stretches", "use")
 
-    def __init__(self, use: MemoryUse, missing: array[int], fd: int | None = None) -> None:
+    def __init__(
+        self, use: MemoryUse, missing: Intervals, fd: int | None = None, stretches: Intervals | None = None
+    ) -> None:
         self.use = use if fd is None or use.fd is not None else use._replace(fd=fd)
+        self.stretches = Intervals([(use.start, use.stop)]) if stretches is None else stretches
         self._missing = missing
-
-    @property
-    def length(self) -> int:
-        """Bytes of the memory."""
-        return self.use.length
-
-    def covered_bytes(self, start: int, stop: int) -> int:
-        """Return the bytes of the memory in ``[start, stop)``."""
-        return stop - start
 
     def missing_bytes(self, start: int, stop: int) -> int:
         """Return the bytes of the pages in ``[start, stop)`` that are not populated."""
-        return sum(last - first for first, last in self._between(start, stop))
+        return self._between(start, stop).length
 
     def at_most(self, start: int, stop: int) -> int:
         """Return the bytes of memory that populating ``[start, stop)`` takes at most, without reading any page's state."""
-        use, missing = self.use, self.missing_bytes(start, stop)
+        use, gaps = self.use, self._between(start, stop)
+        missing = gaps.length
         if not use.takes_memory:
             return missing if use.backing is Backing.HUGETLB and counts_hugetlb() else 0
         # Pages that are present may still be shared with the other side of a fork, and are copied then.
-        pages = (self.covered_bytes(start, stop) if use.copies else 0) + (missing if use.fills_shmem else 0)
+        pages = (self.stretches.clipped(start, stop).length if use.copies else 0) + (missing if use.fills_shmem else 0)
         if not use.copies and not use.shared:
             pages += missing  # in swap
-        return pages + _overhead(missing, use.fills_shmem) if missing or pages else 0
+        if not missing and not pages:
+            return 0
+        # Each gap may need a page table of its own.
+        tables = min(len(gaps), (stop - start) // (2 * MIB) + 2) * PAGE_SIZE if len(gaps) > 1 else 0
+        return pages + tables + _overhead(missing, use.fills_shmem)
 
     def memory(self, start: int, stop: int) -> int:
         """Return the bytes of memory that populating ``[start, stop)`` takes, page tables not counted: reads every page."""
-        use = self.use
-        if not use.takes_memory:
+        if not self.use.takes_memory:
             return self.at_most(start, stop)
+        return sum(self._memory(first, last) for first, last in self.stretches.clipped(start, stop))
+
+    def overhead(self, start: int, stop: int) -> int:
+        """Return the bytes of page tables, and of the page cache's tree, that populating ``[start, stop)`` takes."""
+        missing = self.missing_bytes(start, stop)
+        return _overhead(missing, self.use.fills_shmem) if missing and self.use.takes_memory else 0
+
+    def unallocated(self, start: int, stop: int) -> int:
+        """Return the bytes of the missing pages in ``[start, stop)`` that the file does not have, in memory or in swap."""
+        if self.use.backing is Backing.HUGETLB:  # mincore knows only the page tables there
+            return self.missing_bytes(start, stop)
+        return sum(self._not_in_memory(first, last, swapped=False) for first, last in self.stretches.clipped(start, stop))
+
+    def _between(self, start: int, stop: int) -> Intervals:
+        """Return the missing pages of ``[start, stop)``, as far as the file reaches."""
+        use = self.use
+        if use.file_size is not None:
+            stop = min(stop, use.file_size + -use.file_size % use.page_size - use.file_base)
+        return self._missing.clipped(start, stop)
+
+    def _memory(self, start: int, stop: int) -> int:
+        use = self.use
         if not self._is_permitted(start):
             return 0
         needed = self._not_in_memory(start, stop) if use.fills_shmem else 0
@@ -90,29 +106,6 @@ class Demand:
         elif not use.shared:
             needed += sum(_count_entries(first, last, _IS_SWAPPED) or 0 for first, last in self._between(start, stop))
         return needed
-
-    def overhead(self, start: int, stop: int) -> int:
-        """Return the bytes of page tables, and of the page cache's tree, that populating ``[start, stop)`` takes."""
-        missing = self.missing_bytes(start, stop)
-        return _overhead(missing, self.use.fills_shmem) if missing and self.use.takes_memory else 0
-
-    def _between(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Yield the missing pages of ``[start, stop)``, as far as the file reaches."""
-        use, missing = self.use, self._missing
-        if use.file_size is not None:
-            stop = min(stop, use.file_size + -use.file_size % use.page_size - use.file_base)
-        index = bisect_right(missing, start) & ~1
-        while index < len(missing) and missing[index] < stop:
-            first, last = max(start, missing[index]), min(stop, missing[index + 1])
-            if first < last:
-                yield first, last
-            index += 2
-
-    def unallocated(self, start: int, stop: int) -> int:
-        """Return the bytes of the missing pages in ``[start, stop)`` that the file does not have, in memory or in swap."""
-        if self.use.backing is Backing.HUGETLB:  # mincore knows only the page tables there
-            return self.missing_bytes(start, stop)
-        return self._not_in_memory(start, stop, swapped=False)
 
     def _not_in_memory(self, start: int, stop: int, *, swapped: bool = True) -> int:
         """Count the bytes of the missing pages that the file has not in memory: nowhere, or (if ``swapped``) in swap."""
@@ -143,82 +136,28 @@ class Demand:
         return vma.writable if self.use.access == "write" else vma.readable
 
 
-class ScatteredDemand(Demand):
-    """Many stretches of one kind of memory, and their missing pages; memory between them does not count.
-
-    Args:
-        use: from the start of the first stretch to the end of the last.
-        pages: the stretches.
-        missing: pages of the stretches that are not populated.
-        fd: descriptor of the file behind them, if ``use`` has none.
-    """
-
-    __slots__ = ("_lacking", "_pages", "_stretches")
-
-    def __init__(self, use: MemoryUse, pages: Numbers, missing: Numbers, fd: int | None = None) -> None:
-        super().__init__(use, array("Q", missing.tobytes()), fd)
-        self._stretches, self._pages, self._lacking = pages, IntervalMeasure(pages), IntervalMeasure(missing)
-
-    @property
-    def length(self) -> int:
-        """Bytes of the stretches."""
-        return self._pages.within(self.use.start, self.use.stop)
-
-    def covered_bytes(self, start: int, stop: int) -> int:
-        """Return the bytes of the stretches in ``[start, stop)``."""
-        return self._pages.within(start, stop)
-
-    def missing_bytes(self, start: int, stop: int) -> int:
-        """Return the bytes of the pages in ``[start, stop)`` that are not populated."""
-        return self._lacking.within(start, stop)
-
-    def at_most(self, start: int, stop: int) -> int:
-        """Return the memory that populating the stretches takes at most: each may need a page table of its own."""
-        most = super().at_most(start, stop)
-        tables = min(self._lacking.count(start, stop), (stop - start) // (2 * MIB) + 2) * PAGE_SIZE
-        return most + tables if most else 0
-
-    def memory(self, start: int, stop: int) -> int:
-        """Return the memory that populating the stretches takes: reads the state of every page."""
-        return sum(super(ScatteredDemand, self).memory(first, last) for first, last in self._clipped(start, stop))
-
-    def unallocated(self, start: int, stop: int) -> int:
-        """Return the bytes of the missing pages in ``[start, stop)`` that the files do not have, in memory or in swap."""
-        return sum(super(ScatteredDemand, self).unallocated(first, last) for first, last in self._clipped(start, stop))
-
-    def _clipped(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        edges = window(self._stretches, start, stop).tolist()
-        for first, last in zip(edges[::2], edges[1::2], strict=True):
-            yield max(first, start), min(last, stop)
-
-
-def demands_of(uses: Sequence[MemoryUse], populated: array[int], fd: int | None) -> list[Demand]:
+def demands_of(uses: Sequence[MemoryUse], populated: Intervals, fd: int | None) -> list[Demand]:
     """Make the demands of a plan: one for each segment, or for each kind of many segments of few kinds.
 
     Args:
         uses: in order of address, without gaps.
-        populated: pages that need no population, as :func:`prefault.inspection.scan.populated_before` gives them.
+        populated: addresses of the pages that need no population.
         fd: descriptor of the file behind those that have none.
     """
+    missing = Intervals([(uses[0].start, uses[-1].stop)]) - populated
     if len(uses) == 1:
-        (use,) = uses
-        return [Demand(use, missing_from(use.start, use.stop, populated), fd)]
-    import numpy
-
-    whole = numpy.array([uses[0].start, uses[-1].stop], numpy.int64)
-    there = numpy.array(populated, numpy.int64)
-    missing = without(whole, merged(there[::2], there[1::2]))
+        return [Demand(uses[0], missing, fd)]
     kinds: dict[tuple[object, ...], list[MemoryUse]] = {}
     demands: list[Demand] = []
     for use in uses:
         if _is_like_its_kind(use):
             kinds.setdefault(use.kind, []).append(use)
         else:
-            demands.append(Demand(use, array("Q", window(missing, use.start, use.stop).tobytes()), fd))
+            demands.append(Demand(use, missing.clipped(use.start, use.stop), fd))
     for alike in kinds.values():
-        starts, stops = (numpy.fromiter((item[at] for item in alike), numpy.int64, len(alike)) for at in (0, 1))
-        pages = merged(starts, stops)
-        demands.append(ScatteredDemand(alike[0]._replace(stop=alike[-1].stop), pages, common(missing, pages), fd))
+        starts, stops = array("Q", [use.start for use in alike]), array("Q", [use.stop for use in alike])
+        stretches = Intervals.from_ascending(starts, stops)
+        demands.append(Demand(alike[0]._replace(stop=alike[-1].stop), missing & stretches, fd, stretches))
     return demands
 
 
@@ -237,7 +176,7 @@ def missing_in_all(demands: Sequence[Demand]) -> int:
 
 def length_of_all(demands: Sequence[Demand]) -> int:
     """Return the bytes of all of the memory."""
-    return sum(demand.length for demand in demands)
+    return sum(demand.stretches.length for demand in demands)
 
 
 def unallocated_in_all(demands: Sequence[Demand]) -> int:
@@ -282,7 +221,7 @@ def holes_on_disk(demands: Sequence[Demand]) -> int:
 def unlocked_in_all(demands: Sequence[Demand]) -> int:
     """Return the bytes that are not locked yet: the kernel counts none twice."""
     return sum(
-        demand.length
+        demand.stretches.length
         - sum(
             min(vma.stop, demand.use.stop) - max(vma.start, demand.use.start)
             for vma in vmas(demand.use.start, demand.use.stop)
@@ -322,11 +261,11 @@ def _with_pages(start: int, stop: int) -> Iterator[tuple[int, int]]:
 
     Reading the entries of an empty range takes seconds for each TiB; PAGEMAP_SCAN passes over what is empty in milliseconds.
     """
-    spans = [start, stop]
+    spans = Intervals([(start, stop)])
     if stop - start > _STEP and capabilities.PAGEMAP_SCAN.available:
-        rows = occupied(spans, how=False)
-        spans = bridged(merged(rows[:, 0], rows[:, 1]), _NEAR)
-    for first, last in zip(spans[::2], spans[1::2], strict=True):
+        rows = occupied(spans.edges, how=False)
+        spans = Intervals.from_arrays(rows[:, 0], rows[:, 1]).bridged(_NEAR)
+    for first, last in spans:
         for at in range(first, last, _STEP):
             yield at, min(last, at + _STEP)
 
@@ -347,8 +286,3 @@ def _not_cached(fd: int | None, start: int, stop: int, base: int, swapped: bool)
             cache = cachestat(fd, start + base, stop - start)
             return stop - start - (cache.cached + (0 if swapped else cache.evicted)) * PAGE_SIZE
     return _not_resident(start, stop)
-
-
-def missing_from(start: int, stop: int, populated: array[int]) -> array[int]:
-    """Return ``[start, stop)`` without the pages that :func:`prefault.inspection.scan.populated_before` found."""
-    return array("Q", (start, *populated, stop))

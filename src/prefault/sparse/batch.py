@@ -26,7 +26,7 @@ from prefault.inspection.scan import occupied
 from prefault.intervals import Intervals
 from prefault.limits import MemoryUse, Shortfall
 from prefault.limits.admission import AdmissionControl
-from prefault.limits.demand import ScatteredDemand
+from prefault.limits.demand import Demand
 from prefault.memory.borrowing import Borrowed
 from prefault.memory.vma import Backing
 from prefault.ranges import PageRange, RangeSet
@@ -238,12 +238,12 @@ def _pages(pages: Intervals) -> RangeSet:
     return RangeSet.from_edges(pages.edges)
 
 
-class _Scattered(ScatteredDemand):
+class _Scattered(Demand):
     """The demand of ranges scattered in one segment, whose missing pages are known."""
 
     def __init__(self, use: MemoryUse, pages: Intervals, missing: Intervals, fd: int | None) -> None:
         # A full disk is an error and kills no process; the part of a file's holes that lies in the ranges is not counted.
-        super().__init__(use._replace(allocates=False), pages.to_numpy(), missing.to_numpy(), fd)
+        super().__init__(use._replace(allocates=False), missing, fd, pages)
 
     def memory(self, start: int, stop: int) -> int:
         takes = self.use.copies or self.use.fills_shmem

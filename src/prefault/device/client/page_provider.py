@@ -23,6 +23,7 @@ from prefault.errors import (
     ProtectionError,
 )
 from prefault.inspection.scan import populated_before
+from prefault.intervals import Intervals
 from prefault.memory.borrowing import ProvidedPages, Span
 from prefault.memory.vma import vmas
 from prefault.ranges import PageRange, RangeSet
@@ -171,17 +172,13 @@ class _PopulateCall:
         """Return the runs of the device's pages that the page table lacks."""
         page_at, unit = self._memory.page_at, self._unit
         runs: list[protocol.Run] = []
-        at = start
         present = populated_before(start, stop, write=self._access == "write", private=False)
-        for index in range(0, len(present) + 1, 2):
-            there, beyond = (present[index], present[index + 1]) if index < len(present) else (stop, stop)
-            if there > at:
-                first, last = page_at(at), page_at(there + unit - 1)
-                if runs and first < runs[-1][1]:
-                    first = runs[-1][1]
-                if first < last:
-                    runs.append((first, last))
-            at = max(at, beyond)
+        for at, there in Intervals([(start, stop)]) - present:
+            first, last = page_at(at), page_at(there + unit - 1)
+            if runs and first < runs[-1][1]:
+                first = runs[-1][1]
+            if first < last:
+                runs.append((first, last))
         return runs
 
     # --- requests
@@ -298,8 +295,8 @@ class _PopulateCall:
         found: list[PageRange] = []
         for first, last in runs:
             pages = self._range(first, last)
-            pairs = populated_before(pages.start, pages.stop, write=False, private=False)
-            found += [PageRange(pairs[index], pairs[index + 1]) for index in range(0, len(pairs), 2)]
+            present = populated_before(pages.start, pages.stop, write=False, private=False)
+            found += [PageRange(*run) for run in present]
         return RangeSet(found)
 
     def _kept(self, mapped: RangeSet) -> RangeSet:

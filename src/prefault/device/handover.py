@@ -1,4 +1,4 @@
-"""Messages between a warden, its server, and the process that starts a warden: typed, one a packet, never pickles.
+"""Messages between a warden, its server, and the process that starts a warden: typed, one per packet, never pickles.
 
 All of them are processes of one user and one program. Long arguments travel as a file in memory, since a packet has at most
 some 200 KiB.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import marshal
 import os
 import select
 import signal
@@ -18,10 +17,11 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from prefault.device import recipes
 from prefault.device.driver import Recipe
 from prefault.device.registry import AreaRecord, ClientRecord, DeviceFacts
 from prefault.ipc import socket_path
-from prefault.ipc.messages import Decoder, TaggedMessage, encode
+from prefault.ipc.messages import Decoder, TaggedMessage, encode, msgspec
 from prefault.ipc.transport import ProtocolError
 from prefault.ipc.transport import receive as receive_packet
 
@@ -30,7 +30,8 @@ VERSION = 1
 MAX_PACKET = 128 << 10
 MAX_DESCRIPTORS = 10
 AREAS_A_PACKET = 1000
-_MAX_ARGUMENTS = 64 << 20
+_TEXT = 1
+"""MessagePack's number of the extension type of text."""
 
 
 class PlaceFacts(NamedTuple):
@@ -205,28 +206,65 @@ def receive_all(link: socket.socket) -> Iterator[tuple[Message, list[int]]]:
         yield received
 
 
+class _Text:
+    """A str that may have lone surrogates, as names of files have; also as a key, which msgspec's ``Ext`` cannot be."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _wrap_text(value: Any) -> Any:
+    match value:
+        case str():
+            return _Text(value)
+        case list():
+            return [_wrap_text(item) for item in value]
+        case dict():
+            return {_wrap_text(key): _wrap_text(item) for key, item in value.items()}
+        case _:
+            return value
+
+
+def _encode_text(wrapped: _Text) -> Any:
+    return msgspec.msgpack.Ext(_TEXT, wrapped.text.encode(errors="surrogatepass"))
+
+
+def _decode_text(number: int, data: memoryview) -> str:
+    if number != _TEXT:
+        raise ValueError(f"{number} is not the number of an extension type")
+    return str(data, errors="surrogatepass")
+
+
+_encode_arguments = msgspec.msgpack.Encoder(enc_hook=_encode_text).encode
+_decode_arguments = msgspec.msgpack.Decoder(ext_hook=_decode_text).decode
+
+
 def arguments_file(arguments: dict[str, Any]) -> int:
-    """Write the arguments of a recipe to a new file in memory; return its descriptor."""
+    """Write the arguments of a recipe, which were checked, to a new file in memory; return its descriptor."""
     fd = os.memfd_create("prefault-arguments", os.MFD_CLOEXEC)
     try:
         with open(fd, "wb", closefd=False) as file:
-            # Not MessagePack: a str need not be UTF-8, and the other process is to find the file that it names.
-            marshal.dump(arguments, file)
+            file.write(_encode_arguments(_wrap_text(arguments)))
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
-def read_arguments(fd: int) -> dict[str, Any]:
-    """Read a file of :func:`arguments_file`, written by the same version of Python."""
-    arguments: dict[str, Any] = marshal.loads(os.pread(fd, _MAX_ARGUMENTS, 0))
-    return arguments
-
-
 def make_recipe(factory: str | None, arguments: int) -> Recipe | None:
-    """Return the recipe of a message, with its arguments from this file."""
-    return None if factory is None else Recipe(factory, read_arguments(arguments))
+    """Return the recipe of a message, with its arguments from a file of :func:`arguments_file`.
+
+    Raises:
+        ProtocolError: the file does not hold the arguments of a recipe.
+    """
+    if factory is None:
+        return None
+    try:
+        recipe = Recipe(factory, _decode_arguments(os.pread(arguments, os.fstat(arguments).st_size, 0)))
+        recipes.check_arguments(recipe.arguments)
+    except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as error:
+        raise ProtocolError(f"not the arguments of a recipe: {error}") from None
+    return recipe
 
 
 def place_facts(listens_at: socket_path.Place | None) -> PlaceFacts | None:

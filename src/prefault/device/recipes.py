@@ -27,9 +27,7 @@ def check_recipe(recipe: Recipe) -> None:
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe() returns a prefault.device.Recipe or None, not {type(recipe).__name__}")
     check_factory(recipe.factory)
-    if not isinstance(recipe.arguments, dict):
-        raise TypeError(f"the arguments of a recipe are a dict, not {type(recipe.arguments).__name__}")
-    _check_plain(recipe.arguments, "arguments", 0)
+    check_arguments(recipe.arguments)
 
 
 def check_factory(factory: str) -> None:
@@ -41,6 +39,13 @@ def check_factory(factory: str) -> None:
             f"{factory!r} cannot be imported by another process: move the class into a module, or return None from recipe(),"
             " so that the server is a fork of this process"
         )
+
+
+def check_arguments(arguments: object) -> None:
+    """Check that these are arguments of a recipe; raise TypeError if not."""
+    if not isinstance(arguments, dict):
+        raise TypeError(f"the arguments of a recipe are a dict, not {type(arguments).__name__}")
+    _check_plain(arguments, "arguments", 0)
 
 
 def _check_plain(value: Any, where: str, depth: int) -> None:

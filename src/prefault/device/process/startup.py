@@ -137,7 +137,8 @@ def main(descriptor: int) -> NoReturn:
         if len(descriptors) != 2:
             report_not_started(link, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
         arguments, owner = descriptors
-        recipe = Recipe(message.factory, handover.read_arguments(arguments))
+        recipe = handover.make_recipe(message.factory, arguments)
+        assert recipe is not None
         os.close(arguments)
         link.settimeout(None)
         where = None if message.path is None else os.fsdecode(message.path)

@@ -34,13 +34,13 @@ class ForgetfulLink(WardenLink):
     """A link to no warden: every message is dropped, and there is no other warden to start."""
 
     def __init__(self) -> None:
-        self._first = None
+        self.pidfd = -1
 
     def _send(self, message: handover.Message, descriptors: list[int] | None = None) -> None:
         pass
 
-    def replace_warden(self, registry: Registry) -> int:
-        return -1
+    def replace_warden(self, registry: Registry) -> None:
+        pass
 
 
 class Running:
@@ -63,10 +63,11 @@ class Running:
             status = 1
             try:
                 self.connection.close()
-                first = None if listener is not None or self.registry.clients else other
+                self.registry.listener = listener
+                self.registry.first = None if listener is not None or self.registry.clients else other
                 if descriptors is not None:
                     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
-                run_server(device, self.registry, warden_link or ForgetfulLink(), listener, first, -1)
+                run_server(device, self.registry, warden_link or ForgetfulLink())
                 status = 0
             except BaseException:  # noqa: BLE001  it is a child process, in which nothing of pytest may run
                 traceback.print_exc()

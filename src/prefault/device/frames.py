@@ -38,6 +38,12 @@ _AHEAD = 64 << 10
 """Bytes that are allocated ahead, at most, while faults go forward."""
 _SPARSE = 64 << 10
 """States that are searched without asking the kernel first which of them were ever written."""
+AREAS_MOST = 1 << 18
+"""Areas of all clients of a device, at most: the rows of :class:`~prefault.device.registry.AreaTable`."""
+AREA_WORDS = 6
+"""Words of 8 bytes in such a row."""
+_SHARED_BYTES = PAGE_SIZE + 8 * AREA_WORDS * (AREAS_MOST + 1)
+"""Bytes behind the states: the heartbeat, and the table of areas with a row for its header."""
 _LARGE = 1 << 20
 """Bytes from which on zeros are mapped, and not allocated."""
 
@@ -64,6 +70,7 @@ class Frames:
         states: a byte a page, :class:`DevicePageState`.
         heartbeat: per slot, the start (CLOCK_MONOTONIC, ns) of the driver's call, or of the loop's delay in taking results;
             0: there is none.
+        area_words: the memory of the table of areas.
         tail: bytes of the last page behind the end of the device.
     """
 
@@ -92,7 +99,9 @@ class Frames:
         everything = memoryview(self._states_map)
         self._states_file = everything[: self.pages]
         self.states = self._states_file
-        self.heartbeat = everything[-PAGE_SIZE:].cast("Q")
+        heartbeat = len(everything) - _SHARED_BYTES
+        self.heartbeat = everything[heartbeat : heartbeat + PAGE_SIZE].cast("Q")
+        self.area_words = everything[heartbeat + PAGE_SIZE :].cast("Q")
         with borrow(self._frames) as memory:
             self._address = memory.address
 
@@ -138,6 +147,7 @@ class Frames:
             return
         self.states.release()
         self.heartbeat.release()
+        self.area_words.release()
         self._frames.release()
         for mapping in (self._frames_map, self._states_map):
             mapping.close()
@@ -316,7 +326,7 @@ class Frames:
 
 
 def _states_bytes(pages: int) -> int:
-    return pages + -pages % PAGE_SIZE + PAGE_SIZE
+    return pages + -pages % PAGE_SIZE + _SHARED_BYTES
 
 
 def _has_huge_pages(wanted: int) -> tuple[bool, tuple[str, ...]]:

@@ -14,12 +14,11 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from prefault.device import recipes
 from prefault.device.driver import Recipe
-from prefault.device.registry import AreaRecord, ClientRecord, DeviceFacts
+from prefault.device.registry import ClientRecord, DeviceFacts
 from prefault.ipc import socket_path
 from prefault.ipc.messages import Decoder, TaggedMessage, encode, msgspec
 from prefault.ipc.transport import ProtocolError
@@ -29,7 +28,6 @@ VERSION = 1
 
 MAX_PACKET = 128 << 10
 MAX_DESCRIPTORS = 10
-AREAS_A_PACKET = 1000
 _TEXT = 1
 """MessagePack's number of the extension type of text."""
 
@@ -60,9 +58,8 @@ class Start(TaggedMessage, frozen=True):
 class Reattach(TaggedMessage, frozen=True):
     """Request to a fresh warden: supervise a live server whose warden has died.
 
-    ``descriptors`` names the descriptors that come with it, in order. Areas and clients follow, each client after its
-    areas: its descriptors arrive when all is known that is needed to answer for it, and not before, so that its lifeline
-    ends it if that never happens. The last message is :class:`HandoverDone`.
+    ``descriptors`` names the descriptors that come with it, in order. The clients follow (:class:`Admitted`); the last
+    message is :class:`HandoverDone`.
     """
 
     version: int
@@ -85,20 +82,6 @@ class Admitted(TaggedMessage, frozen=True):
     pid: int
     uid: int
     descriptors: tuple[str, ...]
-
-
-class Areas(TaggedMessage, frozen=True):
-    """Areas that a client mapped, in addition to those that are known."""
-
-    client: int
-    areas: tuple[AreaRecord, ...]
-
-
-class Removed(TaggedMessage, frozen=True):
-    """An area was unmapped."""
-
-    client: int
-    area: int
 
 
 class Left(TaggedMessage, frozen=True):
@@ -134,11 +117,10 @@ class ServerNotStarted(TaggedMessage, frozen=True):
     message: str
 
 
-Message: TypeAlias = (
-    Start | Reattach | Admitted | Areas | Removed | Left | HandoverDone | End | ServerStarted | ServerNotStarted
-)
+Message: TypeAlias = Start | Reattach | Admitted | Left | HandoverDone | End | ServerStarted | ServerNotStarted
 
-CLIENT_DESCRIPTORS: Final = ("connection", "pidfd", "userfaultfd", "lifeline_write", "lifeline_read")
+ENDS: Final = ("listener", "first", "control")
+"""Fields of the registry that are sockets; their descriptors have these names."""
 
 _decode: Decoder[Message] = Decoder(Message)
 
@@ -191,19 +173,6 @@ def receive(link: socket.socket) -> tuple[Message, list[int]] | None:
         for descriptor in descriptors:
             os.close(descriptor)
         raise
-
-
-def receive_all(link: socket.socket) -> Iterator[tuple[Message, list[int]]]:
-    """Yield the messages that are there now, without waiting, until there is none or the other side has hung up."""
-    link.setblocking(False)
-    while True:
-        try:
-            received = receive(link)
-        except BlockingIOError:
-            return
-        if received is None:
-            return
-        yield received
 
 
 class _Text:
@@ -277,28 +246,16 @@ def make_place(facts: PlaceFacts | None) -> socket_path.Place | None:
     return None if facts is None else socket_path.Place(os.fsdecode(facts.path), facts.device, facts.inode)
 
 
-def descriptor_names(client: ClientRecord) -> tuple[str, ...]:
-    """Return the names of a client's descriptors that are open: its connection may have ended."""
-    return tuple(name for name in CLIENT_DESCRIPTORS if getattr(client, name) >= 0)
-
-
-def descriptors_of(client: ClientRecord) -> list[int]:
-    """Return a client's open descriptors, in the order of :func:`descriptor_names`."""
-    return [getattr(client, name) for name in descriptor_names(client)]
+def admitted(client: ClientRecord) -> tuple[Admitted, list[int]]:
+    """Return the message about a client, and the descriptors that come with it."""
+    named = client.descriptors
+    return Admitted(client.number, client.pid, client.uid, tuple(named)), list(named.values())
 
 
 def client_record(message: Admitted, descriptors: list[int]) -> ClientRecord:
     """Return the client that was admitted; it owns the descriptors from now on."""
-    named = dict(zip(message.descriptors, descriptors, strict=True))
-    connection, pidfd, userfaultfd, write, read = (named.get(name, -1) for name in CLIENT_DESCRIPTORS)
-    return ClientRecord(message.number, message.pid, message.uid, connection, pidfd, userfaultfd, write, read)
-
-
-def close_client(client: ClientRecord) -> None:
-    """Close all descriptors of a client."""
-    for name in descriptor_names(client):
-        os.close(getattr(client, name))
-        setattr(client, name, -1)
+    named: dict[str, Any] = dict(zip(message.descriptors, descriptors, strict=True))
+    return ClientRecord(message.number, message.pid, message.uid, **named)
 
 
 def wait_for(pidfd: int, timeout: float) -> bool:

@@ -65,16 +65,19 @@ class Map(NumberedMessage, frozen=True):
     """Pin the server to this CPU until the area is unmapped (``colocate``)."""
 
 
-class Unmap(NumberedMessage, frozen=True):
+class AreaRequest(NumberedMessage, frozen=True):
+    """Base of requests about a mapped area."""
+
+    area: Number
+
+
+class Unmap(AreaRequest, frozen=True):
     """Announce that the client is about to unmap an area."""
 
-    area: Number
 
-
-class Populate(NumberedMessage, frozen=True):
+class Populate(AreaRequest, frozen=True):
     """Supply and map the pages of these runs, which the client's page table lacks."""
 
-    area: Number
     runs: RunList
     access: Literal["read", "write"]
     rollback: bool
@@ -86,31 +89,25 @@ class Cancel(NumberedMessage, frozen=True):
     """Stop the populate with this id, which then ends with :class:`Failed`; Cancel itself gets no reply."""
 
 
-class Discard(NumberedMessage, frozen=True):
+class Discard(AreaRequest, frozen=True):
     """Give pages back to the device."""
 
-    area: Number
     first: Number
     stop: Number
 
 
-class DirtyPages(NumberedMessage, frozen=True):
+class DirtyPages(AreaRequest, frozen=True):
     """Ask for the pages that were written since they were supplied, or since the last request with ``clear``."""
 
-    area: Number
     clear: bool
 
 
-class AskStatistics(NumberedMessage, frozen=True):
+class AskStatistics(AreaRequest, frozen=True):
     """Ask for the counters of the server's work for an area."""
 
-    area: Number
 
-
-class AskLog(NumberedMessage, frozen=True):
+class AskLog(AreaRequest, frozen=True):
     """Ask for the pages that were faulted in or populated, in order."""
-
-    area: Number
 
 
 # --- to the client

@@ -159,13 +159,12 @@ def test_a_server_whose_warden_is_gone_asks_for_another() -> None:
             super().__init__()
             self.seen = memoryview(mmap.mmap(-1, PAGE))
 
-        def area_added(self, client: object, area: object) -> None:
+        def client_admitted(self, client: object) -> None:
             raise BrokenPipeError(errno.EPIPE, "the warden is gone")
 
-        def replace_warden(self, registry: Registry) -> int:
+        def replace_warden(self, registry: Registry) -> None:
             self.seen[0] += 1
-            self.seen[1] = len(registry.clients[1].areas)
-            return -1
+            self.seen[1] = len(registry.clients)
 
     warden_link = Broken()
     with served(Filled(8), warden_link=warden_link) as (_, client):

@@ -112,7 +112,9 @@ def test_an_exception_that_exits_when_it_is_shown_costs_one_page(workers: int) -
 def _without_a_device() -> str:
     supervisor._START_S = 0.5
     device = Pattern(4, timeout_s=0.5)
-    alone = supervisor.Warden(startup.create_registry(device), device=None, recipe=Recipe("support.wardens:hanging"))
+    registry = startup.create_registry(device)
+    registry.recipe = Recipe("support.wardens:hanging")
+    alone = supervisor.Warden(registry, None)
     alone.start_server()
     alone.run()
     return alone.failed

@@ -25,7 +25,7 @@ from prefault.device.page_states import DevicePageState
 from prefault.device.process import launching
 from prefault.device.process.launching import LaunchedWarden
 from prefault.device.process.startup import create_registry
-from prefault.device.registry import AreaRecord, ClientRecord
+from prefault.device.registry import CLIENT_DESCRIPTORS, AreaRecord, ClientRecord
 from prefault.device.server.warden_link import WardenLink
 from prefault.device.warden.supervisor import Warden
 from prefault.errors import DriverError
@@ -304,15 +304,15 @@ def _areas_of_the_next_client() -> list[int]:
     device = Pattern(64)
     registry = create_registry(device)
     ours, theirs = handover.pair()
-    names = handover.CLIENT_DESCRIPTORS
+    names = CLIENT_DESCRIPTORS
     descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in names]
     handover.send(theirs, handover.Admitted(1, 10, 0, names), descriptors[:2])  # the others were cut off (RLIMIT_NOFILE)
-    handover.send(theirs, handover.Areas(1, (AreaRecord(1, 1 << 30, 0, PAGE_SIZE, "write", False),)))
-    handover.send(theirs, handover.Left(1))
-    handover.send(theirs, handover.Admitted(1, 11, 0, names), descriptors)
     handover.send(theirs, handover.HandoverDone())
-    Warden(registry, device=device, recipe=None).reattach(os.pidfd_open(os.getpid()), ours)
-    assert registry.clients[1].pid == 11
+    registry.area_table.publish(1, AreaRecord(1, 1 << 30, 0, PAGE_SIZE, "write", False, registry.area_table.reserve()))
+    Warden(registry, device).reattach(os.pidfd_open(os.getpid()), ours)
+    registry.area_table.load(registry.clients)  # its server died
+    registry.clients[1] = handover.client_record(handover.Admitted(1, 11, 0, names), descriptors)
+    registry.area_table.load(registry.clients)  # so did the next one, which had a client of that number
     return list(registry.clients[1].areas)
 
 

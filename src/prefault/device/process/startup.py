@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from prefault.device import daemon, handover, limit_messages, recipes
 from prefault.device.driver import Device, Recipe
@@ -26,10 +26,13 @@ _START_S = 60.0
 _SOFTWARE = 70  # EX_SOFTWARE
 
 
-def create_registry(device: Device) -> Registry:
-    """Create the registry of a device, with its frames and without clients; DeviceError if there is no memory for them."""
+def create_registry(device: Device, recipe: Recipe | None = None, path: str | None = None) -> Registry:
+    """Create the registry of a device without clients, and listen at a path; DeviceError if one of them is not to be had."""
     frames = Frames.create(device.length, device.page_size, device.capacity)
-    return Registry(DeviceFacts.of(device, frames), frames)
+    registry = Registry(DeviceFacts.of(device, frames), frames, recipe)
+    if path is not None:
+        registry.listener, registry.listens_at = socket_path.listen_at(path, socket.SOCK_SEQPACKET)
+    return registry
 
 
 def _make_device(recipe: Recipe) -> Device:
@@ -57,20 +60,20 @@ def serve_in_foreground(recipe: Recipe, path: str, started: Callable[[Device], N
     """
     recipes.check_recipe(recipe)
     device = _make_device(recipe)
-    registry = create_registry(device)
     daemon.raise_descriptor_limit()
-    listener, listens_at = socket_path.listen_at(path, socket.SOCK_SEQPACKET)
+    registry = create_registry(device, recipe, path)
     try:
         daemon.set_process_name(daemon.WARDEN)
         daemon.log_to_stderr()
         with limit_messages.explained("the device cannot be served"):
-            warden = Warden(registry, device=device, recipe=recipe, listener=listener, listens_at=listens_at)
+            warden = Warden(registry, device)
             warden.end_by(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
             warden.start_first_server()
         started(device)
         warden.run()
     finally:
-        socket_path.leave(listens_at)
+        if registry.listens_at is not None:  # the warden did not get so far
+            socket_path.leave(registry.listens_at)
     return warden.failed
 
 
@@ -82,22 +85,21 @@ def become_warden(
     try:
         daemon.set_process_name(daemon.WARDEN)
         daemon.raise_descriptor_limit()
-        listener = listens_at = None
+        registry = None
         try:
             device = make()
-            registry = create_registry(device)
-            if path is not None:
-                listener, listens_at = socket_path.listen_at(path, socket.SOCK_SEQPACKET)
-            private = path is None
-            warden = Warden(
-                registry, device=device, recipe=recipe, first=link if private else None, listener=listener,
-                listens_at=listens_at, control=None if private else link, owner=owner,
-            )  # fmt: skip
+            registry = create_registry(device, recipe, path)
+            registry.owner = owner
+            if path is None:
+                registry.first = link
+            else:
+                registry.control = link
+            warden = Warden(registry, device)
             warden.end_by(signal.SIGTERM, signal.SIGHUP)
             warden.start_first_server()
         except (OSError, ValueError) as error:
-            if listens_at is not None:
-                socket_path.leave(listens_at)
+            if registry is not None and registry.listens_at is not None:
+                socket_path.leave(registry.listens_at)
             report_not_started(link, error)
         assert warden.server_pid is not None
         with contextlib.suppress(OSError):  # the client is gone, and the server will see that
@@ -156,13 +158,12 @@ def _replace_warden(link: socket.socket, message: handover.Reattach, given: dict
         os.close(given.pop("arguments"))
         device = message.device
         frames = Frames(given["frames"], given["states"], device.length, device.page_size, device.huge, device.notes)
-        registry = Registry(device, frames, generation=message.generation)
-        ends = {name: socket.socket(fileno=given[name]) for name in ("listener", "first", "control") if name in given}
-        warden = Warden(
-            registry, device=None, recipe=recipe, first=ends.get("first"), listener=ends.get("listener"),
-            listens_at=handover.make_place(message.place), control=ends.get("control"),
-            owner=given.get("owner", -1), lingers=message.lingers,
+        ends: dict[str, Any] = {name: socket.socket(fileno=given[name]) for name in handover.ENDS if name in given}
+        registry = Registry(
+            device, frames, recipe, listens_at=handover.make_place(message.place), owner=given.get("owner", -1),
+            generation=message.generation, **ends,
         )  # fmt: skip
+        warden = Warden(registry, None, lingers=message.lingers)
         warden.end_by(signal.SIGTERM, signal.SIGHUP)
         warden.reattach(given["server"], link)
         warden.run()

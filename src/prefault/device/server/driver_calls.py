@@ -108,7 +108,7 @@ class DriverCalls:
             try:
                 self._frames.secure(pages)
             except OSError as error:
-                raise _FrameAllocationError(str(error.strerror)) from None
+                raise _FillError(FillFailure("full", errno.ENOSPC, str(error.strerror), pages.start)) from None
             heartbeat[slot] = time.monotonic_ns()
             if fill.single or self.page_by_page:
                 fault, area, access = self._device.fault, fill.area, fill.access
@@ -124,10 +124,8 @@ class DriverCalls:
                 if done is not None and done is not ZERO:
                     raise TypeError(f"populate() returns None, not {_describe(done)}")
                 fill.done = pages.stop
-        except _BlamedPageError as blame:
-            fill.failure = FillFailure("driver", errno.EIO, str(blame), blame.page)
-        except _FrameAllocationError as full:
-            fill.failure = FillFailure("full", errno.ENOSPC, str(full), pages.start, isinstance(full, _CapacityError))
+        except _FillError as error:
+            fill.failure = error.failure
         except BaseException as error:  # noqa: BLE001  a driver's SystemExit is its own affair as well
             name = "fault" if fill.single or self.page_by_page else "populate"
             fill.failure = self._driver_failure(
@@ -191,13 +189,13 @@ class DriverCalls:
             if not fill.around:
                 for page in found:
                     del blamed[page]
-            raise _BlamedPageError(found[0], message)
+            raise _FillError(FillFailure("driver", errno.EIO, message, found[0]))
 
     def _reserve(self, fill: Fill, slot: int) -> None:
         """Reserve frames: they count against the capacity from now on.
 
         Raises:
-            _CapacityError: the capacity is exhausted.
+            _FillError: the capacity is exhausted.
             BaseException: raised by the driver's ``reclaim``.
         """
         pool, state = self._pool, self._state
@@ -221,10 +219,11 @@ class DriverCalls:
                     time.sleep(_EVICTING_S)
                 elif state.changes == changes:
                     break
-        raise _CapacityError(
+        message = (
             f"the device's capacity of {pool.capacity} pages has no room for {len(fill.pages)} more: {pool.used} are taken,"
             " and reclaim() made no room"
         )
+        raise _FillError(FillFailure("full", errno.ENOSPC, message, fill.pages.start, over_capacity=True))
 
     def _take_room(self, fill: Fill) -> bool:
         with self._state.lock:
@@ -232,20 +231,12 @@ class DriverCalls:
         return fill.reserved
 
 
-class _FrameAllocationError(Exception):
-    """No memory for a frame."""
+class _FillError(Exception):
+    """A fill that fails before its driver is called."""
 
-
-class _CapacityError(_FrameAllocationError):
-    """The device's capacity is exhausted."""
-
-
-class _BlamedPageError(Exception):
-    """The server before this one died while it supplied this page."""
-
-    def __init__(self, page: int, message: str) -> None:
-        super().__init__(message)
-        self.page = page
+    def __init__(self, failure: FillFailure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
 
 
 def _raising_line(error: BaseException) -> str:

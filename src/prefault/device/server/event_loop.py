@@ -42,10 +42,7 @@ _SWITCH_S = 0.0005
 _ERRORS = select.EPOLLERR | select.EPOLLHUP
 
 
-def run_server(
-    device: Device, registry: Registry, warden_link: WardenLink, listener: socket.socket | None,
-    first: socket.socket | None, warden_pidfd: int,
-) -> None:  # fmt: skip
+def run_server(device: Device, registry: Registry, warden_link: WardenLink) -> None:
     """Serve a device: a private server until its client is gone, one with a listener until SIGTERM.
 
     Call it in the main thread of a process of its own, whose handling of signals it takes over.
@@ -54,9 +51,6 @@ def run_server(
         device: the driver.
         registry: the state that outlives a server. If it has clients, this server resumes them.
         warden_link: notified of changes in the registry.
-        listener: where clients of a shared server connect.
-        first: the connection of a private server's client.
-        warden_pidfd: of the warden, or -1.
 
     Raises:
         DeviceError: a limit is reached (of threads, of descriptors) before any request was answered.
@@ -64,7 +58,7 @@ def run_server(
     this_server.device = device
     sys.setswitchinterval(_SWITCH_S)
     with limit_messages.explained(f"the server of {type(device).__name__} cannot be started"):
-        server = _EventLoop(device, registry, warden_link, listener, first, warden_pidfd)
+        server = _EventLoop(device, registry, warden_link)
     server.notify_started()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -73,25 +67,20 @@ def run_server(
 
 
 class _EventLoop:
-    def __init__(
-        self, device: Device, registry: Registry, warden_link: WardenLink, listener: socket.socket | None,
-        first: socket.socket | None, warden_pidfd: int,
-    ) -> None:  # fmt: skip
+    def __init__(self, device: Device, registry: Registry, warden_link: WardenLink) -> None:
         self._device = device
         self._registry = registry
         self._warden_link = warden_link
-        self._listener = listener
         self._stopping = False
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._waker = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._warden_pidfd = -1
         self._ended = False
 
         state = self._state = ServerState(device, registry, notify=self._wake)
         self._connections = ClientConnections(
             self._watch, self._forget, restarted=registry.generation > 0, greeted=self._admit_new, welcome=self._welcome,
-            asked=lambda client, request: self._requests.handle(client, request), lost=self.connection_lost,
+            asked=lambda client, request: self._requests.handle(client, request), lost=self._connection_lost,
         )  # fmt: skip
         self._driver_calls = DriverCalls(state)
         self._workers = _workers(state, min(device.workers, RESULTS - 1))
@@ -105,26 +94,22 @@ class _EventLoop:
             state, self._page_tables, self._jobs, self._discards, self._workers,
             page_by_page=self._driver_calls.page_by_page, reply=self._connections.reply,
         )  # fmt: skip
-        self._requests = Requests(
-            state,
-            self._jobs,
-            self._populate_requests,
-            self._discards,
-            Eviction(state),
-            reply=self._connections.reply,
-            events=self,
-        )
         self._fault_polling = FaultPolling()
+        self._requests = Requests(
+            state, self._jobs, self._populate_requests, self._discards, Eviction(state), self._fault_polling,
+            reply=self._connections.reply, lost=self._connection_lost,
+        )  # fmt: skip
 
         self._watch(self._waker, EPOLLIN, self._woken)
-        self._watch_warden(warden_pidfd)
+        self._watch_warden()
         if registry.clients:
             self._resume()
+        listener = registry.listener
         if listener is not None:
             listener.setblocking(False)
             self._watch(listener.fileno(), EPOLLIN, lambda _: self._connections.accept(listener))
-        if first is not None:
-            self._connections.admit(first)
+        if registry.first is not None:
+            self._connections.admit(registry.first)
 
     def notify_started(self) -> None:
         """Notify the warden that the server has its threads and descriptors."""
@@ -174,7 +159,7 @@ class _EventLoop:
         if self._stopping:
             return True
         return (
-            self._listener is None
+            self._registry.listener is None
             and not self._connections.connections
             and not self._state.clients
             and not self._workers.busy
@@ -224,6 +209,7 @@ class _EventLoop:
             )
             self._state.schedule_removal(client)
             return
+        self._registry.first = None  # its connection is the client's now
         self._notify_warden(lambda: self._warden_link.client_admitted(record))
         self._welcome(link, request)
 
@@ -253,7 +239,7 @@ class _EventLoop:
 
         self._watch(record.userfaultfd, EPOLLIN, faulted)
 
-    def connection_lost(self, client: ServedClient) -> None:
+    def _connection_lost(self, client: ServedClient) -> None:
         """Remove a client whose connection ended if it is another program by now.
 
         Without areas it asks no more. With areas it lives, or its pidfd reports the end, except after execve(2), which
@@ -275,7 +261,7 @@ class _EventLoop:
             if fault_resolution.is_another_program(record):
                 fault_resolution.disarm(record.lifeline_read)
             for area in list(client.areas.values()):
-                self._requests.release_area(area, quietly=True)
+                self._requests.release_area(area)
             self._forget(record.userfaultfd)
             self._forget(record.pidfd)
             if client.connection is not None:
@@ -285,20 +271,11 @@ class _EventLoop:
                 for fd in (record.userfaultfd, record.pidfd, record.lifeline_write, record.lifeline_read):
                     os.close(fd)
             self._notify_warden(partial(self._warden_link.client_left, record.number))
+            # Not before the warden knows: a driver that closed our descriptors makes clients look gone, and this may fail.
+            for area_record in record.areas.values():
+                self._registry.area_table.clear(area_record.row)
 
     # --- the warden
-
-    def area_added(self, area: ServedArea, cpu: int | None) -> None:
-        """Notify the warden of a new area, and run on this CPU for it, if it is given."""
-        self._notify_warden(lambda: self._warden_link.area_added(area.client.record, area.record))
-        if cpu is not None:
-            self._fault_polling.colocate(area.number, cpu)
-
-    def area_removed(self, area: ServedArea, quietly: bool) -> None:
-        """Notify the warden of the end of an area, unless its client is gone (``quietly``)."""
-        self._fault_polling.separate(area.number)
-        if not quietly:
-            self._notify_warden(lambda: self._warden_link.area_removed(area.client.record.number, area.number))
 
     def _notify_warden(self, notify: Callable[[], None]) -> None:
         try:
@@ -306,19 +283,15 @@ class _EventLoop:
         except OSError:
             self._warden_died(0)
 
-    def _watch_warden(self, pidfd: int) -> None:
-        self._warden_pidfd = pidfd
-        if pidfd >= 0:
-            self._watch(pidfd, EPOLLIN, self._warden_died)
+    def _watch_warden(self) -> None:
+        if self._warden_link.pidfd >= 0:
+            self._watch(self._warden_link.pidfd, EPOLLIN, self._warden_died)
 
     def _warden_died(self, _: int) -> None:
         """Replace a warden that is gone, and hand over the whole registry."""
-        former, self._warden_pidfd = self._warden_pidfd, -1
-        self._forget(former)
-        pidfd = self._warden_link.replace_warden(self._registry)
-        if former >= 0:
-            os.close(former)
-        self._watch_warden(pidfd)
+        self._forget(self._warden_link.pidfd)
+        self._warden_link.replace_warden(self._registry)
+        self._watch_warden()
 
     # --- after another server
 
@@ -369,8 +342,6 @@ class _EventLoop:
             self._forget(fd)
         self._epoll.close()
         # The eventfd ends with the process: a thread of the driver may be about to announce the end of an eviction.
-        if self._warden_pidfd >= 0:
-            os.close(self._warden_pidfd)
 
 
 def _workers(state: ServerState, count: int) -> Workers:

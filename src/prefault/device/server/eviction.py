@@ -1,4 +1,4 @@
-"""Eviction of pages without losing a write, and tracking of first writes.
+"""Eviction of pages without losing a write.
 
 Evicting write-protects a page in every client, reads it, punches it out of the memfd (which removes it from every page
 table), and wakes the threads that waited. While a page is EVICTING no client gets a new entry for it, so that protecting the
@@ -8,14 +8,11 @@ existing entries is enough.
 from __future__ import annotations
 
 import errno
-import re
 from collections import deque
 from typing import Any
 
 from prefault.device.server import fault_resolution
-from prefault.device.server.served_areas import ServedArea, ServerState
-
-_DIRTY = re.compile(b"\x01+")
+from prefault.device.server.served_areas import ServerState
 
 
 class Eviction:
@@ -78,7 +75,7 @@ class Eviction:
         for area, start, length in self._state.areas_over(run):
             if area.tracks:
                 # Clean pages remain protected.
-                for dirty in dirty_runs(area, area.overlap(run)):
+                for dirty in area.dirty_runs(area.overlap(run)):
                     fault_resolution.unprotect(area.fd, area.address(dirty.start), len(dirty) * self._frames.page_size)
             elif area.protectable:
                 fault_resolution.unprotect(area.fd, start, length)
@@ -91,28 +88,3 @@ class Eviction:
             if area.protectable:
                 fault_resolution.unprotect(area.fd, start, length)  # markers in page tables, where there was no entry
             fault_resolution.wake(area.fd, start, length)
-
-
-# --- dirty tracking, under the lock
-
-
-def mark_dirty(area: ServedArea, page: int) -> None:
-    """Record a write to a page of an area that tracks them."""
-    area.dirty[page - area.first] = 1
-
-
-def dirty_runs(area: ServedArea, pages: range) -> list[range]:
-    """Return the runs of these pages of the area that were written to."""
-    first = area.first
-    return [
-        range(match.start() + first, match.end() + first)
-        for match in _DIRTY.finditer(area.dirty, pages.start - first, pages.stop - first)
-    ]
-
-
-def clear_dirty(area: ServedArea, runs: list[range], page_size: int, unit: int) -> None:
-    """Forget the writes to these runs, and write-protect them so that the next one is noticed."""
-    for run in runs:
-        # Protected first: a thread that writes from now on waits until the page is marked again.
-        fault_resolution.protect(area.fd, area.address(run.start), len(run) * page_size, unit)
-        area.dirty[run.start - area.first : run.stop - area.first] = bytes(len(run))

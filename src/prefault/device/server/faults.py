@@ -18,7 +18,6 @@ from prefault._kernel.userfaultfd import (
 from prefault.device.page_states import DevicePageState
 from prefault.device.server import fault_resolution
 from prefault.device.server.driver_calls import DriverCalls, Fill
-from prefault.device.server.eviction import mark_dirty
 from prefault.device.server.served_areas import ServedArea, ServedClient, ServerState, access_of
 
 if TYPE_CHECKING:
@@ -221,7 +220,7 @@ class Faults:
                 return  # the eviction wakes it
             area.counters.write_protect += 1
             if area.tracks:
-                mark_dirty(area, page)
+                area.dirty[page - area.first] = 1
             fault_resolution.unprotect(area.fd, area.address(page), self._size)
         area.counters.record_latency(monotonic_ns() - now)
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from prefault._kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_RUN_ARGUMENT
 from prefault.device.page_states import DevicePageState
 from prefault.device.server import fault_resolution
-from prefault.device.server.eviction import mark_dirty
 
 if TYPE_CHECKING:
     from prefault.device.server.driver_calls import Fill
@@ -46,9 +45,8 @@ class PageTables:
 
     def _map(self, area: ServedArea, pages: range, *, protect: bool, write: bool) -> fault_resolution.Result:
         size = self._frames.page_size
-        if area.tracks and write:
-            for page in pages:
-                mark_dirty(area, page)
+        if write:
+            area.mark_dirty(pages)
         result = fault_resolution.map_run(area.fd, area.address(pages.start), len(pages) * size, self._frames.unit, protect)
         if result.present and area.tracks and write:
             fault_resolution.unprotect(area.fd, area.address(pages.start), len(pages) * size)
@@ -58,14 +56,11 @@ class PageTables:
             fault_resolution.poison_run(area.fd, area.address(pages.start), len(pages) * size, self._frames.unit)
         if result.gone:
             self._state.schedule_removal(area.client)
-        if area.tracks and not write and not protect:
-            for span in result.mapped:
-                for page in self.pages_of(area, span):
-                    mark_dirty(area, page)
-        if area.had_entry:
-            for span in result.mapped:
-                mapped = self.pages_of(area, span)
-                area.had_entry[mapped.start - area.first : mapped.stop - area.first] = b"\x01" * len(mapped)
+        if area.tracks:
+            for mapped in [self.pages_of(area, span) for span in result.mapped]:
+                area.mark_entries(mapped)
+                if not protect:
+                    area.mark_dirty(mapped)
         if area.poisoned and result.mapped:
             area.poisoned.difference_update(page for span in result.mapped for page in self.pages_of(area, span))
         return result
@@ -138,7 +133,7 @@ class PageTables:
                 if not (mapped and area is fill.area):
                     self.map_one(area, page, write)
                 elif write and area.tracks:
-                    mark_dirty(area, page)
+                    area.mark_dirty(range(page, page + 1))
                     fault_resolution.unprotect(area.fd, area.address(page), self._frames.page_size)
             elif fill.single:
                 self.poison(area, page)

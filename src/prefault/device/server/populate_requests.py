@@ -13,6 +13,7 @@ from prefault.device.page_states import DevicePageState
 from prefault.device.server.driver_calls import Fill, FillFailure
 from prefault.device.server.frame_headroom import FrameHeadroom, FrameShortfall
 from prefault.device.server.page_pool import subtract
+from prefault.intervals import Intervals
 
 if TYPE_CHECKING:
     from prefault.device.server.discards import Discards
@@ -125,15 +126,10 @@ class PopulateRequests:
     def _checked(self, area: ServedArea, request: protocol.Populate) -> list[range]:
         if request.access == "write" and area.access == "read":
             raise ValueError("the area is mapped for reading: its pages cannot be populated for writing")
-        runs: list[range] = []
-        for first, stop in sorted(request.runs):
-            if not area.first <= first < stop <= area.last:
-                raise ValueError(f"pages {first} to {stop} are not pages of the area, {area.first} to {area.last}")
-            if runs and first <= runs[-1].stop:
-                runs[-1] = range(runs[-1].start, max(stop, runs[-1].stop))
-            else:
-                runs.append(range(first, stop))
-        return runs
+        for first, stop in request.runs:
+            if not area.checked(first, stop):
+                raise ValueError(f"there are no pages from {first} to {stop}")
+        return [range(*run) for run in Intervals(request.runs)]
 
     def _refusal(self, populate: _PopulateRequest) -> FillFailure | FrameShortfall | tuple[str, int, str] | None:
         state = self._state

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from prefault.device import protocol
 from prefault.device.page_states import DevicePageState
 from prefault.device.registry import AreaRecord
+from prefault.device.server import fault_resolution
 from prefault.device.server.driver_calls import FillFailure
-from prefault.device.server.eviction import clear_dirty, dirty_runs
 from prefault.device.server.served_areas import ServedArea, ServedClient, ServerState
 from prefault.ipc.transport import ProtocolError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from prefault.device.server.discards import Discards
     from prefault.device.server.eviction import Eviction
+    from prefault.device.server.fault_polling import FaultPolling
     from prefault.device.server.populate_requests import PopulateRequests
     from prefault.device.server.workers import Jobs
 
@@ -29,30 +30,18 @@ MAX_POPULATES = 1024
 _ADDRESSES = 1 << 56
 
 
-class AreaEvents(Protocol):
-    """Events that :class:`Requests` reports: the event loop implements them."""
-
-    def area_added(self, area: ServedArea, cpu: int | None) -> None:
-        """Handle a new area, whose server is to run on this CPU, if it is given."""
-
-    def area_removed(self, area: ServedArea, quietly: bool) -> None:
-        """Handle the end of an area; ``quietly``: as part of the end of its client."""
-
-    def connection_lost(self, client: ServedClient) -> None:
-        """Handle a client whose connection ended."""
-
-
 class Requests:
     """Carries out the requests of clients.
 
     Args:
         reply: sends a reply to a client.
-        events: notified of areas, and of a connection that ended during a request.
+        lost: called with a client whose connection ended while the driver opened an area for it.
     """
 
     def __init__(
         self, state: ServerState, jobs: Jobs, populate_requests: PopulateRequests, discards: Discards, eviction: Eviction,
-        reply: Callable[[ServedClient, protocol.Reply], None], events: AreaEvents,
+        fault_polling: FaultPolling, *, reply: Callable[[ServedClient, protocol.Reply], None],
+        lost: Callable[[ServedClient], None],
     ) -> None:  # fmt: skip
         self._state = state
         self._frames = state.frames
@@ -60,8 +49,10 @@ class Requests:
         self._populate_requests = populate_requests
         self._discards = discards
         self._eviction = eviction
+        self._fault_polling = fault_polling
+        self._area_table = state.registry.area_table
         self._reply = reply
-        self._events = events
+        self._lost = lost
 
     def handle(self, client: ServedClient, request: protocol.Request) -> None:
         """Carry out a request, or refuse it. ProtocolError: the client broke the protocol, and is to be disconnected."""
@@ -112,6 +103,7 @@ class Requests:
                 return self._reply(client, protocol.Mapped(request.id, known.number))
         self._check(client, record)
         state = self._state
+        record.row = self._area_table.reserve()
         record.number = state.next_number()
         area = ServedArea(record, client, state, self._eviction.evict)
         client.opening.append(record)
@@ -119,15 +111,17 @@ class Requests:
         def opened(failure: FillFailure | None) -> None:
             client.opening.remove(record)
             if failure is not None:
+                self._area_table.clear(record.row)
                 area.alive = area.opened = False
                 return self._reply(client, protocol.Refused(request.id, "device", errno.EIO, failure.message))
             area.opened = True
             if client.gone or client.connection is None:  # no reply can name the area
+                self._area_table.clear(record.row)
                 area.alive = False  # closed as soon as this call is over
-                return self._events.connection_lost(client)
+                return self._lost(client)
             state.open_area(area)
-            client.record.areas[area.number] = record
-            self._events.area_added(area, request.cpu)
+            if request.cpu is not None:
+                self._fault_polling.colocate(area.number, request.cpu)
             return self._reply(client, protocol.Mapped(request.id, area.number))
 
         return self._jobs.call(area, "open", state.device.open, area, then=opened)
@@ -158,28 +152,23 @@ class Requests:
         area = client.areas.get(request.area)
         if area is not None:
             self.release_area(area)
+            del client.record.areas[area.number]
+            self._area_table.clear(area.record.row)
         self._reply(client, protocol.Done(request.id))  # idempotent: clients repeat it after a restart
 
-    def release_area(self, area: ServedArea, *, quietly: bool = False) -> None:
-        """Serve an area no longer; it is closed at the driver when no call has it.
-
-        ``quietly``: the warden is not notified, because the whole client is gone.
-        """
+    def release_area(self, area: ServedArea) -> None:
+        """Serve an area no longer; it is closed at the driver when no call has it."""
         self._populate_requests.drop(area)
         self._discards.drop(area, FillFailure("driver", errno.ENODEV, "the area was unmapped while it was discarded"))
         self._state.close_area(area)
-        area.client.record.areas.pop(area.number, None)
-        self._events.area_removed(area, quietly)
+        self._fault_polling.separate(area.number)
         self._jobs.close(area)
 
     # --- pages
 
     def _discard(self, client: ServedClient, request: protocol.Discard) -> None:
         area = self._area(client, request.area)
-        if not area.first <= request.first <= request.stop <= area.last:
-            raise ValueError(
-                f"pages {request.first} to {request.stop} are not pages of the area, {area.first} to {area.last}"
-            )
+        pages = area.checked(request.first, request.stop)
         if area.access == "read" and self._state.device.writable:
             raise ValueError("the area is mapped for reading: its client may not discard the writes of others")
 
@@ -189,16 +178,19 @@ class Requests:
             else:
                 self._reply(client, protocol.Discarded(request.id, count))
 
-        self._discards.start(area, range(request.first, request.stop), discarded)
+        self._discards.start(area, pages, discarded)
 
     def _dirty(self, client: ServedClient, request: protocol.DirtyPages) -> None:
         area = self._area(client, request.area)
         if not area.tracks:
             raise ValueError("the area was not mapped with track_dirty")
         with self._state.lock:
-            runs = dirty_runs(area, area.pages)
-            if request.clear:
-                clear_dirty(area, runs, self._frames.page_size, self._state.unit)
+            runs = area.dirty_runs(area.pages)
+            for run in runs if request.clear else ():
+                # Protected first: a thread that writes from now on waits until the page is marked again.
+                size = len(run) * self._frames.page_size
+                fault_resolution.protect(area.fd, area.address(run.start), size, self._state.unit)
+                area.dirty[run.start - area.first : run.stop - area.first] = bytes(len(run))
         self._list(client, request.id, [(run.start, run.stop) for run in runs])
 
     def _list(self, client: ServedClient, number: int, runs: Sequence[tuple[int, int]]) -> None:
@@ -221,11 +213,9 @@ class Requests:
     def restore(self, client: ServedClient, record: AreaRecord) -> ServedArea:
         """Return an area of the last server, open: the driver is new, and all its READY pages count as dirty."""
         area = ServedArea(record, client, self._state, self._eviction.evict)
-        if area.tracks:
-            for run in self._frames.runs(area.pages, DevicePageState.READY):
-                area.dirty[run.start - area.first : run.stop - area.first] = b"\x01" * len(run)
-                if area.had_entry:
-                    area.had_entry[run.start - area.first : run.stop - area.first] = b"\x01" * len(run)
+        for run in self._frames.runs(area.pages, DevicePageState.READY) if area.tracks else ():
+            area.mark_dirty(run)
+            area.mark_entries(run)
         self._state.open_area(area)
         area.opened = True
         return area

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 import socket
 import threading
 from bisect import bisect_right, insort
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from prefault.device.frames import Frames
 
 _start = attrgetter("start")
+_DIRTY = re.compile(b"\x01+")
 _FILLING = int(DevicePageState.FILLING)
 _NUMBER_BITS = 40
 """Bits of an area's number; above them is the generation of the server that gave it."""
@@ -75,10 +77,33 @@ class ServedArea(DeviceArea):
         """Return the address of a page of the device, in the client."""
         return self.base + page * self._state.page_size
 
+    def checked(self, first: int, stop: int) -> range:
+        """Return a run of pages that the client names; raise ValueError if the area does not map all of them."""
+        if not self.first <= first <= stop <= self.last:
+            raise ValueError(f"pages {first} to {stop} are not pages of the area, {self.first} to {self.last}")
+        return range(first, stop)
+
     def overlap(self, pages: range) -> range:
         """Return the pages that this area maps, out of these."""
         first, last = max(self.first, pages.start), min(self.last, pages.stop)
         return range(first, max(first, last))
+
+    # --- dirty tracking, under the lock
+
+    def mark_dirty(self, pages: range) -> None:
+        """Record writes to pages, if the area tracks them."""
+        if self.tracks:
+            self.dirty[pages.start - self.first : pages.stop - self.first] = b"\x01" * len(pages)
+
+    def mark_entries(self, pages: range) -> None:
+        """Record that pages have entries, if only the server knows that."""
+        if self.had_entry:
+            self.had_entry[pages.start - self.first : pages.stop - self.first] = b"\x01" * len(pages)
+
+    def dirty_runs(self, pages: range) -> list[range]:
+        """Return the runs of these pages of the area that were written to."""
+        matches = _DIRTY.finditer(self.dirty, pages.start - self.first, pages.stop - self.first)
+        return [range(match.start() + self.first, match.end() + self.first) for match in matches]
 
     # --- DeviceArea, for the driver
 
@@ -259,10 +284,13 @@ class ServerState:
             self.gone_clients.append(client)
 
     def open_area(self, area: ServedArea) -> None:
-        """Serve an area from now on."""
+        """Serve an area from now on, and enter it into the registry, where the next server finds it."""
+        client = area.client
         with self.lock:
             self.areas[area.number] = area
-            area.client.add(area)
+            client.add(area)
+        client.record.areas[area.number] = area.record
+        self.registry.area_table.publish(client.record.number, area.record)
 
     def close_area(self, area: ServedArea) -> None:
         """Serve an area no longer."""

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 
 from prefault._kernel import userfaultfd
-from prefault.device import handover, protocol
+from prefault.device import protocol
 from prefault.device.page_states import DevicePageState
 from prefault.device.registry import AreaRecord, ClientRecord, Registry
 from prefault.device.server import fault_resolution
@@ -42,29 +42,26 @@ class FallbackServer:
     """Answers faults and refuses requests after the last server.
 
     Args:
-        registry: clients and frames, repaired.
-        first: a connection that has no client yet.
+        registry: clients and frames, repaired; and a connection that has no client yet.
         selector: whose data are functions without arguments.
         reason: why there is no server, for people.
     """
 
-    def __init__(
-        self, registry: Registry, first: socket.socket | None, selector: selectors.BaseSelector, reason: str
-    ) -> None:
+    def __init__(self, registry: Registry, selector: selectors.BaseSelector, reason: str) -> None:
         self._registry = registry
         self._selector = selector
         self._refusal = f"the device's server is gone: {reason}"
-        self._first = first
+        first = registry.first
         for client in registry.clients.values():
             self._take_over(client, reason)
         if first is not None:
             send_if_possible(first.fileno(), protocol.Gone(0, reason))
-            self._watch(first.fileno(), self._receive_first)
+            self._watch(first.fileno(), lambda: self._receive_first(first))
 
     @property
     def over(self) -> bool:
         """True once no client is left."""
-        return not self._registry.clients and self._first is None
+        return not self._registry.clients and self._registry.first is None
 
     def _take_over(self, client: ClientRecord, reason: str) -> None:
         os.set_blocking(client.userfaultfd, False)
@@ -91,9 +88,9 @@ class FallbackServer:
         if self._registry.clients.pop(client.number, None) is not None:
             if fault_resolution.is_another_program(client):
                 fault_resolution.disarm(client.lifeline_read)
-            for fd in handover.descriptors_of(client):
+            for fd in client.descriptors.values():
                 self._forget(fd)
-            handover.close_client(client)
+            client.close()
 
     # --- faults
 
@@ -146,15 +143,14 @@ class FallbackServer:
         elif not isinstance(request, protocol.Cancel):
             send_if_possible(client.connection, protocol.Refused(request.id, "gone", errno.ECONNRESET, self._refusal))
 
-    def _receive_first(self) -> None:
-        assert self._first is not None
-        request = self._request(self._first.fileno())
+    def _receive_first(self, first: socket.socket) -> None:
+        request = self._request(first.fileno())
         if request is None:
-            self._forget(self._first.fileno())
-            self._first.close()
-            self._first = None
+            self._forget(first.fileno())
+            first.close()
+            self._registry.first = None
         else:
-            send_if_possible(self._first.fileno(), protocol.Refused(request.id, "gone", errno.ECONNRESET, self._refusal))
+            send_if_possible(first.fileno(), protocol.Refused(request.id, "gone", errno.ECONNRESET, self._refusal))
 
     def _request(self, connection: int) -> protocol.Request | None:
         """Return the next request; None at the end of the connection, or after an invalid message."""

@@ -11,18 +11,18 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 from prefault._system import fork_hooks
 from prefault.device import daemon, handover, limit_messages, protocol, recipes
-from prefault.device.driver import Device, Recipe
+from prefault.device.driver import Device
 from prefault.device.page_states import DevicePageState
 from prefault.device.registry import Registry
 from prefault.device.server import fault_resolution
 from prefault.device.server.event_loop import run_server
 from prefault.device.server.warden_link import WardenLink
-from prefault.device.warden import fallback_server
-from prefault.device.warden.client_records import ClientRecords
+from prefault.device.warden import client_records, fallback_server
 from prefault.device.warden.hang_detection import HangDetector
 from prefault.errors import DeviceError
 from prefault.ipc import socket_path
@@ -45,32 +45,15 @@ class Warden:
     """Supervisor of one device, in a process that does nothing else.
 
     Args:
-        registry: the device's facts and frames; clients, when the server has some already.
+        registry: all that the warden keeps.
         device: to be served; None: the server makes it by the recipe.
-        recipe: how to make it, for a warden after this one.
-        first: the connection of a private server's client, until it has said Hello.
-        listener, listens_at: where clients of a shared server connect.
-        control: connection to the process that started the warden: it sends ``End``, or closes it.
-        owner: pidfd of a process with which the device ends; -1: there is none.
         lingers: end with the last client.
     """
 
-    def __init__(
-        self, registry: Registry, *, device: Device | None, recipe: Recipe | None, first: socket.socket | None = None,
-        listener: socket.socket | None = None, listens_at: socket_path.Place | None = None,
-        control: socket.socket | None = None,
-        owner: int = -1, lingers: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, registry: Registry, device: Device | None, *, lingers: bool = False) -> None:
         self._registry = registry
         self._device = device
-        self._recipe = recipe
-        self._first = first
-        self._listener = listener
-        self._place = listens_at
-        self._control = control
-        self._owner = owner
         self._lingers = lingers
-        self._client_records = ClientRecords(registry)
         self._hang_detector = HangDetector(registry)
         self._fallback: fallback_server.FallbackServer | None = None
         self._over = self._ending = self._orderly = False
@@ -90,10 +73,10 @@ class Warden:
         self.server_pid: int | None = None
         """None: the server is not a child of this process."""
         self._watch(self._signals.fileno(), self._receive_signal)
-        if control is not None:
-            self._watch(control.fileno(), self._receive_control)
-        if owner >= 0:
-            self._watch(owner, self._end_with_owner)
+        if registry.control is not None:
+            self._watch(registry.control.fileno(), partial(self._end_with, registry.control.fileno()))
+        if registry.owner >= 0:
+            self._watch(registry.owner, partial(self._end_with, registry.owner))
 
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
         self._selector.register(fd, selectors.EVENT_READ, handler)
@@ -215,20 +198,19 @@ class Warden:
             self._selector.close()
             for end in (self._signals, self._signal_writer, self._link):
                 end.close()
-            first = None if self._registry.clients else self._first
-            fork_hooks.register(in_child=lambda: _close_inherited(self._registry, link, self._listener, self._control))
-            warden_link = WardenLink(
-                link, warden, recipe=self._recipe, listener=self._listener, listens_at=self._place, first=first,
-                control=self._control, owner=self._owner,
-            )  # fmt: skip
+            registry = self._registry
+            if registry.clients:
+                registry.first = None
+            fork_hooks.register(in_child=partial(_close_inherited, registry, link, registry.listener, registry.control))
+            warden_link = WardenLink(link, warden)
             if self._device is None:
-                assert self._recipe is not None
+                assert registry.recipe is not None
                 # Clients wait already: the warden sees if it does not return. It has as long as at the first start.
-                heartbeat = self._registry.frames.heartbeat
-                heartbeat[0] = time.monotonic_ns() + int(max(0.0, _START_S - self._registry.facts.timeout_s) * 1e9)
-                self._device = recipes.make_device(self._recipe)
+                heartbeat = registry.frames.heartbeat
+                heartbeat[0] = time.monotonic_ns() + int(max(0.0, _START_S - registry.facts.timeout_s) * 1e9)
+                self._device = recipes.make_device(registry.recipe)
                 heartbeat[0] = 0
-            run_server(self._device, self._registry, warden_link, self._listener, first, warden)
+            run_server(self._device, registry, warden_link)
             warden_link.finished()
             status = 0
         except DeviceError as error:
@@ -248,15 +230,16 @@ class Warden:
 
     def _receive(self) -> None:
         """Apply the messages of the server."""
+        self._link.setblocking(False)
         try:
-            for message, descriptors in handover.receive_all(self._link):
-                self._apply(message, descriptors)
-            if not _is_open(self._link):
-                self._selector.unregister(self._link.fileno())
+            while (received := handover.receive(self._link)) is not None:
+                self._apply(*received)
+        except BlockingIOError:
+            return
         except ProtocolError as error:  # the driver wrote into its descriptors, say
             _log.error("device %s: its server is killed: %s", self._registry.facts.name, error)
             self._kill_server()
-            self._selector.unregister(self._link.fileno())
+        self._selector.unregister(self._link.fileno())
 
     def _apply(self, message: handover.Message, descriptors: list[int]) -> None:
         match message:
@@ -266,19 +249,21 @@ class Warden:
                 self._start_failure = ""
             case handover.ServerNotStarted():
                 self._start_failure = message.message
+            case handover.Admitted():
+                if client_records.admit(self._registry, message, descriptors):
+                    self._release_first()
+            case handover.Left():
+                client_records.remove(self._registry, message)
+                if self._lingers and not self._registry.clients:
+                    self.end()
             case _:
-                self._client_records.apply(message, descriptors)
-        clients = self._registry.clients
-        if isinstance(message, handover.Admitted) and message.number in clients:
-            self._release_first()
-        if isinstance(message, handover.Left) and self._lingers and not clients:
-            self.end()
+                raise ProtocolError(f"a server does not send {type(message).__name__}")
 
     def _release_first(self) -> None:
         """Close the first connection: the server has admitted its client, which has a duplicate, or it is over."""
-        if self._first is not None:
-            self._first.close()
-            self._first = None
+        if self._registry.first is not None:
+            self._registry.first.close()
+            self._registry.first = None
 
     def _reap_server(self) -> None:
         status = None if self.server_pid is None else handover.reap(self.server_pid, 1.0)
@@ -291,6 +276,7 @@ class Warden:
         os.close(self._server_pidfd)
         self._link.close()
         self._server_pidfd = -1
+        self._registry.area_table.load(self._registry.clients)
         if self._over:
             return
         if self._orderly or self._ending:
@@ -306,8 +292,9 @@ class Warden:
             self._registry.generation += 1
             if blame:
                 self._registry.blamed = {page: reason for run in filling for page in run}
-            if self._first is not None:  # Hello may have gone with the server
-                fallback_server.send_if_possible(self._first.fileno(), protocol.Restarted(0, self._registry.generation))
+            if self._registry.first is not None:  # Hello may have gone with the server
+                message = protocol.Restarted(0, self._registry.generation)
+                fallback_server.send_if_possible(self._registry.first.fileno(), message)
             try:
                 self.start_server()
             except OSError as error:
@@ -329,7 +316,7 @@ class Warden:
         return f"the driver's process ended by itself, with exit status {status}"
 
     def _can_start_another(self) -> bool:
-        if not self._registry.facts.restartable or (self._device is None and self._recipe is None):
+        if not self._registry.facts.restartable or (self._device is None and self._registry.recipe is None):
             return False
         too_often = self._timeouts.record() if self._overdue else self._deaths.record()
         return not too_often
@@ -338,19 +325,20 @@ class Warden:
         _log.error("device %s: %s; pages that were not supplied are SIGBUS from now on", self._registry.facts.name, reason)
         self.failed = reason
         self._stop_listening()
-        self._fallback = fallback_server.FallbackServer(self._registry, self._first, self._selector, reason)
+        self._fallback = fallback_server.FallbackServer(self._registry, self._selector, reason)
         self._over = self._fallback.over
 
     def _stop_listening(self) -> None:
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
-        if self._place is not None:
+        registry = self._registry
+        if registry.listener is not None:
+            registry.listener.close()
+            registry.listener = None
+        if registry.listens_at is not None:
             try:
-                socket_path.leave(self._place)
+                socket_path.leave(registry.listens_at)
             except OSError as error:
-                _log.warning("%s cannot be removed: %s", self._place.path, error.strerror)
-            self._place = None
+                _log.warning("%s cannot be removed: %s", registry.listens_at.path, error.strerror)
+            registry.listens_at = None
 
     # --- the end
 
@@ -360,13 +348,9 @@ class Warden:
             self._kill_server()
         self.end()
 
-    def _receive_control(self) -> None:
-        assert self._control is not None
-        self._selector.unregister(self._control.fileno())  # only End, or the end of the connection, comes here
-        self.end()
-
-    def _end_with_owner(self) -> None:
-        self._selector.unregister(self._owner)
+    def _end_with(self, fd: int) -> None:
+        """End by the control connection, to which only End or its end comes, or with the owner."""
+        self._selector.unregister(fd)
         self.end()
 
     def end(self) -> None:
@@ -392,17 +376,7 @@ class Warden:
                     client.connection, protocol.Gone(0, f"device {self._registry.facts.name} is not served any more")
                 )
             fallback_server.release_client(client)
-            handover.close_client(client)
-
-
-def _is_open(link: socket.socket) -> bool:
-    """Return whether the other side can still send."""
-    try:
-        return bool(link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+            client.close()
 
 
 def _wake_only(*_: object) -> None:
@@ -412,7 +386,7 @@ def _wake_only(*_: object) -> None:
 def _close_inherited(registry: Registry, *ends: socket.socket | None) -> None:
     """Close the connections of clients in a process that the driver forked, where they would hide the server's death."""
     for client in registry.clients.values():
-        handover.close_client(client)
+        client.close()
     for end in ends:
         if end is not None:
             end.close()

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import linecache
 import os
 import random
 import signal
 import socket
+import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from prefault.device import protocol
-from prefault.device.client.channel import Channel, Exchange
+from prefault.device.client.channel import Channel
+from prefault.device.client.exchange import Exchange
 from prefault.errors import DeviceError, DeviceGoneError
 
 
@@ -74,6 +80,10 @@ def _ask(channel: Channel, area: int) -> Callable[[], protocol.Statistics]:
     return lambda: channel.ask(protocol.AskStatistics(channel.next_id(), area), protocol.Statistics)
 
 
+def _ask_log(channel: Channel, number: int, area: int) -> tuple[protocol.Run, ...]:
+    return channel.ask(protocol.AskLog(number, area), protocol.Runs).runs
+
+
 def test_answers_find_their_threads_in_any_order(peer: Peer) -> None:
     threads = [Asking(_ask(peer.channel, area)) for area in range(8)]
     requests = [peer.take() for _ in threads]
@@ -114,14 +124,14 @@ def test_progress_comes_before_the_reply(peer: Peer) -> None:
 
 
 def test_lists_come_in_parts(peer: Peer) -> None:
-    thread = Asking(lambda: peer.channel.ask_runs(protocol.AskLog(peer.channel.next_id(), 1)))
+    thread = Asking(lambda: _ask_log(peer.channel, peer.channel.next_id(), 1))
     number = peer.take().id
     peer.say(protocol.Runs(number, ((0, 1), (5, 6)), True), protocol.Runs(number, ((2, 3),), False))
-    assert thread.result() == [(0, 1), (5, 6), (2, 3)]
+    assert thread.result() == ((0, 1), (5, 6), (2, 3))
 
 
 def test_what_is_unanswered_is_asked_again_of_a_new_server(peer: Peer) -> None:
-    answered, open_one = Asking(_ask(peer.channel, 1)), Asking(lambda: peer.channel.ask_runs(protocol.AskLog(99, 2)))
+    answered, open_one = Asking(_ask(peer.channel, 1)), Asking(lambda: _ask_log(peer.channel, 99, 2))
     requests = {type(request): request for request in (peer.take(), peer.take())}
     peer.say(
         _statistics(requests[protocol.AskStatistics].id, 5),
@@ -131,7 +141,7 @@ def test_what_is_unanswered_is_asked_again_of_a_new_server(peer: Peer) -> None:
     assert answered.result().missing == 5
     assert peer.take() == requests[protocol.AskLog]
     peer.say(protocol.Runs(99, ((7, 8),), False))
-    assert open_one.result() == [(7, 8)]
+    assert open_one.result() == ((7, 8),)
 
 
 def test_gone_ends_all_waits_and_all_requests(peer: Peer) -> None:
@@ -239,6 +249,80 @@ def test_ctrl_c_leaves_the_others_their_answers(peer: Peer) -> None:
     assert other.result().missing == 2
     assert len(thread.result()) == 2
     assert not peer.channel.is_inside()
+
+
+class Server(threading.Thread):
+    """The other end as a server: it answers Map, Unmap and AskStatistics, and knows which areas are mapped."""
+
+    def __init__(self, peer: Peer) -> None:
+        super().__init__(daemon=True)
+        self._peer = peer
+        self.areas: set[int] = set()
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                match self._peer.take():
+                    case protocol.Map(id=number):
+                        self.areas.add(number)
+                        self._peer.say(protocol.Mapped(number, number))
+                    case protocol.Unmap(id=number, area=area):
+                        self.areas.discard(area)
+                        self._peer.say(protocol.Done(number))
+                    case request:
+                        self._peer.say(_statistics(request.id, 5))
+
+
+def _strike_at(count: int) -> Callable[..., Any]:
+    """Return a trace function that raises KeyboardInterrupt at the line of that number in the channel's modules."""
+    left = count
+
+    def trace(frame: types.FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in _TRACED:
+            return None
+        # A signal is handled after a call: none comes between the end of a block and the first call of what ends it.
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and "_inside.discard" not in line and "with self._reader_lock" not in line:
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
+_TRACED = [sys.modules[f"prefault.device.client.{name}"].__file__ for name in ("channel", "packets", "exchange")]
+
+
+def test_ctrl_c_at_any_line_leaves_the_channel_in_order(peer: Peer) -> None:
+    server = Server(peer)
+    for line in itertools.count(1):
+        ended: list[int] = []
+        opening = Exchange(_map(peer.channel.next_id()))
+        before = sys.gettrace()
+        interrupted = False
+        sys.settrace(_strike_at(line))
+        try:
+            peer.channel.open(opening)
+            _ask(peer.channel, 1)()
+            peer.channel.abandon(opening, lambda: ended.append(1))  # noqa: B023
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(before)
+        if not ended:
+            peer.channel.abandon(opening, lambda: ended.append(1))  # noqa: B023
+        other = Asking(_ask(peer.channel, 2))
+        assert other.result().missing == 5, line
+        assert not peer.channel.is_inside()
+        assert ended, line
+        assert not server.areas, line
+        assert not peer.channel._exchanges, line
+        if not interrupted:
+            break
+    assert line > 100, "the trace saw the channel"
 
 
 def test_when_the_reader_is_interrupted_another_thread_reads_on(peer: Peer) -> None:

@@ -295,15 +295,16 @@ class Area(MappedMemory):
         unit = self.page_size
         return RangeSet(
             PageRange(first * unit - self.offset, last * unit - self.offset)
-            for first, last in self._connection.ask_runs(request)
+            for first, last in self._connection.ask(request, protocol.Runs).runs
         )
 
     def access_log(self) -> AccessLog:
         """Ask the server for the pages that were faulted in or populated through this area, first use first."""
         memory = self._here()
-        runs = self._connection.ask_runs(protocol.AskLog(self._connection.next_id(), memory.require_number()))
+        request = protocol.AskLog(self._connection.next_id(), memory.require_number())
+        found = self._connection.ask(request, protocol.Runs)
         unit = self.page_size
-        logged = tuple(LoggedRun(first * unit, (last - first) * unit) for first, last in runs)
+        logged = tuple(LoggedRun(first * unit, (last - first) * unit) for first, last in found.runs)
         return AccessLog(self.device, self._connection.device_info.length, logged)
 
     def replay(self, log: AccessLog) -> PopulateResult:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from prefault._kernel.userfaultfd import UffdFeature
 from prefault._system import fork_hooks
 from prefault.device import limit_messages, protocol
-from prefault.device.client.channel import Channel, Exchange
+from prefault.device.client.channel import Channel
 from prefault.device.client.fault_descriptor import OpenedUserfaultfd
 from prefault.errors import DeviceError, DeviceGoneError
 
@@ -77,11 +77,10 @@ class DeviceConnection(Channel):
 
     def _greet(self) -> protocol.Welcome:
         self._lifeline, self._lifeline_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        exchange = Exchange(protocol.Hello(self.next_id(), protocol.VERSION))
-        self._exchanges[exchange.request.id] = exchange
-        self._send(exchange.request)
+        hello = protocol.Hello(self.next_id(), protocol.VERSION)
         try:
-            self.wait(exchange, time.monotonic() + _GREET_S)
+            with self.asking(hello, (self.userfaultfd.fd, self._lifeline_write, self._lifeline)) as exchange:
+                self.wait(exchange, time.monotonic() + _GREET_S)
         except TimeoutError:
             raise DeviceGoneError(errno.ETIMEDOUT, f"the device's server did not answer within {_GREET_S:g} s") from None
         welcome = self._expect(exchange, protocol.Welcome)
@@ -120,11 +119,6 @@ class DeviceConnection(Channel):
     def kernel_tracks_writes(self) -> bool:
         """True if the kernel records writes to tracked areas of this connection without a fault (WP_ASYNC)."""
         return bool(self.userfaultfd.features & UffdFeature.WP_ASYNC)
-
-    def _descriptors_of(self, request: protocol.Request) -> list[int]:
-        if isinstance(request, protocol.Hello):
-            return [self.userfaultfd.fd, self._lifeline_write, self._lifeline]
-        return []
 
     def _take_descriptor(self, reply: protocol.Reply, fd: int) -> None:
         if isinstance(reply, protocol.Welcome) and self.frames < 0:

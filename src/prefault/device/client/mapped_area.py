@@ -13,8 +13,8 @@ from prefault._kernel import userfaultfd as kernel
 from prefault._kernel.userfaultfd import UffdFeature
 from prefault._system import fork_hooks
 from prefault.device import protocol
-from prefault.device.client.channel import Exchange
 from prefault.device.client.connection import DeviceConnection
+from prefault.device.client.exchange import Exchange
 from prefault.device.driver import Access
 from prefault.errors import DeviceError
 from prefault.mapping.mapping import OwnedMemory

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from prefault._kernel import mman
 from prefault.device import protocol
-from prefault.device.client.channel import Exchange
+from prefault.device.client.exchange import Exchange
 from prefault.device.client.mapped_area import MappedArea
 from prefault.device.driver import Access
 from prefault.errors import (

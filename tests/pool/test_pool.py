@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy  # noqa: F401  here, so that its mappings are no leak of the first test
 import pytest
@@ -560,3 +560,24 @@ def test_a_fork_uses_the_memory_and_not_the_pool(no_leaks: None) -> None:
         assert memory.read(0, 6) == b"after."
         assert _numbers(pool) == [(2 * _BLOCK, 2 * _BLOCK)]
         memory.populate(4 * _BLOCK, _BLOCK)
+
+
+@pytest.mark.parametrize("unpopulated", ["zeros", "fault"])
+@pytest.mark.parametrize("many", [False, True])
+def test_what_a_limit_refuses_is_not_charged(
+    small_tmpfs: Callable[[str], Path], unpopulated: Literal["zeros", "fault"], many: bool
+) -> None:
+    """No mark is reached, and nobody has to make room, for a populate that cannot take place."""
+    calls: list[object] = []
+    directory = small_tmpfs("1m")
+    with (
+        Pool(_MIB, backing=TemporaryFile(directory), block=_BLOCK, high_water=0.3, on_high_water=calls.append) as pool,
+        pool.sparse(_MIB, unpopulated=unpopulated) as memory,
+    ):
+        (directory / "other").write_bytes(b"x" * (_MIB // 2))
+        with pytest.raises(prefault.HeadroomError, match="nothing was populated"):
+            memory.populate_many([(0, _MIB // 2), (_MIB * 5 // 8, _BLOCK)]) if many else memory.populate()
+        assert not calls
+        assert _numbers(pool) == [(0, 0)]
+        assert pool.statistics().peak == 0
+        memory.populate(0, _BLOCK)

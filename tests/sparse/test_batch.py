@@ -299,7 +299,7 @@ def test_ctrl_c_between_vectors(unpopulated: Any, call: int, monkeypatch: pytest
 
 def test_without_pagemap_populating_is_refused() -> None:
     with SparseMemory(64 * PAGE) as memory, without("pagemap", "pagemap_scan"):
-        with pytest.raises(prefault.PopulateError, match="all or nothing is not possible") as caught:
+        with pytest.raises(prefault.PopulateError, match="rollback is not possible") as caught:
             memory.populate_many([(0, PAGE)])
         assert caught.value.errno == errno.EOPNOTSUPP
 

@@ -27,7 +27,7 @@ from support import oracle
 from support.children import in_child
 from support.sparse import PAGE, faults, present_blocks
 
-MANY: Any = importlib.import_module("prefault.sparse.batch")
+EXECUTION: Any = importlib.import_module("prefault.engine.execution")
 
 both = pytest.mark.parametrize("unpopulated", ["zeros", "fault"])
 
@@ -76,7 +76,7 @@ def test_a_fork_discards_nothing_of_a_scratch_file(unpopulated: Any, tmp_path: P
         memory.populate(access="write")
         memory.write(0, b"kept")
         span = Span(*memory.range)
-        with _another_thread_within(lambda: memory._guard.discarding([span])):
+        with _another_thread_within(lambda: memory._guard.discarding(span)):
             assert in_child(lambda: True)
             assert os.pread(memory.fd or 0, 4, 0) == b"kept"
             assert _allocated(memory) == 16 * PAGE
@@ -107,7 +107,13 @@ def test_a_failure_in_a_fork_leaves_other_memories_unlocked(monkeypatch: pytest.
         accounting.refunding = False
         return [memory.populate().bytes for memory in memories]
 
-    with _another_thread_within(lambda: guard.populating([span])):
+    @contextmanager
+    def populating() -> Iterator[None]:
+        with guard.populating(span) as operation:
+            operation.admit()
+            yield
+
+    with _another_thread_within(populating):
         accounting.refunding = True
         try:
             assert in_child(child) == [16 * PAGE] * 3
@@ -172,7 +178,7 @@ def test_a_rollback_keeps_pages_that_another_mapping_populated(
             raise ZeroDivisionError
 
         if many:
-            monkeypatch.setattr(MANY.ChunkSize, "finish", stop)
+            monkeypatch.setattr(EXECUTION.ChunkSize, "finish", stop)
         with pytest.raises(ZeroDivisionError):
             one.populate_many([(0, len(one))]) if many else one.populate(progress=stop, threads=1)
         assert not any(oracle.present(one.range.start, len(one)))
@@ -225,11 +231,11 @@ def test_a_block_that_was_not_tried_keeps_what_another_thread_wrote(monkeypatch:
     with SparseMemory(64 * PAGE, huge="never") as memory:
         mman.munmap(memory.range.start + 9 * PAGE, PAGE)
 
-        def locate(*arguments: Any, real: Any = MANY.locate) -> Any:
+        def locate(*arguments: Any, real: Any = EXECUTION.locate) -> Any:
             memory.write(21 * PAGE, b"written")
             return real(*arguments)
 
-        monkeypatch.setattr(MANY, "locate", locate)
+        monkeypatch.setattr(EXECUTION, "locate", locate)
         with pytest.raises(prefault.HoleError):
             memory.populate_many([(at * PAGE, PAGE) for at in range(5, 30, 2)])
         assert oracle.present(memory.range.start + 21 * PAGE, PAGE) == [True]

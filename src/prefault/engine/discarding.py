@@ -77,7 +77,7 @@ def discard(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> Dis
             return DiscardResult(whole_bytes, freed, perf_counter() - began, "device")
         if memory.access_guard is None:
             return _discard(memory, span, began)
-        with memory.access_guard.discarding([span]) as (whole_blocks,):
+        with memory.access_guard.discarding(span) as whole_blocks:
             return _discard(memory, whole_blocks, began)
 
 

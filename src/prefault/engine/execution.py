@@ -1,4 +1,4 @@
-"""Carrying out a plan: threads take chunks in order of address, and the end is settled once none is at work any more."""
+"""Execution of a populate call: threads take chunks in order of address; the end is settled once none is at work."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from functools import partial
 from time import perf_counter_ns
 
 from prefault._kernel.rwlock import Attendance
-from prefault.engine.attempts import LONG, ChunkFailure, attempt, can_advise, locate, populate_long, populate_whole
-from prefault.engine.chunking import Chunk, ChunkQueue, ChunkSize
+from prefault.engine.attempts import ChunkFailure, locate
+from prefault.engine.chunk_queue import Chunk, ChunkQueue
+from prefault.engine.chunking import ChunkSize
 from prefault.engine.outcomes import PopulateResult, Settlement, failed, interrupted
-from prefault.engine.planning import Plan, Segment, without_fallocate
+from prefault.engine.planning import Segment, without_fallocate
 from prefault.engine.populated_pages import populated_pages
 from prefault.engine.progress import Progress
 from prefault.engine.readahead import ReadAhead
@@ -21,28 +22,26 @@ from prefault.limits import Shortfall
 from prefault.limits.admission import AdmissionControl
 from prefault.memory.vma import Backing
 from prefault.ranges import PageRange, RangeSet
-from prefault.sizes import format_size
 
 
 class Execution:
     """One populate call at work.
 
     Args:
-        plan: what to populate, and how.
+        queue: the chunks of the plan.
         origin: the address that offsets in errors are counted from.
-        before: the pages of the plan that are populated already.
+        before: the pages that are populated already.
         progress: called after each chunk of the calling thread.
         rollback: undoes the call if it fails; None leaves what it brought in.
         admission: looks at the limits before each chunk; None does not.
     """
 
     def __init__(
-        self, plan: Plan, origin: int, before: Intervals, progress: Progress | None = None,
+        self, queue: ChunkQueue, origin: int, before: Intervals, progress: Progress | None = None,
         rollback: Rollback | None = None, admission: AdmissionControl | None = None,
     ) -> None:  # fmt: skip
-        self._queue = ChunkQueue(plan)
-        self._threads = plan.threads
-        self._length = plan.length
+        self._queue = queue
+        self._threads = queue.plan.threads
         self._origin = origin
         self._before = before
         self._progress = progress
@@ -53,14 +52,15 @@ class Execution:
         self._stop = False
         self._attendance = Attendance()
 
-    def run(self, began: int) -> PopulateResult:
+    def run(self, began: int, interruption: BaseException | None = None) -> PopulateResult:
         """Populate all chunks; ``began`` is when the call began, by :func:`time.perf_counter_ns`.
+
+        With ``interruption``, which ended the call elsewhere, only settle the end.
 
         Raises:
             PopulateError, PopulateInterrupted: it failed, or was interrupted, and was rolled back if that was asked for.
         """
         ended: PopulateResult | BaseException | None = None
-        interruption: BaseException | None = None
         try:
             while ended is None:
                 # Again after a further Ctrl-C: it must not stop the rollback of what the first one interrupted.
@@ -78,16 +78,6 @@ class Execution:
             raise ended
         finally:
             del ended, interruption  # an exception must not refer to the frame that it refers to: see attempt()
-
-    def raise_interrupted(self, interruption: BaseException, caught: PageRange) -> None:
-        """Raise PopulateInterrupted for Ctrl-C, else add a note; ``caught`` is a chunk that was under way elsewhere."""
-        self._queue.catch(caught)
-        stopped = self._stopped(interruption)
-        try:
-            if stopped is not interruption:
-                raise stopped from None
-        finally:
-            del stopped
 
     # --- threads
 
@@ -142,13 +132,12 @@ class Execution:
             if failure is not None:
                 self._stop = True
                 self._failures.append(failure)
-                if len(chunk.segments) == 1:  # else it stays unfinished: what lies above may be populated as well
-                    self._queue.finish(PageRange(chunk.pages.start, failure.address))
+                self._queue.finish(chunk, failure.address)
                 return
             pace.finish()
-            self._queue.finish(chunk.pages)
+            self._queue.finish(chunk)
             if progress is not None:
-                progress(self._queue.done_bytes, self._length)
+                progress(self._queue.done_bytes, self._queue.length)
 
     # --- one chunk
 
@@ -158,28 +147,18 @@ class Execution:
             return self._populate_chunk(chunk)
         shortfall = self._admission.admit(*chunk.pages)
         if shortfall is not None:
-            return ChunkFailure(chunk.pages.start, chunk.segments[0], shortfall)
+            return ChunkFailure(chunk.pages.start, self._queue.plan.segments[0], shortfall)
         try:
             return self._populate_chunk(chunk)
         finally:
             self._admission.release()
 
     def _populate_chunk(self, chunk: Chunk) -> ChunkFailure | None:
-        if len(chunk.segments) == 1:
-            return self._populate_part(chunk.pages, chunk.segments[0])
-        if populate_whole(chunk.segments):
+        if chunk.populate_at_once():
             return None
-        for segment in chunk.segments:
-            failure = self._populate_part(PageRange(segment.start, segment.stop), segment)
-            if failure is not None:
-                return failure
-        return None
+        return next(filter(None, (self._populate_part(*part) for part in chunk.parts())), None)
 
     def _populate_part(self, part: PageRange, segment: Segment) -> ChunkFailure | None:
-        if part.length > LONG and can_advise(segment.method) and populate_long(segment, *part):
-            return None
-        if attempt(segment, part.start, part.length) is None:
-            return None
         failure = locate(part, segment)
         if failure is None or isinstance(failure.error, Shortfall):
             return failure
@@ -196,26 +175,27 @@ class Execution:
             raise self._defect
         if self._failures:
             lowest = min(self._failures, key=lambda failure: failure.address)
-            return failed(lowest, self._origin, f" of {format_size(self._length)}", self._settle)
+            return failed(lowest, self._origin, self._queue.place, self._settle)
         if self._progress is not None:
-            self._progress(self._queue.done_bytes, self._length)  # other threads may have finished later
+            self._progress(self._queue.done_bytes, self._queue.length)  # other threads may have finished later
         plan = self._queue.plan
         present = self._before.length
         # A hint is taken for all segments.
-        after = populated_pages(plan.segments).length if plan.segments[0].method.hint else plan.length
+        hint = plan.segments[0].method.hint
+        after = populated_pages(plan.segments).length if hint else self._queue.length
         seconds = (perf_counter_ns() - began) / 1e9
         return PopulateResult(
             max(0, after - present), present, seconds, plan.access, plan.method, 1 + helpers, plan.notes
         )  # fmt: skip
 
     def _stopped(self, interruption: BaseException) -> BaseException:
-        return interrupted(interruption, self._origin, self._length, self._settle())
+        return interrupted(interruption, self._origin, self._queue.length, self._settle())
 
     def _settle(self) -> Settlement:
         """Roll back, if that was asked for. No thread is at work any more."""
-        # Of chunks that were not recorded as done, only the page tables tell what has become of them.
-        caught = (populated_pages(chunk.segments, chunk.pages) for chunk in self._queue.unfinished())
-        brought_in = RangeSet.union_of([RangeSet(self._queue.done), *caught]) - self._before
-        if self._rollback is None:
-            return Settlement(brought_in.length, brought_in, rolled_back=False)
-        return Settlement(brought_in.length, self._rollback.undo(brought_in, RangeSet(self._queue.taken)), rolled_back=True)
+        brought_in_bytes, kept = 0, list[RangeSet]()
+        for tried, populated in self._queue.tried():
+            brought_in = populated - self._before.window(*tried.span)
+            brought_in_bytes += brought_in.length
+            kept.append(brought_in if self._rollback is None else self._rollback.undo(brought_in, tried))
+        return Settlement(brought_in_bytes, RangeSet.union_of(kept), rolled_back=self._rollback is not None)

@@ -1,13 +1,21 @@
-"""Pages of a plan that need no population."""
+"""Pages of a plan that need no population, and those that a rollback must leave."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
 
+from prefault._kernel.pagemap import PageCategory
+from prefault._system import capabilities
 from prefault.engine.planning import Segment
-from prefault.inspection.scan import populated_among, populated_before
+from prefault.errors import PopulateError
+from prefault.inspection.result import PageState
+from prefault.inspection.scan import occupied, populated_among, populated_before, residency_of
 from prefault.intervals import Intervals
 from prefault.ranges import PageRange
+
+_PRESENT, _SWAPPED = int(PageCategory.PRESENT), int(PageCategory.SWAPPED)
+_COPY_PENDING = int(PageCategory.PFNZERO | PageCategory.FILE)
 
 
 def populated_pages(segments: Sequence[Segment], part: PageRange | None = None) -> Intervals:
@@ -17,6 +25,56 @@ def populated_pages(segments: Sequence[Segment], part: PageRange | None = None) 
         return populated_before(start, stop, write=_writes(segments[0]), private=not segments[0].target.shared)
     copied = (item for item in segments if _writes(item) and not item.target.shared)
     return populated_among(start, stop, [edge for item in copied for edge in item[:2]])
+
+
+def pages_before(segments: Sequence[Segment]) -> tuple[Intervals, Intervals]:
+    """Return the pages that are populated, and these together with pages in swap or under migration, which hold bytes too.
+
+    One look at each entry decides: between two looks a page could be swapped out or migrate, and be in neither answer.
+
+    Raises:
+        PopulateError: the kernel does not tell which pages this process had before, so that nothing could be undone.
+    """
+    states = [state for segment in segments for state in _states(segment)]
+    return Intervals(state[:2] for state in states if state[2]), Intervals(state[:2] for state in states)
+
+
+def _states(segment: Segment) -> Iterator[tuple[int, int, bool]]:
+    """Yield the start and stop of pages that hold bytes, and whether they are populated."""
+    found = residency_of(PageRange(segment.start, segment.stop))
+    if found.source == "mincore":
+        raise _unknown(segment)
+    copies = _writes(segment) and not segment.target.shared
+    for start, stop, state in found.runs:
+        present = bool(state & PageState.PRESENT)
+        if present and copies:
+            zero = PageState.ALLOCATED not in found.unknown and not state & PageState.ALLOCATED
+            present = not zero and not state & PageState.FILE
+        if present or state & PageState.SWAPPED:
+            yield start, stop, present
+
+
+def scattered_pages_before(segment: Segment, pages: Intervals, gap: int) -> tuple[Intervals, Intervals]:
+    """Return what :func:`pages_before` does, of many ranges in one segment; gaps of up to ``gap`` bytes are scanned too."""
+    if not (capabilities.PAGEMAP_SCAN.available or capabilities.PAGEMAP.available):
+        raise _unknown(segment)
+    rows = occupied(pages.bridged(gap).edges)
+    populated = (rows[:, 2] & _PRESENT) != 0
+    if _writes(segment) and not segment.target.shared:
+        populated &= (rows[:, 2] & _COPY_PENDING) == 0
+    held = populated | ((rows[:, 2] & _SWAPPED) != 0)
+    before, kept = (Intervals.from_arrays(rows[some, 0], rows[some, 1]) & pages for some in (populated, held))
+    return before, kept
+
+
+def _unknown(segment: Segment) -> PopulateError:
+    # mincore does not tell which pages this process had before, and to discard those would lose what they hold.
+    return PopulateError(
+        errno.EOPNOTSUPP,
+        "rollback is not possible here: /proc/self/pagemap cannot be read, so the pages that a call brings in"
+        " cannot be told from those before; nothing was populated",
+        address=segment.start,
+    )
 
 
 def _writes(segment: Segment) -> bool:

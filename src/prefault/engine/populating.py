@@ -7,18 +7,21 @@ from contextlib import ExitStack
 from time import perf_counter_ns
 from typing import Any, Literal, TypeAlias
 
+from prefault.engine.chunk_queue import PlanQueue
 from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
 from prefault.engine.outcomes import NO_MEMORY, PopulateResult
-from prefault.engine.planning import Plan, make_plan
-from prefault.engine.populated_pages import populated_pages
+from prefault.engine.planning import Plan, Segment, make_plan
+from prefault.engine.populated_pages import pages_before, populated_pages
 from prefault.engine.progress import Progress, bar
-from prefault.engine.rollback import Rollback
+from prefault.engine.rollback import Rollback, file_pages
 from prefault.engine.small_calls import is_small, run_small, small_plan, surely_fits
 from prefault.errors import OutOfMemoryError
+from prefault.intervals import Intervals
 from prefault.limits.admission import AdmissionControl
 from prefault.limits.demand import demands_of
-from prefault.memory.borrowing import Borrowed, PageProvider, Span, borrow
+from prefault.memory.borrowing import Borrowed, GuardedPopulate, PageProvider, Span, borrow
+from prefault.memory.vma import Backing
 from prefault.sizes import Size
 
 __all__ = ["HeadroomChoice", "PopulateResult", "Progress", "populate"]
@@ -89,11 +92,10 @@ def populate(
             return _populate_device(memory.page_provider, memory, span, access, rollback, progress, headroom, began)
         if memory.access_guard is None:
             plan = _plan(memory, span, access, method, threads)
-            return _carry_out(plan, memory, began, rollback, progress, headroom)
-        # The access guard first: it may change what is mapped, which the plan must see.
-        with memory.access_guard.populating([span]) as (blocks,):
-            plan = _plan(memory, blocks, access, method, threads)
-            return _carry_out(plan, memory, began, True, progress, headroom)
+            return _carry_out(plan, memory, None, began, rollback, progress, headroom)
+        with memory.access_guard.populating(span) as guarded:
+            plan = _plan(memory, guarded.span, access, method, threads)
+            return _carry_out(plan, memory, guarded, began, True, progress, headroom)
     except MemoryError as error:
         if error.args:
             raise
@@ -108,27 +110,44 @@ def _plan(memory: Borrowed, span: Span, access: Access | None, method: str | Non
 
 
 def _carry_out(
-    plan: Plan, memory: Borrowed, began: int, rollback: bool, progress: Progress | bool, headroom: HeadroomChoice,
+    plan: Plan, memory: Borrowed, guarded: GuardedPopulate | None, began: int, rollback: bool, progress: Progress | bool,
+    headroom: HeadroomChoice,
 ) -> PopulateResult:  # fmt: skip
     if not plan.segments:
         return PopulateResult(0, 0, 0.0, plan.access, "none", 1)
-    undo = Rollback(plan.segments) if rollback else None  # looks before anything is done
-    before = populated_pages(plan.segments)
+    if rollback:
+        before, kept = pages_before(plan.segments)
+    else:
+        before, kept = populated_pages(plan.segments), Intervals()
     small = is_small(plan)
     admission = None
     if headroom == "check" and not (small and surely_fits(plan.segments[0], began)):
-        admission = AdmissionControl(
-            demands_of([segment.use for segment in plan.segments], before, memory.fd), memory.address
-        )
+        uses = [segment.use._replace(guarded=guarded is not None) for segment in plan.segments]
+        admission = AdmissionControl(demands_of(uses, before, memory.fd), memory.address)
+    kept -= admit(plan.segments[0], admission, guarded)
+    if small:
+        admission = None  # its only chunk has just been looked at
+    undo = Rollback(plan.segments, kept, file_pages(plan.segments)) if rollback else None  # looks before anything is done
+    if small and progress is False:
+        return run_small(plan, memory.address, began, before, undo)
+    with ExitStack() as stack:
+        report = stack.enter_context(bar("populate")) if progress is True else progress or None
+        return Execution(PlanQueue(plan), memory.address, before, report, undo, admission).run(began)
+
+
+def admit(segment: Segment, admission: AdmissionControl | None, guarded: GuardedPopulate | None) -> Intervals:
+    """Check the limits, then have the owner of guarded memory charge and unprotect its blocks.
+
+    Returns:
+        The pages that were protected and cannot have been populated: guards look like pages in swap before Linux 6.15.
+    """
+    protected = Intervals()
+    # A pool sets huge pages aside until they are charged: only then their limit has room for them.
+    if guarded is not None and segment.backing is Backing.HUGETLB:
+        protected, guarded = guarded.admit(), None
+    if admission is not None:
         admission.start()
-        if small:
-            admission = None  # its only chunk has just been looked at
-    if small and undo is None and progress is False:
-        return run_small(plan, memory.address, began, before)
-    if progress is True:
-        with bar("populate") as report:
-            return Execution(plan, memory.address, before, report, undo, admission).run(began)
-    return Execution(plan, memory.address, before, progress or None, undo, admission).run(began)
+    return protected if guarded is None else guarded.admit()
 
 
 def _populate_device(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from prefault._kernel import mman
@@ -15,10 +14,10 @@ from prefault._system import thp
 from prefault.engine.discarding import drop
 from prefault.engine.methods import best
 from prefault.engine.planning import Segment
-from prefault.errors import PopulateError
 from prefault.inspection.mincore import resident
 from prefault.inspection.result import PageState
 from prefault.inspection.scan import mapped_by_others, residency_of
+from prefault.intervals import Intervals
 from prefault.memory.vma import Backing, file_descriptor, vma_at
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, PAGE_SIZE
@@ -35,50 +34,36 @@ class Rollback:
     wrote to them.
 
     A huge page may reach beyond the range. The part outside stays, for another thread may have written there.
+
+    Args:
+        segments: all of what is populated, and perhaps more.
+        kept: pages whose content is nowhere else; see :func:`prefault.engine.populated_pages.pages_before`.
+        resident: pages of files in memory that are there already; see :func:`file_pages`.
     """
 
-    def __init__(self, segments: tuple[Segment, ...]) -> None:
+    def __init__(self, segments: tuple[Segment, ...], kept: Intervals, resident: Intervals) -> None:
         self._segments = segments
-        self._kept = RangeSet(pages for segment in segments for pages in _of_its_own(segment))
-        self._resident = RangeSet(
-            item for s in segments if _is_memory_file(s) for item in resident(PageRange(s.start, s.stop))
-        )
-        self._holes = {segment: holes_before(segment) for segment in segments if _allocates_on_disk(segment)}
-        self._beyond: RangeSet | None = None
-
-    @classmethod
-    def knowing(cls, segment: Segment, kept: RangeSet, resident: RangeSet, holes: RangeSet) -> Rollback:
-        """Make the rollback of one segment whose state a caller found out by faster ways for many small ranges.
-
-        Args:
-            segment: all of what is populated, and perhaps more.
-            kept: pages whose content is nowhere else.
-            resident: pages of shared memory that were in memory, whether this process had mapped them or not. What lies
-                behind a private mapping is not among them: it is left alone.
-            holes: those of a file on a disk; see :func:`holes_before`.
-        """
-        known = cls.__new__(cls)
-        if not segment.target.shared:
-            resident = RangeSet([PageRange(segment.start, segment.stop)])
-        known._segments, known._kept, known._resident, known._holes = (segment,), kept, resident, {segment: holes}
-        known._beyond = None
-        return known
+        self._kept = kept
+        self._resident = resident
+        self._holes = {segment: RangeSet(_holes(segment)) for segment in segments if _allocates_on_disk(segment)}
+        self._beyond = RangeSet()
 
     def undo(self, brought_in: RangeSet, taken: RangeSet) -> RangeSet:
         """Discard the pages, and what fallocate allocated in the chunks that were ``taken``; return those that had to stay.
 
         Pages stay in the page tables, or only in the file's own memory.
         """
-        if self._beyond is None:  # else this is another try: the huge pages are split by now
-            self._beyond = RangeSet(_beyond(self._segments, brought_in))
-        stayed = [*(brought_in & self._kept), *self._beyond]
+        self._beyond |= RangeSet(_beyond(self._segments, brought_in))  # in another try the huge pages are split already
+        # Windows, since a call on many ranges is undone a few ranges at a time.
+        kept, resident = (some.window(*taken.span) for some in (self._kept, self._resident))
+        stayed = [*(brought_in & kept), *self._beyond]
         for segment in self._segments:
             whole = RangeSet([PageRange(segment.start, segment.stop)])
-            mine = (brought_in & whole) - self._kept
-            if _is_memory_file(segment):
+            mine = (brought_in & whole) - kept
+            if is_memory_file(segment):
                 # fallocate may have come further than the page tables.
                 allocated = mine | (taken & whole) if segment.method.allocates else mine
-                allocated -= self._resident
+                allocated -= resident
                 if not segment.target.shared:
                     stayed += _drop(mine)  # the copies hide the pages of the file
                 stayed += _punch_unshared(allocated, _with_descriptor(segment))
@@ -97,34 +82,15 @@ def _drop(pages: RangeSet) -> Iterator[PageRange]:
             yield item
 
 
-def _of_its_own(segment: Segment) -> Iterator[PageRange]:
-    """Yield pages whose content is nowhere else: in swap, under migration, or present and not the file's nor the zero page.
-
-    One look at each entry decides: between two looks a page could be swapped out or migrate, and be in neither answer.
-    """
-    found = residency_of(PageRange(segment.start, segment.stop))
-    if found.source == "mincore":
-        # mincore does not tell which pages this process had before, and to discard those would lose what they hold.
-        raise PopulateError(
-            errno.EOPNOTSUPP,
-            "rollback is not possible here: /proc/self/pagemap cannot be read, so the pages that a call brings in"
-            " cannot be told from those before; nothing was populated",
-            address=segment.start,
-        )
-    copies = segment.method.access == "write" and not segment.target.shared
-    for start, stop, state in found.runs:
-        present = bool(state & PageState.PRESENT)
-        if present and copies:
-            zero = PageState.ALLOCATED not in found.unknown and not state & PageState.ALLOCATED
-            present = not zero and not state & PageState.FILE
-        if present or state & PageState.SWAPPED:
-            yield PageRange(start, stop)
-
-
-def _is_memory_file(segment: Segment) -> bool:
+def is_memory_file(segment: Segment) -> bool:
     """Return whether populating allocates in a file that is only memory. Private hugetlb pages are never the file's."""
     backing = segment.backing
     return backing is not None and (backing.is_shmem or (backing is Backing.HUGETLB and segment.target.shared))
+
+
+def file_pages(segments: Iterable[Segment]) -> RangeSet:
+    """Return the pages of files that are only memory that are in memory already, mapped by this process or not."""
+    return RangeSet.union_of(resident(PageRange(s.start, s.stop)) for s in segments if is_memory_file(s))
 
 
 def _with_descriptor(segment: Segment) -> Segment:
@@ -158,13 +124,8 @@ def _allocates_on_disk(segment: Segment) -> bool:
     return segment.backing is Backing.FILE and segment.method.allocates
 
 
-def holes_before(segment: Segment) -> RangeSet:
-    """Return the holes that fallocate is about to fill; none where it fills none."""
-    return RangeSet(_holes(segment)) if _allocates_on_disk(segment) else RangeSet()
-
-
 def _holes(segment: Segment) -> Iterator[PageRange]:
-    """Yield the parts of the file under a segment without blocks, as addresses; none where the file system cannot tell."""
+    """Yield the holes that fallocate is about to fill, as addresses; none where the file system cannot tell them."""
     target = segment.target
     assert target.fd is not None
     at, stop = segment.start + target.file_base, min(segment.stop + target.file_base, target.file_size)

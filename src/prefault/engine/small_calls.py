@@ -16,17 +16,18 @@ from time import perf_counter_ns
 
 from prefault._system import capabilities
 from prefault.engine.attempts import attempt
+from prefault.engine.chunk_queue import PlanQueue
 from prefault.engine.chunking import FIRST_CHUNK
 from prefault.engine.execution import Execution
 from prefault.engine.methods import POPULATE_READ, POPULATE_WRITE, Access, Target
 from prefault.engine.outcomes import PopulateResult
 from prefault.engine.planning import Plan, Segment
+from prefault.engine.rollback import Rollback
 from prefault.intervals import Intervals
 from prefault.limits.allowance import allowance
 from prefault.memory.borrowing import Borrowed, Span
 from prefault.memory.vma import Backing, vma_at
-from prefault.ranges import PageRange
-from prefault.sizes import KIB, PAGE_SIZE
+from prefault.sizes import KIB, MAX_SIZE, PAGE_SIZE
 
 _PRIVATE = Target()
 
@@ -60,19 +61,24 @@ def surely_fits(segment: Segment, now_ns: int) -> bool:
     return segment.backing is Backing.ANONYMOUS and allowance.spend(bound, now_ns)
 
 
-def run_small(plan: Plan, origin: int, began: int, before: Intervals) -> PopulateResult:
+def run_small(plan: Plan, origin: int, began: int, before: Intervals, rollback: Rollback | None) -> PopulateResult:
     """Carry out a plan of one chunk in this thread. The arguments are those of :class:`Execution`."""
     segment = plan.segments[0]
     start, length = segment.start, segment.stop - segment.start
-    if segment.method.hint or segment.backing is Backing.FILE:
-        return Execution(plan, origin, before).run(began)
+    queue, interruption = None, None
     try:
-        error = attempt(segment, start, length)
-    except BaseException as interruption:
-        Execution(plan, origin, before).raise_interrupted(interruption, PageRange(start, segment.stop))
-        raise
-    if error is not None:
-        return Execution(plan, origin, before).run(began)  # does it again, and finds the page
-    present = before.length
-    took = (perf_counter_ns() - began) / 1e9
-    return PopulateResult(length - present, present, took, segment.method.access, segment.method.name, 1, plan.notes)
+        if not segment.method.hint and segment.backing is not Backing.FILE:
+            try:
+                if attempt(segment, start, length) is None:
+                    present = before.length
+                    took = (perf_counter_ns() - began) / 1e9
+                    method = segment.method
+                    return PopulateResult(length - present, present, took, method.access, method.name, 1, plan.notes)
+            except BaseException as caught:  # noqa: BLE001  raised again, or what it means
+                interruption = caught
+        queue = PlanQueue(plan)
+        if interruption is not None:
+            queue.take(MAX_SIZE)  # its only chunk, which nobody recorded as done
+        return Execution(queue, origin, before, None, rollback).run(began, interruption)
+    finally:
+        del interruption  # an exception must not refer to the frame that it refers to: see attempt()

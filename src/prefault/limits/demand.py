@@ -27,10 +27,10 @@ _SHMEM_NODES = 256
 _STEP = 256 * MIB
 _NEAR = 2 * MIB
 """Largest gap that is read as well: one more read costs as much."""
-_PRESENT, _SWAPPED, _FILE, _EXCLUSIVE = 0x80, 0x40, 0x20, 0x01  # bits 63, 62, 61 and 56 of an entry of pagemap
+_PRESENT, _SWAPPED, _FILE, _GUARD, _EXCLUSIVE = 0x80, 0x40, 0x20, 0x04, 0x01  # bits 63, 62, 61, 58, 56 of pagemap
 _HIGH_BYTE = 7 if sys.byteorder == "little" else 0
 _IS_OURS = bytes(byte & (_PRESENT | _FILE | _EXCLUSIVE) == _PRESENT | _EXCLUSIVE for byte in range(256))
-_IS_SWAPPED = bytes(byte & (_PRESENT | _SWAPPED) == _SWAPPED for byte in range(256))
+_IS_SWAPPED = bytes(byte & (_PRESENT | _SWAPPED | _GUARD) == _SWAPPED for byte in range(256))
 
 
 class Demand:
@@ -133,6 +133,8 @@ class Demand:
         vma = vma_at(start)
         if vma is None or vma.start > start:
             return False
+        if self.use.guarded:
+            return True
         return vma.writable if self.use.access == "write" else vma.readable
 
 

@@ -41,6 +41,7 @@ class MemoryUse(NamedTuple):
         fd: descriptor of the file behind it; None without one.
         file_base: number to add to an address to get the offset in that file.
         file_size: bytes of that file, beyond which nothing is populated; None where it is not known.
+        guarded: True if an access guard makes it accessible just before it is populated.
         directory: mount point or path of the file system, where it is known.
     """
 
@@ -56,6 +57,7 @@ class MemoryUse(NamedTuple):
     fd: int | None = None
     file_base: int = 0
     file_size: int | None = None
+    guarded: bool = False
     directory: str | None = None
 
     @property

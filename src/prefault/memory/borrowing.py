@@ -10,12 +10,13 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple, NoReturn, SupportsIndex
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, SupportsIndex
 
 from prefault._system import fork_hooks
+from prefault.intervals import Intervals
 from prefault.sizes import Size, parse_size
 
 
@@ -102,17 +103,32 @@ class AccessGuard(abc.ABC):
     """
 
     @abc.abstractmethod
-    def populating(self, spans: Sequence[Span]) -> AbstractContextManager[Sequence[Span]]:
-        """Return the context of a populate call: entering charges and unprotects the spans, rounded outward to blocks.
+    def populating(self, span: Span) -> AbstractContextManager[GuardedPopulate]:
+        """Return the context of a populate call on the span, rounded outward to blocks: nothing has changed on entering.
 
-        Entering raises before any page is touched where a limit of the owner does not allow it. Leaving with an exception
-        refunds what was charged on entry. The pages that the call brought in have been discarded by then: memory with an
-        access guard is populated all or nothing.
+        Leaving with an exception refunds what :meth:`GuardedPopulate.admit` charged. The pages that the call brought in have
+        been discarded by then: memory with an access guard is populated all or nothing.
         """
 
     @abc.abstractmethod
-    def discarding(self, spans: Sequence[Span]) -> AbstractContextManager[Sequence[Span]]:
-        """Return the context of a discard call: entering protects the spans, rounded inward to blocks; leaving refunds."""
+    def discarding(self, span: Span) -> AbstractContextManager[Span]:
+        """Return the context of a discard call: entering protects the span, rounded inward to blocks; leaving refunds."""
+
+
+class GuardedPopulate(Protocol):
+    """A populate call on memory with an access guard."""
+
+    span: Span
+    """Addresses of the whole blocks."""
+
+    def admit(self) -> Intervals:
+        """Charge and unprotect the blocks; return the addresses of those that were protected, which had no pages.
+
+        Called once the limits of the system are checked: a call that they refuse is not charged.
+
+        Raises:
+            PopulateError: a limit of the owner does not allow it; no page is touched and nothing charged.
+        """
 
 
 class ProvidedPages(NamedTuple):

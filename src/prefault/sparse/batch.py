@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
 from time import perf_counter, perf_counter_ns
 from typing import TYPE_CHECKING
 
@@ -12,19 +12,19 @@ from prefault._kernel import mman
 from prefault._kernel.pagemap import PageCategory
 from prefault._system import capabilities
 from prefault._system.own_process import own_process
-from prefault.engine.attempts import ChunkFailure, locate
-from prefault.engine.chunking import ChunkSize
+from prefault.engine.chunk_queue import Chunk, ChunkQueue
 from prefault.engine.discarding import DiscardResult, drop
+from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
-from prefault.engine.outcomes import Settlement, failed, interrupted
-from prefault.engine.planning import NO_FALLOCATE, Segment, make_plan, without_fallocate
-from prefault.engine.populating import HeadroomChoice, PopulateResult
-from prefault.engine.rollback import Rollback, holes_before
-from prefault.errors import DiscardError, PopulateError
+from prefault.engine.planning import Plan, Segment, make_plan
+from prefault.engine.populated_pages import scattered_pages_before
+from prefault.engine.populating import HeadroomChoice, PopulateResult, admit
+from prefault.engine.rollback import Rollback, is_memory_file
+from prefault.errors import DiscardError
 from prefault.inspection.mincore import resident_in
 from prefault.inspection.scan import occupied
 from prefault.intervals import Intervals
-from prefault.limits import MemoryUse, Shortfall
+from prefault.limits import MemoryUse
 from prefault.limits.admission import AdmissionControl
 from prefault.limits.demand import Demand
 from prefault.memory.borrowing import Borrowed
@@ -33,15 +33,10 @@ from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, format_size
 from prefault.sparse.advice_vector import AdviceVector, advise
 from prefault.sparse.exclusion import BlockGuard
-from prefault.sparse.operations import Discarding, Populating
+from prefault.sparse.operations import DiscardingMany, Populating
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from numpy import bool_
-    from numpy.typing import NDArray
-
-    from prefault.intervals import Numbers
 
 _PIECE = 4 * MIB
 _NEAR = 4 * MIB
@@ -49,9 +44,7 @@ _NEAR = 4 * MIB
 _STEP = 64 * MIB
 _UNDONE_AT_ONCE = 512
 
-_PRESENT, _SWAPPED = int(PageCategory.PRESENT), int(PageCategory.SWAPPED)
-_ZERO_PAGE = int(PageCategory.PFNZERO)
-_COPY_PENDING = int(PageCategory.PFNZERO | PageCategory.FILE)
+_PRESENT, _ZERO_PAGE = int(PageCategory.PRESENT), int(PageCategory.PFNZERO)
 
 
 def populate_many(
@@ -65,177 +58,102 @@ def populate_many(
         raise ValueError(f"access is 'read', 'write' or None, not {access!r}")
     if not blocks:
         return PopulateResult(0, 0, 0.0, access or "write", "none", 1)
-    with Populating(guard, blocks):
-        return _BatchRun(memory, blocks, access, headroom).run(began)
+    with Populating(guard, blocks) as operation:
+        return _populate(memory, operation, access, headroom, began)
 
 
-class _BatchRun:
-    """One call at work on blocks that its operation has admitted."""
+def _populate(
+    memory: Borrowed, operation: Populating, access: Access | None, headroom: HeadroomChoice, began: int
+) -> PopulateResult:
+    # All blocks are parts of one mapping, so what is best for the first is best for all.
+    blocks = operation.blocks
+    first, stop = blocks.span
+    plan = make_plan(memory, access, first, blocks.edges[1] - first, None, 1)
+    (segment,) = plan.segments
+    if segment.backing is not Backing.FILE:
+        # fallocate first pays for large ranges only (docs/design/sparse.md)
+        segment = segment._replace(method=segment.method.without_fallocate)
+    segment = segment._replace(start=memory.address + first, stop=memory.address + stop)
+    pages = blocks.shifted(memory.address)
+    before, kept = scattered_pages_before(segment, pages, _NEAR)
+    resident = _file_pages(segment, pages)
+    admission = None
+    if headroom == "check":
+        missing = pages - before - resident if segment.target.shared else pages - before
+        demand = _Scattered(segment.use._replace(guarded=True), pages, missing, memory.fd)
+        admission = AdmissionControl([demand], memory.address)
+    kept -= admit(segment, admission, operation)
+    rollback = Rollback((segment,), kept, resident)
+    queue = _RowQueue(plan._replace(segments=(segment,)), pages)
+    return Execution(queue, memory.address, before, None, rollback, admission).run(began)
 
-    def __init__(self, memory: Borrowed, blocks: Intervals, access: Access | None, headroom: HeadroomChoice) -> None:
-        # All blocks are parts of one mapping, so what is best for the first is best for all.
-        first, stop = blocks.span
-        plan = make_plan(memory, access, first, blocks.edges[1] - first, None, 1)
-        (segment,) = plan.segments
-        method = segment.method
-        if segment.backing is not Backing.FILE:
-            method = method.without_fallocate  # fallocate first pays for large ranges only (docs/design/sparse.md)
-        self._notes = plan.notes
-        self._origin = memory.address
-        self._pages = blocks.shifted(memory.address)
-        self._segment = Segment(
-            memory.address + first, memory.address + stop, method, segment.target, segment.backing, segment.reason
-        )
-        self._vector = AdviceVector(*self._pages.pieces(max(_PIECE, segment.target.page_size)))
+
+def _file_pages(segment: Segment, pages: Intervals) -> Intervals:
+    """Return the pages of a file that is only memory that are in memory already, mapped by this process or not."""
+    if not is_memory_file(segment):
+        return Intervals()
+    return resident_in([PageRange(*span) for span in pages.bridged(_NEAR)])
+
+
+class _Rows(Chunk):
+    """Rows of a vector, from number ``first`` to the one before ``stop``."""
+
+    def __init__(self, queue: _RowQueue, first: int, stop: int) -> None:
+        self.pages = PageRange(*queue.vector.span(first, stop))
+        self._queue = queue
+        self._first = first
+        self._stop = stop
+
+    def populate_at_once(self) -> bool:
+        """See :class:`~prefault.engine.chunk_queue.Chunk`."""
+        advice = self._queue.plan.segments[0].method.advice
+        if advice is None or not capabilities.PROCESS_MADVISE.available:
+            return False
+        with contextlib.suppress(OSError), own_process() as pidfd:
+            self._first = self._queue.vector.advise(pidfd, self._first, self._stop, advice)
+        return self._first == self._stop
+
+    def parts(self) -> Iterator[tuple[PageRange, Segment]]:
+        """See :class:`~prefault.engine.chunk_queue.Chunk`: the rows that are not populated yet."""
+        for number in range(self._first, self._stop):
+            yield PageRange(*self._queue.vector.span(number, number + 1)), self._queue.plan.segments[0]
+
+
+class _RowQueue(ChunkQueue):
+    """Hands out many ranges of one segment as rows of a vector, without an object for each of them."""
+
+    def __init__(self, plan: Plan, pages: Intervals) -> None:
+        super().__init__(plan, pages.length, f", in one of {len(pages)} ranges")
+        self._pages = pages
+        self.vector = AdviceVector(*pages.pieces(max(_PIECE, plan.segments[0].target.page_size)))
         self._at = 0
-        self._tried: int | None = None
-        self._before = self._kept = Intervals()
-        self._inspect()
-        self._admission: AdmissionControl | None = None
-        if headroom == "check":
-            missing = self._pages - self._before - self._resident
-            self._admission = AdmissionControl(
-                [_Scattered(self._segment.use, self._pages, missing, memory.fd)], memory.address
-            )
-            self._admission.start()
 
-    # --- before
+    def take(self, size: int) -> _Rows | None:
+        """See :class:`~prefault.engine.chunk_queue.ChunkQueue`."""
+        first = self._at
+        if first == len(self.vector):
+            return None
+        self._at = self.vector.stop_of(first, size)
+        return _Rows(self, first, self._at)
 
-    def _inspect(self) -> None:
-        """Find out the facts that are needed to count the work, and to undo it."""
-        segment = self._segment
-        rows = occupied(self._pages.bridged(_NEAR).edges)
-        populated, swapped = self._populated(rows), (rows[:, 2] & _SWAPPED) != 0
-        self._before = _ranges(rows[populated]) & self._pages
-        self._kept = _ranges(rows[populated | swapped]) & self._pages
-        if not (capabilities.PAGEMAP_SCAN.available or capabilities.PAGEMAP.available):
-            raise PopulateError(
-                errno.EOPNOTSUPP,
-                "all or nothing is not possible here: /proc/self/pagemap cannot be read, so the pages that a call brings"
-                " in cannot be told from those before; nothing was populated",
-                address=segment.start, offset=segment.start - self._origin,
-            )  # fmt: skip
-        self._resident = self._file_pages()
-        self._holes = holes_before(segment)
+    def finish(self, chunk: Chunk, failed: int | None = None) -> None:  # noqa: ARG002
+        """See :class:`~prefault.engine.chunk_queue.ChunkQueue`."""
+        if failed is not None:
+            self._at = int(self.vector.starts.searchsorted(failed, side="right"))  # what lies above was not tried
 
-    def _populated(self, rows: Numbers) -> NDArray[bool_]:
-        """Tell which rows need no population: present, and not still to be copied by a write."""
-        populated: NDArray[bool_] = (rows[:, 2] & _PRESENT) != 0
-        if self._segment.method.access == "write" and not self._segment.target.shared:
-            populated &= (rows[:, 2] & _COPY_PENDING) == 0
-        return populated
-
-    def _file_pages(self) -> Intervals:
-        """Return the pages of a shared memory file that are in memory already, mapped by this process or not."""
-        if not self._segment.target.shared or self._segment.backing is Backing.FILE:
-            return Intervals()
-        return resident_in([PageRange(*span) for span in self._pages.bridged(_NEAR)])
-
-    # --- work
-
-    def run(self, began: int) -> PopulateResult:
-        advice = self._segment.method.advice
-        try:
-            if advice is not None and capabilities.PROCESS_MADVISE.available:
-                self._by_vectors(advice)
-            else:
-                self._one_by_one()
-        except PopulateError:
-            raise
-        except BaseException as interruption:
-            ended = interrupted(interruption, self._origin, self._pages.length, self._settle())
-            if ended is interruption:
-                raise
-            raise ended from None
-        whole, present = self._pages.length, self._before.length
-        seconds = (perf_counter_ns() - began) / 1e9
-        method = self._segment.method  # without fallocate, perhaps, by now
-        return PopulateResult(whole - present, present, seconds, method.access, method.name, 1, self._notes)
-
-    def _by_vectors(self, advice: int) -> None:
-        vector, pace = self._vector, ChunkSize(on_disk=self._segment.backing is Backing.FILE)
-        with own_process() as pidfd:
-            while self._at < len(vector):
-                stop = vector.stop_of(
-                    self._at, pace.size if self._admission is None else min(pace.size, self._admission.largest_chunk)
-                )
-                pace.start()
-                with self._admitted(self._at, stop):
-                    try:
-                        self._at = vector.advise(pidfd, self._at, stop, advice)
-                    except OSError:
-                        self._one(self._at)
-                        self._at += 1
-                pace.finish()
-
-    def _one_by_one(self) -> None:
-        while self._at < len(self._vector):
-            with self._admitted(self._at, self._at + 1):
-                self._one(self._at)
-            self._at += 1
-
-    def _one(self, number: int) -> None:
-        """Populate one piece, or find the page that cannot be populated."""
-        failure = locate(PageRange(*self._vector.span(number, number + 1)), self._segment)
-        if failure is None:
-            return
-        without = None if isinstance(failure.error, Shortfall) else without_fallocate(self._segment, failure.error)
-        if without is None:
-            raise self._failed(failure)
-        self._segment, self._notes = without, (*self._notes, NO_FALLOCATE)
-        self._one(number)
-
-    @contextmanager
-    def _admitted(self, first: int, stop: int) -> Iterator[None]:
-        """Around populating the pieces of these numbers: check the limits again."""
-        if self._admission is None:
-            yield
-            return
-        start, end = self._vector.span(first, stop)
-        shortfall = self._admission.admit(start, end)
-        if shortfall is not None:
-            raise self._failed(ChunkFailure(start, self._segment, shortfall))
-        try:
-            yield
-        finally:
-            self._admission.release()
-
-    # --- the end
-
-    def _failed(self, failure: ChunkFailure) -> PopulateError:
-        self._tried = self._at + 1
-        return failed(failure, self._origin, f", in one of {len(self._pages)} ranges", self._settle)
-
-    def _settle(self) -> Settlement:
-        """Roll back, and return how many bytes this call brought in, and the pages that are still there.
+    def tried(self) -> Iterator[tuple[RangeSet, RangeSet]]:
+        """See :class:`~prefault.engine.chunk_queue.ChunkQueue`. The page tables tell which are populated.
 
         Only pages that were tried, lest others lose what they touch; and a few ranges at a time: finding out what to discard
         takes memory, at a moment when there may be none left.
         """
-        # After an interruption it is unknown how far into a vector it struck.
-        tried = self._at + mman.IOV_MAX if self._tried is None else self._tried
-        _, end = self._vector.span(0, min(tried, len(self._vector)))
-        begun = self._pages & Intervals([(self._segment.start, end)])
-        brought_in, stayed = 0, list[PageRange]()
-        for part in begun.batches(_UNDONE_AT_ONCE):
-            done = _pages(self._brought_in(part))
-            brought_in += done.length
-            kept, resident = (_pages(some.window(*part.span)) for some in (self._kept, self._resident))
-            stayed += Rollback.knowing(self._segment, kept, resident, self._holes).undo(done, _pages(part))
-        return Settlement(brought_in, RangeSet(stayed), rolled_back=True)
-
-    def _brought_in(self, pages: Intervals) -> Intervals:
-        """Return the pages of a set that are populated now and were not before."""
-        rows = occupied(pages.bridged(_NEAR).edges)
-        return (_ranges(rows[self._populated(rows)]) & pages) - self._before.window(*pages.span)
-
-
-def _ranges(rows: Numbers) -> Intervals:
-    return Intervals.from_arrays(rows[:, 0], rows[:, 1])
-
-
-def _pages(pages: Intervals) -> RangeSet:
-    return RangeSet.from_edges(pages.edges)
+        if not self._at:
+            return
+        (segment,) = self.plan.segments
+        tried = self._pages & Intervals([self.vector.span(0, self._at)])
+        for part in tried.batches(_UNDONE_AT_ONCE):
+            populated, _ = scattered_pages_before(segment, part, _NEAR)
+            yield RangeSet.from_edges(part.edges), RangeSet.from_edges(populated.edges)
 
 
 class _Scattered(Demand):
@@ -260,7 +178,7 @@ def discard_many(memory: Borrowed, guard: BlockGuard, blocks: Intervals) -> Disc
         return DiscardResult(0, 0, 0.0, "none")
     pages = blocks.shifted(memory.address)
     freed = _allocated(pages)
-    with Discarding(guard, blocks):
+    with DiscardingMany(guard, blocks):
         how = "MADV_DONTNEED"
         if guard.memory_file is not None:
             how = "FALLOC_FL_PUNCH_HOLE"
@@ -275,7 +193,7 @@ def _allocated(pages: Intervals) -> int | None:
         return None
     rows = occupied(pages.bridged(_NEAR).edges)
     allocated = (rows[:, 2] & (_PRESENT | _ZERO_PAGE)) == _PRESENT
-    return (_ranges(rows[allocated]) & pages).length
+    return (Intervals.from_arrays(rows[allocated, 0], rows[allocated, 1]) & pages).length
 
 
 def _drop(pages: Intervals) -> str:

@@ -110,23 +110,27 @@ class BlockGuard:
             self.scratch_file = file
 
 
+_NO_SPAN = Span(0, 0)
+
+
 class Operation:
-    """One call at work on blocks; a context manager that yields the span of its blocks, if it was given one."""
+    """One call at work on blocks; a context manager.
+
+    Attributes:
+        blocks: offsets of the blocks.
+        span: the same as addresses, where the call is on one span, which may be empty.
+    """
 
     _running = False
 
-    def __init__(self, guard: BlockGuard, blocks: Intervals, span: Span | None = None) -> None:
+    def __init__(self, guard: BlockGuard, blocks: Intervals, span: Span = _NO_SPAN) -> None:
         self.blocks = blocks
+        self.span = span
         self.thread = threading.get_ident()
-        self._span = span
         self._guard = guard
         self._working = threading.Lock()
         """Held until the operation ends; others wait for it. Not a Condition, which Ctrl-C can leave in disorder."""
         self._working.acquire()
-
-    def spans(self) -> list[Span]:
-        """Return the span that the operation was given, if any."""
-        return [] if self._span is None else [self._span]
 
     def abandon(self) -> None:
         """Undo an operation that will not be finished, as far as the work done allows. Idempotent."""

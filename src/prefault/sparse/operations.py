@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable
 from types import TracebackType
 
 from prefault.engine.discarding import drop
@@ -22,7 +22,7 @@ from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB
 from prefault.sparse.accounting import Accounting
 from prefault.sparse.exclusion import BlockGuard, Operation
-from prefault.sparse.protection import BlockProtection
+from prefault.sparse.protection import BlockProtection, BlocksByExtent
 
 _STEP = 64 * MIB
 _AT_ONCE = 1024
@@ -34,27 +34,24 @@ class Populating(Operation):
 
     _charging = False
     _charged = RangeSet()
-    _unprotected = Intervals()
 
-    def __enter__(self) -> list[Span]:
+    def __enter__(self) -> Populating:
+        self._unprotected: BlocksByExtent = {}
         self._begin()
-        if self.blocks:
-            self._admit()
-        return self.spans()
+        return self
 
-    def _admit(self) -> None:
+    def admit(self) -> Intervals:
+        """See :class:`~prefault.memory.borrowing.GuardedPopulate`."""
         guard = self._guard
-        try:
-            if guard.accounting is not None:
-                self._charge(guard.accounting)
-            if guard.protection is not None:
-                guard.require_unlocked()
-                with guard.lock:
-                    self._unprotected = guard.protection.protected_among(self.blocks)
-                    guard.protection.unprotect(self._unprotected)
-        except BaseException:
-            self.abandon()
-            raise
+        if guard.accounting is not None:
+            self._charge(guard.accounting)
+        if guard.protection is None:
+            return Intervals()
+        guard.require_unlocked()
+        with guard.lock:
+            self._unprotected = guard.protection.protected_among(guard.protection.by_extent(self.blocks))
+            guard.protection.unprotect(self._unprotected)
+        return Intervals.union_of(self._unprotected.values()).shifted(guard.address)
 
     def _charge(self, accounting: Accounting) -> None:
         self._charging = True
@@ -67,7 +64,7 @@ class Populating(Operation):
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         if kind is None and self._running:
-            self._unprotected, self._charged = Intervals(), RangeSet()
+            self._unprotected, self._charged = {}, RangeSet()
             self._end()
         else:
             self.abandon()
@@ -78,7 +75,7 @@ class Populating(Operation):
             guard.require_unlocked()
             with guard.lock:
                 guard.protection.protect(self._unprotected)
-            self._unprotected = Intervals()
+            self._unprotected = {}
         if guard.accounting is not None:
             # Where Ctrl-C came between the charge and its being noted, blocks without a page need not be charged.
             charged = _pages(_without_pages(self._guard, self.blocks)) if self._charging else self._charged
@@ -88,47 +85,35 @@ class Populating(Operation):
 
 
 class Discarding(Operation):
-    """Around discarding; see :meth:`prefault.memory.borrowing.AccessGuard.discarding`.
-
-    Without a span, private memory under protection is given back on entering: installing guards does that anyway.
-    """
+    """Around discarding; see :meth:`prefault.memory.borrowing.AccessGuard.discarding`."""
 
     _protected = False
     """Whether all blocks are protected for good already."""
 
-    def __enter__(self) -> list[Span]:
+    def __enter__(self) -> Span:
         self._begin()
         protection = self._guard.protection
         if self.blocks and protection is not None:
             try:
-                if self._span is not None:
-                    self._suspend(protection, self.blocks)
-                else:
-                    self._protect_many(protection)
+                self._protect_first(protection)
             except BaseException as error:
                 self._stopped(error)
                 raise
-        return self.spans()
+        return self.span
+
+    def _protect_first(self, protection: BlockProtection) -> None:
+        self._suspend(protection, self.blocks)
 
     def _suspend(self, protection: BlockProtection, blocks: Intervals) -> None:
         self._guard.require_unlocked()
         with self._guard.lock:
-            protection.suspend(blocks)
-
-    def _protect_many(self, protection: BlockProtection) -> None:
-        # Giving back much takes long, so not while holding the lock.
-        for start, stop in self.blocks.longer(_STEP // 16):
-            self._suspend(protection, Intervals([(start, stop)]))
-            for part in PageRange(start, stop).shifted(self._guard.address).chunks(_STEP):
-                drop(part.start, part.length)
-        self._protect(protection)
-        self._protected = True
+            protection.suspend(protection.by_extent(blocks))
 
     def _protect(self, protection: BlockProtection) -> None:
         for some in self.blocks.batches(_AT_ONCE):
             self._guard.require_unlocked()
             with self._guard.lock:
-                protection.protect(some)
+                protection.protect(protection.by_extent(some))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -171,29 +156,41 @@ class Discarding(Operation):
         if guard.protection is not None and not self._protected:
             guard.require_unlocked()
             with guard.lock:
-                guard.protection.protect(gone)
-                guard.protection.resume(self.blocks)
+                blocks = guard.protection.by_extent(self.blocks)
+                guard.protection.protect(blocks if gone is self.blocks else guard.protection.by_extent(gone))
+                guard.protection.resume(blocks)
         elif guard.protection is not None and guard.memory_file is not None:
             self._protect(guard.protection)  # again: see BlockProtection.protect
         if guard.accounting is not None and gone:
             guard.accounting.refund(_pages(gone))
 
 
+class DiscardingMany(Discarding):
+    """Around discarding many ranges: private memory under protection is given back on entering, as guards do that anyway."""
+
+    def _protect_first(self, protection: BlockProtection) -> None:
+        # Giving back much takes long, so not while holding the lock.
+        for start, stop in self.blocks.longer(_STEP // 16):
+            self._suspend(protection, Intervals([(start, stop)]))
+            for part in PageRange(start, stop).shifted(self._guard.address).chunks(_STEP):
+                drop(part.start, part.length)
+        self._protect(protection)
+        self._protected = True
+
+
 class SparseAccessGuard(BlockGuard, AccessGuard):
     """The access guard of one sparse memory: every populate and discard of it is one of its operations."""
 
-    def populating(self, spans: Sequence[Span]) -> Populating:
+    def populating(self, span: Span) -> Populating:
         """See :class:`~prefault.memory.borrowing.AccessGuard`."""
-        return Populating(self, *self._blocks(spans, outward=True))
+        return Populating(self, *self._blocks(span, PageRange.outward))
 
-    def discarding(self, spans: Sequence[Span]) -> Discarding:
+    def discarding(self, span: Span) -> Discarding:
         """See :class:`~prefault.memory.borrowing.AccessGuard`."""
-        return Discarding(self, *self._blocks(spans, outward=False))
+        return Discarding(self, *self._blocks(span, PageRange.inward))
 
-    def _blocks(self, spans: Sequence[Span], *, outward: bool) -> tuple[Intervals, Span]:
+    def _blocks(self, span: Span, round_to: Callable[[int, int, int], PageRange]) -> tuple[Intervals, Span]:
         """Return the blocks of a span as offsets, and as addresses: a span also where it is empty."""
-        (span,) = spans
-        round_to = PageRange.outward if outward else PageRange.inward
         start, stop = round_to(span.start - self.address, span.stop - self.address, self.block)
         return Intervals([(start, stop)]), Span(self.address + start, self.address + stop)
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from typing import TypeAlias
 
 from prefault._kernel import mman
 from prefault._system import capabilities
@@ -28,6 +29,9 @@ _TABLE_SPAN = 2 * MIB
 
 _NONE = Intervals()
 
+BlocksByExtent: TypeAlias = dict[int, Intervals]
+"""Blocks, in whole, by the number of the extent in which they lie."""
+
 
 class BlockProtection:
     """The unprotected blocks of a reservation. At first every block is protected, and mapped PROT_NONE.
@@ -42,7 +46,7 @@ class BlockProtection:
         # Any block takes a whole page table, so filling the rest of it with guards costs little.
         while self._extent < _TABLE_SPAN or self._extent * _EXTENTS < length:
             self._extent *= 2
-        self._unprotected: dict[int, Intervals] = {}
+        self._unprotected: BlocksByExtent = {}
         self._guards = merges and block < self._extent and self._can_guard()
         self._guarded = self._guards  # from then on, also when guards are refused later
         self._runs = 0
@@ -77,13 +81,45 @@ class BlockProtection:
             start = end
         return None
 
-    def protected_among(self, blocks: Intervals) -> Intervals:
+    def by_extent(self, blocks: Intervals) -> BlocksByExtent:
+        """Return blocks by the extent in which they lie, as the other methods take them."""
+        size = self._extent
+        start, stop = blocks.span
+        if stop <= start - start % size + size:
+            return {start // size: blocks} if blocks else {}
+        if len(blocks) > 1:
+            return self._many_by_extent(blocks)
+        return {
+            extent: Intervals.from_edges((max(start, extent * size), min(stop, extent * size + size)))
+            for extent in range(start // size, -(-stop // size))
+        }
+
+    def _many_by_extent(self, blocks: Intervals) -> BlocksByExtent:
+        import numpy
+
+        starts, lengths = blocks.pieces(self._extent)
+        edges = numpy.empty(2 * len(starts), numpy.int64)
+        edges[::2], edges[1::2] = starts, starts + lengths
+        extents = starts // self._extent
+        first = numpy.flatnonzero(numpy.concatenate(([True], extents[1:] != extents[:-1])))
+        bounds = [*(2 * first).tolist(), len(edges)]
+        every = array("Q", edges.tobytes())
+        return {
+            extent: Intervals.from_edges(every[low:high])
+            for extent, low, high in zip(extents[first].tolist(), bounds, bounds[1:], strict=False)
+        }
+
+    def protected_among(self, blocks: BlocksByExtent) -> BlocksByExtent:
         """Return the blocks of ``blocks`` that are protected."""
-        return Intervals.union_of(part - self._unprotected.get(extent, _NONE) for extent, part in self._by_extent(blocks))
+        there = self._unprotected
+        if there.keys().isdisjoint(blocks):
+            return blocks
+        found = {extent: part - there.get(extent, _NONE) for extent, part in blocks.items()}
+        return {extent: part for extent, part in found.items() if part}
 
     # --- to unprotect
 
-    def unprotect(self, blocks: Intervals) -> None:
+    def unprotect(self, blocks: BlocksByExtent) -> None:
         """Make blocks accessible, all of which are protected: see :meth:`protected_among`.
 
         Raises:
@@ -94,17 +130,19 @@ class BlockProtection:
         accessible: list[Intervals] = []
         guard: list[Intervals] = []
         unguard: list[Intervals] = []
-        fresh: dict[int, Intervals] = {}
-        for extent, part in self._by_extent(blocks):
+        fresh = dict(blocks)
+        for extent, part in blocks.items():
             before = self._unprotected.get(extent)
-            fresh[extent] = after = part if before is None else before | part
+            if before is not None:
+                fresh[extent] = before | part
             if not self._guards:
                 accessible.append(part)
                 unguard += (part,) if self._guarded else ()
             elif before is None:
                 accessible.append(part.hull)
-                guard.append(part.hull - part)
+                guard.append(Intervals.from_edges(part.edges[1:-1]))  # the gaps
             else:
+                after = fresh[extent]
                 added, inside = after.hull - before.hull, part & before.hull
                 accessible += (added, inside)
                 guard.append(added - after)
@@ -121,7 +159,7 @@ class BlockProtection:
         except BaseException as error:
             self.protect(blocks)
             if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-                offset = blocks.span[0]
+                offset = _first(blocks)
                 raise OutOfMemoryError(
                     errno.ENOMEM,
                     "the kernel has no memory for page tables, or no room for another mapping (vm.max_map_count):"
@@ -130,44 +168,46 @@ class BlockProtection:
                 ) from error  # fmt: skip
             raise
 
-    def _check_mappings(self, added: Intervals, fresh: dict[int, Intervals]) -> None:
+    def _check_mappings(self, added: BlocksByExtent, fresh: BlocksByExtent) -> None:
         if self._guards:
             return  # two for each extent at most
-        if self._cuts is None:
+        cuts = self._cuts
+        if cuts is None:
             mappings = 2 * (self._runs + sum(len(after) - self._count(extent) for extent, after in fresh.items()))
         else:
-            mappings = len(self._cuts.union(added.edges))
+            cuts = cuts.union(*(part.edges for part in added.values()))
+            mappings = len(cuts)
         if mappings > self._most:
-            offset = added.span[0]
+            offset = _first(added)
             raise OutOfMemoryError(
                 errno.ENOMEM,
                 f"{mappings} separate mappings would be needed, and this memory may have {self._most} (half of"
                 " vm.max_map_count): populate less scattered blocks, make the blocks larger, or raise vm.max_map_count",
                 address=self._address + offset, offset=offset,
             )  # fmt: skip
-        if self._cuts is not None:
-            self._cuts.update(added.edges)
+        self._cuts = cuts
 
     # --- to protect
 
-    def suspend(self, blocks: Intervals) -> None:
+    def suspend(self, blocks: BlocksByExtent) -> None:
         """Forbid access to the unprotected blocks among these until :meth:`resume`, or for good by :meth:`protect`."""
         parts = Intervals.union_of(
-            part & self._unprotected.get(extent, _NONE).hull for extent, part in self._by_extent(blocks)
-        )  # fmt: skip
+            part & self._unprotected[extent].hull for extent, part in blocks.items() if extent in self._unprotected
+        )
         if self._cuts is not None:
             self._cuts.update(parts.edges)
         self._set_protection(parts, mman.PROT_NONE)
 
-    def resume(self, blocks: Intervals) -> None:
+    def resume(self, blocks: BlocksByExtent) -> None:
         """Undo :meth:`suspend` for the blocks among these that are unprotected still."""
         parts: list[Intervals] = []
-        for extent, part in self._by_extent(blocks):
-            unprotected = self._unprotected.get(extent, _NONE)
-            parts.append(part & (unprotected.hull if self._guards else unprotected))
+        for extent, part in blocks.items():
+            if extent in self._unprotected:
+                unprotected = self._unprotected[extent]
+                parts.append(part & (unprotected.hull if self._guards else unprotected))
         self._set_protection(Intervals.union_of(parts), _ACCESSIBLE)
 
-    def protect(self, blocks: Intervals) -> None:
+    def protect(self, blocks: BlocksByExtent) -> None:
         """Protect blocks for good: no page of them is left in the page tables, and empty tables are freed.
 
         Guards are installed anew where blocks are protected already. A process that punches a hole into a memory file while
@@ -176,8 +216,8 @@ class BlockProtection:
         """
         guard: list[Intervals] = []
         outside: list[Intervals] = []
-        fresh: dict[int, Intervals] = {}
-        for extent, part in self._by_extent(blocks):
+        fresh: BlocksByExtent = {}
+        for extent, part in blocks.items():
             before = self._unprotected.get(extent)
             if before is None:
                 continue
@@ -222,7 +262,7 @@ class BlockProtection:
     def _count(self, extent: int) -> int:
         return len(self._unprotected.get(extent, _NONE))
 
-    def _keep(self, fresh: dict[int, Intervals]) -> None:
+    def _keep(self, fresh: BlocksByExtent) -> None:
         for extent, unprotected in fresh.items():
             self._runs += len(unprotected) - self._count(extent)
             if unprotected:
@@ -230,31 +270,9 @@ class BlockProtection:
             else:
                 self._unprotected.pop(extent, None)
 
-    def _by_extent(self, blocks: Intervals) -> Iterator[tuple[int, Intervals]]:
-        """Yield the extents that a set touches, and the part of the set in each."""
-        size = self._extent
-        start, stop = blocks.span
-        if stop <= start - start % size + size:
-            if blocks:
-                yield start // size, blocks
-        elif len(blocks) > 1:
-            yield from self._by_extent_many(blocks)
-        else:
-            for extent in range(start // size, -(-stop // size)):
-                yield extent, Intervals.from_edges((max(start, extent * size), min(stop, extent * size + size)))
 
-    def _by_extent_many(self, blocks: Intervals) -> Iterator[tuple[int, Intervals]]:
-        import numpy
-
-        starts, lengths = blocks.pieces(self._extent)
-        edges = numpy.empty(2 * len(starts), numpy.int64)
-        edges[::2], edges[1::2] = starts, starts + lengths
-        extents = starts // self._extent
-        first = numpy.flatnonzero(numpy.concatenate(([True], extents[1:] != extents[:-1])))
-        bounds = [*first.tolist(), len(starts)]
-        every = array("Q", edges.tobytes())
-        for extent, low, high in zip(extents[first].tolist(), bounds, bounds[1:], strict=False):
-            yield extent, Intervals.from_edges(every[2 * low : 2 * high])
+def _first(blocks: BlocksByExtent) -> int:
+    return min(part.span[0] for part in blocks.values())
 
 
 def _max_map_count() -> int:

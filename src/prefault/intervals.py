@@ -101,7 +101,9 @@ class Intervals:
 
     @classmethod
     def _with_numbers(cls, edges: Numbers) -> Self:
-        return cls._with(array("Q", edges.tobytes()))
+        made = array("Q")
+        made.frombytes(edges.view("u1").data)  # one copy; array("Q", edges.tobytes()) is two
+        return cls._with(made)
 
     def to_numpy(self) -> Numbers:
         """Return the edges as a read-only array, without a copy."""
@@ -156,6 +158,8 @@ class Intervals:
             return self._with(_NONE)
         few, many = _by_length(self.edges, other.edges)
         if _is_many(few, many):
+            if few == many:  # a comparison is far cheaper than a sort
+                return self
             return self._with_numbers(_combined(self.to_numpy(), other.to_numpy(), 2))
         return self._with(_shared(many, few))
 

@@ -13,6 +13,7 @@ from prefault._kernel.pagemap import PageCategory
 from prefault._system import capabilities
 from prefault._system.own_process import own_process
 from prefault.engine.chunk_queue import Chunk, ChunkQueue
+from prefault.engine.chunking import FIRST_CHUNK
 from prefault.engine.discarding import DiscardResult, drop
 from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
@@ -85,6 +86,8 @@ def _populate(
     kept -= admit(segment, admission, operation)
     rollback = Rollback((segment,), kept, resident)
     queue = _RowQueue(plan._replace(segments=(segment,)), pages)
+    if queue.vector.stop_of(0, FIRST_CHUNK) == len(queue.vector):
+        admission = None  # its only chunk has just been looked at
     return Execution(queue, memory.address, before, None, rollback, admission).run(began)
 
 

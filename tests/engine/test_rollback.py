@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -292,3 +293,32 @@ def test_the_rest_of_a_huge_page_is_named() -> None:
         assert caught.value.populated_bytes == there == MIB
         assert caught.value.populated.span == (start + 2 * MIB, start + 3 * MIB)
         assert "but for 1.0 MiB" in str(caught.value)
+
+
+@pytest.mark.parametrize("cause", ["interrupted", "failed"])
+def test_ctrl_c_all_through_a_rollback_does_not_stop_it(cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would begin the rollback again, and one that strikes between two attempts would be the end of it."""
+    struck = 0
+
+    def drop(start: int, length: int, real: Any = ROLLBACK.drop) -> str:
+        nonlocal struck
+        struck += 1
+        if struck < 100:
+            signal.raise_signal(signal.SIGINT)
+        real(start, length)
+        signal.raise_signal(signal.SIGINT)
+        return "MADV_DONTNEED"
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ROLLBACK, "drop", drop)
+    with prefault.Mapping("16 MiB", huge="never") as mapping:
+        if cause == "failed":
+            blocked(mapping, 8 * MIB)
+        with pytest.raises(prefault.PopulateInterrupted, match="discarded again") as caught:
+            prefault.populate(mapping, rollback=True, progress=stop if cause == "interrupted" else False)
+        assert not caught.value.populated
+        assert oracle.present_bytes(mapping.range.start, mapping.range.length) == 0
+    assert struck == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from _thread import start_new_thread
+from collections.abc import Callable
 from functools import partial
 from time import perf_counter_ns
 
@@ -50,6 +53,7 @@ class Execution:
         self._failures: list[ChunkFailure] = []
         self._defect: BaseException | None = None
         self._stop = False
+        self._settlement: Settlement | None = None
         self._attendance = Attendance()
 
     def run(self, began: int, interruption: BaseException | None = None) -> PopulateResult:
@@ -63,7 +67,7 @@ class Execution:
         ended: PopulateResult | BaseException | None = None
         try:
             while ended is None:
-                # Again after a further Ctrl-C: it must not stop the rollback of what the first one interrupted.
+                # Again after a further exception, which must not stop the rollback of what the first one interrupted.
                 try:
                     ended = self._end(began, self._together()) if interruption is None else self._stopped(interruption)
                 except KeyboardInterrupt as ctrl_c:
@@ -192,10 +196,36 @@ class Execution:
         return interrupted(interruption, self._origin, self._queue.length, self._settle())
 
     def _settle(self) -> Settlement:
-        """Roll back, if that was asked for. No thread is at work any more."""
+        """Roll back, if that was asked for, and only once. No thread is at work any more."""
+        if self._settlement is None:
+            deferring_ctrl_c(self._roll_back)
+        assert self._settlement is not None
+        return self._settlement
+
+    def _roll_back(self) -> None:
         brought_in_bytes, kept = 0, list[RangeSet]()
         for tried, populated in self._queue.tried():
             brought_in = populated - self._before.window(*tried.span)
             brought_in_bytes += brought_in.length
             kept.append(brought_in if self._rollback is None else self._rollback.undo(brought_in, tried))
-        return Settlement(brought_in_bytes, RangeSet.union_of(kept), rolled_back=self._rollback is not None)
+        self._settlement = Settlement(brought_in_bytes, RangeSet.union_of(kept), rolled_back=self._rollback is not None)
+
+
+def deferring_ctrl_c(work: Callable[[], None]) -> None:
+    """Call ``work``, and raise KeyboardInterrupt for Ctrl-C meanwhile only when that is done.
+
+    Not by pthread_sigmask: the kernel gives a signal that this thread blocks to another thread, and Python then runs its
+    handler in this one all the same.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        work()  # no Ctrl-C here, or a handler of the program's own
+        return
+    deferred: list[int] = []
+    try:
+        signal.signal(signal.SIGINT, lambda number, _: deferred.append(number))
+        work()
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if deferred:
+        raise KeyboardInterrupt

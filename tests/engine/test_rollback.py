@@ -24,6 +24,7 @@ from prefault.testing import without
 from support import needs, oracle
 from support.regions import READ, WRITE, Region, data_pages, file_of
 
+EXECUTION = sys.modules["prefault.engine.execution"]
 ROLLBACK = sys.modules["prefault.engine.rollback"]
 
 
@@ -322,3 +323,14 @@ def test_ctrl_c_all_through_a_rollback_does_not_stop_it(cause: str, monkeypatch:
         assert oracle.present_bytes(mapping.range.start, mapping.range.length) == 0
     assert struck == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_is_heard_again_where_an_exception_struck_the_end_of_a_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EXECUTION, "_deferred", [])
+    before = signal.signal(signal.SIGINT, EXECUTION._defer)  # as it would be left
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

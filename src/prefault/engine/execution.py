@@ -8,6 +8,7 @@ from _thread import start_new_thread
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter_ns
+from types import FrameType
 
 from prefault._kernel.rwlock import Attendance
 from prefault.engine.attempts import ChunkFailure, locate
@@ -197,12 +198,13 @@ class Execution:
 
     def _settle(self) -> Settlement:
         """Roll back, if that was asked for, and only once. No thread is at work any more."""
-        if self._settlement is None:
-            deferring_ctrl_c(self._roll_back)
+        deferring_ctrl_c(self._roll_back)
         assert self._settlement is not None
         return self._settlement
 
     def _roll_back(self) -> None:
+        if self._settlement is not None:
+            return
         brought_in_bytes, kept = 0, list[RangeSet]()
         for tried, populated in self._queue.tried():
             brought_in = populated - self._before.window(*tried.span)
@@ -218,14 +220,29 @@ def deferring_ctrl_c(work: Callable[[], None]) -> None:
     handler in this one all the same.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if not in_main_thread or signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, _defer):
         work()  # no Ctrl-C here, or a handler of the program's own
         return
-    deferred: list[int] = []
+    _deferred.clear()
     try:
-        signal.signal(signal.SIGINT, lambda number, _: deferred.append(number))
+        signal.signal(signal.SIGINT, _defer)
         work()
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if deferred:
+    if _deferred:
         raise KeyboardInterrupt
+
+
+_deferred: list[int] = []
+
+
+def _defer(number: int, frame: FrameType | None) -> None:
+    """Note Ctrl-C within :func:`deferring_ctrl_c`; if another exception kept that from its end, do so instead."""
+    at = frame
+    while at is not None:
+        if at.f_code is deferring_ctrl_c.__code__:
+            _deferred.append(number)
+            return
+        at = at.f_back
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.default_int_handler(number, frame)

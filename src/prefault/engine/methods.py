@@ -97,30 +97,23 @@ class Method(abc.ABC):
         return f"<method {self.name}>"
 
 
-class PopulateRead(Method):
-    """madvise(MADV_POPULATE_READ), Linux 5.14."""
+_ADVICE: dict[Access, int] = {"read": mman.MADV_POPULATE_READ, "write": mman.MADV_POPULATE_WRITE}
 
-    name = "populate_read"
-    access: Access = "read"
-    advice = mman.MADV_POPULATE_READ
+
+class Populate(Method):
+    """madvise(MADV_POPULATE_READ or MADV_POPULATE_WRITE), Linux 5.14."""
+
     capability = capabilities.MADV_POPULATE
+    advice: int
+
+    def __init__(self, access: Access) -> None:
+        self.access = access
+        self.name = f"populate_{access}"
+        self.advice = _ADVICE[access]
 
     def run(self, start: int, length: int, target: Target) -> None:  # noqa: ARG002
-        """Populate readable, as if each page were read."""
-        mman.madvise(start, length, mman.MADV_POPULATE_READ)
-
-
-class PopulateWrite(Method):
-    """madvise(MADV_POPULATE_WRITE), Linux 5.14."""
-
-    name = "populate_write"
-    access: Access = "write"
-    advice = mman.MADV_POPULATE_WRITE
-    capability = capabilities.MADV_POPULATE
-
-    def run(self, start: int, length: int, target: Target) -> None:  # noqa: ARG002
-        """Populate writable, as if each page were written, without changing a byte."""
-        mman.madvise(start, length, mman.MADV_POPULATE_WRITE)
+        """Populate as if each page were read, or were written without changing a byte."""
+        mman.madvise(start, length, self.advice)
 
 
 class ProcessMadvise(Method):
@@ -132,7 +125,6 @@ class ProcessMadvise(Method):
     def __init__(self, access: Access) -> None:
         self.access = access
         self.name = f"process_madvise_{access}"
-        self._advice = mman.MADV_POPULATE_READ if access == "read" else mman.MADV_POPULATE_WRITE
 
     def run(self, start: int, length: int, target: Target) -> None:
         """Make one system call for up to 1024 pieces; a short count means that the next piece failed."""
@@ -141,7 +133,7 @@ class ProcessMadvise(Method):
         with own_process() as pidfd:
             while start < stop:
                 starts = range(start, stop, piece)[: mman.IOV_MAX]
-                start += mman.process_madvise(pidfd, [(at, min(piece, stop - at)) for at in starts], self._advice)
+                start += mman.process_madvise(pidfd, [(at, min(piece, stop - at)) for at in starts], _ADVICE[self.access])
 
 
 class ProcessVmReadv(Method):
@@ -314,8 +306,8 @@ def _first_bytes(start: int, length: int, target: Target) -> numpy.typing.NDArra
     return view[:: target.page_size]
 
 
-POPULATE_READ = PopulateRead()
-POPULATE_WRITE = PopulateWrite()
+POPULATE_READ = Populate("read")
+POPULATE_WRITE = Populate("write")
 PROCESS_VM_READV = ProcessVmReadv()
 FUTEX_ADD = FutexAdd()
 FALLOCATE = Fallocate()

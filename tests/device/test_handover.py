@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefault.device import handover, recipes
+from prefault.device import handover, recipes, spawning
 from prefault.ipc.transport import ProtocolError
 
 _text = st.text(st.characters(codec=None))  # with lone surrogates, as in names of files that are not UTF-8
@@ -106,3 +106,21 @@ def test_a_damaged_file_is_arguments_or_a_protocol_error(arguments: dict[str, An
 def test_a_malformed_file_is_a_protocol_error(content: bytes) -> None:
     with pytest.raises(ProtocolError, match="not the arguments of a recipe"):
         _read(content)
+
+
+def test_a_program_on_disk_that_speaks_another_version_is_refused() -> None:
+    ours, theirs = handover.pair()
+    fd = handover.arguments_file({})
+    with ours:
+        with theirs:
+            pid = spawning.spawn(theirs.fileno())
+        owner = os.pidfd_open(os.getpid())
+        handover.send(ours, handover.Start(handover.VERSION + 1, "support.devices:Remade", None), [fd, owner])
+        os.close(fd)
+        os.close(owner)
+        ours.settimeout(60)
+        received = handover.receive(ours)
+    assert received is not None
+    assert isinstance(received[0], handover.ServerNotStarted), received[0]
+    assert "prefault was replaced by another version" in received[0].message
+    assert handover.reap(pid, 20) == 1

@@ -36,7 +36,7 @@ class ForgetfulLink(WardenLink):
     def __init__(self) -> None:
         self.pidfd = -1
 
-    def _send(self, message: handover.Message, descriptors: list[int] | None = None) -> None:
+    def notify(self, message: handover.Message, descriptors: list[int] | None = None) -> None:
         pass
 
     def replace_warden(self, registry: Registry) -> None:

@@ -217,7 +217,7 @@ class Frames:
                 self._advise(_POPULATE, page * self.page_size, count * self.page_size)
                 return
             except OSError:
-                self._ahead = 0  # secure() reads its meaning
+                self._ahead = 0  # secure() raises it with its cause
         self.secure(range(page, page + 1))
 
     def has(self, offset: int) -> bool:

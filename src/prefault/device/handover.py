@@ -24,7 +24,8 @@ from prefault.ipc.messages import Decoder, TaggedMessage, encode, msgspec
 from prefault.ipc.transport import ProtocolError
 from prefault.ipc.transport import receive as receive_packet
 
-VERSION = 1
+VERSION = 2
+"""Version of these messages and of the shared memory; the program on disk may be another than the one that runs."""
 
 MAX_PACKET = 128 << 10
 MAX_DESCRIPTORS = 10
@@ -46,8 +47,8 @@ class PlaceFacts(NamedTuple):
 class Start(TaggedMessage, frozen=True):
     """Request to a fresh warden: make the device and serve it.
 
-    Two descriptors come with it: the arguments of the recipe, and a pidfd of the process that asks. Without a path, the
-    connection of this message is that of the only client afterwards.
+    Two descriptors come with it: the arguments of the recipe, and a pidfd of the process that asks. Without a path, this
+    connection becomes that of the only client.
     """
 
     version: int
@@ -111,7 +112,7 @@ class ServerStarted(TaggedMessage, frozen=True):
 
 
 class ServerNotStarted(TaggedMessage, frozen=True):
-    """The server could not be started, and why."""
+    """The server could not be started: an errno, and the reason for people."""
 
     number: int
     message: str

@@ -27,10 +27,10 @@ CLIENT_DESCRIPTORS: Final = ("connection", "pidfd", "userfaultfd", "lifeline_wri
 
 
 class DeviceFacts(msgspec.Struct, frozen=True, array_like=True):
-    """Properties of a device that do not change; as they are sent to another warden as well.
+    """Properties of a device that never change; a message hands them over to a fresh warden.
 
     Attributes:
-        name: for people.
+        name: of the class, for messages and logs.
         length: in bytes.
         page_size: in bytes.
         writable: clients may write.

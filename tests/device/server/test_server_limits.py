@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from prefault._kernel import mman
-from prefault.device import protocol
+from prefault.device import handover, protocol
 from prefault.device.driver import Access, Device, DeviceArea, FaultAround, Supplied
 from prefault.device.registry import Registry
 from prefault.sizes import MIB
@@ -159,8 +159,9 @@ def test_a_server_whose_warden_is_gone_asks_for_another() -> None:
             super().__init__()
             self.seen = memoryview(mmap.mmap(-1, PAGE))
 
-        def client_admitted(self, client: object) -> None:
-            raise BrokenPipeError(errno.EPIPE, "the warden is gone")
+        def notify(self, message: handover.Message, descriptors: list[int] | None = None) -> None:
+            if isinstance(message, handover.Admitted):
+                raise BrokenPipeError(errno.EPIPE, "the warden is gone")
 
         def replace_warden(self, registry: Registry) -> None:
             self.seen[0] += 1

@@ -25,7 +25,7 @@ from prefault.device.page_states import DevicePageState
 from prefault.device.process import launching
 from prefault.device.process.launching import LaunchedWarden
 from prefault.device.process.startup import create_registry
-from prefault.device.registry import CLIENT_DESCRIPTORS, AreaRecord, ClientRecord
+from prefault.device.registry import CLIENT_DESCRIPTORS, AreaRecord
 from prefault.device.server.warden_link import WardenLink
 from prefault.device.warden.supervisor import Warden
 from prefault.errors import DriverError
@@ -153,13 +153,14 @@ def test_hello_that_the_dead_server_did_not_read_is_repeated(monkeypatch: pytest
 
 
 def test_hello_that_the_dead_server_read_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    tell = WardenLink.client_admitted
+    notify = WardenLink.notify
 
-    def tell_and_die(self: WardenLink, client: ClientRecord) -> None:
-        tell(self, client)
-        os.kill(os.getpid(), signal.SIGKILL)
+    def notify_and_die(self: WardenLink, message: handover.Message, descriptors: list[int] | None = None) -> None:
+        notify(self, message, descriptors)
+        if isinstance(message, handover.Admitted):
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(WardenLink, "client_admitted", tell_and_die)  # as seen by a fork
+    monkeypatch.setattr(WardenLink, "notify", notify_and_die)  # as seen by a fork
     with prefault.device.map(Pattern(8, restartable=True)) as area:
         prefault.populate(area)
         assert page_of(area, 1) == content(1)

@@ -74,11 +74,11 @@ def _forget() -> None:
 fork_hooks.register(in_child=_forget)
 
 
-def launch(device: Device, path: str | None = None) -> LaunchedWarden:
+def launch(device: Device | Recipe, path: str | None = None) -> LaunchedWarden:
     """Start the processes of a device.
 
     Args:
-        device: to serve.
+        device: to serve; or its recipe, so that this process does not create the device itself.
         path: of the socket at which clients connect. None: a private device, whose only client has the returned connection.
 
     Raises:
@@ -86,16 +86,12 @@ def launch(device: Device, path: str | None = None) -> LaunchedWarden:
         DeviceError: the device cannot be created in its process, there is no memory for its frames, or a limit is reached
             (of processes, of descriptors); the message says which.
     """
-    recipes.check_device_attributes(device)
-    return _launch(device, device.recipe(), path)
-
-
-def launch_recipe(recipe: Recipe, path: str) -> LaunchedWarden:
-    """Start the processes of a device from its recipe, without creating the device in this process; see :func:`launch`."""
-    return _launch(None, recipe, path)
-
-
-def _launch(device: Device | None, recipe: Recipe | None, path: str | None) -> LaunchedWarden:
+    recipe: Recipe | None
+    if isinstance(device, Recipe):
+        recipe = device
+    else:
+        recipes.check_device_attributes(device)
+        recipe = device.recipe()
     if recipe is not None:
         recipes.check_recipe(recipe)
     with _lock:
@@ -106,7 +102,7 @@ def _launch(device: Device | None, recipe: Recipe | None, path: str | None) -> L
         return _start(device, recipe, path)
 
 
-def _start(device: Device | None, recipe: Recipe | None, path: str | None) -> LaunchedWarden:
+def _start(device: Device | Recipe, recipe: Recipe | None, path: str | None) -> LaunchedWarden:
     ours, theirs = handover.pair()
     pid: int | None = None
     owner = -1
@@ -116,7 +112,7 @@ def _start(device: Device | None, recipe: Recipe | None, path: str | None) -> La
             if recipe is not None:
                 pid = spawning.spawn(theirs.fileno())
             else:
-                assert device is not None
+                assert isinstance(device, Device)
                 pid = _fork(device, ours, theirs, owner, path)
         if recipe is not None:
             _send_recipe(ours, recipe, owner, path)

@@ -11,7 +11,7 @@ import time
 
 from prefault.device import handover
 from prefault.device.driver import Device, Recipe
-from prefault.device.process.launching import LaunchedWarden, launch, launch_recipe
+from prefault.device.process.launching import LaunchedWarden, launch
 from prefault.errors import DeviceError
 from prefault.ipc import socket_path
 
@@ -102,6 +102,5 @@ def serve(device: Device | Recipe, path: str | os.PathLike[str]) -> DeviceServer
         DeviceError: the device or the socket cannot be created (EEXIST, EADDRINUSE: the path is taken).
     """
     where = os.path.abspath(os.fsdecode(path))
-    if isinstance(device, Recipe):
-        return DeviceServer(launch_recipe(device, where), where, Device.timeout_s)
-    return DeviceServer(launch(device, where), where, device.timeout_s)
+    launched = launch(device, where)
+    return DeviceServer(launched, where, Device.timeout_s if isinstance(device, Recipe) else device.timeout_s)

@@ -135,6 +135,9 @@ def main(descriptor: int) -> NoReturn:
     if taken is None:
         os._exit(1)
     message, descriptors = taken
+    assert isinstance(message, handover.Start | handover.Reattach), message
+    if message.version != handover.VERSION:
+        report_not_started(link, ValueError("prefault was replaced by another version on disk: start the program anew"))
     if isinstance(message, handover.Start):
         if len(descriptors) != 2:
             report_not_started(link, OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
@@ -145,7 +148,6 @@ def main(descriptor: int) -> NoReturn:
         link.settimeout(None)
         where = None if message.path is None else os.fsdecode(message.path)
         become_warden(lambda: _make_device(recipe), recipe, link, owner, where)
-    assert isinstance(message, handover.Reattach), message
     _replace_warden(link, message, dict(zip(message.descriptors, descriptors, strict=True)))
 
 

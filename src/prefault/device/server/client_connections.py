@@ -1,4 +1,4 @@
-"""Connections of clients: accepting, receiving requests, sending replies. A client that does neither harms only itself."""
+"""Connections of clients: accepting, receiving requests, sending replies. A client that stalls harms only itself."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from prefault.device.page_states import DevicePageState
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from prefault.device.server.workers import Jobs
 
 
+@dataclass(slots=True, eq=False)
 class _Discard:
     """A discard under way.
 
@@ -24,16 +26,13 @@ class _Discard:
         waiting: faults on its pages, as area and page; they are raised again when they are woken.
     """
 
-    __slots__ = ("area", "called", "count", "pages", "seen", "then", "waiting")
-
-    def __init__(self, area: ServedArea, pages: range, then: Callable[[FillFailure | None, int], None]) -> None:
-        self.area = area
-        self.pages = pages
-        self.then = then
-        self.count = 0
-        self.seen = -1
-        self.called = False
-        self.waiting: list[tuple[ServedArea, int]] = []
+    area: ServedArea
+    pages: range
+    then: Callable[[FillFailure | None, int], None]
+    count: int = 0
+    seen: int = -1
+    called: bool = False
+    waiting: list[tuple[ServedArea, int]] = field(default_factory=list)
 
 
 class Discards:
@@ -96,10 +95,7 @@ class Discards:
             if self._state.frames.runs(discard.pages, DevicePageState.FILLING, DevicePageState.EVICTING):
                 return
         discard.called = True
-        self._jobs.call(
-            discard.area, "discard", self._state.device.discard, discard.area, discard.pages,
-            then=lambda failure: self._finish(discard, failure),
-        )  # fmt: skip
+        self._jobs.call(discard.area, "discard", discard.pages, then=lambda failure: self._finish(discard, failure))
 
     def _finish(self, discard: _Discard, failure: FillFailure | None) -> None:
         self.active.remove(discard)

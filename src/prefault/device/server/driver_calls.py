@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from prefault.device.driver import ZERO, Access, Device
@@ -41,42 +42,38 @@ class FillFailure(NamedTuple):
     over_capacity: bool = False
 
 
+@dataclass(slots=True, eq=False)
 class Fill:
     """A run of pages that the driver is to supply; they are FILLING until it is finished.
 
     Attributes:
         area: the driver is asked on behalf of it.
-        single: one page, by ``fault``; else by ``populate``.
-        keep: pages that are not to be dropped for these.
+        single: True: one page, supplied by ``fault``; False: a run, supplied by ``populate``.
+        keep: pages that may not be reclaimed to make room for these.
         waiting: faults to be answered: area, page, whether it is a write, when it was read (ns).
         changes: ``ServerState.changes`` before the capacity was found exhausted.
         done: the page up to which they are supplied.
-        around: the window around a fault, of which not every page was asked for.
-        reserved: their frames count against the capacity.
+        around: True for the window of a fault: not every page of it was asked for.
+        reserved: True once the frames count against the capacity.
         finished: called in the loop, under the lock, after the pages' states are set; the fill that it returns is started.
     """
 
-    __slots__ = (
-        "access", "area", "around", "changes", "done", "failure", "finished", "keep", "pages", "reserved", "single",
-        "waiting",
-    )  # fmt: skip
+    area: ServedArea
+    pages: range
+    access: Access
+    _: KW_ONLY
+    single: bool
+    keep: list[range]
+    finished: Callable[[Fill], Fill | None]
+    around: bool = False
+    waiting: list[tuple[ServedArea, int, bool, int]] = field(default_factory=list)
+    changes: int = 0
+    reserved: bool = False
+    failure: FillFailure | None = None
+    done: int = field(init=False)
 
-    def __init__(
-        self, area: ServedArea, pages: range, access: Access, *, single: bool, keep: list[range],
-        finished: Callable[[Fill], Fill | None], around: bool = False,
-    ) -> None:  # fmt: skip
-        self.area = area
-        self.pages = pages
-        self.access = access
-        self.single = single
-        self.around = around
-        self.keep = keep
-        self.waiting: list[tuple[ServedArea, int, bool, int]] = []
-        self.done = pages.start
-        self.changes = 0
-        self.reserved = False
-        self.failure: FillFailure | None = None
-        self.finished = finished
+    def __post_init__(self) -> None:
+        self.done = self.pages.start
 
 
 class DriverCalls:
@@ -157,11 +154,11 @@ class DriverCalls:
             heartbeat[0] = 0
         return None
 
-    def call(self, slot: int, name: str, function: Callable[..., object], *arguments: object) -> FillFailure | None:
+    def call(self, slot: int, name: str, *arguments: object) -> FillFailure | None:
         """Call another method of the driver; return its failure, if any."""
         self._frames.heartbeat[slot] = time.monotonic_ns()
         try:
-            function(*arguments)
+            getattr(self._device, name)(*arguments)
         except BaseException as error:  # noqa: BLE001  drivers may raise anything
             return self._driver_failure(name, error, None)
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import signal
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from prefault.device import limit_messages, protocol, this_server
+from prefault.device import handover, limit_messages, protocol, this_server
 from prefault.device.frames import RESULTS
 from prefault.device.server import fault_resolution
 from prefault.device.server.client_connections import EPOLLIN, ClientConnection, ClientConnections
@@ -29,7 +28,6 @@ from prefault.device.server.populate_requests import PopulateRequests
 from prefault.device.server.requests import Requests
 from prefault.device.server.served_areas import ServedArea, ServedClient, ServerState
 from prefault.device.server.workers import Jobs, Workers
-from prefault.errors import DeviceError
 
 if TYPE_CHECKING:
     from prefault.device.driver import Device
@@ -59,7 +57,6 @@ def run_server(device: Device, registry: Registry, warden_link: WardenLink) -> N
     sys.setswitchinterval(_SWITCH_S)
     with limit_messages.explained(f"the server of {type(device).__name__} cannot be started"):
         server = _EventLoop(device, registry, warden_link)
-    server.notify_started()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: server.stop())
@@ -83,7 +80,7 @@ class _EventLoop:
             asked=lambda client, request: self._requests.handle(client, request), lost=self._connection_lost,
         )  # fmt: skip
         self._driver_calls = DriverCalls(state)
-        self._workers = _workers(state, min(device.workers, RESULTS - 1))
+        self._workers = Workers(state, min(device.workers, RESULTS - 1))
         self._jobs = Jobs(state, self._driver_calls, self._workers)
         self._page_tables = PageTables(state)
         self._discards = Discards(state, self._page_tables, self._jobs)
@@ -111,14 +108,11 @@ class _EventLoop:
         if registry.first is not None:
             self._connections.admit(registry.first)
 
-    def notify_started(self) -> None:
-        """Notify the warden that the server has its threads and descriptors."""
-        self._notify_warden(self._warden_link.started)
-
     # --- the loop
 
     def run(self) -> None:
-        """Run until the end of the server."""
+        """Notify the warden that the server has its threads and descriptors, and run until the end of the server."""
+        self._notify_warden(handover.ServerStarted(os.getpid()))
         self._loop()
         self._end()
 
@@ -210,7 +204,7 @@ class _EventLoop:
             self._state.schedule_removal(client)
             return
         self._registry.first = None  # its connection is the client's now
-        self._notify_warden(lambda: self._warden_link.client_admitted(record))
+        self._notify_warden(*handover.admitted(record))
         self._welcome(link, request)
 
     def _welcome(self, link: ClientConnection, request: protocol.Hello) -> None:
@@ -270,16 +264,16 @@ class _EventLoop:
             with self._state.lock:  # an eviction may be at one of its areas
                 for fd in (record.userfaultfd, record.pidfd, record.lifeline_write, record.lifeline_read):
                     os.close(fd)
-            self._notify_warden(partial(self._warden_link.client_left, record.number))
+            self._notify_warden(handover.Left(record.number))
             # Not before the warden knows: a driver that closed our descriptors makes clients look gone, and this may fail.
             for area_record in record.areas.values():
                 self._registry.area_table.clear(area_record.row)
 
     # --- the warden
 
-    def _notify_warden(self, notify: Callable[[], None]) -> None:
+    def _notify_warden(self, message: handover.Message, descriptors: list[int] | None = None) -> None:
         try:
-            notify()
+            self._warden_link.notify(message, descriptors)
         except OSError:
             self._warden_died(0)
 
@@ -312,15 +306,12 @@ class _EventLoop:
                 self._connections.resume(client)
         # Not before all areas are known: a driver that evicts in open() has to have all of them write-protected.
         for served in restored:
-            self._open(served)
+            # A failure is logged; faults will show whether the driver can serve the area.
+            self._driver_calls.call(0, "open", served)
         for client in list(self._state.clients.values()):
             for area in client.record.areas.values():
                 fault_resolution.wake(client.record.userfaultfd, area.address, area.length)
             self._connections.reply(client, protocol.Restarted(0, self._registry.generation))
-
-    def _open(self, area: ServedArea) -> None:
-        """Open an area at a new driver. A failure is logged; faults will show whether the driver can serve the area."""
-        self._driver_calls.call(0, "open", self._device.open, area)
 
     # --- the end
 
@@ -329,7 +320,7 @@ class _EventLoop:
         clients = list(self._state.clients.values())
         for client in clients:
             for area in list(client.areas.values()):
-                self._driver_calls.call(0, "close", self._device.close, area)
+                self._driver_calls.call(0, "close", area)
         # For good: a thread of the driver that evicts from now on would take pages that are never supplied again.
         self._state.lock.acquire()
         for client in clients:
@@ -342,12 +333,3 @@ class _EventLoop:
             self._forget(fd)
         self._epoll.close()
         # The eventfd ends with the process: a thread of the driver may be about to announce the end of an eviction.
-
-
-def _workers(state: ServerState, count: int) -> Workers:
-    try:
-        return Workers(state, count)
-    except RuntimeError as error:  # as the interpreter calls EAGAIN
-        raise DeviceError(
-            errno.EAGAIN, f"the {count} workers of {state.name} cannot be started: {limit_messages.no_process()}"
-        ) from error

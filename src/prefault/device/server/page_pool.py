@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import MutableSequence
 from typing import TYPE_CHECKING
 
 from prefault.device.frames import zeros
@@ -127,10 +128,7 @@ class PagePool:
 
     def _append(self, run: range) -> None:
         assert self._order is not None
-        if self._order and self._order[-1].stop == run.start:
-            self._order[-1] = range(self._order[-1].start, run.stop)
-        else:
-            self._order.append(run)
+        extend(self._order, run)
         self._listed += len(run)
         if self._listed > _ORDER_MOST + 2 * (self.capacity or 0):
             self._remove_duplicates()
@@ -165,6 +163,14 @@ class PagePool:
             kept += self._frames.runs(oldest, DevicePageState.READY, DevicePageState.EVICTING)
         self._order.extendleft(reversed(kept))
         self._listed += sum(map(len, kept))
+
+
+def extend(runs: MutableSequence[range], run: range) -> None:
+    """Append a run, or join it to the last one if it continues that."""
+    if runs and runs[-1].stop == run.start:
+        runs[-1] = range(runs[-1].start, run.stop)
+    else:
+        runs.append(run)
 
 
 def subtract(run: range, keep: list[range]) -> list[range]:

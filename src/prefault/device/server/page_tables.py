@@ -72,7 +72,7 @@ class PageTables:
                 _pack_into(self._argument, 0, area.base + page * self._size, self._size, 0, 0)
                 ioctl(area.fd, UFFDIO_CONTINUE, self._argument, True)
             except OSError:
-                pass  # map() reads its meaning
+                pass  # map() handles the error
             else:
                 return
         self.map(area, range(page, page + 1), write=write)

@@ -12,7 +12,7 @@ from prefault.device import protocol
 from prefault.device.page_states import DevicePageState
 from prefault.device.server.driver_calls import Fill, FillFailure
 from prefault.device.server.frame_headroom import FrameHeadroom, FrameShortfall
-from prefault.device.server.page_pool import subtract
+from prefault.device.server.page_pool import extend, subtract
 from prefault.intervals import Intervals
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ class _PopulateRequest:
         failed: why it is to end.
     """
 
-    def __init__(self, client: ServedClient, area: ServedArea, request: protocol.Populate, runs: list[range]) -> None:
-        self.client = client
+    def __init__(self, area: ServedArea, request: protocol.Populate, runs: list[range]) -> None:
         self.area = area
         self.request = request
         self.all = runs
@@ -98,17 +97,17 @@ class PopulateRequests:
 
     # --- requests
 
-    def start(self, client: ServedClient, area: ServedArea, request: protocol.Populate) -> None:
+    def start(self, area: ServedArea, request: protocol.Populate) -> None:
         """Begin a request, or refuse it by its first reply. ValueError: it makes no sense."""
         runs = self._checked(area, request)
-        populate = _PopulateRequest(client, area, request, runs)
+        populate = _PopulateRequest(area, request, runs)
         populate.failed = self._refusal(populate)
         self._active.append(populate)
 
     def cancel(self, client: ServedClient, number: int) -> None:
         """End the client's request with that id, if it is under way."""
         for populate in self._active:
-            if populate.client is client and populate.request.id == number and populate.failed is None:
+            if populate.area.client is client and populate.request.id == number and populate.failed is None:
                 populate.failed = ("cancelled", errno.ECANCELED, "cancelled")
 
     def drop(self, area: ServedArea) -> None:
@@ -116,12 +115,12 @@ class PopulateRequests:
         for populate in self._active:
             if populate.area is area and populate.failed is None:
                 populate.failed = ("gone", errno.ENODEV, "the area was unmapped while it was populated")
-            if populate.client is not area.client and area.access == "write":  # rollback must not drop its writes
+            if populate.area.client is not area.client and area.access == "write":  # rollback must not drop its writes
                 populate.supplied = [part for run in populate.supplied for part in subtract(run, [area.pages])]
 
     def count(self, client: ServedClient) -> int:
         """Return the number of requests of a client under way."""
-        return sum(populate.client is client for populate in self._active)
+        return sum(populate.area.client is client for populate in self._active)
 
     def _checked(self, area: ServedArea, request: protocol.Populate) -> list[range]:
         if request.access == "write" and area.access == "read":
@@ -221,7 +220,7 @@ class PopulateRequests:
         ready = range(fill.pages.start, fill.done)
         cancelled = populate.over
         if len(ready):
-            _extend(populate.supplied, ready)
+            extend(populate.supplied, ready)
             if not cancelled and populate.area.alive:
                 self._map(populate, ready)
         self._answer_waiting(fill, mapped=not cancelled)
@@ -246,14 +245,14 @@ class PopulateRequests:
         result = self._page_tables.map(area, pages)
         for span in result.mapped:
             mapped = self._page_tables.pages_of(area, span)
-            _extend(populate.mapped, mapped)
+            extend(populate.mapped, mapped)
             populate.mapped_pages += len(mapped)
         if area.poisoned:
             for span in result.present:
                 for page in self._page_tables.pages_of(area, span):
                     if page in area.poisoned:
                         area.poisoned.discard(page)
-                        _extend(populate.poisoned, range(page, page + 1))
+                        extend(populate.poisoned, range(page, page + 1))
         if result.holes and not result.unreachable:
             again = self._frames.runs(pages, DevicePageState.MISSING)
             populate.runs.extend(again)
@@ -267,7 +266,7 @@ class PopulateRequests:
             now = time.monotonic_ns()
             if now - populate.reported_ns >= _PROGRESS_NS:
                 populate.reported_ns = now
-                self._reply(populate.client, protocol.Progress(populate.request.id, populate.done_pages))
+                self._reply(populate.area.client, protocol.Progress(populate.request.id, populate.done_pages))
 
     def _unmappable(self, populate: _PopulateRequest, pages: range, number: int, *, busy: bool) -> None:
         if busy:
@@ -286,7 +285,7 @@ class PopulateRequests:
         populate.area.counters.populated_pages += populate.mapped_pages
         threads = max(1, populate.most_filling)
         poisoned = tuple((run.start, run.stop) for run in populate.poisoned[: protocol.MAX_RUNS])
-        self._reply(populate.client, protocol.Populated(populate.request.id, populate.mapped_pages, threads, poisoned))
+        self._reply(populate.area.client, protocol.Populated(populate.request.id, populate.mapped_pages, threads, poisoned))
 
     def _fail(self, populate: _PopulateRequest) -> None:
         populate.over = True
@@ -309,23 +308,15 @@ class PopulateRequests:
                 reply = protocol.Failed(number, kind, code, message, page, mapped, "", 0, 0)  # type: ignore[arg-type]
             case _:
                 raise AssertionError("the request did not fail")
-        self._reply(populate.client, reply)
+        self._reply(populate.area.client, reply)
 
     def _undo(self, populate: _PopulateRequest, supplied: list[range]) -> None:
         """Discard the supplied pages of a request that no other client can have written to; under the lock."""
+        client = populate.area.client
         for run in supplied:
             kept: list[range] = []
             if self._state.device.writable:
-                kept = [
-                    area.overlap(run) for area, _, _ in self._state.areas_over(run) if area.client is not populate.client
-                ]
+                kept = [area.overlap(run) for area, _, _ in self._state.areas_over(run) if area.client is not client]
             for piece in subtract(run, kept):
                 self._state.pool.discard(piece)
                 populate.mapped = [part for mapped in populate.mapped for part in subtract(mapped, [piece])]
-
-
-def _extend(runs: list[range], run: range) -> None:
-    if runs and runs[-1].stop == run.start:
-        runs[-1] = range(runs[-1].start, run.stop)
-    else:
-        runs.append(run)

@@ -69,7 +69,7 @@ class Requests:
                 case protocol.Populate():
                     if self._populate_requests.count(client) >= MAX_POPULATES:
                         raise ValueError(f"{MAX_POPULATES} populate requests are under way already")
-                    self._populate_requests.start(client, self._area(client, request.area), request)
+                    self._populate_requests.start(self._area(client, request.area), request)
                 case protocol.Cancel():
                     self._populate_requests.cancel(client, request.id)
                 case protocol.Discard():
@@ -124,7 +124,7 @@ class Requests:
                 self._fault_polling.colocate(area.number, request.cpu)
             return self._reply(client, protocol.Mapped(request.id, area.number))
 
-        return self._jobs.call(area, "open", state.device.open, area, then=opened)
+        return self._jobs.call(area, "open", then=opened)
 
     def _check(self, client: ServedClient, record: AreaRecord) -> None:
         state = self._state
@@ -157,7 +157,7 @@ class Requests:
         self._reply(client, protocol.Done(request.id))  # idempotent: clients repeat it after a restart
 
     def release_area(self, area: ServedArea) -> None:
-        """Serve an area no longer; it is closed at the driver when no call has it."""
+        """Stop serving an area; it is closed at the driver when no call has it."""
         self._populate_requests.drop(area)
         self._discards.drop(area, FillFailure("driver", errno.ENODEV, "the area was unmapped while it was discarded"))
         self._state.close_area(area)

@@ -38,8 +38,9 @@ class ServedArea(DeviceArea):
         fd: the client's userfaultfd.
         tracks: first writes are noticed: pages are mapped write-protected.
         protectable: registered for write protection.
-        dirty: a byte a page of the area, if it tracks.
-        had_entry: a byte a page that was mapped before, if the kernel tracks writes alone: see :meth:`PageTables.map`.
+        dirty: a byte per page, 1 after a write to it; empty unless the area tracks writes.
+        had_entry: a byte per page, 1 once it was mapped; empty unless the kernel alone tracks writes: see
+            :meth:`PageTables.map`.
         poisoned: pages whose entries are poison.
         counters: statistics and log.
         calls: driver calls that have the area now; a released area is closed at the driver when there are none.
@@ -201,7 +202,7 @@ class ServedClient:
         insort(self._starts, area.start)
 
     def remove(self, area: ServedArea) -> None:
-        """Serve an area no longer."""
+        """Stop serving an area."""
         area.alive = False
         del self.areas[area.number]
         index = bisect_right(self._starts, area.start) - 1
@@ -293,7 +294,7 @@ class ServerState:
         self.registry.area_table.publish(client.record.number, area.record)
 
     def close_area(self, area: ServedArea) -> None:
-        """Serve an area no longer."""
+        """Stop serving an area."""
         with self.lock:
             self.areas.pop(area.number, None)
             area.client.remove(area)

@@ -7,7 +7,7 @@ import os
 import socket
 
 from prefault.device import handover, spawning
-from prefault.device.registry import ClientRecord, Registry
+from prefault.device.registry import Registry
 from prefault.errors import DeviceError
 from prefault.ipc import socket_path
 
@@ -22,8 +22,6 @@ _WARDENS_MOST, _WARDENS_WINDOW_S = 5, 10.0
 
 class WardenLink:
     """A connection to the warden, or to the one that replaced it.
-
-    Each notification returns when the socket has it. OSError: the warden is gone; :meth:`replace_warden` is the next call.
 
     Args:
         link: to the warden.
@@ -41,26 +39,18 @@ class WardenLink:
         self._restarts = handover.RateLimit(_WARDENS_MOST, _WARDENS_WINDOW_S)
         self._cpus = os.sched_getaffinity(0)
 
-    def started(self) -> None:
-        """Notify the warden that the server is about to answer."""
-        self._send(handover.ServerStarted(os.getpid()))
-
-    def client_admitted(self, client: ClientRecord) -> None:
-        """Notify the warden of a client, with duplicates of its descriptors."""
-        self._send(*handover.admitted(client))
-
-    def client_left(self, client_number: int) -> None:
-        """Notify the warden that a client is gone, with all of its areas."""
-        self._send(handover.Left(client_number))
-
     def finished(self) -> None:
         """Notify the warden that the server ends in an orderly way."""
         try:
-            self._send(handover.HandoverDone())
+            self.notify(handover.HandoverDone())
         except OSError:
             self._end_warden()  # it has died just now
 
-    def _send(self, message: handover.Message, descriptors: list[int] | None = None) -> None:
+    def notify(self, message: handover.Message, descriptors: list[int] | None = None) -> None:
+        """Send the warden a message, with duplicates of descriptors; return when the socket has it.
+
+        OSError: the warden is gone; :meth:`replace_warden` is the next call.
+        """
         try:
             handover.send(self._link, message, descriptors)
         except TimeoutError as error:
@@ -128,7 +118,7 @@ class WardenLink:
                     given[name] = end.fileno()
             if registry.owner >= 0:
                 given["owner"] = registry.owner
-            self._send(
+            self.notify(
                 handover.Reattach(
                     handover.VERSION, registry.facts, registry.generation, None if recipe is None else recipe.factory,
                     handover.place_facts(registry.listens_at), lingers, tuple(given),
@@ -139,5 +129,5 @@ class WardenLink:
             os.close(myself)
             os.close(arguments)
         for client in registry.clients.values():
-            self.client_admitted(client)
-        self._send(handover.HandoverDone())
+            self.notify(*handover.admitted(client))
+        self.notify(handover.HandoverDone())

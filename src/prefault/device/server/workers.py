@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import queue
@@ -10,10 +11,13 @@ import time
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
+from prefault.device import limit_messages
 from prefault.device.frames import RESULTS
 from prefault.device.server.driver_calls import DriverCalls, Fill, FillFailure
+from prefault.errors import DeviceError
 
 if TYPE_CHECKING:
     from prefault.device.server.served_areas import ServedArea, ServerState
@@ -25,8 +29,14 @@ Work = Callable[[int], Callable[[], None]]
 """Function of a slot of the heartbeat, run in a worker; it returns a continuation for the loop."""
 
 
+class _FillWork(partial[Callable[[], None]]):
+    """Work that supplies the pages of a fill: it does not begin any more once the server ends."""
+
+
 class Workers:
     """Threads that run only driver calls. Without any, calls run at once in the calling thread, which is the loop.
+
+    DeviceError: the limit on processes leaves too few threads.
 
     Attributes:
         count: threads.
@@ -44,8 +54,13 @@ class Workers:
             threading.Thread(target=self._run, args=(slot,), name=f"prefault-device-{slot}", daemon=True)
             for slot in range(1, count + 1)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:  # as the interpreter calls EAGAIN
+            raise DeviceError(
+                errno.EAGAIN, f"the {count} workers of {state.name} cannot be started: {limit_messages.no_process()}"
+            ) from error
 
     @property
     def idle(self) -> int:
@@ -137,7 +152,7 @@ class Jobs:
             return
         insort(self._starts, fill.pages.start)
         self._fills[fill.pages.start] = fill
-        self._workers.submit(_FillWork(self, fill))
+        self._workers.submit(_FillWork(self._run, fill))
 
     def failed(self, fill: Fill, failure: FillFailure) -> None:
         """Finish a fill whose page :meth:`DriverCalls.fill_one` could not supply; its frame counts already."""
@@ -146,7 +161,7 @@ class Jobs:
         fill.failure = failure
         self._finish(fill, listed=False)
 
-    def run(self, fill: Fill, slot: int) -> Callable[[], None]:
+    def _run(self, fill: Fill, slot: int) -> Callable[[], None]:
         """Run a fill in a worker; return its continuation in the loop."""
         self._calls.fill(fill, slot)
         return lambda: self._finish(fill, listed=True)
@@ -160,7 +175,7 @@ class Jobs:
                 return
             if fill.changes != self._state.changes:  # it became READY since
                 fill.failure = None
-                self._workers.submit(_FillWork(self, fill))
+                self._workers.submit(_FillWork(self._run, fill))
                 return
         if listed:
             del self._fills[fill.pages.start]
@@ -176,18 +191,15 @@ class Jobs:
             self.start(again)
         starved, self._starved = self._starved, []
         for other in starved:
-            self._workers.submit(_FillWork(self, other))
+            self._workers.submit(_FillWork(self._run, other))
         self._release(fill.area)
 
-    def call(
-        self, area: ServedArea, name: str, function: Callable[..., object], *arguments: object,
-        then: Callable[[FillFailure | None], None],
-    ) -> None:  # fmt: skip
-        """Call another method of the driver on behalf of an area, and ``then`` in the loop with its failure."""
+    def call(self, area: ServedArea, name: str, *arguments: object, then: Callable[[FillFailure | None], None]) -> None:
+        """Call another method of the driver with an area, and ``then`` in the loop with its failure."""
         area.calls += 1
 
         def work(slot: int) -> Callable[[], None]:
-            failure = self._calls.call(slot, name, function, *arguments)
+            failure = self._calls.call(slot, name, area, *arguments)
 
             def finish() -> None:
                 then(failure)
@@ -206,20 +218,7 @@ class Jobs:
         """Close a released area at the driver, if it was opened there and no call of the driver has it."""
         if area.opened and not area.calls:
             area.opened = False
-            self.call(area, "close", self._state.device.close, area, then=_nothing)
-
-
-class _FillWork:
-    """Work that supplies the pages of a fill."""
-
-    __slots__ = ("_fill", "_jobs")
-
-    def __init__(self, jobs: Jobs, fill: Fill) -> None:
-        self._jobs = jobs
-        self._fill = fill
-
-    def __call__(self, slot: int) -> Callable[[], None]:
-        return self._jobs.run(self._fill, slot)
+            self.call(area, "close", then=_nothing)
 
 
 def _nothing(failure: FillFailure | None) -> None:

@@ -250,20 +250,16 @@ class Warden:
             case handover.ServerNotStarted():
                 self._start_failure = message.message
             case handover.Admitted():
-                if client_records.admit(self._registry, message, descriptors):
-                    self._release_first()
+                first = self._registry.first
+                if client_records.admit(self._registry, message, descriptors) and first is not None:
+                    first.close()  # the client has a duplicate
+                    self._registry.first = None
             case handover.Left():
                 client_records.remove(self._registry, message)
                 if self._lingers and not self._registry.clients:
                     self.end()
             case _:
                 raise ProtocolError(f"a server does not send {type(message).__name__}")
-
-    def _release_first(self) -> None:
-        """Close the first connection: the server has admitted its client, which has a duplicate, or it is over."""
-        if self._registry.first is not None:
-            self._registry.first.close()
-            self._registry.first = None
 
     def _reap_server(self) -> None:
         status = None if self.server_pid is None else handover.reap(self.server_pid, 1.0)

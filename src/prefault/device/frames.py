@@ -54,7 +54,7 @@ def _pattern(states: tuple[int, ...]) -> re.Pattern[bytes]:
 
 
 class Frames:
-    """Two memfds, mapped shared: the frames, and the states of the pages.
+    """Two memfds, mapped shared: the frames; and the states of the pages, the heartbeat and the table of areas.
 
     Args:
         fd, states_fd: the two, owned from now on.

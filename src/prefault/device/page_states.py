@@ -6,7 +6,7 @@ import enum
 
 
 class DevicePageState(enum.IntEnum):
-    """State of a page of a device; a byte in memory that the warden and all servers share."""
+    """State of a page of a device: MISSING, FILLING, READY, EVICTING and PUNCHING, in the order of its life."""
 
     MISSING = 0
     FILLING = 1

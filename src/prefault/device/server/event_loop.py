@@ -150,9 +150,7 @@ class _EventLoop:
         return not self._state.gone_clients and not self._workers.busy
 
     def _is_over(self) -> bool:
-        if self._stopping:
-            return True
-        return (
+        return self._stopping or (
             self._registry.listener is None
             and not self._connections.connections
             and not self._state.clients

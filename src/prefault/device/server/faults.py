@@ -42,14 +42,9 @@ class Faults:
     """Answers the messages of userfaultfds."""
 
     def __init__(
-        self,
-        state: ServerState,
-        page_tables: PageTables,
-        calls: DriverCalls,
-        jobs: Jobs,
-        discards: Discards,
+        self, state: ServerState, page_tables: PageTables, calls: DriverCalls, jobs: Jobs, discards: Discards,
         windows: FaultAroundWindows,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._state = state
         self._page_tables = page_tables
         self._jobs = jobs

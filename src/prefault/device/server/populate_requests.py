@@ -66,16 +66,9 @@ class PopulateRequests:
     """
 
     def __init__(
-        self,
-        state: ServerState,
-        page_tables: PageTables,
-        jobs: Jobs,
-        discards: Discards,
-        workers: Workers,
-        *,
-        page_by_page: bool,
-        reply: Callable[[ServedClient, protocol.Reply], None],
-    ) -> None:
+        self, state: ServerState, page_tables: PageTables, jobs: Jobs, discards: Discards, workers: Workers, *,
+        page_by_page: bool, reply: Callable[[ServedClient, protocol.Reply], None],
+    ) -> None:  # fmt: skip
         self._state = state
         self._frames = state.frames
         self._page_tables = page_tables

@@ -93,9 +93,7 @@ class Requests:
     # --- areas
 
     def _map(self, client: ServedClient, request: protocol.Map) -> None:
-        record = AreaRecord(
-            0, request.address, request.offset, request.length, request.access, request.track_dirty
-        )  # fmt: skip
+        record = AreaRecord(0, request.address, request.offset, request.length, request.access, request.track_dirty)
         known = client.find(record.address)
         if known is not None:
             record.number = known.number

@@ -20,10 +20,8 @@ def admit(registry: Registry, message: handover.Admitted, descriptors: list[int]
         os.close(descriptor)
     _log.error(
         "device %s: process %d ends by SIGBUS if the server dies, as its warden takes no more descriptors: %s",
-        registry.facts.name,
-        message.pid,
-        limit_messages.no_descriptor(),
-    )
+        registry.facts.name, message.pid, limit_messages.no_descriptor(),
+    )  # fmt: skip
     return False
 
 

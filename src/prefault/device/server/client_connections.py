@@ -111,7 +111,7 @@ class ClientConnections:
         record = client.record
         connection = ClientConnection(client.connection, record.pid, record.uid, record.pidfd)
         connection.client = client
-        # Drop what it sent: the client repeats every request without a reply, and a discard must not be executed twice.
+        # Drop requests to the last server: the client repeats each without a reply, and no discard may be executed twice.
         with contextlib.suppress(OSError):
             for _ in range(_DROPPED_MOST):
                 if not client.connection.recv(1):

@@ -34,12 +34,13 @@ class _FillWork(partial[Callable[[], None]]):
 
 
 class Workers:
-    """Threads that run only driver calls. Without any, calls run at once in the calling thread, which is the loop.
-
-    DeviceError: the limit on processes leaves too few threads.
+    """Threads that run only driver calls. Without threads, calls run at once in the calling thread, which is the loop.
 
     Attributes:
-        count: threads.
+        count: number of threads.
+
+    Raises:
+        DeviceError: the limit on processes leaves too few threads.
     """
 
     def __init__(self, state: ServerState, count: int) -> None:

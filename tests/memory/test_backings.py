@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import resource
 import signal
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,13 +21,16 @@ import pytest
 import prefault
 from prefault import PAGE_SIZE, Anonymous, File, HugePagesError, Hugetlb, Mapping, MappingError, Memfd, TemporaryFile
 from prefault._system import hugetlb
+from prefault.memory import backings
 from prefault.memory.backings import Descriptor, parse_backing
 from support import needs
 from support.children import in_child
+from support.interrupts import strike_at
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 _NOBODY = 65534
+_MODULE = str(backings.__file__)
 
 
 @pytest.fixture
@@ -292,6 +297,35 @@ def test_a_file_that_may_not_be_written(reachable: Path) -> None:
             return mapping.memoryview()[-4:].tobytes()
 
     assert _as_somebody_else(privately) == b"tail"
+
+
+@pytest.mark.parametrize("unnamed", [True, False], ids=["O_TMPFILE", "without O_TMPFILE"])
+def test_a_temporary_file_leaves_no_name_wherever_ctrl_c_strikes(monkeypatch: pytest.MonkeyPatch, unnamed: bool) -> None:
+    opened = os.open
+
+    def without_unnamed(path: str, flags: int, mode: int = 0o777, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return opened(path, flags, mode, **options)
+
+    if not unnamed:
+        monkeypatch.setattr(os, "open", without_unnamed)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        seen: set[str] = set()
+        for count in itertools.count(1):
+            before = sys.gettrace()
+            spared = ["os.unlink", "try:"]
+            sys.settrace(strike_at(count, [_MODULE], spared=spared, at_line=lambda: seen.update(os.listdir(directory))))
+            try:
+                Mapping(PAGE_SIZE, backing=TemporaryFile(directory)).close()
+                break
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(before)
+            assert os.listdir(directory) == []
+        assert count > 8, "the trace saw the module"
+        assert bool(seen) is not unnamed  # without a name, not even SIGKILL leaves one
 
 
 def test_a_directory_that_may_not_be_written(reachable: Path) -> None:

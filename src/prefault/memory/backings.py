@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import errno
 import fcntl
 import os
@@ -176,22 +175,20 @@ class TemporaryFile(_TemporaryFileFields, BackingSource):
         return os.fsdecode(self.directory)
 
     def open(self, descriptors: Descriptors, length: int | None, *, writable: bool) -> OpenedBacking:  # noqa: ARG002
-        """Create the file, unlink it and give it its size."""
+        """Create the file, without a name, and give it its size."""
         size = _required(length, "a temporary file")
-        path = os.path.join(os.path.abspath(self.location), f"prefault-{os.urandom(8).hex()}")
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        directory = os.path.abspath(self.location)
         try:
-            # Not O_TMPFILE: hugetlbfs and some network file systems do not have it.
-            fd = descriptors.open(os.open, path, flags, 0o600)
+            try:
+                fd = descriptors.open(os.open, directory, os.O_TMPFILE | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+                    raise
+                fd = _open_unlinked(directory, descriptors)
         except OSError as error:
             raise MappingError(
                 error.errno, f"no file can be made in {self.directory}: {explain(error.errno or 0)}"
             ) from error
-        except BaseException:  # Ctrl-C, perhaps since the file was created
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            raise
-        os.unlink(path)
         page_size = os.fstatvfs(fd).f_bsize if _is_hugetlbfs(fd) else PAGE_SIZE
         return _sized(fd, _round_up(size, page_size), page_size)
 
@@ -319,6 +316,18 @@ def _required(length: int | None, what: str) -> int:
     if length is None:
         raise ValueError(f"{what} has no size of its own: say how many bytes to map")
     return length
+
+
+def _open_unlinked(directory: str, descriptors: Descriptors) -> int:
+    """Create and unlink a file, where the file system has no O_TMPFILE: NFS, and hugetlbfs of old kernels."""
+    path = os.path.join(directory, f"prefault-{os.urandom(8).hex()}")
+    try:
+        return descriptors.open(os.open, path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    finally:  # also after Ctrl-C. The system call is the first one here: a second Ctrl-C strikes after it.
+        try:  # noqa: SIM105  suppress() would be that first call
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
 
 
 def _sized(fd: int, size: int, page_size: int) -> OpenedBacking:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import linecache
 import os
 import random
 import signal
@@ -12,16 +11,17 @@ import socket
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from prefault.device import protocol
+from prefault.device.client import channel, exchange, packets
 from prefault.device.client.channel import Channel
 from prefault.device.client.exchange import Exchange
 from prefault.errors import DeviceError, DeviceGoneError
+from support.interrupts import strike_at
 
 
 class Peer:
@@ -274,26 +274,7 @@ class Server(threading.Thread):
                         self._peer.say(_statistics(request.id, 5))
 
 
-def _strike_at(count: int) -> Callable[..., Any]:
-    """Return a trace function that raises KeyboardInterrupt at the line of that number in the channel's modules."""
-    left = count
-
-    def trace(frame: types.FrameType, event: str, _: object) -> Any:
-        nonlocal left
-        if frame.f_code.co_filename not in _TRACED:
-            return None
-        # A signal is handled after a call: none comes between the end of a block and the first call of what ends it.
-        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and "_inside.discard" not in line and "with self._reader_lock" not in line:
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-        return trace
-
-    return trace
-
-
-_TRACED = [sys.modules[f"prefault.device.client.{name}"].__file__ for name in ("channel", "packets", "exchange")]
+_TRACED = [str(module.__file__) for module in (channel, exchange, packets)]
 
 
 def test_ctrl_c_at_any_line_leaves_the_channel_in_order(peer: Peer) -> None:
@@ -303,7 +284,7 @@ def test_ctrl_c_at_any_line_leaves_the_channel_in_order(peer: Peer) -> None:
         opening = Exchange(_map(peer.channel.next_id()))
         before = sys.gettrace()
         interrupted = False
-        sys.settrace(_strike_at(line))
+        sys.settrace(strike_at(line, _TRACED, spared=["_inside.discard", "with self._reader_lock"]))
         try:
             peer.channel.open(opening)
             _ask(peer.channel, 1)()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import itertools
 import os
 import random
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem  # type: ignore[impor
 
 from drivers.remote.conftest import QUICK
 from prefault.drivers import RemoteFile, SourceChangedError, SourceError
+from prefault.drivers.remote import disk_cache
 from prefault.drivers.remote.disk_cache import BLOCK, DiskCache, WriteWarning, cache_key, make_directory
 from prefault.drivers.remote.http_source import HttpSource
 from prefault.sizes import KIB, PAGE_SIZE
@@ -24,6 +27,7 @@ from support import needs
 from support.children import Child
 from support.fake_area import FakeArea
 from support.http_server import HttpServer
+from support.interrupts import strike_at
 
 Content = Callable[[int], bytes]
 Served = tuple[Path, bytes]
@@ -169,6 +173,24 @@ def test_a_crash_at_any_moment(server: HttpServer, file: Served, tmp_path: Path)
     with FakeArea(_remote(server, tmp_path)) as area:
         area.fill()
         assert area.content(0, len(expected)) == expected
+
+
+def test_ctrl_c_at_any_line_leaves_no_unfinished_file(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    path.write_bytes(b"old")
+    for count in itertools.count(1):
+        before = sys.gettrace()
+        sys.settrace(strike_at(count, [str(disk_cache.__file__)], spared=["os.unlink(unfinished)", "with open("]))
+        try:
+            disk_cache.write_whole(str(path), b"new")
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        assert os.listdir(tmp_path) == ["index"]
+        assert path.read_bytes() in (b"old", b"new")
+    assert count > 4, "the trace saw the module"
 
 
 def test_two_processes_share_a_cache(server: HttpServer, file: Served, tmp_path: Path) -> None:

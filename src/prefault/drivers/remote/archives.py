@@ -12,6 +12,7 @@ from typing import Any
 
 from prefault.drivers.remote.source import (
     Attempts,
+    DerivedSource,
     Slice,
     Source,
     SourceChangedError,
@@ -34,42 +35,36 @@ _SMALL_READ = 64
 def open_member(inner: Source, member: str, name: str, version: Version | None) -> Source:
     """Open a member of a zip archive: a stored one is read in ranges, a compressed one from its start on.
 
-    The returned source owns the archive; if there is none, the archive is closed.
+    The returned source owns the archive.
     """
-    try:
-        with SourceFile(inner) as file:
-            try:
-                archive = zipfile.ZipFile(file)
-                info = archive.getinfo(member.lstrip("/"))
-            except KeyError:
-                raise SourceMissingError(errno.ENOENT, f"{name}: the archive has no member {member!r}") from None
-            except (zipfile.BadZipFile, NotImplementedError) as error:
-                raise file.failure or SourceError(errno.EIO, f"{name}: {error}") from error
-        if info.flag_bits & _ENCRYPTED:
-            raise SourceError(errno.EACCES, f"{name}: the member is encrypted")
-        tag = f"crc={info.CRC:08x} in {inner.version.length} {inner.version.tag}".strip()
-        now = Version(info.file_size, tag, inner.version.modified)
-        if version is not None and version != now:
-            raise SourceChangedError(
-                errno.ESTALE, f"{name} changed while it was mapped: {version.change(now)}; open it again"
-            )
-        if info.compress_type != zipfile.ZIP_STORED:
-            return StreamSource(inner, name, now, lambda file: _unpacked(file, info))
-        start = info.header_offset + _LOCAL_HEADER_BYTES
-        raw_name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
-        inside = info.header_offset >= 0 and start + len(raw_name) <= inner.length
-        header = inner.read(info.header_offset, _LOCAL_HEADER_BYTES + len(raw_name)) if inside else b""
-        if header[:4] != b"PK\3\4":
-            raise SourceError(errno.EIO, f"{name}: the archive is broken: no member at byte {info.header_offset}")
-        if header[8:10] != b"\0\0" or header[_LOCAL_HEADER_BYTES:] != raw_name or info.compress_size != info.file_size:
-            raise SourceError(
-                errno.EIO, f"{name}: the archive is broken: its directory and byte {info.header_offset} do not agree"
-            )
-        start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        return Slice(inner, name, start, now)
-    except BaseException:
-        inner.close()
-        raise
+    with SourceFile(inner) as file:
+        try:
+            archive = zipfile.ZipFile(file)
+            info = archive.getinfo(member.lstrip("/"))
+        except KeyError:
+            raise SourceMissingError(errno.ENOENT, f"{name}: the archive has no member {member!r}") from None
+        except (zipfile.BadZipFile, NotImplementedError) as error:
+            raise file.failure or SourceError(errno.EIO, f"{name}: {error}") from error
+    if info.flag_bits & _ENCRYPTED:
+        raise SourceError(errno.EACCES, f"{name}: the member is encrypted")
+    tag = f"crc={info.CRC:08x} in {inner.version.length} {inner.version.tag}".strip()
+    now = Version(info.file_size, tag, inner.version.modified)
+    if version is not None and version != now:
+        raise SourceChangedError(errno.ESTALE, f"{name} changed while it was mapped: {version.change(now)}; open it again")
+    if info.compress_type != zipfile.ZIP_STORED:
+        return StreamSource(inner, name, now, lambda file: _unpacked(file, info))
+    start = info.header_offset + _LOCAL_HEADER_BYTES
+    raw_name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
+    inside = info.header_offset >= 0 and start + len(raw_name) <= inner.length
+    header = inner.read(info.header_offset, _LOCAL_HEADER_BYTES + len(raw_name)) if inside else b""
+    if header[:4] != b"PK\3\4":
+        raise SourceError(errno.EIO, f"{name}: the archive is broken: no member at byte {info.header_offset}")
+    if header[8:10] != b"\0\0" or header[_LOCAL_HEADER_BYTES:] != raw_name or info.compress_size != info.file_size:
+        raise SourceError(
+            errno.EIO, f"{name}: the archive is broken: its directory and byte {info.header_offset} do not agree"
+        )
+    start += int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return Slice(inner, name, start, now)
 
 
 def _unpacked(file: SourceFile, info: zipfile.ZipInfo) -> Any:
@@ -92,8 +87,8 @@ class _SmallReads:
         return count
 
 
-class StreamSource(Source):
-    """Unpacked content of another source, which it owns: a library reads it, with one stream for each thread.
+class StreamSource(DerivedSource):
+    """Unpacked content of another source: a library reads it, with one stream for each thread.
 
     Args:
         inner: the source of the packed bytes.
@@ -103,33 +98,27 @@ class StreamSource(Source):
     """
 
     def __init__(self, inner: Source, name: str, version: Version, opener: Callable[[Any], Any]) -> None:
-        super().__init__(name, inner.patience)
+        super().__init__(inner, name)
         self.version = version
-        self._inner = inner
         self._streams = StreamPool(lambda: _UnpackedStream(SourceFile(inner), opener))
 
     def _attempt(self, offset: int, target: memoryview, attempts: Attempts) -> None:  # noqa: ARG002
         # Seeking backwards may restart at the front: take the idle stream with the shortest way forward.
-        stream = self._streams.take(lambda stream: offset - stream.position if stream.position <= offset else math.inf)
-        try:
-            done = stream.fill(offset, target)
-        except Exception as error:
-            stream.close()
-            # Libraries replace the error of a source by one of their own.
-            if stream.file.failure is not None:
-                raise stream.file.failure from error
-            raise SourceError(errno.EIO, f"{self.name}: it cannot be unpacked: {error}") from error
-        except BaseException:
-            stream.close()
-            raise
-        self._streams.give(stream)
+        with self._streams.use(lambda stream: offset - stream.position if stream.position <= offset else math.inf) as stream:
+            try:
+                done = stream.fill(offset, target)
+            except Exception as error:
+                # Libraries replace the error of a source by one of their own.
+                if stream.file.failure is not None:
+                    raise stream.file.failure from error
+                raise SourceError(errno.EIO, f"{self.name}: it cannot be unpacked: {error}") from error
         if done < len(target):
-            raise SourceError(errno.EIO, f"{self.name}: it ends at byte {offset + done} of {self.length}")
+            raise self.cut_short(offset + done)
 
     def close(self) -> None:
         """Close the idle streams and the packed source."""
         self._streams.close()
-        self._inner.close()
+        super().close()
 
 
 class _UnpackedStream:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from prefault.drivers.remote.area_arrays import Read, reader_of
-from prefault.drivers.remote.source import SourceError
+from prefault.drivers.remote.source import SourceError, missing_package
 
 if TYPE_CHECKING:
     import numpy
@@ -106,10 +106,8 @@ def _dtype(kind: str, name: str) -> numpy.dtype[Any]:
     try:
         import ml_dtypes  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
-        raise ImportError(
-            f"{name} has the dtype {kind}, which needs ml_dtypes, which is not installed: pip install ml_dtypes; raw()"
-            " returns its bytes",
-            name="ml_dtypes",
+        raise missing_package(
+            f"{name} has the dtype {kind}, which needs", "ml_dtypes", "ml_dtypes; raw() returns its bytes"
         ) from error
     found: numpy.dtype[Any] = numpy.dtype(getattr(ml_dtypes, _ML_DTYPES[kind]))
     return found

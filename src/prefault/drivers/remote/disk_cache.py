@@ -18,11 +18,10 @@ import re
 import shutil
 import stat
 import struct
-import tempfile
 import zlib
 from typing import Any
 
-from prefault.drivers.remote.source import Source, SourceError
+from prefault.drivers.remote.source import Source, SourceError, runs_of
 
 _MAKE_TRIES = 10
 BLOCK = 64 << 10
@@ -91,17 +90,11 @@ class DiskCache:
             self._data = self._open("data", self._length)
             self._map = self._open("blocks", -(-self._length // BLOCK) * _ENTRY.size)
             self._describe(json.dumps(about, indent=1).encode() + b"\n")
-        except SourceError:
-            self.close()
-            raise
-        except OSError as error:
-            if error.errno not in NOT_KEPT:
+        except BaseException as error:
+            if not isinstance(error, OSError) or isinstance(error, SourceError) or error.errno not in NOT_KEPT:
                 self.close()
                 raise
             self._not_writable = self._not_writable or str(error.strerror)
-        except BaseException:
-            self.close()
-            raise
 
     def _open(self, name: str, length: int) -> int:
         path = os.path.join(self.directory, name)
@@ -153,17 +146,13 @@ class DiskCache:
             _log.warning("%s: its map cannot be read (%s): downloaded again", self.directory, error.strerror)
             return [blocks]
         start = blocks.start * BLOCK
-        missing: list[range] = []
+        missing: list[int] = []
         for number, block in enumerate(blocks):
             low, high = self.span(range(block, block + 1))
             with target[low - start : high - start] as piece:
-                found = self._load_one(entries, number, low, piece)
-            if not found:
-                if missing and missing[-1].stop == block:
-                    missing[-1] = range(missing[-1].start, block + 1)
-                else:
-                    missing.append(range(block, block + 1))
-        return missing
+                if not self._load_one(entries, number, low, piece):
+                    missing.append(block)
+        return runs_of(missing)
 
     def _load_one(self, entries: bytes, number: int, offset: int, target: memoryview) -> bool:
         if len(entries) < (number + 1) * _ENTRY.size:  # the map was truncated
@@ -350,9 +339,9 @@ def _write_all(fd: int, content: memoryview, offset: int) -> None:
 
 def write_whole(path: str, content: bytes) -> None:
     """Replace a file atomically: other processes read all of the old content, or all of the new."""
-    fd, unfinished = tempfile.mkstemp(prefix=".prefault-", dir=os.path.dirname(path))
-    try:
-        with os.fdopen(fd, "wb") as file:
+    unfinished = os.path.join(os.path.dirname(path), f".prefault-{os.urandom(8).hex()}")
+    try:  # around the creation too: Ctrl-C leaves no file
+        with open(unfinished, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             file.write(content)
         os.rename(unfinished, path)
     except BaseException:

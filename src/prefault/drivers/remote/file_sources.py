@@ -24,6 +24,7 @@ from prefault.drivers.remote.source import (
     TransientError,
     Version,
     fill_from,
+    missing_package,
 )
 
 _URL = re.compile(r"[a-zA-Z][\w+.-]*://[^\s'\"<>)]+")
@@ -65,7 +66,7 @@ class LocalSource(Source):
         except OSError as error:
             self.close()
             _refuse(path, error)
-        self.version = version if version is not None else now
+        self.version = version or now
 
     @staticmethod
     def _version_of(status: os.stat_result) -> Version:
@@ -82,13 +83,12 @@ class LocalSource(Source):
                     break
                 done += count
             # Afterwards: what was read is of this version only if the file is still of it now.
-            difference = self.version.change(self._version_of(os.stat(self._path)))
+            now = self._version_of(os.stat(self._path))
         except OSError as error:
             _refuse(self.name, error)
-        if difference:
-            raise self.changed(difference)
+        self.check_version(now)
         if done < len(target):
-            raise SourceError(errno.EIO, f"{self.name}: it ends at byte {offset + done} of {self.length}")
+            raise self.cut_short(offset + done)
 
     def close(self) -> None:
         """Close the file. Idempotent."""
@@ -109,30 +109,19 @@ class CallableSource(Source):
         self._streams = StreamPool(opener)
         with self._stream() as stream:
             now = self._version_of(stream)
-        self.version = version if version is not None else now
+        self.version = version or now
 
     @contextlib.contextmanager
     def _stream(self) -> Iterator[BinaryIO]:
-        stream = None
-        failed = True
         try:
-            stream = self._streams.take()
-            yield stream
-            failed = False
-        except FileNotFoundError as error:
-            _refuse(self.name, error)
+            with self._streams.use() as stream:
+                yield stream
         except (ConnectionError, TimeoutError) as error:
             raise TransientError(f"{type(error).__name__}: {_redacted(error)}") from error
         except OSError as error:
             if isinstance(error, SourceError):
                 raise
             _refuse(self.name, error)
-        finally:
-            if stream is not None and failed:  # its connection may be broken for good: a retry opens another
-                with contextlib.suppress(Exception):
-                    stream.close()
-            elif stream is not None:
-                self._streams.give(stream)
 
     def _version_of(self, stream: BinaryIO) -> Version:
         length = stream.seek(0, os.SEEK_END)
@@ -146,11 +135,10 @@ class CallableSource(Source):
     def _attempt(self, offset: int, target: memoryview, attempts: Attempts) -> None:  # noqa: ARG002
         with self._stream() as stream:
             done = fill_from(stream, offset, target)
-            difference = self.version.change(self._version_of(stream))
-        if difference:
-            raise self.changed(difference)
+            now = self._version_of(stream)
+        self.check_version(now)
         if done < len(target):
-            raise SourceError(errno.EIO, f"{self.name}: it ends at byte {offset + done} of {self.length}")
+            raise self.cut_short(offset + done)
 
     def close(self) -> None:
         """Close the idle file objects."""
@@ -180,13 +168,8 @@ class FsspecSource(Source):
         self._broken = False
         self._opening = threading.Lock()
         attempts = Attempts(patience, name)
-        while True:
-            try:
-                now = self._ask_version(attempts)
-                break
-            except TransientError as failure:
-                attempts.wait(failure)
-        self.version = version if version is not None else now
+        now = attempts.retry(lambda: self._ask_version(attempts))
+        self.version = version or now
 
     def _connect(self) -> None:
         """Open the file system, again if it failed: some have one connection, which they never renew."""
@@ -286,9 +269,7 @@ class FsspecSource(Source):
         except TransientError as failure:
             raise TransientError(str(failure), done=done) from failure
         # Checked after the read: if the source still has this version now, so had all bytes that arrived.
-        difference = self.version.change(self._ask_version(attempts))
-        if difference:
-            raise self.changed(difference)
+        self.check_version(self._ask_version(attempts))
         if done < len(target):
             raise TransientError(f"asked for {len(target)} bytes at {offset}, got {done}", done=done)
 
@@ -336,20 +317,14 @@ def _file_system(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     try:
         import fsspec.core  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ImportError(
-            f"{url.partition('://')[0]}:// needs fsspec, which is not installed: pip install 'prefault[remote]'",
-            name="fsspec",
-        ) from error
+        raise missing_package(f"{url.partition('://')[0]}:// needs", "fsspec", "'prefault[remote]'") from error
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         package = getattr(error.__cause__, "name", None) or error.name
         if not package:
             raise ImportError(f"{url.partition('://')[0]}://: {error}") from error
-        raise ImportError(
-            f"{url.partition('://')[0]}:// needs the package {package}, which is not installed: pip install {package}",
-            name=package,
-        ) from error
+        raise missing_package(f"{url.partition('://')[0]}:// needs the package", package, package) from error
     except ValueError as error:
         raise ValueError(f"{url.partition('://')[0]}://: {error}") from error
     return fs, path

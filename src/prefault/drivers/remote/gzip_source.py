@@ -14,7 +14,7 @@ from typing import Any
 
 from prefault.drivers.remote.archives import StreamSource
 from prefault.drivers.remote.disk_cache import NOT_KEPT, WriteWarning, open_regular, write_whole
-from prefault.drivers.remote.source import CHUNK, Source, SourceError, SourceFile, Version
+from prefault.drivers.remote.source import CHUNK, Source, SourceError, SourceFile, Version, missing_package
 
 _MAGIC = b"prefault gzip index 1\n"
 _FOREIGN = b"GZIDX"
@@ -25,31 +25,19 @@ def _library(name: str) -> Any:
     try:
         import indexed_gzip  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ImportError(
-            f"{name} is compressed with gzip, which needs indexed_gzip, which is not installed: pip install"
-            " 'prefault[gzip]'",
-            name="indexed_gzip",
-        ) from error
+        raise missing_package(f"{name} is compressed with gzip, which needs", "indexed_gzip", "'prefault[gzip]'") from error
     return indexed_gzip
 
 
 def open_gzip(inner: Source, index: str | None, warning: WriteWarning, *, afresh: bool = False) -> Source:
-    """Open what a gzip file unpacks to; the returned source owns the packed one.
+    """Open what a gzip file unpacks to.
 
     Args:
-        inner: the packed bytes.
+        inner: the packed bytes; the returned source owns it.
         index: the file of the index, which is built if it is missing or belongs to another version.
         warning: called if the index cannot be written; it is in memory only then.
         afresh: the version is not pinned yet: an index is of no use if the source does not tell its versions apart.
     """
-    try:
-        return _open(inner, index, warning, afresh)
-    except BaseException:
-        inner.close()
-        raise
-
-
-def _open(inner: Source, index: str | None, warning: WriteWarning, afresh: bool) -> Source:
     library = _library(inner.name)
     if index is None:
         raise SourceError(

@@ -115,7 +115,8 @@ class HttpSource(Source):
         self._target = url  # of the last redirect
         self._connections = ConnectionPool()
         try:
-            self.version = version if version is not None else self._ask_version()
+            attempts = Attempts(patience, self.name)
+            self.version = version or attempts.retry(lambda: self._probe(attempts))
         except BaseException:
             self.close()
             raise
@@ -225,15 +226,8 @@ class HttpSource(Source):
 
     # --- what is there
 
-    def _ask_version(self) -> Version:
-        attempts = Attempts(self.patience, self.name)
-        while True:
-            try:
-                return self._probe(attempts)
-            except TransientError as failure:
-                attempts.wait(failure)
-
     def _probe(self, attempts: Attempts) -> Version:
+        """Ask for the version."""
         # GET and not HEAD: signed URLs are often good for GET only, and the answer proves that ranges work.
         answer = self._send(attempts, {"Range": "bytes=0-0"})
         response = answer.response

@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 from prefault.device.driver import Access, Device, DeviceArea, FaultAround, Recipe
@@ -200,11 +200,8 @@ class RemoteFile(Device):
         source = self._open_source()
         if self._cache_dir is None:
             return source
-        try:
+        with _closed_on_failure(source):
             return CachedSource(source, self._open_cache(self._cache_dir, source))
-        except BaseException:
-            source.close()
-            raise
 
     def _open_cache(self, directory: str, source: Source) -> DiskCache:
         return DiskCache(directory, source, self._cache_key(self._packing()), self._cache_warning)
@@ -234,29 +231,34 @@ class RemoteFile(Device):
         plain = self._open_plain(None if packing else self._version)
         if self._version is None and not plain.length:
             return plain  # it is empty: __init__ raises
-        if packing == "zstd":
-            opened: Source = ZstdSource(plain, None)
-        elif packing == "gzip":
-            index = self._index
-            if index is None and self._cache_dir is not None:
-                try:
-                    key = self._cache_key("index")
-                    index = os.path.join(make_directory(self._cache_dir, plain, key, self._cache_warning), "gzip.index")
-                except BaseException:
-                    plain.close()
-                    raise
-            opened = open_gzip(plain, index, self._cache_warning, afresh=self._version is None)
-        else:
+        if packing is None:
             return plain
-        if self._version is not None and opened.version != self._version:
-            opened.close()
-            raise opened.changed(self._version.change(opened.version))
-        return opened
+        with _closed_on_failure(plain):
+            opened = ZstdSource(plain) if packing == "zstd" else self._open_gzip(plain)
+            if self._version is not None and opened.version != self._version:
+                raise opened.changed(self._version.change(opened.version))
+            return opened
+
+    def _open_gzip(self, packed: Source) -> Source:
+        index = self._index
+        if index is None and self._cache_dir is not None:
+            directory = make_directory(self._cache_dir, packed, self._cache_key("index"), self._cache_warning)
+            index = os.path.join(directory, "gzip.index")
+        return open_gzip(packed, index, self._cache_warning, afresh=self._version is None)
 
     def _open_plain(self, version: Version | None) -> Source:
         if callable(self.source):
             return CallableSource(self.source, self._patience, version)
         return open_plain(self.source, self._headers, self._options, self._patience, version)
+
+
+@contextlib.contextmanager
+def _closed_on_failure(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        source.close()
+        raise
 
 
 def open_plain(
@@ -267,7 +269,9 @@ def open_plain(
     if "::" in url and protocol == "zip":
         member, _, inner = rest.partition("::")
         within = options.get(inner.partition("://")[0], {}) if "::" not in inner else options
-        return open_member(open_plain(inner, headers, within, patience), member, redacted_chain(url), version)
+        archive = open_plain(inner, headers, within, patience)
+        with _closed_on_failure(archive):
+            return open_member(archive, member, redacted_chain(url), version)
     if _is_whole(url):
         if protocol in ("http", "https"):
             if options:

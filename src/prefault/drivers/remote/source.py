@@ -13,11 +13,13 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from prefault.errors import DeviceError
+
+_T = TypeVar("_T")
 
 CHUNK = 256 << 10
 """Bytes that are read between two checks of the time limit."""
@@ -163,6 +165,14 @@ class Attempts:
         """Seconds to wait for a request that shows no progress: half of the time left, so that it can be retried once."""
         return max(self.timeout_s, self.left_s / 2)
 
+    def retry(self, function: Callable[[], _T]) -> _T:
+        """Call a function until it raises no TransientError; return its result."""
+        while True:
+            try:
+                return function()
+            except TransientError as failure:
+                self.wait(failure)
+
     def wait(self, failure: TransientError) -> None:
         """Pause before the next attempt; raise GivenUpError if no retry or no time is left."""
         if failure.at_once:
@@ -233,31 +243,48 @@ class Source(abc.ABC):
     def close(self) -> None:
         """Close connections and files. Idempotent."""
 
+    def check_version(self, now: Version) -> None:
+        """Raise SourceChangedError unless the pinned version is the version now."""
+        difference = self.version.change(now)
+        if difference:
+            raise self.changed(difference)
+
+    def cut_short(self, stop: int) -> SourceError:
+        """Return the error for a source that ends at byte ``stop``, before its length."""
+        return SourceError(errno.EIO, f"{self.name}: it ends at byte {stop} of {self.length}")
+
     def changed(self, what: str) -> SourceChangedError:
         """Return the error for a changed source; ``what`` tells the change."""
         return SourceChangedError(errno.ESTALE, f"{self.name} changed while it was mapped: {what}; open it again")
 
 
-class Slice(Source):
-    """A part of another source, which it owns."""
+class DerivedSource(Source):
+    """A source whose bytes come from another, which it owns and closes. That one has the attempts and the time limit."""
+
+    def __init__(self, inner: Source, name: str) -> None:
+        super().__init__(name, inner.patience)
+        self._inner = inner
+
+    def close(self) -> None:
+        """Close the other source."""
+        self._inner.close()
+
+
+class Slice(DerivedSource):
+    """A part of another source."""
 
     def __init__(self, inner: Source, name: str, start: int, version: Version) -> None:
-        super().__init__(name, inner.patience)
+        super().__init__(inner, name)
         if start + version.length > inner.length:
             raise SourceError(
                 errno.EIO,
                 f"{name}: it would end at byte {start + version.length} of {inner.length} bytes: the source is broken",
             )
-        self._inner = inner
         self._start = start
         self.version = version
 
-    def _attempt(self, offset: int, target: memoryview, attempts: Attempts) -> None:  # noqa: ARG002  the inner one has its own
+    def _attempt(self, offset: int, target: memoryview, attempts: Attempts) -> None:  # noqa: ARG002
         self._inner.read_into(self._start + offset, target)
-
-    def close(self) -> None:
-        """Close the whole source."""
-        self._inner.close()
 
 
 class SourceFile(io.RawIOBase):
@@ -317,8 +344,24 @@ class StreamPool:
         self._idle: list[Any] = []
         self._lock = threading.Lock()
 
-    def take(self, cost: Callable[[Any], float] | None = None) -> Any:
-        """Take the cheapest idle file object, or open one if there is none, or if all have infinite cost."""
+    @contextlib.contextmanager
+    def use(self, cost: Callable[[Any], float] | None = None) -> Iterator[Any]:
+        """Yield a file object; after an exception close it, as it may be broken for good: a retry opens another.
+
+        Args:
+            cost: the cheapest idle one is taken; where all have infinite cost, another is opened.
+        """
+        stream = self._take(cost)
+        try:
+            yield stream
+        except BaseException:
+            with contextlib.suppress(Exception):
+                stream.close()
+            raise
+        with self._lock:
+            self._idle.append(stream)
+
+    def _take(self, cost: Callable[[Any], float] | None) -> Any:
         with self._lock:
             if self._idle:
                 index = len(self._idle) - 1
@@ -328,17 +371,28 @@ class StreamPool:
                     return self._idle.pop(index)
         return self._opener()
 
-    def give(self, stream: Any) -> None:
-        """Give a file object back to the pool."""
-        with self._lock:
-            self._idle.append(stream)
-
     def close(self) -> None:
         """Close the idle file objects."""
         with self._lock:
             idle, self._idle = self._idle, []
         for stream in idle:
             stream.close()
+
+
+def runs_of(numbers: Iterable[int]) -> list[range]:
+    """Return ascending numbers as runs of consecutive ones."""
+    runs: list[range] = []
+    for number in numbers:
+        if runs and runs[-1].stop == number:
+            runs[-1] = range(runs[-1].start, number + 1)
+        else:
+            runs.append(range(number, number + 1))
+    return runs
+
+
+def missing_package(needs: str, package: str, install: str) -> ImportError:
+    """Return the error for a package that is not installed: "``needs`` it"; ``install`` is the argument of pip."""
+    return ImportError(f"{needs} {package}, which is not installed: pip install {install}", name=package)
 
 
 def fill_from(stream: Any, offset: int, target: memoryview) -> int:

@@ -15,7 +15,7 @@ import threading
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-from prefault.drivers.remote.source import Attempts, Source, SourceError, Version
+from prefault.drivers.remote.source import Attempts, DerivedSource, Source, SourceError, Version, missing_package, runs_of
 
 _FOOTER = struct.Struct("<IBI")  # frames, descriptor, magic
 _SEEKABLE = 0x8F92EAB1
@@ -47,34 +47,23 @@ def _library(name: str) -> Any:
         try:
             from backports import zstd  # type: ignore[import-not-found, unused-ignore, no-redef]
         except ImportError as error:
-            raise ImportError(
-                f"{name} is compressed with zstd, which needs backports.zstd, which is not installed: pip install"
-                " 'prefault[zstd]'",
-                name="backports.zstd",
+            raise missing_package(
+                f"{name} is compressed with zstd, which needs", "backports.zstd", "'prefault[zstd]'"
             ) from error
     return zstd
 
 
-class ZstdSource(Source):
-    """Unpacked content of a seekable zstd file; it owns the packed source."""
+class ZstdSource(DerivedSource):
+    """Unpacked content of a seekable zstd file."""
 
-    def __init__(self, inner: Source, version: Version | None) -> None:
-        super().__init__(inner.name, inner.patience)
-        self._inner = inner
-        try:
-            self._zstd = _library(inner.name)
-            self._frames = self._table()
-        except BaseException:
-            inner.close()
-            raise
+    def __init__(self, inner: Source) -> None:
+        super().__init__(inner, inner.name)
+        self._zstd = _library(inner.name)
+        self._frames = self._table()
         self._starts = [frame.content for frame in self._frames]
         length = self._frames[-1].content_stop if self._frames else 0
         # The packed source pins the content: it checks its version with each read.
-        self.version = version or Version(
-            length, f"zstd of {inner.version.length} {inner.version.tag}", inner.version.modified
-        )
-        if self.version.length != length:
-            raise self.changed(f"it unpacked to {self.version.length} bytes and unpacks to {length} now")
+        self.version = Version(length, f"zstd of {inner.version.length} {inner.version.tag}", inner.version.modified)
         self._kept: OrderedDict[int, bytes] = OrderedDict()
         self._kept_bytes = 0
         self._lock = threading.Lock()
@@ -118,14 +107,13 @@ class ZstdSource(Source):
     def _broken(self, what: str) -> SourceError:
         return SourceError(errno.EIO, f"{self.name}: the seek table is broken: {what}")
 
-    def _attempt(self, offset: int, target: memoryview, attempts: Attempts) -> None:  # noqa: ARG002  the inner one has its own
+    def _attempt(self, offset: int, target: memoryview, attempts: Attempts) -> None:  # noqa: ARG002
         stop = offset + len(target)
         first = bisect.bisect_right(self._starts, offset) - 1
         after = bisect.bisect_left(self._starts, stop)
         with self._lock:
             content = {index: self._kept[index] for index in range(first, after) if index in self._kept}
-        missing = [index for index in range(first, after) if index not in content]
-        for run in _runs(missing):
+        for run in runs_of(index for index in range(first, after) if index not in content):
             begin = self._frames[run[0]].packed
             packed = memoryview(self._inner.read(begin, self._frames[run[-1]].packed_stop - begin))
             for index in run:
@@ -163,18 +151,3 @@ class ZstdSource(Source):
                 self._kept.move_to_end(index)
             while self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1:
                 self._kept_bytes -= len(self._kept.popitem(last=False)[1])
-
-    def close(self) -> None:
-        """Close the packed source."""
-        self._inner.close()
-
-
-def _runs(indices: list[int]) -> list[list[int]]:
-    """Group consecutive numbers."""
-    found: list[list[int]] = []
-    for index in indices:
-        if found and found[-1][-1] == index - 1:
-            found[-1].append(index)
-        else:
-            found.append([index])
-    return found

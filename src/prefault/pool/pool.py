@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from prefault.mapping.mapping import HugeAdvice
-from prefault.memory.backings import BackingSource, Descriptor
-from prefault.pool.block_charges import BlockCharges, PoolAccount
+from prefault.memory.backings import BackingSource
+from prefault.pool.block_charges import PoolAccount
 from prefault.pool.high_water import HighWaterNotifier, OnHighWater
-from prefault.pool.members import MemberTable, extent, round_up
+from prefault.pool.members import MemberTable
+from prefault.pool.memory_pool import MemoryPool, NewMember
 from prefault.pool.pool_statistics import PoolStatistics
 from prefault.sizes import Size, format_size
-from prefault.sparse import SparseMemory
-from prefault.sparse.sparse_memory import Unpopulated
 
 if TYPE_CHECKING:
     from prefault.pool.service.pool_server import PoolServer
 
 
-class Pool:
+class Pool(MemoryPool):
     """A bounded store of memory: any number of :class:`~prefault.SparseMemory` draw from it, never more than ``capacity``.
 
     ::
@@ -47,6 +47,10 @@ class Pool:
             again after it was below. It runs in a thread of its own, one call at a time, with no lock held, so that it may
             discard and populate. Its exceptions go to ``threading.excepthook``.
 
+    Attributes:
+        capacity: bytes.
+        block: bytes.
+
     Raises:
         MappingError: the tmpfs is smaller than that, or the hugetlb pool has fewer pages.
         ValueError, TypeError: a wrong size, backing or option.
@@ -64,72 +68,30 @@ class Pool:
         if on_high_water is not None and high_water is None:
             raise ValueError("on_high_water needs a mark: high_water=0.9, or a size")
         self._table = MemberTable(capacity, backing, block, high_water)
+        self.capacity, self.block = self._table.capacity, self._table.block
         if on_high_water is not None:
             self._table.add_listener(HighWaterNotifier(on_high_water).notify)
         self._servers: list[PoolServer] = []
         self._pid = os.getpid()
 
     @property
-    def capacity(self) -> int:
-        """The capacity in bytes."""
-        return self._table.capacity
-
-    @property
-    def block(self) -> int:
-        """The size of a block in bytes."""
-        return self._table.block
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """Weaknesses of this pool that are known beforehand, each a sentence."""
         return self._table.store.notes
 
-    def sparse(
-        self,
-        size: Size,
-        *,
-        reserved: Size = 0,
-        limit: Size | None = None,
-        unpopulated: Unpopulated = "fault",
-        reservation: Size | None = None,
-        huge: HugeAdvice = "auto",
-        name: str | None = None,
-    ) -> SparseMemory:
-        """Make sparse memory that draws from this pool; closing it refunds everything.
-
-        Args:
-            size: bytes, rounded up to blocks. It may be far more than the capacity.
-            reserved: bytes that no other member can take, rounded up to blocks.
-            limit: the most bytes that it may have, rounded down to blocks; None: the capacity.
-            unpopulated: ``"fault"``: touching what is not populated is a SIGSEGV. ``"zeros"``: it allocates memory that is
-                not charged; statistics show it as allocated beyond what is charged.
-            reservation: how far it can be resized; None: its size.
-            huge: as for :class:`~prefault.SparseMemory`.
-            name: for statistics and messages.
-
-        Raises:
-            PoolFullError: fewer bytes are available than are to be reserved.
-            MappingError: the file cannot be made or mapped.
-            ValueError: the pool is closed; a wrong size or option.
-        """
-        wanted, whole = extent(size, reservation)
-        request = self._table.check_request(whole, reserved=reserved, limit=limit, name=name)
+    def _add_member(self, size: int, reserved: int, limit: int | None, name: str | None) -> NewMember:
+        request = self._table.check_request(size, reserved=reserved, limit=limit, name=name)
         self._table.reap()
         number = self._table.open(request, os.getpid())
-        account = _LocalAccount(self._table, number)
+        return NewMember(_LocalAccount(self._table, number), request.size, request.name, self._file(number))
+
+    @contextlib.contextmanager
+    def _file(self, number: int) -> Iterator[int]:
+        fd = self._table.descriptor(number)
         try:
-            accounting = BlockCharges(account, request.size, self.block, request.name)
-            fd = self._table.descriptor(number)
-            try:
-                return SparseMemory(
-                    round_up(wanted, self.block), reservation=request.size, backing=Descriptor(fd), block=self.block,
-                    unpopulated=unpopulated, huge=huge, accounting=accounting,
-                )  # fmt: skip
-            finally:
-                os.close(fd)
-        except BaseException:
-            account.close()
-            raise
+            yield fd
+        finally:
+            os.close(fd)
 
     def statistics(self) -> PoolStatistics:
         """Return the charges and reservations, in all and of each member, and what the files hold.

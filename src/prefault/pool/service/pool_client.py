@@ -6,25 +6,18 @@ import contextlib
 import errno
 import os
 import threading
-from typing import TYPE_CHECKING
 
 from prefault.errors import PoolGoneError
-from prefault.memory.backings import Descriptor
-from prefault.pool.block_charges import BlockCharges, PoolAccount
+from prefault.pool.block_charges import PoolAccount
 from prefault.pool.high_water import HighWaterNotifier, OnHighWater
-from prefault.pool.members import check_name, extent, round_up
+from prefault.pool.memory_pool import MemoryPool, NewMember
 from prefault.pool.pool_statistics import PoolStatistics
 from prefault.pool.service import pool_protocol
 from prefault.pool.service.pool_connection import PoolConnection
-from prefault.sizes import Size, format_size, parse_size
-from prefault.sparse import SparseMemory
-from prefault.sparse.sparse_memory import Unpopulated
-
-if TYPE_CHECKING:
-    from prefault.mapping.mapping import HugeAdvice
+from prefault.sizes import format_size
 
 
-class PoolClient:
+class PoolClient(MemoryPool):
     """A pool in another process; made by :func:`prefault.pool.connect`. A context manager.
 
     When the server ends, the memory stays: it can be used, discarded and closed, and populating it raises
@@ -51,40 +44,14 @@ class PoolClient:
             raise
         self._members: set[_RemoteAccount] = set()
 
-    def sparse(
-        self,
-        size: Size,
-        *,
-        reserved: Size = 0,
-        limit: Size | None = None,
-        unpopulated: Unpopulated = "fault",
-        reservation: Size | None = None,
-        huge: HugeAdvice = "auto",
-        name: str | None = None,
-    ) -> SparseMemory:
-        """Make sparse memory of this process that draws from the pool; the arguments are those of :meth:`Pool.sparse`.
-
-        Raises:
-            PoolGoneError: the server does not answer.
-        """
-        wanted, whole = extent(size, reservation)
-        check_name(name)  # a wrong name would make an invalid message, which ends the connection
-        most = None if limit is None else parse_size(limit)
-        request = pool_protocol.Create(0, whole, parse_size(reserved), most, name)
+    def _add_member(self, size: int, reserved: int, limit: int | None, name: str | None) -> NewMember:
+        request = pool_protocol.Create(0, size, reserved, limit, name)
         created, fd = self._link.call(request, pool_protocol.Created)
         if fd is None:
             raise PoolGoneError(errno.EPROTO, "the pool's server sent no descriptor with a new member")
         account = _RemoteAccount(self, created.member, fd)
         self._members.add(account)
-        try:
-            accounting = BlockCharges(account, created.size, self.block, created.name)
-            return SparseMemory(
-                round_up(wanted, self.block), reservation=created.size, backing=Descriptor(fd), block=self.block,
-                unpopulated=unpopulated, huge=huge, accounting=accounting,
-            )  # fmt: skip
-        except BaseException:
-            account.close()
-            raise
+        return NewMember(account, created.size, created.name, contextlib.nullcontext(fd))
 
     def statistics(self) -> PoolStatistics:
         """Return the statistics of the whole pool.

@@ -268,6 +268,12 @@ class _State:
     def run(self, operation: str, arguments: dict[str, Any]) -> Any:
         return getattr(self, f"do_{operation}")(**arguments)
 
+    def _span(self, area: str, first: int, pages: int) -> tuple[int, int]:
+        """Return the offset and the length of pages in an area, in bytes, as far as they are mapped."""
+        mapped = self._areas[area]
+        offset = first * mapped.page_size - mapped.offset
+        return offset, min(pages * mapped.page_size, len(mapped) - offset)
+
     def do_connect(self, path: str) -> dict[str, Any]:
         import prefault.device
 
@@ -301,24 +307,18 @@ class _State:
         return len(pages)
 
     def do_read(self, area: str, first: int, pages: int, out: str) -> None:
-        mapped = self._areas[area]
-        start = first * mapped.page_size - mapped.offset
-        Path(out).write_bytes(mapped.read(start, min(pages * mapped.page_size, len(mapped) - start)))
+        Path(out).write_bytes(self._areas[area].read(*self._span(area, first, pages)))
 
     def do_write(self, area: str, page: int, byte: int) -> None:
         """Fill a page."""
-        mapped = self._areas[area]
-        memory = mapped.ndarray("uint8")
-        start = page * mapped.page_size - mapped.offset
-        memory[start : start + mapped.page_size] = byte
+        start, length = self._span(area, page, 1)
+        self._areas[area].ndarray("uint8")[start : start + length] = byte
 
     def do_populate(self, area: str, first: int, pages: int, access: str | None = None) -> int:
         from prefault.engine.populating import populate
 
-        mapped = self._areas[area]
-        start = first * mapped.page_size - mapped.offset
-        length = min(pages * mapped.page_size, len(mapped) - start)
-        return populate(mapped, offset=start, length=length, access=access).bytes  # type: ignore[arg-type]
+        offset, length = self._span(area, first, pages)
+        return populate(self._areas[area], offset=offset, length=length, access=access).bytes  # type: ignore[arg-type]
 
     def do_lock(self, area: str) -> None:
         from prefault.engine.locking import lock
@@ -334,9 +334,8 @@ class _State:
     def do_discard(self, area: str, first: int, pages: int) -> None:
         from prefault.engine.discarding import discard
 
-        mapped = self._areas[area]
-        start = first * mapped.page_size - mapped.offset
-        discard(mapped, offset=start, length=min(pages * mapped.page_size, len(mapped) - start))
+        offset, length = self._span(area, first, pages)
+        discard(self._areas[area], offset=offset, length=length)
 
     def do_readonly(self, area: str) -> bool:
         return not self._areas[area].ndarray("uint8").flags.writeable

@@ -72,10 +72,7 @@ class Journal:
         self._write("complaint", what)
 
     def _entries(self) -> list[Any]:
-        found = []
-        for line in self._path.read_bytes().splitlines():
-            found.append(json.loads(line))  # noqa: PERF401  short
-        return found
+        return [json.loads(line) for line in self._path.read_bytes().splitlines()]
 
     def complaints(self) -> list[str]:
         """Return the breaches of the contract that the recording device saw."""

@@ -117,10 +117,11 @@ class DeviceClient:
             raise ValueError(f"a timeout is a positive number of seconds, not {timeout}")
         self.path = os.path.abspath(os.fsdecode(path))
         self._timeout = timeout
-        self._tracking: DeviceConnection | None = None
         self._lock = threading.RLock()
         self._connection = self._connected(tracking=False)
-        self._ends = weakref.finalize(self, _release_all, [self._connection])
+        self._connections = [self._connection]
+        """The connection, and one for areas whose writes the kernel tracks once there is such an area."""
+        self._ends = weakref.finalize(self, _release_all, self._connections)
         self._ends.atexit = False
         info = self._connection.device_info
         self.name, self.length, self.page_size = info.name, info.length, info.page_size
@@ -160,12 +161,9 @@ class DeviceClient:
             # A device that does not evict needs no write-protection of its own, so that the kernel can record writes
             # without the server: through a userfaultfd that was opened for that.
             with self._lock:
-                if self._tracking is None:
-                    self._tracking = self._connected(tracking=True)
-                    self._ends.detach()
-                    self._ends = weakref.finalize(self, _release_all, [self._connection, self._tracking])
-                    self._ends.atexit = False
-                connection = self._tracking
+                if len(self._connections) == 1:
+                    self._connections.append(self._connected(tracking=True))
+                connection = self._connections[-1]
         if not connection.acquire():
             connection.check()
         return _map(connection, length, offset, populate, access, track_dirty, colocate)
@@ -183,10 +181,7 @@ class DeviceClient:
         """
         if self.closed:
             return
-        own = [
-            connection for connection in (self._connection, self._tracking) if connection is not None and connection.usable
-        ]
-        areas = sum(connection.users - 1 for connection in own)
+        areas = sum(connection.users - 1 for connection in self._connections if connection.usable)
         if areas:
             raise BufferError(f"{areas} area{' is' if areas == 1 else 's are'} still open: close them first")
         self._ends()

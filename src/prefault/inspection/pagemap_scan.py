@@ -32,7 +32,7 @@ class PagemapScanner(threading.local):
             size=sizeof(pagemap.PmScanArg), vec=self.regions.buffer_info()[0], vec_len=_REGIONS
         )  # fmt: skip
 
-    def scan(self, spans: Sequence[int], mask: int, inverted: int, any_of: int, returned: int) -> array[int]:
+    def scan(self, spans: Sequence[int], mask: int, inverted: int, any_of: int, returned: int, flags: int = 0) -> array[int]:
         """Scan spans of addresses (start and stop in turn), and return the regions that match.
 
         Returns:
@@ -40,12 +40,12 @@ class PagemapScanner(threading.local):
         """
         if self.busy:
             # A signal handler, or a finalizer, in the middle of a scan of this very thread.
-            return PagemapScanner().scan(spans, mask, inverted, any_of, returned)
+            return PagemapScanner().scan(spans, mask, inverted, any_of, returned, flags)
         words = array("Q")
         self.busy = True
         try:
             argument, regions, ioctl = self.argument, self.regions, _pagemap_file.ioctl
-            argument.category_mask, argument.category_inverted = mask, inverted
+            argument.flags, argument.category_mask, argument.category_inverted = flags, mask, inverted
             argument.category_anyof_mask, argument.return_mask = any_of, returned
             for first, stop in zip(spans[::2], spans[1::2], strict=True):
                 start = int(first)

@@ -101,19 +101,18 @@ class DeviceConnection(Channel):
         fcntl.fcntl(self._lifeline, fcntl.F_SETOWN, self._pid)
         fcntl.fcntl(self._lifeline, fcntl.F_SETSIG, signal.SIGBUS)
         fcntl.fcntl(self._lifeline, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
-        poll = select.poll()
-        poll.register(self._lifeline, select.POLLIN)
-        if poll.poll(0):  # closed before F_SETSIG took effect
+        if self._lifeline_ended():  # before F_SETSIG took effect
             raise DeviceGoneError(errno.ECONNRESET, "the device's server and its warden are gone")
 
     @property
     def lost_but_served(self) -> bool:
         """True if the connection is lost while a server or warden, which still holds the lifeline, may act on areas."""
-        if not self._disconnected or self._lifeline < 0:
-            return False
+        return self._disconnected and self._lifeline >= 0 and not self._lifeline_ended()
+
+    def _lifeline_ended(self) -> bool:
         poll = select.poll()
         poll.register(self._lifeline, select.POLLIN)
-        return not poll.poll(0)
+        return bool(poll.poll(0))
 
     @property
     def kernel_tracks_writes(self) -> bool:

@@ -170,16 +170,10 @@ class _PopulateCall:
 
     def _lacking(self, start: int, stop: int) -> list[protocol.Run]:
         """Return the runs of the device's pages that the page table lacks."""
-        page_at, unit = self._memory.page_at, self._unit
-        runs: list[protocol.Run] = []
+        memory, unit = self._memory, self._unit
         present = populated_before(start, stop, write=self._access == "write", private=False)
-        for at, there in Intervals([(start, stop)]) - present:
-            first, last = page_at(at), page_at(there + unit - 1)
-            if runs and first < runs[-1][1]:
-                first = runs[-1][1]
-            if first < last:
-                runs.append((first, last))
-        return runs
+        lacking = (Intervals([(start, stop)]) - present).shifted(memory.offset - memory.address).outward(unit)
+        return [(first // unit, last // unit) for first, last in lacking]
 
     # --- requests
 
@@ -292,12 +286,8 @@ class _PopulateCall:
 
     def _present(self, runs: list[protocol.Run]) -> RangeSet:
         """Return what the page table has by now of pages that it lacked."""
-        found: list[PageRange] = []
-        for first, last in runs:
-            pages = self._range(first, last)
-            present = populated_before(pages.start, pages.stop, write=False, private=False)
-            found += [PageRange(*run) for run in present]
-        return RangeSet(found)
+        ranges = [self._range(first, last) for first, last in runs]
+        return RangeSet.union_of(populated_before(pages.start, pages.stop, write=False, private=False) for pages in ranges)
 
     def _kept(self, mapped: RangeSet) -> RangeSet:
         """Return what this call mapped and what stays: finished runs and ``mapped``. Roll the former back if asked."""

@@ -47,8 +47,7 @@ def open_member(inner: Source, member: str, name: str, version: Version | None) 
             raise file.failure or SourceError(errno.EIO, f"{name}: {error}") from error
     if info.flag_bits & _ENCRYPTED:
         raise SourceError(errno.EACCES, f"{name}: the member is encrypted")
-    tag = f"crc={info.CRC:08x} in {inner.version.length} {inner.version.tag}".strip()
-    now = Version(info.file_size, tag, inner.version.modified)
+    now = inner.version.derived(info.file_size, f"crc={info.CRC:08x} in")
     if version is not None and version != now:
         raise SourceChangedError(errno.ESTALE, f"{name} changed while it was mapped: {version.change(now)}; open it again")
     if info.compress_type != zipfile.ZIP_STORED:

@@ -14,7 +14,7 @@ from typing import Any
 
 from prefault.drivers.remote.archives import StreamSource
 from prefault.drivers.remote.disk_cache import NOT_KEPT, WriteWarning, open_regular, write_whole
-from prefault.drivers.remote.source import CHUNK, Source, SourceError, SourceFile, Version, missing_package
+from prefault.drivers.remote.source import CHUNK, Source, SourceError, SourceFile, missing_package
 
 _MAGIC = b"prefault gzip index 1\n"
 _FOREIGN = b"GZIDX"
@@ -50,7 +50,6 @@ def open_gzip(inner: Source, index: str | None, warning: WriteWarning, *, afresh
     if made is None:
         made = _build(library, inner, index, warning)
     length, content = made
-    version = Version(length, f"gzip of {inner.version.length} {inner.version.tag}", inner.version.modified)
 
     def opener(file: SourceFile) -> Any:
         # The CRC covers the whole content, and was checked when the index was built.
@@ -60,7 +59,7 @@ def open_gzip(inner: Source, index: str | None, warning: WriteWarning, *, afresh
         stream.import_index(fileobj=io.BytesIO(content))
         return stream
 
-    return StreamSource(inner, inner.name, version, opener)
+    return StreamSource(inner, inner.name, inner.version.derived(length, "gzip of"), opener)
 
 
 class _CheckedFile(SourceFile):

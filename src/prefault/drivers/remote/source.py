@@ -86,6 +86,10 @@ class Version(NamedTuple):
         """True if another version of the same length would be noticed."""
         return bool(self.tag or self.modified)
 
+    def derived(self, length: int, how: str) -> Version:
+        """Return the version of content that is inside this one; ``how`` ends in "of" or "in"."""
+        return Version(length, f"{how} {self.length} {self.tag}".strip(), self.modified)
+
     def change(self, now: Version) -> str:
         """Return the difference between this version and ``now``, in words; empty if there is none."""
         if now.length != self.length:

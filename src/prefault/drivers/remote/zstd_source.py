@@ -15,7 +15,7 @@ import threading
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-from prefault.drivers.remote.source import Attempts, DerivedSource, Source, SourceError, Version, missing_package, runs_of
+from prefault.drivers.remote.source import Attempts, DerivedSource, Source, SourceError, missing_package, runs_of
 
 _FOOTER = struct.Struct("<IBI")  # frames, descriptor, magic
 _SEEKABLE = 0x8F92EAB1
@@ -63,7 +63,7 @@ class ZstdSource(DerivedSource):
         self._starts = [frame.content for frame in self._frames]
         length = self._frames[-1].content_stop if self._frames else 0
         # The packed source pins the content: it checks its version with each read.
-        self.version = Version(length, f"zstd of {inner.version.length} {inner.version.tag}", inner.version.modified)
+        self.version = inner.version.derived(length, "zstd of")
         self._kept: OrderedDict[int, bytes] = OrderedDict()
         self._kept_bytes = 0
         self._lock = threading.Lock()

@@ -24,7 +24,7 @@ class AccessLog:
 
     Attributes:
         device: name of the device.
-        length: of the device, bytes. A log fits a device of that length only.
+        length: length of the device, bytes. A log fits a device of that length only.
         runs: ranges of the *device*, in whole pages.
     """
 

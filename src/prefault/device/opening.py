@@ -55,7 +55,7 @@ def map(  # noqa: A001  mmap(2) for devices; used as prefault.device.map
         device: the driver. With a :meth:`Device.recipe`, the server creates the device anew in a fresh process; without
             one, the server is a fork of this process as it is now.
         length: bytes; None: to the end of the device.
-        offset: where in the device to start: a multiple of its page size.
+        offset: first byte of the device to map: a multiple of its page size.
         populate: False: pages are supplied when they are touched. "read" or "write": populate all of them now, in few
             calls. True: populate for the access that the area is mapped with.
         access: "read" or "write"; None: what the device allows.
@@ -92,7 +92,7 @@ def connect(path: str | os.PathLike[str], *, timeout: float = 5.0) -> DeviceClie
     """Connect to a device that another process serves: ``prefault device serve``, or :func:`prefault.device.serve`.
 
     Args:
-        path: of the server's socket.
+        path: path of the server's socket.
         timeout: seconds to wait until the server accepts the connection.
 
     Raises:
@@ -107,8 +107,8 @@ class DeviceClient:
     """A device that another process serves; made by :func:`prefault.device.connect`. A context manager.
 
     Attributes:
-        path: of the socket.
-        name, length, page_size, writable, notes: of the device.
+        path: path of the socket.
+        name, length, page_size, writable, notes: facts of the device.
     """
 
     def __init__(self, path: str | os.PathLike[str], timeout: float) -> None:

@@ -16,7 +16,7 @@ def connect_to_server(connection: socket.socket, path: str | os.PathLike[str], t
 
     Args:
         connection: a new socket of the server's kind.
-        path: of the server's socket.
+        path: path of the server's socket.
         timeout: seconds that a server has which is behind with accepting.
         served: the word for what it serves, such as ``"pool"``.
 

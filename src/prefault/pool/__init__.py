@@ -24,7 +24,7 @@ def connect(path: str | os.PathLike[str], *, timeout: float = 30.0, on_high_wate
     """Connect to a pool that another process of this user serves at ``path``.
 
     Args:
-        path: of the socket that :meth:`Pool.serve` made.
+        path: path of the socket that :meth:`Pool.serve` made.
         timeout: seconds that the server has for each reply.
         on_high_water: as for :class:`Pool`; called when the charge of the shared pool reaches its mark.
 

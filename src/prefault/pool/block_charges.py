@@ -37,10 +37,10 @@ class BlockCharges(Accounting):
     A forked child shares the memory and not the account: there :meth:`charge` raises, and the rest does nothing.
 
     Args:
-        account: with the pool.
-        size: of the file, bytes.
-        block: bytes.
-        name: for messages.
+        account: the member's account with the pool.
+        size: length of the file, bytes.
+        block: size of a block, bytes.
+        name: the name in messages.
     """
 
     def __init__(self, account: PoolAccount, size: int, block: int, name: str) -> None:

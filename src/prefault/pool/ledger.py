@@ -13,9 +13,9 @@ class MemberAccount(NamedTuple):
     """The charge, reservation and limit of a member, in bytes.
 
     Attributes:
-        name: for messages.
-        charged: taken from the capacity.
-        reserved: guaranteed; what of it is not charged is kept free for this member.
+        name: the name in messages.
+        charged: bytes taken from the capacity.
+        reserved: guaranteed bytes; those that are not charged are kept free for this member.
         limit: the most that may be charged; None: the capacity is the only limit.
     """
 

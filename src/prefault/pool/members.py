@@ -50,8 +50,8 @@ class MemberTable:
     Attributes:
         capacity: bytes.
         block: bytes.
-        store: where the files are created.
-        closed: whether :meth:`close` was called.
+        store: maker of the members' files.
+        closed: True once :meth:`close` was called.
     """
 
     def __init__(self, capacity: Size, backing: BackingSource | str, block: Size, high_water: float | Size | None) -> None:

@@ -19,9 +19,9 @@ class NewMember(NamedTuple):
     """A member that was added to a pool.
 
     Attributes:
-        account: with the pool.
-        size: of its file, bytes.
-        name: for messages.
+        account: its account with the pool.
+        size: length of its file, bytes.
+        name: the name in messages.
         file: context manager of a descriptor of its file.
     """
 
@@ -61,9 +61,9 @@ class MemoryPool(abc.ABC):
             limit: the most bytes that it may have, rounded down to blocks; None: the capacity.
             unpopulated: ``"fault"``: touching what is not populated is a SIGSEGV. ``"zeros"``: it allocates memory that is
                 not charged; statistics show it as allocated beyond what is charged.
-            reservation: how far it can be resized; None: its size.
-            huge: as for :class:`~prefault.SparseMemory`.
-            name: for statistics and messages.
+            reservation: the most bytes that it can be resized to; None: its size.
+            huge: advice on huge pages, see :class:`~prefault.SparseMemory`.
+            name: the name in statistics and messages.
 
         Raises:
             PoolFullError: fewer bytes are available than are to be reserved.

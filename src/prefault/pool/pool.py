@@ -109,9 +109,9 @@ class Pool(MemoryPool):
         """Share the pool with other processes of this user, which :func:`prefault.pool.connect` to ``path``.
 
         Args:
-            path: of a socket, made for this user alone. One that a dead server left is replaced.
-            max_connections: at once; further ones are told so and closed.
-            max_members: that clients may have, all together.
+            path: path of a socket, made for this user alone. One that a dead server left is replaced.
+            max_connections: the most connections at once; further ones are told so and closed.
+            max_members: the most members of all clients together.
             timeout: seconds that a client has for the rest of a message, and to read a reply.
 
         Raises:

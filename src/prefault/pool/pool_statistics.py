@@ -11,14 +11,14 @@ class MemberStatistics(NamedTuple):
     """Statistics of one member of a pool. Sizes are bytes.
 
     Attributes:
-        name: as it was given, or ``"member 3"``.
-        pid: of the process that uses it.
-        size: of its file: the most that it could ever hold.
+        name: the name that was given, or ``"member 3"``.
+        pid: process that uses it.
+        size: length of its file: the most that it could ever hold.
         charged: bytes of its blocks that are charged.
         reserved: bytes that are reserved for it.
         limit: the most that may be charged; None: no limit of its own.
-        allocated_bytes: what its file holds (st_blocks). More than ``charged``: memory was touched without being populated,
-            and is not charged. Less is normal: blocks are charged before they are filled.
+        allocated_bytes: bytes that its file holds (st_blocks). More than ``charged``: memory was touched without being
+            populated, and is not charged. Less is normal: blocks are charged before they are filled.
         orphaned: its process has lost the connection and still lives, so that its memory cannot be reaped yet.
     """
 
@@ -36,12 +36,12 @@ class PoolStatistics(NamedTuple):
     """Statistics of a pool at one moment. Sizes are bytes; ``charged + reserved_free + available == capacity``.
 
     Attributes:
-        capacity: of the pool.
-        charged: to all members.
-        reserved_free: reserved by members and not charged yet.
-        available: to any member, beyond its own reservation.
+        capacity: capacity of the pool.
+        charged: bytes charged to all members.
+        reserved_free: bytes reserved by members and not charged yet.
+        available: bytes that any member may charge beyond its own reservation.
         peak: the highest ``charged`` so far.
-        members: one each, in the order of their creation.
+        members: statistics of each member, in the order of their creation.
         unbacked: uncharged bytes for which the kernel has no huge pages reserved any more (huge pages only): another process
             took them after a member discarded them.
     """

@@ -32,7 +32,7 @@ class Checked(NamedTuple):
     Attributes:
         device: name of the driver's class.
         pages: number of pages whose bytes were compared.
-        seed: of all random choices.
+        seed: seed of all random choices.
         scenes: circumstances of the checks, in order; each completes "It passes when ...".
     """
 
@@ -64,7 +64,7 @@ def check_device(
 
     Args:
         factory: creates a device; called many times. Each must hold the same initial bytes, independent of the others.
-        seed: of all random choices.
+        seed: seed of all random choices.
         expected: ``expected(page)`` returns the initial bytes of a page. None: the bytes of the first touch.
         failing: pages that the driver is meant to refuse: touching one raises SIGBUS, populating one DriverError.
         after_discard: bytes of a page after a discard: ``"same"`` as the initial ones, ``"zeros"``, or ``"any"`` bytes.

@@ -76,10 +76,10 @@ class VirtioMem:
             It stays the caller's, and is to be closed after the device's last request. Where its unpopulated parts fault,
             the device offers the feature ``UNPLUGGED_INACCESSIBLE``.
         addr: guest-physical address of the region, a multiple of the block size.
-        block_size: of the device, a power of two and a multiple of the memory's own; default: that, but at least 2 MiB,
-            so that a huge page is never shared by a plugged and an unplugged block.
+        block_size: bytes in a block of the device, a power of two and a multiple of the memory's own; default: that, but at
+            least 2 MiB, so that a huge page is never shared by a plugged and an unplugged block.
         region_size: the most that can be plugged; default: all of the memory.
-        requested_size: at the start.
+        requested_size: the requested size at the start, bytes.
         node_id: the ACPI proximity domain, which offers the feature ``ACPI_PXM``.
         usable_extent: bytes by which the usable region exceeds the requested size, to leave the driver a choice: Linux adds
             memory in sections of 128 MiB, and only those that fit. With a requested size of 0 nothing is usable.

@@ -74,11 +74,11 @@ class Area(MappedMemory):
 
     Attributes:
         device: name of the device.
-        offset: of the area in the device, bytes.
-        page_size: of the device: bytes that one fault brings in.
-        access: that the area was mapped with, "read" or "write".
-        track_dirty: whether :meth:`dirty_pages` works.
-        user_mode_only: faults raised by the kernel itself are not answered: see :attr:`notes`.
+        offset: offset of the area in the device, bytes.
+        page_size: page size of the device, bytes: a fault brings in one page.
+        access: the access that the area was mapped with, "read" or "write".
+        track_dirty: True if :meth:`dirty_pages` works.
+        user_mode_only: True if faults that the kernel itself raises are not answered: see :attr:`notes`.
         populated: result of the populate that :func:`prefault.device.map` was asked for; None without.
     """
 
@@ -149,7 +149,7 @@ class Area(MappedMemory):
 
         Args:
             dtype: any dtype of numpy except Python objects.
-            shape: of the array; None: one dimension, as many items as fit.
+            shape: shape of the array; None: one dimension, as many items as fit.
         """
         return self._array(self.memoryview(), dtype, shape)
 

@@ -42,7 +42,7 @@ class DeviceConnection(Channel):
     Attributes:
         device_info: the server's description of its device.
         frames: descriptor of the memory file that holds the device's frames.
-        userfaultfd: that areas are registered with.
+        userfaultfd: the userfaultfd that areas are registered with.
         device: the object that a private server was started for; None on a connection to another process's device.
     """
 

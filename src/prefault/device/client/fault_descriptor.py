@@ -48,8 +48,8 @@ class OpenedUserfaultfd(NamedTuple):
     """A userfaultfd after its handshake.
 
     Attributes:
-        fd: non-blocking and close-on-exec; the caller's to close.
-        features: that the handshake enabled.
+        fd: the descriptor, non-blocking and close-on-exec; the caller closes it.
+        features: features that the handshake enabled.
         user_mode_only: faults that the kernel itself raises are not delivered, and fail with EFAULT.
     """
 

@@ -30,11 +30,11 @@ class MappedArea(OwnedMemory, PageProvider):
     :class:`~prefault.device.Area` is garbage.
 
     Attributes:
-        connection: to the server.
-        offset: of its first page in the device, bytes.
-        length: bytes that were asked for; ``mapped`` is the same in whole pages of the device.
-        number: by which the server knows the area; None before it is attached and after it is closed.
-        access: that the area was mapped with, the most that :meth:`Area.protect` may grant.
+        connection: the connection to the server.
+        offset: offset of its first page in the device, bytes.
+        length: bytes that were asked for; ``mapped`` is that in whole pages of the device.
+        number: the area's number at the server; None before it is attached and after it is closed.
+        access: the access that it was mapped with, the most that :meth:`Area.protect` may grant.
         prot: PROT_* of the whole area now.
     """
 

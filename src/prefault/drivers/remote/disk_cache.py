@@ -51,7 +51,7 @@ class WriteWarning:
     """Warning that a cache cannot be written, logged once for a device: its recipe tells the server whether this was done.
 
     Attributes:
-        given: whether the warning was logged.
+        given: True once the warning was logged.
     """
 
     def __init__(self) -> None:
@@ -70,8 +70,8 @@ class DiskCache:
     A cache that cannot be written is read; where there is none to read either, all blocks are missing.
 
     Args:
-        directory: under which each source gets a directory of its own. Made if it is not there.
-        source: what is cached. Its other versions are removed from the disk.
+        directory: parent of a directory for each source. Made if it is not there.
+        source: the source that is cached. Its other versions are removed from the disk.
         key: identifies the source: its URL and how it is unpacked.
         warning: called when the cache cannot be written.
 

@@ -95,7 +95,7 @@ class HttpSource(Source):
 
     Args:
         url: redirects are followed; after a target has expired (403, 404 ...), ``url`` is asked again.
-        headers: sent with each request, but never to another host than that of ``url``.
+        headers: headers that are sent with each request, but never to another host than that of ``url``.
         patience: limits of retries and time.
         version: the version to read; None: the current one.
     """

@@ -47,8 +47,8 @@ class RemoteFile(Device):
             of these are read without fsspec. ``file://`` URLs are percent-decoded; paths and ``local://`` are not.
         compression: ``"infer"`` goes by the name: ``.zst`` must be seekable zstd; ``.gz`` needs ``index`` or
             ``cache_dir`` for its index. None: map the packed bytes.
-        headers: for http and https, sent with each request.
-        storage_options: for fsspec.
+        headers: HTTP headers that are sent with each request of http and https.
+        storage_options: options of fsspec's file system.
         capacity: maximum of bytes kept in memory; the pages that came first are evicted first. None: no page is evicted.
         cache_dir: a directory on a disk where downloaded blocks are kept for the next run, named by URL, version, and those
             storage_options that are not credentials. The source must tell versions apart (ETag, time of change). A

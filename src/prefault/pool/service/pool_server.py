@@ -68,7 +68,7 @@ class PoolServer:
     memory mapped.
 
     Attributes:
-        path: of the socket.
+        path: path of the socket.
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import re
 import subprocess
@@ -28,23 +27,25 @@ def _signals_are_not_ignored() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def _machine_lock() -> Iterator[MachineLock]:
+def _session_lock() -> Iterator[MachineLock]:
     lock = MachineLock(Path(tempfile.gettempdir()))
     yield lock
     lock.close()
 
 
 @pytest.fixture(autouse=True)
-def _alone_where_the_machine_changes(request: pytest.FixtureRequest, _machine_lock: MachineLock) -> Iterator[None]:
-    """A test that changes settings of the machine runs beside no other test."""
-    with _machine_lock.held(alone="thp_setting" in request.fixturenames):
-        yield
+def machine_lock(_session_lock: MachineLock) -> Iterator[MachineLock]:
+    """The lock by which a fixture that changes settings of the machine has its test run alone."""
+    _session_lock.share()
+    yield _session_lock
+    _session_lock.release()
 
 
 @pytest.fixture
-def thp_setting() -> Iterator[Callable[[str, str], None]]:
+def thp_setting(machine_lock: MachineLock) -> Iterator[Callable[[str, str], None]]:
     """A function that changes a setting of transparent huge pages; restored afterwards."""
     needs.root("change the settings of transparent huge pages")
+    machine_lock.be_alone()
     before: dict[str, str] = {}
 
     def change(name: str, word: str) -> None:
@@ -64,17 +65,12 @@ def _write_thp_setting(name: str, word: str) -> None:
 
 
 @pytest.fixture
-def hugetlb_pool() -> Iterator[Callable[[int], None]]:
+def hugetlb_pool(machine_lock: MachineLock) -> Iterator[Callable[[int], None]]:
     """A function that makes the pool of 2 MiB pages exactly as large as asked; restored afterwards."""
     if needs.HUGE not in hugetlb.page_sizes():
         needs.missing("the kernel has no huge pages of 2 MiB")
     needs.root("resize the hugetlb pool")
-    with open(Path(tempfile.gettempdir()) / "prefault-hugetlb-pool.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the pool is the machine's: one test run at a time
-        yield from _hugetlb_pool()
-
-
-def _hugetlb_pool() -> Iterator[Callable[[int], None]]:
+    machine_lock.be_alone()
     before = hugetlb.read_pool(needs.HUGE)
     in_use = before.total - before.free
 

@@ -7,13 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import ExitStack
+import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from support import processes, signals
-from support.children import Child, in_child
 from support.machine_lock import MachineLock
 
 _TESTS = Path(__file__).parent
@@ -33,21 +33,31 @@ def run_pytest(directory: Path, text: str, *command: str) -> str:
 
 
 def test_a_test_that_changes_the_machine_runs_alone(tmp_path: Path) -> None:
-    def run(alone: bool) -> None:
-        with MachineLock(tmp_path).held(alone=alone):
-            pass
+    both_share = threading.Barrier(2)
 
-    lock = MachineLock(tmp_path)
-    with ExitStack() as stack:
-        with lock.held(alone=False):
-            in_child(lambda: run(alone=False))
-            changing = stack.enter_context(Child(lambda: run(alone=True)))
-            assert not processes.eventually(changing.ended, 0.2)
-            later = stack.enter_context(Child(lambda: run(alone=False)))
-            assert not processes.eventually(later.ended, 0.2)  # a stream of tests does not keep it waiting
-        changing.result()
-        later.result()
-    lock.close()
+    def share() -> None:
+        with closing(MachineLock(tmp_path)) as lock:
+            lock.share()
+
+    def change() -> None:
+        with closing(MachineLock(tmp_path)) as lock:
+            lock.share()
+            both_share.wait()
+            lock.be_alone()
+
+    with closing(MachineLock(tmp_path)) as lock:
+        lock.share()
+        threads = [threading.Thread(target=change, daemon=True) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        assert not processes.eventually(lambda: not all(thread.is_alive() for thread in threads), 0.2)
+        threads.append(threading.Thread(target=share, daemon=True))
+        threads[-1].start()
+        assert not processes.eventually(lambda: not threads[-1].is_alive(), 0.2)  # a stream of tests keeps none waiting
+        lock.release()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
 
 
 _SENDS_SIGNALS = """

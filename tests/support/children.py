@@ -20,6 +20,11 @@ _PR_SET_PDEATHSIG = 1
 _prctl = declare("prctl", INT, LONG)
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that forked it ends."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Child:
     """A fork that runs ``function`` and sends its result. Leaving the ``with`` kills it."""
 
@@ -31,8 +36,7 @@ class Child:
             return
         status = 1
         try:
-            # A child of a child must not outlive a parent that is killed.
-            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            die_with_parent()  # a child of a child must not outlive a parent that is killed
             os.close(self._reader)
             try:
                 answer: tuple[bool, Any] = (True, function())

@@ -24,6 +24,7 @@ from prefault.device.server.event_loop import run_server
 from prefault.device.server.warden_link import WardenLink
 from prefault.memory.borrowing import borrow
 from support import needs
+from support.children import die_with_parent
 
 Reply = TypeVar("Reply", bound=protocol.Reply)
 PAGE = mmap.PAGESIZE
@@ -62,6 +63,7 @@ class Running:
         if not self.pid:
             status = 1
             try:
+                die_with_parent()
                 self.connection.close()
                 self.registry.listener = listener
                 self.registry.first = None if listener is not None or self.registry.clients else other

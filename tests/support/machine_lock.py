@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -18,19 +16,26 @@ class MachineLock:
         self._turnstile = os.open(f"{stem}-turnstile.lock", flags, 0o600)
         self._running = os.open(f"{stem}-running.lock", flags, 0o600)
 
-    @contextmanager
-    def held(self, *, alone: bool) -> Iterator[None]:
-        """Hold the lock inside the block, ``alone`` or together with others."""
+    def share(self) -> None:
+        """Wait until no test is alone, and hold the lock together with others."""
+        self._hold(fcntl.LOCK_SH)
+
+    def be_alone(self) -> None:
+        """Wait until no other test holds the lock, and hold it alone. What this process held of it is released first."""
+        self._hold(fcntl.LOCK_EX)
+
+    def _hold(self, how: int) -> None:
+        self.release()  # two tests that both waited to be alone, and held their share meanwhile, would wait for ever
         # Each test passes the turnstile: while one waits there to be alone, no further test starts.
         fcntl.flock(self._turnstile, fcntl.LOCK_EX)
         try:
-            fcntl.flock(self._running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            fcntl.flock(self._running, how)
         finally:
             fcntl.flock(self._turnstile, fcntl.LOCK_UN)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._running, fcntl.LOCK_UN)  # also for forks of the test that still run
+
+    def release(self) -> None:
+        """Release the lock, also in forks of this process."""
+        fcntl.flock(self._running, fcntl.LOCK_UN)
 
     def close(self) -> None:
         """Close the files of the lock."""

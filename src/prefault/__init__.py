@@ -56,7 +56,8 @@ from prefault.errors import (
 )
 from prefault.inspection.result import PageState, Residency
 from prefault.inspection.scan import residency
-from prefault.limits import Headroom, Limit, headroom
+from prefault.limits.limit import Headroom, Limit
+from prefault.limits.target import headroom
 from prefault.mapping.mapping import Mapping
 from prefault.memory.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Memfd, TemporaryFile
 from prefault.ranges import PageRange, RangeSet

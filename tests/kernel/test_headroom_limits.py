@@ -23,7 +23,8 @@ from prefault._kernel import mman
 from prefault._system import hugetlb
 from prefault.engine.methods import Access
 from prefault.errors import HeadroomError
-from prefault.limits import headroom, memory_limits
+from prefault.limits.memory_limits import memory_limits
+from prefault.limits.target import headroom
 from prefault.sizes import MIB, PAGE_SIZE
 from prefault.sparse.advice_vector import AdviceVector
 from support import needs, oracle

@@ -17,6 +17,7 @@ import pytest
 from prefault._kernel import cachestat, fallocate, futex, memfd, mman, pagemap, procmap, uio
 from prefault._kernel.pagemap import PageCategory
 from prefault._system import capabilities, cgroups, hugetlb, proc, thp
+from prefault._system.meminfo import read_meminfo
 from support import needs, oracle
 from support.children import Child
 from support.regions import PAGE, READ, WRITE, Region, file_of, special
@@ -460,13 +461,16 @@ def test_mounts_with_odd_names(tmp_path: Path, name: str) -> None:
 
 
 def test_meminfo() -> None:
-    meminfo = proc.read_meminfo()
-    assert meminfo["MemTotal"] == os.sysconf("SC_PHYS_PAGES") * PAGE
-    assert 0 < meminfo["MemAvailable"] <= meminfo["MemTotal"]
+    total, available = read_meminfo("MemTotal", "MemAvailable")
+    assert total == os.sysconf("SC_PHYS_PAGES") * PAGE
+    assert 0 < available <= total
     if hugetlb.page_sizes():
         # Counts are no sizes.
-        assert meminfo["Hugepagesize"] in hugetlb.page_sizes()
-        assert meminfo["HugePages_Total"] == hugetlb.read_pool(meminfo["Hugepagesize"]).total
+        size, pages = read_meminfo("Hugepagesize", "HugePages_Total")
+        assert size in hugetlb.page_sizes()
+        assert pages == hugetlb.read_pool(size).total
+    with pytest.raises(KeyError, match="MemAvail"):
+        read_meminfo("MemAvail")
 
 
 # --- cgroups ----------------------------------------------------------------------------------------------------------

@@ -16,10 +16,12 @@ from prefault.engine.methods import Access
 from prefault.errors import HeadroomError
 from prefault.inspection.scan import populated_before
 from prefault.intervals import Intervals
-from prefault.limits import Limit, MemoryAnswer, Shortfall, admission
+from prefault.limits import admission
 from prefault.limits.admission import AdmissionControl
 from prefault.limits.allowance import _Allowance, allowance
 from prefault.limits.demand import Demand
+from prefault.limits.limit import Limit, Shortfall
+from prefault.limits.memory_limits import MemoryAnswer
 from prefault.sizes import GIB, MIB, PAGE_SIZE
 from prefault.testing import without
 from support.children import in_child
@@ -169,8 +171,8 @@ class Answers:
         self.left = left
         self.asked: list[tuple[int, float, bool]] = []
 
-    def __call__(self, needed: int, *, reserve: float = 1.0, only_cgroups: bool = False) -> MemoryAnswer:
-        self.asked.append((needed, reserve, only_cgroups))
+    def __call__(self, needed: int, *, reserve: float = 1.0, only_shrinking: bool = False) -> MemoryAnswer:
+        self.asked.append((needed, reserve, only_shrinking))
         return MemoryAnswer(LIMIT if self.left < needed else None, self.left)
 
 

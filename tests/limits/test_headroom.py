@@ -14,10 +14,15 @@ import pytest
 
 import prefault
 from prefault._system import cgroups, memory_cgroups, proc
+from prefault._system import meminfo as meminfo_file
 from prefault._system.kept_files import KeptFile
 from prefault._system.memory_cgroups import MemoryCgroup
 from prefault.errors import HeadroomError
-from prefault.limits import Headroom, Limit, ask_for_memory, commit_limits, headroom, memory_limits, space_limit
+from prefault.limits.limit import Headroom, Limit
+from prefault.limits.memory_limits import check_cgroups, check_machine, memory_limits
+from prefault.limits.refusing_limits import commit_limits, space_limit
+from prefault.limits.table import ask_for_memory
+from prefault.limits.target import headroom
 from prefault.sizes import GIB, MIB, PAGE_SIZE
 from support.children import in_child
 
@@ -38,7 +43,7 @@ def meminfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     def replace(**values: int) -> None:
         path = tmp_path / "meminfo"
         path.write_text("".join(f"{key}: {value // 1024:12} kB\n" for key, value in values.items()))
-        monkeypatch.setattr(MEMORY, "_meminfo_file", KeptFile(str(path)))
+        monkeypatch.setattr(meminfo_file, "_file", KeptFile(str(path)))
 
     replace(MemTotal=64 * GIB, MemFree=GIB, MemAvailable=48 * GIB, SwapFree=0)
     return replace
@@ -95,11 +100,11 @@ def test_v2_levels(tmp_path: Path) -> None:
     (tmp_path / "a" / "memory.max").write_text(str(64 * MIB))
     (tmp_path / "a" / "memory.current").write_text(str(24 * MIB))
     levels = [inner, MemoryCgroup(str(tmp_path / "a"), 2)]
-    answer = ask_for_memory(39 * MIB, levels=levels)
+    answer = check_cgroups(39 * MIB, levels=levels)
     assert answer.short is not None
     assert (answer.short.name, answer.left_bytes) == (f"memory.max of {tmp_path}/a", 38 * MIB)
-    assert ask_for_memory(38 * MIB, levels=levels) == (None, 38 * MIB)
-    assert ask_for_memory(40 * MIB, levels=levels, reserve=0.0) == (None, 40 * MIB)
+    assert check_cgroups(38 * MIB, levels=levels) == (None, 38 * MIB)
+    assert check_cgroups(40 * MIB, 0.0, levels) == (None, 40 * MIB)
 
 
 def test_swap_counts_as_far_as_every_level_may_use_it(tmp_path: Path, meminfo: Callable[..., None]) -> None:
@@ -152,16 +157,17 @@ def test_an_unreadable_limit_does_not_count(tmp_path: Path, monkeypatch: pytest.
     without_usage = group(tmp_path / "b", memory__max=MIB)
     gone = MemoryCgroup(str(tmp_path / "c"), 2)
     assert [limit.name for limit in memory_limits([broken, without_usage, gone])] == ["MemAvailable"]
-    monkeypatch.setattr(MEMORY, "_meminfo_file", KeptFile(str(tmp_path / "none")))
+    monkeypatch.setattr(meminfo_file, "_file", KeptFile(str(tmp_path / "none")))
     assert memory_limits([gone]) == []
-    assert ask_for_memory(1 << 60, levels=[gone]).short is None
+    assert check_cgroups(1 << 60, levels=[gone]).short is None
+    assert check_machine(1 << 60).short is None
     assert Headroom(()).tightest is None
     assert Headroom(()).available_bytes is None
     assert str(Headroom(())) == "no limit is known"
 
 
 def test_no_proc_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((MEMORY, "_meminfo_file"), (MEMORY, "_own_cgroups_file"), (REFUSALS, "_overcommit_file")):
+    for module, name in ((meminfo_file, "_file"), (MEMORY, "_own_cgroups_file"), (REFUSALS, "_overcommit_file")):
         monkeypatch.setattr(module, name, KeptFile(str(tmp_path / "none")))
     assert ask_for_memory(1 << 60).short is None
     assert list(commit_limits()) == []

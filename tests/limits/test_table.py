@@ -6,15 +6,23 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import prefault
 from prefault._kernel import mman
+from prefault.device.server.frame_headroom import FrameHeadroom
 from prefault.intervals import Intervals
-from prefault.limits import Limit, MemoryUse, limits_on, refusal_ahead, shortfall_of, table
+from prefault.limits import table
+from prefault.limits.allowance import allowance
 from prefault.limits.demand import Demand
+from prefault.limits.limit import Limit
+from prefault.limits.memory_limits import MemoryAnswer
+from prefault.limits.memory_use import MemoryUse
 from prefault.limits.process_limits import PROCESS_LIMITS, explain_limit
+from prefault.limits.table import limits_on, refusal_ahead, shortfall_of
 from prefault.memory.vma import Backing
 from prefault.sizes import MIB, PAGE_SIZE
 from support import needs
@@ -135,7 +143,7 @@ def test_every_row_has_a_name_of_its_own_and_concerns_some_memory() -> None:
 def test_a_new_row_is_seen_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """headroom, populate, device frames: one row is all that a limit takes."""
     quota = Limit("a quota", "memory", MIB, 0, 0, 0, "ENOMEM", "source", "remedy")
-    row = table.LimitRow("quota", "a test", False, lambda use: use.backing is Backing.MEMFD, lambda _: [quota])
+    row = table.LimitRow("quota", "a test", lambda use: use.backing is Backing.MEMFD, lambda _: [quota])
     monkeypatch.setattr(table, "TABLE", (*table.TABLE, row))
     use = MemoryUse(backing=Backing.MEMFD, shared=True)
     assert quota in limits_on(use)
@@ -145,6 +153,36 @@ def test_a_new_row_is_seen_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
         assert quota in prefault.headroom(mapping).limits
         with pytest.raises(prefault.HeadroomError, match="a quota leaves"):
             prefault.populate(mapping)
+
+
+def test_a_new_row_that_kills_is_seen_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """headroom, populate before its start and between its chunks, device frames: also one row."""
+    left = 40 * MIB
+    node = Limit("a node's memory", "memory", 64 * MIB, 24 * MIB, 0, 0, "the OOM killer", "source", "use another node")
+
+    def check(needed: int, reserve: float) -> MemoryAnswer:
+        return MemoryAnswer(node if needed > left else None, left)
+
+    row = table.LimitRow("node", "a test", lambda use: use.takes_memory, lambda _: [node], check=check, shrinks=True)
+    monkeypatch.setattr(table, "TABLE", (*table.TABLE, row))
+    allowance.empty()
+    with prefault.Mapping(64 * MIB, huge="never") as mapping:
+        assert node in prefault.headroom(mapping).limits
+        with pytest.raises(prefault.HeadroomError, match=r"a node's memory leaves 40\.0 MiB") as caught:
+            prefault.populate(mapping)
+        assert caught.value.populated_bytes == 0
+    frames: Any = SimpleNamespace(frames=SimpleNamespace(page_size=PAGE_SIZE, huge=False))
+    short = FrameHeadroom(frames).short_of(64 * MIB // PAGE_SIZE)
+    assert short is not None
+    assert (short.limit, short.available_bytes) == ("a node's memory", left)
+    with prefault.Mapping(32 * MIB, huge="never") as mapping:
+
+        def report(done: int, whole: int) -> None:
+            nonlocal left
+            left = 0
+
+        with pytest.raises(prefault.HeadroomError, match=r"stopped at offset .* a node's memory leaves 0 bytes"):
+            prefault.populate(mapping, threads=1, progress=report)
 
 
 def test_every_limit_without_bytes_has_a_sentence() -> None:

@@ -48,9 +48,8 @@ class MemoryCgroup:
 
     def bounds(self) -> list[Bound]:
         """Return the limits that are set. The usage of a cgroup without limits is not read."""
-        files = _FILES_V1 if self.version == 1 else _FILES_V2
         found = []
-        for counts, limit_file, usage_file in files:
+        for counts, limit_file, usage_file in BOUND_FILES[self.version]:
             limit = self._number(limit_file)
             if limit is None:
                 continue
@@ -104,14 +103,18 @@ class MemoryCgroup:
             return b""
 
 
-_FILES_V1 = (
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ("memory+swap", "memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes"),
-)
-_FILES_V2 = (
-    ("memory", "memory.max", "memory.current"),
-    ("high", "memory.high", "memory.current"),
-)
+BOUND_FILES = {
+    0: (),
+    1: (
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ("memory+swap", "memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes"),
+    ),
+    2: (
+        ("memory", "memory.max", "memory.current"),
+        ("high", "memory.high", "memory.current"),
+    ),
+}
+"""By version: what each bound counts, as in :class:`Bound`, and the files of the limit and of the usage."""
 
 
 def hugetlb_bounds(directory: str, version: int, page_size: int) -> list[Bound]:

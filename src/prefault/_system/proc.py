@@ -1,4 +1,4 @@
-"""Files of /proc: maps and smaps of a process, mounts, meminfo."""
+"""Files of /proc: maps and smaps of a process, mounts, open descriptors."""
 
 from __future__ import annotations
 
@@ -167,19 +167,3 @@ def read_mounts() -> list[Mount]:
 def _unescape(path: str) -> str:
     """Undo mountinfo's octal escapes of space, tab, newline and backslash."""
     return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), path)
-
-
-def read_status() -> dict[str, int]:
-    """Return the sizes in ``/proc/self/status``, such as ``VmSize``, in bytes."""
-    lines = _read("/proc/self/status").decode(errors="replace").splitlines()
-    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
-
-
-def read_meminfo() -> dict[str, int]:
-    """Read ``/proc/meminfo``: sizes in bytes, page counts as they are."""
-    values = {}
-    for line in _read("/proc/meminfo").decode().splitlines():
-        key, _, value = line.partition(":")
-        number, _, unit = value.strip().partition(" ")
-        values[key] = int(number) * (1024 if unit == "kB" else 1)
-    return values

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
-from prefault._system import cgroups, hugetlb, proc, thp
+from prefault._system import hugetlb, thp
 from prefault._system.cpus import usable_cpus
 from prefault._system.machine_identity import identify_machine
+from prefault._system.meminfo import read_meminfo
 from prefault._version import __version__
+from prefault.limits.memory_limits import memory_limits
 from prefault.sizes import PAGE_SIZE, format_size
 
 _THP_SETTINGS = ("enabled", "defrag", "shmem_enabled")
@@ -71,7 +72,7 @@ def this_machine() -> BenchMachine:
         cpu=here.cpu_model or here.architecture,
         cpus=os.cpu_count() or 1,
         usable_cpus=usable_cpus(),
-        memory_bytes=proc.read_meminfo()["MemTotal"],
+        memory_bytes=read_meminfo("MemTotal")[0],
         page_bytes=PAGE_SIZE,
         virtual=bool(here.hypervisor),
         thp={name: thp.read_setting(name) for name in _THP_SETTINGS},
@@ -83,20 +84,5 @@ def this_machine() -> BenchMachine:
 
 
 def available_memory_bytes() -> int:
-    """Return the bytes that may still be taken: MemAvailable, or less where a memory cgroup is closer to its limit."""
-    available = proc.read_meminfo()["MemAvailable"]
-    rooms = map(_cgroup_room, cgroups.directories("memory"))
-    return min([available, *(room for room in rooms if room is not None)])
-
-
-def _cgroup_room(directory: Path) -> int | None:
-    for limit_name, usage_name, cache_name in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        limit, usage = cgroups.read_bytes(directory / limit_name), cgroups.read_bytes(directory / usage_name)
-        if limit is not None and usage is not None:
-            # Old page cache is charged to the group, and reclaimed before the OOM killer comes.
-            counters = dict(line.split(" ", 1) for line in (cgroups.read_text(directory / "memory.stat") or "").splitlines())
-            return max(0, limit - usage + int(counters.get(cache_name, 0)))
-    return None
+    """Return the bytes that may be taken without swapping: by the machine, or less where a memory cgroup is tighter."""
+    return min(limit.available_bytes for limit in memory_limits(swap=False))

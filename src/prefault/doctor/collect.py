@@ -14,6 +14,8 @@ from prefault._kernel import mman, userfaultfd
 from prefault._system import capabilities, cgroups, hugetlb, proc, thp
 from prefault._system.cpus import quota_files, read_quota, usable_cpus
 from prefault._system.machine_identity import identify_machine, read_fields
+from prefault._system.meminfo import read_meminfo
+from prefault._system.memory_cgroups import BOUND_FILES
 from prefault._version import __version__
 from prefault.doctor.record import NOT_MOUNTED, CapabilityAnswer, MachineFacts, Reading, Record, Unit
 from prefault.doctor.words import MEANINGS, WITHOUT
@@ -157,7 +159,7 @@ def _number(path: str) -> int:
 
 
 def _meminfo(name: str, key: str) -> Reading:
-    return _reading(name, "bytes", f"/proc/meminfo: {key}", lambda: proc.read_meminfo()[key])
+    return _reading(name, "bytes", f"/proc/meminfo: {key}", lambda: read_meminfo(key)[0])
 
 
 def _memory() -> Iterator[Reading]:
@@ -174,20 +176,18 @@ def _memory() -> Iterator[Reading]:
 
 
 def _memory_cgroups() -> Iterator[Reading]:
-    """Read limits and usage under their v2 and v1 names. A file that a cgroup lacks (the root of v2 has none) is skipped."""
+    """Read the limits and the usage of each level. A file that a cgroup lacks (the root of v2 has none) is skipped."""
     try:
-        directories = cgroups.directories("memory")
+        governing = cgroups.governing("memory")
     except _UNREADABLE as error:
         yield Reading("memory_cgroup_limit", None, "bytes", "/proc/self/cgroup", unknown=_reason(error))
         return
-    for directory in directories:
-        for name, file in (
-            ("memory_cgroup_limit", "memory.max"),
-            ("memory_cgroup_limit", "memory.limit_in_bytes"),
-            ("memory_cgroup_high", "memory.high"),
-            ("memory_cgroup_usage", "memory.current"),
-            ("memory_cgroup_usage", "memory.usage_in_bytes"),
-        ):
+    names = {"memory": "memory_cgroup_limit", "high": "memory_cgroup_high"}
+    bounds = BOUND_FILES[governing.version]
+    files = [(names[counts], limit) for counts, limit, _ in bounds if counts in names]
+    files += [("memory_cgroup_usage", usage) for _, _, usage in bounds[:1]]
+    for directory in governing.directories:
+        for name, file in files:
             path = Path(directory, file)
             if path.exists():
                 yield _reading(name, "bytes", str(path), partial(_cgroup_bytes, path))

@@ -17,7 +17,7 @@ from prefault._system import capabilities
 from prefault._system.own_process import own_process
 from prefault.engine.methods import Method
 from prefault.engine.planning import Segment
-from prefault.limits import Shortfall
+from prefault.limits.limit import Shortfall
 from prefault.ranges import PageRange
 from prefault.sizes import MIB
 

@@ -15,8 +15,9 @@ from prefault._system import proc
 from prefault.engine.methods import Access, Method
 from prefault.inspection.result import PageState
 from prefault.inspection.scan import residency_of
-from prefault.limits import limits_on, use_of_vma
+from prefault.limits.memory_use import use_of_vma
 from prefault.limits.process_limits import lock_refusal
+from prefault.limits.table import limits_on
 from prefault.memory.vma import Backing, Vma, file_size, vm_flags, vma_at
 from prefault.ranges import PageRange
 from prefault.sizes import PAGE_SIZE, format_size

@@ -22,8 +22,8 @@ from prefault.engine.readahead import ReadAhead
 from prefault.engine.rollback import Rollback
 from prefault.errors import PopulateError
 from prefault.intervals import Intervals
-from prefault.limits import Shortfall
 from prefault.limits.admission import AdmissionControl
+from prefault.limits.limit import Shortfall
 from prefault.memory.vma import Backing
 from prefault.ranges import PageRange, RangeSet
 

@@ -12,9 +12,10 @@ from prefault.engine.methods import Access
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
 from prefault.errors import HoleError, OutOfMemoryError
 from prefault.intervals import Intervals
-from prefault.limits import MemoryUse, refusal_ahead
 from prefault.limits.demand import Demand
+from prefault.limits.memory_use import MemoryUse
 from prefault.limits.process_limits import lock_refusal
+from prefault.limits.table import refusal_ahead
 from prefault.memory.borrowing import borrow
 from prefault.ranges import PageRange
 from prefault.sizes import Size, format_size

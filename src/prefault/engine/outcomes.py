@@ -10,7 +10,7 @@ from prefault.engine.attempts import ChunkFailure
 from prefault.engine.diagnosis import diagnose
 from prefault.engine.methods import Access
 from prefault.errors import OutOfMemoryError, PopulateError, PopulateInterrupted
-from prefault.limits import Shortfall
+from prefault.limits.limit import Shortfall
 from prefault.ranges import RangeSet
 from prefault.sizes import format_size
 

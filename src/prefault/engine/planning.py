@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from prefault._system import capabilities
 from prefault._system.cpus import usable_cpus
 from prefault.engine.methods import Access, Method, Target, best, by_name
-from prefault.limits import MemoryUse
+from prefault.limits.memory_use import MemoryUse
 from prefault.memory.borrowing import Borrowed, Span, borrow
 from prefault.memory.vma import Backing, Vma, file_descriptor, vmas_by_kind
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size

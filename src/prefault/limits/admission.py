@@ -10,8 +10,7 @@ from time import perf_counter_ns, sleep
 from prefault.limits.allowance import allowance
 from prefault.limits.demand import Demand
 from prefault.limits.limit import Shortfall
-from prefault.limits.memory_limits import ask_for_memory
-from prefault.limits.table import refusal_ahead
+from prefault.limits.table import ask_for_memory, refusal_ahead
 from prefault.sizes import MIB, format_size
 
 
@@ -120,9 +119,9 @@ class AdmissionControl:
         """Check the bound first; count the pages only if that does not fit."""
         now_ns = perf_counter_ns()
         needed = bound
-        # Limits of cgroups can shrink from one moment to the next; the machine's memory is only used up.
+        # Some limits shrink from one moment to the next; the machine's memory is only used up.
         lately = reserve < 1 and allowance.spend(bound, now_ns)
-        answer = ask_for_memory(needed + others, reserve=reserve, only_cgroups=lately)
+        answer = ask_for_memory(needed + others, reserve=reserve, only_shrinking=lately)
         if answer.short is not None:
             memory, overhead = _counted(spans, answer.left_bytes)
             needed = min(bound, memory + overhead)

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from prefault._system import cgroups
 from prefault._system.kept_files import KeptFile
+from prefault._system.meminfo import read_meminfo
 from prefault._system.memory_cgroups import Bound, MemoryCgroup
 from prefault.limits.limit import Limit
-from prefault.sizes import KIB, MIB, PAGE_SIZE
+from prefault.sizes import MIB, PAGE_SIZE
 
 _RESERVE = 1 * MIB, 32 * MIB
 _RESERVE_SHARE = 32
@@ -18,7 +19,6 @@ _RESERVE_SHARE = 32
 # memory.stat is gathered once this many pages a CPU have changed (MEMCG_CHARGE_BATCH), or every two seconds.
 _STATISTICS_LAG = 64 * PAGE_SIZE * (os.cpu_count() or 1)
 
-_meminfo_file = KeptFile("/proc/meminfo")
 _own_cgroups_file = KeptFile("/proc/self/cgroup")
 
 
@@ -62,22 +62,35 @@ def counts_hugetlb() -> bool:
     return _cgroups().counts_hugetlb
 
 
-def memory_limits(levels: Sequence[MemoryCgroup] | None = None) -> list[Limit]:
-    """Read the limits on memory: of every cgroup from this process' own upward, and the machine's."""
-    return [*cgroup_limits(levels), *machine_limits()]
+def memory_limits(levels: Sequence[MemoryCgroup] | None = None, *, swap: bool = True) -> list[Limit]:
+    """Read the limits on memory: of every cgroup from this process' own upward, and the machine's.
+
+    Args:
+        levels: the cgroups, instead of this process' own.
+        swap: count free swap as reclaimable.
+    """
+    return [*cgroup_limits(levels, swap=swap), *machine_limits(swap=swap)]
 
 
-def cgroup_limits(levels: Sequence[MemoryCgroup] | None = None) -> list[Limit]:
+def cgroup_limits(levels: Sequence[MemoryCgroup] | None = None, *, swap: bool = True) -> list[Limit]:
     """Read the limits of every memory cgroup from this process' own upward."""
     levels = _cgroups().levels if levels is None else levels
-    text = meminfo_text()
-    return [_cgroup_limit(levels, index, bound, text) for index, bound in _bounds(levels)]
+    free_swap = _free_swap() if swap else 0
+    return [_cgroup_limit(levels, index, bound, free_swap) for index, bound in _bounds(levels)]
 
 
-def machine_limits() -> list[Limit]:
-    """Read MemAvailable and free swap; the list is empty if there is no /proc."""
-    machine = _machine_limit(meminfo_text())
-    return [] if machine is None else [machine]
+def machine_limits(*, swap: bool = True) -> list[Limit]:
+    """Read MemAvailable, which may be taken without swapping, and free swap; the list is empty if there is no /proc."""
+    try:
+        available, total, free_swap = read_meminfo("MemAvailable", "MemTotal", "SwapFree")
+    except (OSError, KeyError):
+        return []
+    return [
+        Limit(
+            "MemAvailable", "memory", total, total - available, free_swap if swap else 0, _reserve(total),
+            "the OOM killer ends a process of the machine", "/proc/meminfo", "free memory, or add swap",
+        )
+    ]  # fmt: skip
 
 
 class MemoryAnswer(NamedTuple):
@@ -87,39 +100,34 @@ class MemoryAnswer(NamedTuple):
     left_bytes: int
 
 
-def ask_for_memory(
-    needed: int, *, reserve: float = 1.0, only_cgroups: bool = False, levels: Sequence[MemoryCgroup] | None = None
-) -> MemoryAnswer:
-    """Ask the limits on memory for ``needed`` bytes. Statistics are read only where limit minus usage is too little.
+def check_cgroups(needed: int, reserve: float = 1.0, levels: Sequence[MemoryCgroup] | None = None) -> MemoryAnswer:
+    """Check whether the memory cgroups leave ``needed`` bytes, and this share of the reserve of each limit.
 
-    Args:
-        needed: bytes.
-        reserve: share of each limit's reserve that must be left, from 0 to 1.
-        only_cgroups: check only the limits of the cgroups that this process was in at the last call, which can shrink all
-            at once. A third of the cost.
-        levels: the cgroups, instead of this process' own.
+    Statistics are read only where limit minus usage is too little.
     """
-    left = _NO_LIMIT
-    if levels is None:
-        levels = (_own_cgroups if only_cgroups else _cgroups()).levels
+    left = NO_LIMIT
+    levels = _cgroups().levels if levels is None else levels
     for index, bound in _bounds(levels):
         room = bound.limit - bound.usage - int(reserve * _reserve(bound.limit))
         if room < needed:
-            limit = _cgroup_limit(levels, index, bound, meminfo_text())
+            limit = _cgroup_limit(levels, index, bound, _free_swap())
             room = _room(limit, reserve)
             if room < needed:
                 return MemoryAnswer(limit, max(0, room))
         left = min(left, room)
-    machine = None if only_cgroups else _machine_limit(meminfo_text())
-    if machine is not None:
-        room = _room(machine, reserve)
-        if room < needed:
-            return MemoryAnswer(machine, max(0, room))
-        left = min(left, room)
     return MemoryAnswer(None, left)
 
 
-_NO_LIMIT = 1 << 62
+def check_machine(needed: int, reserve: float = 1.0) -> MemoryAnswer:
+    """Check whether the machine has ``needed`` bytes left, and this share of its reserve."""
+    for machine in machine_limits():
+        room = _room(machine, reserve)
+        return MemoryAnswer(machine if room < needed else None, max(0, room))
+    return MemoryAnswer(None, NO_LIMIT)
+
+
+NO_LIMIT = 1 << 62
+"""Bytes that are left where no limit is set."""
 
 
 def _room(limit: Limit, reserve: float) -> int:
@@ -132,12 +140,11 @@ def _bounds(levels: Sequence[MemoryCgroup]) -> Iterator[tuple[int, Bound]]:
             yield index, bound
 
 
-def _cgroup_limit(levels: Sequence[MemoryCgroup], index: int, bound: Bound, text: bytes) -> Limit:
+def _cgroup_limit(levels: Sequence[MemoryCgroup], index: int, bound: Bound, free_swap: int) -> Limit:
     statistics = levels[index].statistics()
     clean = max(0, statistics.file - statistics.dirty - statistics.writeback - _STATISTICS_LAG)
     reclaimable = clean + statistics.slab_reclaimable // 2
     if bound.counts != "memory+swap":
-        free_swap = field(text, "SwapFree") or 0
         reclaimable += min([free_swap, *(left for level in levels if (left := level.swap_left()) is not None)])
     directory, name = os.path.split(bound.file)
     high = bound.counts == "high"
@@ -149,29 +156,11 @@ def _cgroup_limit(levels: Sequence[MemoryCgroup], index: int, bound: Bound, text
     )  # fmt: skip
 
 
-def _machine_limit(text: bytes) -> Limit | None:
-    """Make the machine's limit: MemAvailable may be taken without swapping, and free swap comes on top."""
-    available, total = field(text, "MemAvailable"), field(text, "MemTotal")
-    if available is None or total is None:
-        return None
-    return Limit(
-        "MemAvailable", "memory", total, total - available, field(text, "SwapFree") or 0, _reserve(total),
-        "the OOM killer ends a process of the machine", "/proc/meminfo", "free memory, or add swap",
-    )  # fmt: skip
-
-
-def meminfo_text() -> bytes:
-    """Read /proc/meminfo; empty if it cannot be read."""
+def _free_swap() -> int:
     try:
-        return _meminfo_file.read()
-    except OSError:
-        return b""
-
-
-def field(text: bytes, key: str) -> int | None:
-    """Return the bytes of a line such as ``MemTotal:   24684096 kB``."""
-    _, found, rest = (b"\n" + text).partition(b"\n%b:" % key.encode())
-    return int(rest.split(None, 1)[0]) * KIB if found else None
+        return read_meminfo("SwapFree")[0]
+    except (OSError, KeyError):
+        return 0
 
 
 def _reserve(limit: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from prefault._system import proc
+from prefault._system.meminfo import read_meminfo
 from prefault.limits.memory_use import MemoryUse
 from prefault.limits.table import shortfall_of
 from prefault.sizes import format_size
@@ -57,9 +57,9 @@ def _reasons(length: int, room: int, data: bool, noreserve: bool) -> Iterator[st
                 f"it takes {format_size(needed)}, and {limit.name} leaves {format_size(limit.available_bytes)} of"
                 f" {format_size(limit.limit_bytes)}: {limit.remedy}, or map less"
             )
-    meminfo = proc.read_meminfo()
-    if mode == "0" and not noreserve and length > meminfo["MemTotal"] + meminfo["SwapTotal"]:
+    total = sum(read_meminfo("MemTotal", "SwapTotal"))
+    if mode == "0" and not noreserve and length > total:
         yield (
-            f"memory and swap are {format_size(meminfo['MemTotal'] + meminfo['SwapTotal'])} together, and"
+            f"memory and swap are {format_size(total)} together, and"
             " vm.overcommit_memory=0 refuses a mapping of more: map with noreserve=True, or set it to 1"
         )

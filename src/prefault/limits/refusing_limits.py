@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 from collections.abc import Iterator
 from typing import Literal
 
 from prefault._system import cgroups, hugetlb
 from prefault._system.kept_files import KeptFile
+from prefault._system.meminfo import number_in, read_meminfo
 from prefault._system.memory_cgroups import hugetlb_bounds
 from prefault.limits.limit import Bounds, Limit
-from prefault.limits.memory_limits import field, meminfo_text
 from prefault.limits.memory_use import MemoryUse
+from prefault.limits.process_limits import soft_limit
 from prefault.sizes import KIB, format_size
 
 
@@ -79,16 +79,13 @@ def space_limits(use: MemoryUse, bounds: Literal["tmpfs space", "disk space"]) -
 
 def commit_limits() -> Iterator[Limit]:
     """Read the commit limit, if there is one (vm.overcommit_memory = 2)."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         if _overcommit_file.read().strip() != b"2":
             return
-        text = meminfo_text()
-        limit, committed = field(text, "CommitLimit"), field(text, "Committed_AS")
-        if limit is None or committed is None:
-            return
+        limit, committed = read_meminfo("CommitLimit", "Committed_AS")
         # The kernel sets aside a part of the process' size, and some for root (mm/util.c, __vm_enough_memory).
         status = _read("/proc/self/status")
-        kept = min((field(status, "VmSize") or 0) // 32, int(_read("/proc/sys/vm/user_reserve_kbytes")) * KIB)
+        kept = min(number_in(status, "VmSize") // 32, int(_read("/proc/sys/vm/user_reserve_kbytes")) * KIB)
         if not _capable(status, _CAP_SYS_ADMIN):
             kept += int(_read("/proc/sys/vm/admin_reserve_kbytes")) * KIB
         yield Limit(
@@ -101,13 +98,13 @@ def commit_limits() -> Iterator[Limit]:
 def resource_limit(name: str) -> Iterator[Limit]:
     """Read ``"RLIMIT_MEMLOCK"``, ``"RLIMIT_AS"`` or ``"RLIMIT_DATA"``, if it is set and bears on this process."""
     bounds, counter, call, command = _RESOURCES[name]
-    soft, _ = resource.getrlimit(getattr(resource, name))
-    if soft == resource.RLIM_INFINITY:
+    soft = soft_limit(name)
+    if soft is None:
         return
     status = _read("/proc/self/status")
-    used = field(status, counter)
-    if used is None or (name == "RLIMIT_MEMLOCK" and _capable(status, _CAP_IPC_LOCK)):
+    if not status or (name == "RLIMIT_MEMLOCK" and _capable(status, _CAP_IPC_LOCK)):
         return
+    used = number_in(status, counter)
     yield Limit(
         name, bounds, soft, used, 0, 0, f"ENOMEM from {call}", f"getrlimit({name}), /proc/self/status",
         f"raise it ({command})",

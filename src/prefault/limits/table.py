@@ -18,7 +18,15 @@ from prefault.limits.demand import (
     unlocked_in_all,
 )
 from prefault.limits.limit import Limit, Shortfall
-from prefault.limits.memory_limits import cgroup_limits, counts_hugetlb, machine_limits
+from prefault.limits.memory_limits import (
+    NO_LIMIT,
+    MemoryAnswer,
+    cgroup_limits,
+    check_cgroups,
+    check_machine,
+    counts_hugetlb,
+    machine_limits,
+)
 from prefault.limits.memory_use import MemoryUse
 from prefault.limits.refusing_limits import (
     commit_limits,
@@ -36,25 +44,27 @@ class LimitRow(NamedTuple):
     Attributes:
         name: for code that asks for just this one.
         set_by: the one who sets it, and the setting.
-        kills: True if the kernel kills at the limit, so that it is checked between chunks as well
-            (:func:`prefault.limits.memory_limits.ask_for_memory`); False if it refuses with an errno.
         concerns: returns whether it bears on a use of memory.
         read: returns the limit as it stands, once for each cgroup; nothing if it is not set or cannot be read.
         at_most: returns the bytes that demands take from it at most, cheaply.
         counted: returns the bytes that demands take from it, by the state of each page or block.
         resource: returns a key that is equal for memory that draws on the same limit.
         reserves: True if a mapping without MAP_NORESERVE has taken its share when it was mapped.
+        check: checks cheaply whether it leaves so many bytes of memory, and so much of its reserve, from 0 to 1. The kernel
+            kills at such a limit, so that it is checked between chunks as well. None: the kernel refuses with an errno.
+        shrinks: True if it can be lowered at any moment, so that it is checked before every chunk; else every 20 ms.
     """
 
     name: str
     set_by: str
-    kills: bool
     concerns: Callable[[MemoryUse], bool]
     read: Callable[[MemoryUse], Iterable[Limit]]
     at_most: Callable[[Sequence[Demand]], int] = length_of_all
     counted: Callable[[Sequence[Demand]], int] = length_of_all
     resource: Callable[[MemoryUse], object] = lambda _: None
     reserves: bool = False
+    check: Callable[[int, float], MemoryAnswer] | None = None
+    shrinks: bool = False
 
 
 def _takes_memory(use: MemoryUse) -> bool:
@@ -77,48 +87,51 @@ def _is_hugetlb(use: MemoryUse) -> bool:
 
 TABLE = (
     LimitRow(
-        "memory cgroups", "the container or the administrator: memory.max, memory.high of every level", True,
-        _takes_memory, lambda _: cgroup_limits(),
+        "memory cgroups", "the container or the administrator: memory.max, memory.high of every level",
+        _takes_memory, lambda _: cgroup_limits(), check=check_cgroups, shrinks=True,
     ),
-    LimitRow("MemAvailable", "the machine: its memory and swap", True, _takes_memory, lambda _: machine_limits()),
     LimitRow(
-        "CommitLimit", "the administrator: vm.overcommit_memory and vm.overcommit_ratio", False,
+        "MemAvailable", "the machine: its memory and swap",
+        _takes_memory, lambda _: machine_limits(), check=check_machine,
+    ),
+    LimitRow(
+        "CommitLimit", "the administrator: vm.overcommit_memory and vm.overcommit_ratio",
         _takes_commit, lambda _: commit_limits(), missing_in_all, unallocated_in_all,
     ),
     LimitRow(
-        "tmpfs space", "the mount option size=", False,
+        "tmpfs space", "the mount option size=",
         lambda use: use.backing is Backing.TMPFS, lambda use: space_limits(use, "tmpfs space"),
         missing_in_all, unallocated_in_all, MemoryUse.file_system,
     ),
     LimitRow(
-        "disk space", "the file system", False,
+        "disk space", "the file system",
         lambda use: use.backing is Backing.FILE and use.allocates, lambda use: space_limits(use, "disk space"),
         length_of_all, holes_on_disk, MemoryUse.file_system,
     ),
     LimitRow(
-        "hugetlb pool", "the administrator: nr_hugepages and nr_overcommit_hugepages", False,
+        "hugetlb pool", "the administrator: nr_hugepages and nr_overcommit_hugepages",
         _is_hugetlb, lambda use: hugetlb_pool_limits(use.page_size),
         missing_in_all, unallocated_in_all, lambda use: use.page_size, reserves=True,
     ),
     LimitRow(
-        "hugetlb cgroups", "the container or the administrator: hugetlb.*.max of every level", False,
+        "hugetlb cgroups", "the container or the administrator: hugetlb.*.max of every level",
         _is_hugetlb, lambda use: hugetlb_cgroup_limits(use.page_size, "pages"),
         missing_in_all, unallocated_in_all, lambda use: use.page_size,
     ),
     LimitRow(
-        "hugetlb reservations", "the container or the administrator: hugetlb.*.rsvd.max of every level", False,
+        "hugetlb reservations", "the container or the administrator: hugetlb.*.rsvd.max of every level",
         _is_hugetlb, lambda use: hugetlb_cgroup_limits(use.page_size, "reservations"),
         missing_in_all, unallocated_in_all, lambda use: use.page_size, reserves=True,
     ),
     LimitRow(
-        "RLIMIT_MEMLOCK", "the session: ulimit -l", False,
+        "RLIMIT_MEMLOCK", "the session: ulimit -l",
         lambda use: use.locks, lambda _: resource_limit("RLIMIT_MEMLOCK"), length_of_all, unlocked_in_all,
     ),
     LimitRow(
-        "RLIMIT_AS", "the session: ulimit -v", False, lambda use: not use.mapped, lambda _: resource_limit("RLIMIT_AS"),
+        "RLIMIT_AS", "the session: ulimit -v", lambda use: not use.mapped, lambda _: resource_limit("RLIMIT_AS"),
     ),
     LimitRow(
-        "RLIMIT_DATA", "the session: ulimit -d", False,
+        "RLIMIT_DATA", "the session: ulimit -d",
         lambda use: not (use.mapped or use.shared) and use.backing is Backing.ANONYMOUS and use.access == "write",
         lambda _: resource_limit("RLIMIT_DATA"),
     ),
@@ -143,6 +156,24 @@ def limits_on(use: MemoryUse) -> list[Limit]:
     ]
 
 
+def ask_for_memory(needed: int, *, reserve: float = 1.0, only_shrinking: bool = False) -> MemoryAnswer:
+    """Ask the limits at which the kernel kills for ``needed`` bytes.
+
+    Args:
+        needed: bytes.
+        reserve: share of each limit's reserve that must be left, from 0 to 1.
+        only_shrinking: ask only the limits that can be lowered at any moment.
+    """
+    left = NO_LIMIT
+    for row in TABLE:
+        if row.check is not None and (row.shrinks or not only_shrinking):
+            answer = row.check(needed, reserve)
+            if answer.short is not None:
+                return answer
+            left = min(left, answer.left_bytes)
+    return MemoryAnswer(None, left)
+
+
 def shortfall_of(use: MemoryUse, needed: int, name: str | None = None) -> Shortfall | None:
     """Return the first limit at which the kernel would refuse ``needed`` bytes for this use; None if there is none.
 
@@ -152,7 +183,7 @@ def shortfall_of(use: MemoryUse, needed: int, name: str | None = None) -> Shortf
         name: check only the row of this name.
     """
     for row in TABLE:
-        if not row.kills and name in (None, row.name) and row.concerns(use):
+        if row.check is None and name in (None, row.name) and row.concerns(use):
             found = _first_short(row, use, needed)
             if found is not None:
                 return found
@@ -169,7 +200,7 @@ def refusal_ahead(demands: Sequence[Demand], name: str | None = None) -> Shortfa
         name: check only the row of this name.
     """
     for row in TABLE:
-        if row.kills or name not in (None, row.name):
+        if row.check is not None or name not in (None, row.name):
             continue
         groups: dict[object, list[Demand]] = {}
         for demand in demands:

@@ -8,9 +8,12 @@ import os
 from typing import NamedTuple
 
 from prefault._system.descriptors import Descriptors
-from prefault._system.proc import read_meminfo, read_mounts
+from prefault._system.meminfo import read_meminfo
+from prefault._system.proc import read_mounts
 from prefault.errors import HugePagesError, MappingError
-from prefault.limits import MemoryUse, read_limit, space_limit
+from prefault.limits.memory_use import MemoryUse
+from prefault.limits.refusing_limits import space_limit
+from prefault.limits.table import read_limit
 from prefault.memory.backings import BackingSource, parse_backing
 from prefault.memory.vma import Backing
 from prefault.sizes import PAGE_SIZE, format_size
@@ -77,8 +80,7 @@ def _check_hugetlb(page_size: int, fd: int, capacity: int) -> None:
 
 
 def _check_memory(capacity: int) -> tuple[str, ...]:
-    memory = read_meminfo()
-    total = memory["MemTotal"] + memory["SwapTotal"]
+    total = sum(read_meminfo("MemTotal", "SwapTotal"))
     if capacity > total:
         return (
             f"the capacity of {format_size(capacity)} is more than this machine's memory and swap of {format_size(total)}:"

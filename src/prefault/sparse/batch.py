@@ -25,9 +25,9 @@ from prefault.errors import DiscardError
 from prefault.inspection.mincore import resident_in
 from prefault.inspection.scan import occupied
 from prefault.intervals import Intervals
-from prefault.limits import MemoryUse
 from prefault.limits.admission import AdmissionControl
 from prefault.limits.demand import Demand
+from prefault.limits.memory_use import MemoryUse
 from prefault.memory.borrowing import Borrowed
 from prefault.memory.vma import Backing
 from prefault.ranges import PageRange, RangeSet

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from prefault.limits import MemoryUse, Shortfall, ask_for_memory, counts_hugetlb, shortfall_of
+from prefault.limits.limit import Shortfall
+from prefault.limits.memory_limits import counts_hugetlb
+from prefault.limits.memory_use import MemoryUse
+from prefault.limits.table import ask_for_memory, shortfall_of
 from prefault.memory.vma import Backing
 from prefault.sizes import PAGE_SIZE
 

@@ -21,8 +21,9 @@ def read_meminfo(*names: str) -> tuple[int, ...]:
 
 def number_in(text: bytes, name: str) -> int:
     """Return the number of a line such as ``MemTotal:   24684096 kB``, sizes in bytes. KeyError without such a line."""
-    _, found, rest = (b"\n" + text).partition(b"\n%b:" % name.encode())
-    if not found:
+    key = name.encode() + b":"
+    at = 0 if text.startswith(key) else text.find(b"\n" + key) + 1
+    if not text.startswith(key, at):
         raise KeyError(name)
-    number, _, unit = rest.partition(b"\n")[0].strip().partition(b" ")
-    return int(number) * (KIB if unit == b"kB" else 1)
+    number, *unit = text[at + len(key) : text.index(b"\n", at)].split()
+    return int(number) * (KIB if unit else 1)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from prefault._system import fork_hooks
+from prefault._system.closing import Closing
 from prefault.device import limit_messages, this_server
 from prefault.device.client import mapped_area
 from prefault.device.client.area import Area
@@ -103,7 +104,7 @@ def connect(path: str | os.PathLike[str], *, timeout: float = 5.0) -> DeviceClie
     return DeviceClient(path, timeout)
 
 
-class DeviceClient:
+class DeviceClient(Closing):
     """A device that another process serves; made by :func:`prefault.device.connect`. A context manager.
 
     Attributes:
@@ -185,16 +186,6 @@ class DeviceClient:
         if areas:
             raise BufferError(f"{areas} area{' is' if areas == 1 else 's are'} still open: close them first")
         self._ends()
-
-    def __enter__(self) -> DeviceClient:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self.close()
-        except BufferError:
-            if kind is None:
-                raise
 
     def __repr__(self) -> str:
         state = "connected" if not self.closed and self._connection.usable else "not connected"

@@ -9,10 +9,11 @@ import math
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from prefault._kernel import mman
 from prefault._system import fork_hooks, hugetlb, thp
+from prefault._system.closing import Closing
 from prefault._system.descriptors import Descriptors
 from prefault.errors import HugePagesError, MappingError
 from prefault.limits.mmap_refusal import why_no_room
@@ -33,7 +34,7 @@ _MAX_LENGTH = MAX_SIZE - (64 << 30)
 _ADVICE = {"advise": mman.MADV_HUGEPAGE, "never": mman.MADV_NOHUGEPAGE}
 
 
-class MappedMemory(MemoryOwner):
+class MappedMemory(Closing, MemoryOwner):
     """Base of :class:`Mapping` and :class:`~prefault.SparseMemory`: it owns a mapping, and ends it."""
 
     _memory: OwnedMemory | None
@@ -64,17 +65,8 @@ class MappedMemory(MemoryOwner):
             memory.close()
             self._memory = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self.close()
-        except BufferError:
-            if kind is None:
-                raise
-            # The exception on its way out matters more. Views that it keeps alive keep the memory until they go.
-            self._memory = None
+    def _abandon(self) -> None:
+        self._memory = None  # views that the exception keeps alive keep the memory until they go
 
     def _open_memory(self) -> OwnedMemory:
         memory = self._memory

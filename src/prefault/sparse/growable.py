@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from prefault._system import thp
+from prefault._system.closing import Closing
 from prefault.errors import PopulateError
 from prefault.mapping.mapping import HugeAdvice
 from prefault.memory.backings import Anonymous, BackingSource, parse_backing
@@ -32,7 +33,7 @@ _PLAIN_TYPES: dict[str, frozenset[type]] = {
 """Types of Python for each kind of dtype that numpy stores without changing their kind, checking the range."""
 
 
-class GrowableArray(MemoryOwner):
+class GrowableArray(Closing, MemoryOwner):
     """A one-dimensional array, or one of rows, that grows and shrinks at its end without ever being copied.
 
     ::
@@ -256,20 +257,9 @@ class GrowableArray(MemoryOwner):
         except BufferError:
             self._all = self._whole(memory)
             raise
-        self._forget()
+        self._abandon()
 
-    def __enter__(self) -> GrowableArray:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self.close()
-        except BufferError:
-            if kind is None:
-                raise
-            self._forget()  # the exception matters more; the views that it keeps alive keep the memory
-
-    def _forget(self) -> None:
+    def _abandon(self) -> None:
         self._memory, self._all = None, self._nothing()
         self._length = self._populated = self._room = 0
 

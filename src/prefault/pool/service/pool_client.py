@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 
+from prefault._system.closing import Closing
 from prefault.errors import PoolGoneError
 from prefault.pool.block_charges import PoolAccount
 from prefault.pool.high_water import HighWaterNotifier, OnHighWater
@@ -17,7 +18,7 @@ from prefault.pool.service.pool_connection import PoolConnection
 from prefault.sizes import format_size
 
 
-class PoolClient(MemoryPool):
+class PoolClient(Closing, MemoryPool):
     """A pool in another process; made by :func:`prefault.pool.connect`. A context manager.
 
     When the server ends, the memory stays: it can be used, discarded and closed, and populating it raises
@@ -74,16 +75,6 @@ class PoolClient(MemoryPool):
         if self._listener is not None:
             self._listener.close()
         self._link.close()
-
-    def __enter__(self) -> PoolClient:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self.close()
-        except BufferError:
-            if kind is None:
-                raise
 
     def __repr__(self) -> str:
         state = "connected" if self._link.usable else "not connected"

@@ -285,7 +285,7 @@ def test_map_populate_hides_a_full_tmpfs(small_tmpfs: Callable[[str], Path]) -> 
 def test_hugetlb_pool_empty(access: Access, shared: bool, hugetlb_pool: Callable[[int], None]) -> None:
     hugetlb_pool(2)
     with prefault.Mapping(4 * HUGE, backing="hugetlb", shared=shared, noreserve=True) as mapping:
-        with pytest.raises(BackingFullError, match=r"hugetlb pool of 2\.0 MiB pages has 0 bytes left of 4\.0 MiB") as caught:
+        with pytest.raises(BackingFullError, match=r"hugetlb pool of 2\.0 MiB pages leaves 0 bytes of 4\.0 MiB") as caught:
             prefault.populate(mapping, access=access, headroom="ignore")
         error = caught.value
         assert (error.errno, error.offset, error.populated_bytes) == (errno.EFAULT, 2 * HUGE, 2 * HUGE)

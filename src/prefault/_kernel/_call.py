@@ -51,15 +51,23 @@ def declare_syscall(number: int, *arguments: Any) -> Callable[..., int]:
     return lambda *values: function(number, *values)
 
 
+def no_descriptor() -> str:
+    """Return the sentence for EMFILE, and for descriptors that did not arrive."""
+    return (
+        f"process {os.getpid()} has as many descriptors open as it may have, {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}"
+        " (RLIMIT_NOFILE): raise that (ulimit -n), or close some"
+    )
+
+
+def no_open_file() -> str:
+    """Return the sentence for ENFILE."""
+    return "the system has as many open files as it may have (fs.file-max): raise that (sysctl), or close some"
+
+
 def explain(number: int) -> str:
-    """Return what errno ``number`` means and, where descriptors ran out, what to do."""
-    text = os.strerror(number)
-    if number == errno.EMFILE:
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return f"{text}: RLIMIT_NOFILE allows this process {limit} descriptors; close some, or raise it (ulimit -n)"
-    if number == errno.ENFILE:
-        return f"{text}: the whole system has as many as fs.file-max allows; close some, or raise it (sysctl)"
-    return text
+    """Return what errno ``number`` means and, where descriptors ran out, which limit that is and what to do."""
+    limit = {errno.EMFILE: no_descriptor, errno.ENFILE: no_open_file}.get(number)
+    return os.strerror(number) if limit is None else f"{os.strerror(number)}: {limit()}"
 
 
 def fail(call: str) -> NoReturn:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from prefault._kernel._call import explain
+from prefault._system.descriptors import Descriptors
 
 
 class MapsLine(NamedTuple):
@@ -57,17 +58,12 @@ def open_proc(path: str) -> int:
 @contextmanager
 def opened_proc(path: str) -> Iterator[int]:
     """Open a file of /proc for reading, for the length of a block. Ctrl-C leaks no descriptor."""
-    opened: list[int] = []
-    try:
+    with Descriptors() as descriptors:
         try:
-            # One call from C to C: Ctrl-C cannot strike after the opening and before the number is noted.
-            opened.extend(map(os.open, (path,), (os.O_RDONLY | os.O_CLOEXEC,)))
+            fd = descriptors.open(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise _refusal(path, error) from error
-        yield opened[0]
-    finally:
-        if opened:
-            os.close(opened[0])
+        yield fd
 
 
 def own_descriptors() -> list[int]:

@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from prefault._kernel._call import no_descriptor
 from prefault.errors import DeviceError
-from prefault.limits.process_limits import explain_limit, no_descriptor, no_process
+from prefault.limits.process_limits import explain_limit, no_process
 
 __all__ = ["explained", "no_descriptor", "no_process", "reason"]
 

@@ -20,7 +20,7 @@ from prefault.limits.process_limits import lock_refusal
 from prefault.limits.table import limits_on
 from prefault.memory.vma import Backing, Vma, file_size, vm_flags, vma_at
 from prefault.ranges import PageRange
-from prefault.sizes import PAGE_SIZE, format_size
+from prefault.sizes import PAGE_SIZE
 
 
 class Cause(NamedTuple):
@@ -138,7 +138,7 @@ def _by_backing(vma: Vma, fd: int | None) -> Cause | None:
         return None
     return Cause(
         errors.BackingFullError, errno.EFAULT,
-        f"{short.name} has {format_size(short.available_bytes)} left of {format_size(short.limit_bytes)}: {short.remedy}",
+        short.advice,
     )  # fmt: skip
 
 

@@ -122,8 +122,7 @@ def _ensure_allowed(pages: PageRange, origin: int) -> None:
     short = refusal_ahead([Demand(use, Intervals([pages]))], "RLIMIT_MEMLOCK")
     if short is not None:
         raise short.error(
-            f"locking takes {format_size(short.needed_bytes)} more, and {short.limit.name} leaves"
-            f" {format_size(short.available_bytes)} of {format_size(short.limit.limit_bytes)}: {short.limit.remedy}",
+            f"locking takes {format_size(short.needed_bytes)} more, and {short.limit.advice}",
             address=pages.start, offset=pages.start - origin,
         )  # fmt: skip
 

@@ -54,6 +54,12 @@ class Limit(NamedTuple):
         return max(0, self.limit_bytes - self.used_bytes + self.reclaimable_bytes - self.reserve_bytes)
 
     @property
+    def advice(self) -> str:
+        """What it leaves, and the remedy, for people: ``"RLIMIT_AS leaves 1.0 MiB of 2.0 MiB: raise it (ulimit -v)"``."""
+        room = f"{format_size(self.available_bytes)} of {format_size(self.limit_bytes)}"
+        return f"{self.name} leaves {room}: {self.remedy}"
+
+    @property
     def usage(self) -> str:
         """The numbers for people: ``"1.0 GiB of 4.0 GiB used, 32.0 MiB kept in reserve"``."""
         numbers = f"{format_size(self.used_bytes)} of {format_size(self.limit_bytes)} used"

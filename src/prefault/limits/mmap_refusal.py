@@ -52,11 +52,7 @@ def _reasons(length: int, room: int, data: bool, noreserve: bool) -> Iterator[st
     for needed, name in requests:
         short = shortfall_of(MemoryUse(shared=not data, mapped=False), needed, name)
         if short is not None:
-            limit = short.limit
-            yield (
-                f"it takes {format_size(needed)}, and {limit.name} leaves {format_size(limit.available_bytes)} of"
-                f" {format_size(limit.limit_bytes)}: {limit.remedy}, or map less"
-            )
+            yield f"it takes {format_size(needed)}, and {short.limit.advice}, or map less"
     total = sum(read_meminfo("MemTotal", "SwapTotal"))
     if mode == "0" and not noreserve and length > total:
         yield (

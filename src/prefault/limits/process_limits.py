@@ -11,6 +11,7 @@ import resource
 from collections.abc import Callable
 from typing import NamedTuple
 
+from prefault._kernel._call import no_descriptor, no_open_file
 from prefault._system import cgroups
 from prefault.sizes import format_size
 
@@ -31,14 +32,6 @@ def explain_limit(number: int | None) -> str | None:
     """Return which limit an errno stands for, with its number and what to do; None if it stands for none."""
     rows = (row.sentence() for row in PROCESS_LIMITS if row.errno == number)
     return next((sentence for sentence in rows if sentence is not None), None)
-
-
-def no_descriptor() -> str:
-    """Return the sentence for EMFILE, and for descriptors that did not arrive."""
-    return (
-        f"process {os.getpid()} has as many descriptors open as it may have, {soft_limit('RLIMIT_NOFILE')}"
-        " (RLIMIT_NOFILE): raise that (ulimit -n), or close some"
-    )
 
 
 def no_process() -> str:
@@ -84,10 +77,7 @@ def soft_limit(name: str) -> int | None:
 
 PROCESS_LIMITS = (
     ProcessLimit(errno.EMFILE, no_descriptor),
-    ProcessLimit(
-        errno.ENFILE,
-        lambda: "the system has as many open files as it may have (fs.file-max): raise that, or close some",
-    ),
+    ProcessLimit(errno.ENFILE, no_open_file),
     ProcessLimit(errno.EAGAIN, no_process),
     ProcessLimit(errno.EFBIG, _no_file_size),
     ProcessLimit(errno.ENOMEM, _no_address_space),

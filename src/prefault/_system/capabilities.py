@@ -124,15 +124,6 @@ def _page(flags: int = 0) -> Iterator[int]:
         mman.munmap(address, PAGE_SIZE)
 
 
-@contextmanager
-def _opened(path: str) -> Iterator[int]:
-    fd = proc.open_proc(path)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
 def _populate() -> None:
     # On a real page: some vendor kernels give 23 another meaning, which madvise(0, 0, 23) would not tell.
     # Checked with mincore, which for private memory looks at the page table, and needs no /proc.
@@ -153,7 +144,7 @@ def _process_madvise() -> None:
 
 
 def _pagemap() -> None:
-    with _page() as address, _opened("/proc/self/pagemap") as fd:
+    with _page() as address, proc.opened_proc("/proc/self/pagemap") as fd:
         pagemap.read_pagemap(fd, address // PAGE_SIZE, 1)
 
 
@@ -166,17 +157,17 @@ def _scan_for(fd: int, address: int, category: pagemap.PageCategory) -> None:
 
 
 def _pagemap_scan() -> None:
-    with _page() as address, _opened("/proc/self/pagemap") as fd:
+    with _page() as address, proc.opened_proc("/proc/self/pagemap") as fd:
         _scan_for(fd, address, pagemap.PageCategory.PRESENT)
 
 
 def _page_is_guard() -> None:
-    with _page() as address, _opened("/proc/self/pagemap") as fd:
+    with _page() as address, proc.opened_proc("/proc/self/pagemap") as fd:
         _scan_for(fd, address, pagemap.PageCategory.GUARD)
 
 
 def _soft_dirty() -> None:
-    with _page() as address, _opened("/proc/self/pagemap") as fd:
+    with _page() as address, proc.opened_proc("/proc/self/pagemap") as fd:
         futex.futex_add_zero(address)
         entry = int.from_bytes(pagemap.read_pagemap(fd, address // PAGE_SIZE, 1), "little")
         # A kernel with soft-dirty bits sets them on every page of a new mapping.
@@ -185,7 +176,7 @@ def _soft_dirty() -> None:
 
 
 def _procmap_query() -> None:
-    with _page() as address, _opened("/proc/self/maps") as fd:
+    with _page() as address, proc.opened_proc("/proc/self/maps") as fd:
         procmap.procmap_query(fd, procmap.ProcmapQuery(sizeof(procmap.ProcmapQuery), 0, address))
 
 

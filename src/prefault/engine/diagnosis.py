@@ -154,12 +154,6 @@ def _unexplained(vma: Vma, address: int, number: int) -> Cause:
 
 
 def _looks_swapped(address: int) -> bool:
-    try:
-        fd = proc.open_proc("/proc/self/pagemap")
-    except OSError:
-        return False
-    try:
-        entry = int.from_bytes(pagemap.read_pagemap(fd, address // PAGE_SIZE, 1), "little")
-    finally:
-        os.close(fd)
-    return bool(entry & pagemap.PM_SWAP)
+    with contextlib.suppress(OSError), proc.opened_proc("/proc/self/pagemap") as fd:
+        return bool(int.from_bytes(pagemap.read_pagemap(fd, address // PAGE_SIZE, 1), "little") & pagemap.PM_SWAP)
+    return False

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from prefault._kernel import fiemap, mman, pagemap
 from prefault._kernel.cachestat import cachestat
-from prefault._system import capabilities
+from prefault._system import capabilities, proc
 from prefault.inspection.scan import occupied
 from prefault.intervals import Intervals
 from prefault.limits.memory_limits import counts_hugetlb
@@ -244,18 +244,13 @@ def _count_entries(start: int, stop: int, wanted: bytes) -> int | None:
     """Count the bytes of the pages whose pagemap entry is wanted by its highest byte; None if pagemap cannot be read."""
     if not capabilities.PAGEMAP.available:
         return None
-    try:
-        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # this process gave up root
-        return None
-    try:
+    with contextlib.suppress(OSError), proc.opened_proc("/proc/self/pagemap") as fd:  # OSError: this process gave up root
         pages = 0
         for at, end in _with_pages(start, stop):
             entries = pagemap.read_pagemap(fd, at // PAGE_SIZE, (end - at) // PAGE_SIZE)
             pages += entries[_HIGH_BYTE :: pagemap.ENTRY_BYTES].translate(wanted).count(1)
         return pages * PAGE_SIZE
-    finally:
-        os.close(fd)
+    return None
 
 
 def _with_pages(start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -66,8 +66,8 @@ class Intervals:
     @classmethod
     def from_ascending(cls, starts: array[int], stops: array[int]) -> Self:
         """Make the set of intervals in ascending order, none of them empty; those that touch become one."""
-        if not starts:
-            return cls._with(_NONE)
+        if len(starts) <= 1:
+            return cls._with(starts + stops)
         if any(map(eq, starts[1:], stops)):
             return cls._with(Intervals(zip(starts, stops, strict=True)).edges)
         edges = array("Q", bytes(2 * starts.itemsize * len(starts)))

@@ -55,7 +55,7 @@ class Limit(NamedTuple):
 
     @property
     def advice(self) -> str:
-        """What it leaves, and the remedy, for people: ``"RLIMIT_AS leaves 1.0 MiB of 2.0 MiB: raise it (ulimit -v)"``."""
+        """Room that is left, and the remedy: ``"RLIMIT_AS leaves 1.0 MiB of 2.0 MiB: raise it (ulimit -v)"``."""
         room = f"{format_size(self.available_bytes)} of {format_size(self.limit_bytes)}"
         return f"{self.name} leaves {room}: {self.remedy}"
 

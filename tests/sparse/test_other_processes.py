@@ -327,3 +327,17 @@ def test_the_kernel_has_no_mapping_left_for_a_discard(
             assert memory.read(5 * PAGE, 4) == b"kept"
             if unpopulated == "fault":
                 assert [faults(memory, at * PAGE) for at in (2, 3, 4, 300)] == [False, True, False, True]
+
+
+# --- mounts
+
+
+def test_a_small_block_gets_no_huge_page_of_a_tmpfs_that_gives_them(small_tmpfs: Callable[[str], Path]) -> None:
+    """fallocate does not see MADV_NOHUGEPAGE. A hole in a huge page splits it, which unmaps all the others of its pages."""
+    with SparseMemory(3000 * PAGE, backing=TemporaryFile(small_tmpfs("64m,huge=always"))) as memory:
+        memory.populate(0, 3 * PAGE)
+        assert _allocated(memory) == 3 * PAGE
+        memory.populate_many([(at * PAGE, PAGE) for at in range(3, 300, 2)])
+        there = present_blocks(memory)
+        memory.discard_many([(11 * PAGE, PAGE)])
+        assert present_blocks(memory) == [at for at in there if at != 11]

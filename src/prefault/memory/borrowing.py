@@ -36,7 +36,7 @@ class Borrowed:
         readonly: whether the buffer's owner forbids writing through it (the pages may be writable all the same).
         contiguous: whether every byte between first and last belongs to the buffer.
         fd: descriptor of the file behind the memory, if the owner has one, else None. Borrowed as well.
-        huge: whether the owner asked for transparent huge pages.
+        huge: whether the owner asked for transparent huge pages, or for none: fallocate does not see that.
         access_guard: hook that populate and discard enter before they touch a page, if the owner installed one.
         page_provider: what supplies the pages of device memory; None where the kernel supplies them.
     """

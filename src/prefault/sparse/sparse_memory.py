@@ -345,7 +345,8 @@ class SparseMemory(MappedMemory):
             self._size,
             readonly=False,
             fd=memory.fd,
-            huge=self.huge == "advise",
+            # "never" as well: fallocate does not see it, and may bring in 2 MiB for a block of 4 KiB.
+            huge=self.huge != "auto",
             access_guard=self._guard,
             pin=pin,
         )

@@ -15,7 +15,6 @@ class FaultAroundWindows:
     """Windows around faults: aligned and of the first size for random faults, doubled while a thread's faults go forward."""
 
     def __init__(self, state: ServerState) -> None:
-        self._state = state
         around = state.device.fault_around
         self._first = 1 if around is None else max(1, around.first // state.page_size)
         self._most = 1 if around is None else max(self._first, around.most // state.page_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import itertools
 import os
@@ -249,6 +250,18 @@ def test_ctrl_c_leaves_the_others_their_answers(peer: Peer) -> None:
     assert other.result().missing == 2
     assert len(thread.result()) == 2
     assert not peer.channel.is_inside()
+
+
+def test_ctrl_c_just_before_the_wait_ends_it_all_the_same(peer: Peer) -> None:
+    def other_side() -> None:
+        peer.take()
+        time.sleep(0.05)  # so that the main thread waits
+        _thread.interrupt_main()  # a signal that interrupts no system call
+
+    thread = Asking(other_side)
+    with pytest.raises(KeyboardInterrupt):
+        _ask(peer.channel, 1)()
+    assert thread.result() is None
 
 
 class Server(threading.Thread):

@@ -27,7 +27,7 @@ _ABANDON_S = 5.0
 """Seconds to wait for the reply of a Map that Ctrl-C interrupted: a call of the driver's open() ends first."""
 
 _RECHECK_S = 1.0
-"""Seconds after which a thread checks whether the thread that reads is still there."""
+"""Seconds after which a waiting thread checks for signals, and whether the thread that reads is still there."""
 
 
 class Channel:
@@ -250,10 +250,11 @@ class Channel:
         with self._reader_lock:
             if self._reader not in self._inside:
                 self._reader = me
-        # With a limit: Ctrl-C may strike before the last reader wakes the others.
+        # With a limit: Ctrl-C may strike just before the system call, which is not interrupted then, or before the last
+        # reader wakes the others.
         recheck_s = _RECHECK_S if timeout_s is None else min(timeout_s, _RECHECK_S)
         if self._reader == me:
-            self._read(timeout_s, select.POLLIN if sent else select.POLLIN | select.POLLOUT)
+            self._read(recheck_s, select.POLLIN if sent else select.POLLIN | select.POLLOUT)
         elif not sent:
             self._packets.wait(select.POLLOUT, recheck_s)
         elif exchange is not None:
@@ -290,7 +291,7 @@ class Channel:
                 self._outbox.remove(exchange)
         return True
 
-    def _read(self, timeout_s: float | None, events: int) -> None:
+    def _read(self, timeout_s: float, events: int) -> None:
         """Wait for a message, or other ``events`` of poll(2), and dispatch the message. Only the reader calls this."""
         received = self._packets.received
         if not received:

@@ -56,9 +56,9 @@ class PacketSocket:
             map(self._connection.recvmsg, (protocol.MAX_MESSAGE,), (_DESCRIPTORS_ROOM,), (socket.MSG_CMSG_CLOEXEC,))
         )
 
-    def wait(self, events: int, timeout_s: float | None) -> int:
+    def wait(self, events: int, timeout_s: float) -> int:
         """Wait for ``events`` of poll(2), or the end of the connection; return those that came, 0 after the timeout."""
         poll = select.poll()
         poll.register(self._fd, events)
-        ready = poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
+        ready = poll.poll(max(0.0, timeout_s) * 1000)
         return ready[0][1] if ready else 0

@@ -43,8 +43,9 @@ class Exchange:
 
     def wake(self) -> None:
         """Wake the thread that waits for the reply."""
-        with contextlib.suppress(RuntimeError):  # awake already
-            self.wakeup.release()
+        if self.wakeup.locked():
+            with contextlib.suppress(RuntimeError):  # another thread has released it meanwhile
+                self.wakeup.release()
 
     def finish(self) -> None:
         """Call :attr:`at_end`."""

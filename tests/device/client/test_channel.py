@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -92,6 +93,23 @@ def test_answers_find_their_threads_in_any_order(peer: Peer) -> None:
         assert isinstance(request, protocol.AskStatistics)
         peer.say(_statistics(request.id, request.area))
     assert [thread.result().missing for thread in threads] == list(range(8))
+
+
+def test_a_reply_that_the_last_reader_dispatched_before_it_left_is_not_waited_for(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LastMoment:
+        """Stands for the lock: the reply is there once a thread has it."""
+
+        def __enter__(self) -> None:
+            peer.channel._dispatch(_statistics(1, 77))
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(peer.channel, "_reader_lock", LastMoment())
+    monkeypatch.setattr(peer.channel, "_read", mock.Mock(side_effect=AssertionError("it waits for a further message")))
+    assert Asking(_ask(peer.channel, 1)).result().missing == 77
 
 
 def test_a_long_request_does_not_hold_up_a_short_one(peer: Peer) -> None:

@@ -250,6 +250,8 @@ class Channel:
         with self._reader_lock:
             if self._reader not in self._inside:
                 self._reader = me
+        if exchange is not None and exchange.reply is not None:
+            return  # the former reader dispatched it before it left: no further message may come
         # With a limit: Ctrl-C may strike just before the system call, which is not interrupted then, or before the last
         # reader wakes the others.
         recheck_s = _RECHECK_S if timeout_s is None else min(timeout_s, _RECHECK_S)

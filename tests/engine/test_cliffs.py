@@ -23,7 +23,7 @@ from prefault._kernel import mman
 from prefault._system import capabilities
 from prefault._system.kept_files import KeptFile
 from prefault.engine.chunking import ChunkSize
-from prefault.inspection.pagemap_scan import PagemapScanner
+from prefault.inspection import pagemap_scan
 from prefault.inspection.scan import populated_before, residency_of
 from prefault.intervals import Intervals
 from prefault.limits.allowance import allowance
@@ -73,7 +73,7 @@ def test_many_mappings_take_few_calls(alternating: Region, monkeypatch: pytest.M
     vectors = Counter(monkeypatch, mman, "process_madvise_vector")
     singles = Counter(monkeypatch, mman, "madvise")
     bounds = Counter(monkeypatch, Demand, "at_most")
-    scans = Counter(monkeypatch, PagemapScanner, "scan")
+    scans = Counter(monkeypatch, pagemap_scan, "_scan")
     result = prefault.populate(alternating)
     assert (result.bytes, result.present_bytes, result.method) == (
         MAPPINGS * PAGE_SIZE, 0, "populate_write, populate_read",
@@ -317,11 +317,14 @@ def _cold(path: Path, fd: int) -> None:
         needs.missing("the file system keeps the file in memory")
 
 
+@pytest.mark.parametrize("pages", [1024, 4096])
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_file_is_read_ahead_whatever_its_mapping_was_advised(tmp_path: Path, shared: bool) -> None:
+def test_a_file_is_read_ahead_whatever_its_mapping_was_advised(
+    tmp_path: Path, shared: bool, pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if filesystem_of(tmp_path) == "tmpfs":
         needs.missing("the temporary directory is not on a disk")
-    pages = 1024
+    looks = Counter(monkeypatch, sys.modules["prefault.engine.readahead"], "_advised_random")
     path = tmp_path / "file"
     path.write_bytes(os.urandom(pages * PAGE_SIZE))
     fd = os.open(path, os.O_RDWR)
@@ -334,6 +337,7 @@ def test_a_file_is_read_ahead_whatever_its_mapping_was_advised(tmp_path: Path, s
             assert prefault.populate(region, access="read").bytes == region.length
             waited = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt - before
             assert waited < pages // 4
+            assert looks.calls == (pages > 2048)  # the last 8 MiB are not worth a look at smaps
             # The advice is there again, on all of it.
             for page in (0, 20, pages // 2, pages - 1):
                 assert "rr" in oracle.vma_flags(region.page(page))
@@ -353,7 +357,8 @@ def test_the_advice_is_there_again_after_ctrl_c(tmp_path: Path, monkeypatch: pyt
             mman.madvise(region.address, region.length, mman.MADV_RANDOM)
             whole = PageRange(region.address, region.address + region.length)
             ahead = readahead.ReadAhead(whole)
-            ahead._random = readahead._advised_random(whole)
+            ahead._is_read_by_page, ahead._random = True, readahead._advised_random(whole)
+            monkeypatch.setattr(readahead, "_FEW", 0)
             assert ahead._random.length == region.length
 
             def interrupted() -> None:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -297,23 +298,24 @@ def test_ctrl_c_says_exactly_what_is_there(
 ) -> None:
     """A signal during the second chunk of the calling thread. Its handler runs when the system call is over."""
     monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
-    run = METHODS["populate_write"].run
     caller, calls = threading.get_ident(), []
     enough = threading.Event()
+    prefault.populate(mapping, length="1 MiB")
 
-    def interrupted(start: int, length: int, target: Any) -> None:
-        run(start, length, target)
+    def interrupted(populate: Any, *arguments: Any) -> Any:
+        result = populate(*arguments)
         if threading.get_ident() == caller:
-            calls.append(start)
+            calls.append(arguments)
             if len(calls) == 2:
                 enough.set()
                 signal.raise_signal(signal.SIGINT)
         else:
             enough.wait(20)  # on a busy machine the helper could take all chunks before the caller has its second
+        return result
 
-    monkeypatch.setattr(METHODS["populate_write"], "run", interrupted)
-    prefault.populate(mapping, length="1 MiB", method="populate_write")
-    calls.clear()
+    for module, name in (("attempts", "attempt"), ("chunk_queue", "populate_long")):
+        where = sys.modules[f"prefault.engine.{module}"]
+        monkeypatch.setattr(where, name, partial(interrupted, getattr(where, name)))
     with pytest.raises(prefault.PopulateInterrupted) as caught:
         prefault.populate(mapping, threads=threads, rollback=rollback)
     there = oracle.present_bytes(address(mapping), 64 * MIB)
@@ -602,6 +604,14 @@ def test_chunks_grow_and_shrink_with_their_cost(monkeypatch: pytest.MonkeyPatch)
     assert [times.chunk(one, 0.1) for _ in range(6)] == [8 * MIB, 16 * MIB, 32 * MIB, 64 * MIB, 64 * MIB, 64 * MIB]
     assert times.chunk(one, 3) == 64 * MIB
     assert [times.chunk(one, 50) for _ in range(7)][-1] == chunking.SMALLEST_CHUNK
+
+
+def test_chunks_that_are_vectors_take_longer_and_less_so_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, one = FakeTimes(monkeypatch), chunking.ChunkSize(on_disk=False, vectors=True)
+    assert [times.chunk(one, cost) for cost in (1, 7, 14, 25)] == [32 * MIB, 64 * MIB, 64 * MIB, 32 * MIB]
+    assert [times.chunk(one, 0.1) for _ in range(2)] == [256 * MIB] * 2
+    four = chunking.ChunkSize(on_disk=False, threads=4, vectors=True)
+    assert [times.chunk(four, cost) for cost in (1.5, 3, 5, 7)] == [8 * MIB, 8 * MIB, 8 * MIB, 4 * MIB]
 
 
 def test_chunks_grow_while_another_thread_has_the_gil_but_not_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:

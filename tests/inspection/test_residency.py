@@ -497,14 +497,14 @@ def test_the_memory_is_not_touched() -> None:
 
 
 def test_a_signal_handler_may_ask_in_the_middle_of_a_scan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The vector of PAGEMAP_SCAN is one a thread: a second question must not overwrite the first one's answer."""
+    """The vector of PAGEMAP_SCAN is used again: a second question must not overwrite the first one's answer."""
     module = sys.modules["prefault.inspection.pagemap_scan"]
     with prefault.Mapping(64 * PAGE_SIZE, huge="never") as mapping:
         for page in range(0, 64, 2):
             prefault.populate(mapping, offset=page * PAGE_SIZE, length=PAGE_SIZE)
         start, present = mapping.range.start, int(PageCategory.PRESENT)
         span = start, start + 64 * PAGE_SIZE
-        expected = module.scanner.scan(span, present, 0, 0, present)
+        expected = module.scan(span, present, 0, 0, present)
         assert len(expected) == 3 * 32
         asked: list[int] = []
         struck: list[bool] = []
@@ -521,5 +521,5 @@ def test_a_signal_handler_may_ask_in_the_middle_of_a_scan(monkeypatch: pytest.Mo
 
         pagemap_file = module._pagemap_file
         monkeypatch.setattr(module, "_pagemap_file", Interrupted())
-        assert module.scanner.scan(span, present, 0, 0, present) == expected
+        assert module.scan(span, present, 0, 0, present) == expected
         assert asked == [4 * PAGE_SIZE]

@@ -43,7 +43,10 @@ class ChunkQueue(abc.ABC):
         length: bytes to populate.
         place: continuation of an offset in messages: where in the call that is.
         done_bytes: bytes in the chunks that are done.
+        by_vectors: every method is an advice that this kernel takes for vectors of ranges.
     """
+
+    by_vectors = False
 
     def __init__(self, plan: Plan, length: int, place: str) -> None:
         self.plan = plan
@@ -103,8 +106,8 @@ class PlanQueue(ChunkQueue):
         self._open: dict[int, PlanChunk] = {}
         """By thread: the chunk that it is at work on."""
         # Few segments are taken one by one, so that nothing above a page that fails is populated.
-        methods = {segment.method for segment in plan.segments}
-        self._joins_segments = len(plan.segments) >= _MANY_SEGMENTS and all(can_advise(method) for method in methods)
+        self.by_vectors = all(can_advise(method) for method in {segment.method for segment in plan.segments})
+        self._joins_segments = self.by_vectors and len(plan.segments) >= _MANY_SEGMENTS
         self._stops = [segment.stop for segment in plan.segments]
 
     def take(self, size: int) -> PlanChunk | None:

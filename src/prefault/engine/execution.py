@@ -124,7 +124,7 @@ class Execution:
         """Populate one chunk after the other, until there is no further one or a chunk failed."""
         segments = self._queue.plan.segments
         on_disk = any(segment.backing is Backing.FILE for segment in segments)
-        pace = ChunkSize(on_disk=on_disk, threads=self._threads)
+        pace = ChunkSize(on_disk=on_disk, threads=self._threads, vectors=self._queue.by_vectors)
         ahead = ReadAhead(PageRange(segments[0].start, segments[-1].stop)) if on_disk else None
         while not self._stop:
             size = pace.size if self._admission is None else min(pace.size, self._admission.largest_chunk)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from time import perf_counter_ns
 
+from prefault._kernel.procmap import PROCMAP_QUERY_VMA_SHARED, PROCMAP_QUERY_VMA_WRITABLE
 from prefault._system import capabilities
 from prefault.engine.attempts import attempt
 from prefault.engine.chunk_queue import PlanQueue
@@ -26,15 +27,16 @@ from prefault.engine.rollback import Rollback
 from prefault.intervals import Intervals
 from prefault.limits.allowance import allowance
 from prefault.memory.borrowing import Borrowed, Span
-from prefault.memory.vma import Backing, vma_at
+from prefault.memory.vma import Backing, row_at
 from prefault.sizes import KIB, MAX_SIZE, PAGE_SIZE
 
 _PRIVATE = Target()
+_REASON = Backing.ANONYMOUS.value  # which takes longer than to make the segment
 
 
 def is_small(plan: Plan) -> bool:
     """Return whether one chunk of one segment is all of the plan."""
-    return plan.length <= FIRST_CHUNK and len(plan.segments) == 1
+    return len(plan.segments) == 1 and plan.segments[0].length <= FIRST_CHUNK
 
 
 def small_plan(memory: Borrowed, span: Span, access: Access | None) -> Plan | None:
@@ -44,14 +46,17 @@ def small_plan(memory: Borrowed, span: Span, access: Access | None) -> Plan | No
         return None
     if memory.page_provider is not None or not memory.contiguous:
         return None
-    vma = vma_at(start)
-    if vma is None or vma.inode or vma.shared or vma.start > start or vma.stop < stop:
+    if not (capabilities.PROCMAP_QUERY.available and capabilities.MADV_POPULATE.available):
         return None
-    if not capabilities.MADV_POPULATE.available:
+    row = row_at(start)
+    if row is None or row[0] > start or row[1] < stop:
         return None
-    writable = (vma.writable or memory.access_guard is not None) and not memory.readonly
+    flags, inode = row[2], row[5]
+    if inode or flags & PROCMAP_QUERY_VMA_SHARED:
+        return None
+    writable = (flags & PROCMAP_QUERY_VMA_WRITABLE or memory.access_guard is not None) and not memory.readonly
     method = POPULATE_WRITE if access == "write" or (access is None and writable) else POPULATE_READ
-    return Plan(span, (Segment(start, stop, method, _PRIVATE, Backing.ANONYMOUS, Backing.ANONYMOUS.value),), 1, ())
+    return Plan(span, (Segment(start, stop, method, _PRIVATE, Backing.ANONYMOUS, _REASON),), 1, ())
 
 
 def surely_fits(segment: Segment, now_ns: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
-import threading
+import struct
 from array import array
 from collections.abc import Sequence
 from ctypes import sizeof
@@ -15,60 +15,73 @@ from prefault._system.kept_files import KeptFile
 from prefault.inspection.result import PageState
 from prefault.sizes import GIB, MIB
 
-_REGIONS = 1024
-_QUICK_SCAN = 4 * MIB  # some 10 us: less than to take the GIL again
+_REGIONS = 4096
+_QUICK_SCAN = 128 * MIB  # some 300 us if all of it is populated: to take the GIL again beside busy threads takes longer
 _SCAN_STEP = GIB  # a call that walks this much takes at most some 10 ms, so Ctrl-C is not kept waiting
 
 _pagemap_file = KeptFile("/proc/self/pagemap")
 
 
-class PagemapScanner(threading.local):
-    """The argument and the result vector of PAGEMAP_SCAN, one for each thread, made once."""
+class _Scanner:
+    """Argument and result vector of PAGEMAP_SCAN, for one scan at a time."""
+
+    __slots__ = ("argument", "regions")
 
     def __init__(self) -> None:
-        self.busy = False
         self.regions = array("Q", bytes(_REGIONS * sizeof(pagemap.PageRegion)))
         self.argument = pagemap.PmScanArg(
             size=sizeof(pagemap.PmScanArg), vec=self.regions.buffer_info()[0], vec_len=_REGIONS
         )  # fmt: skip
 
-    def scan(self, spans: Sequence[int], mask: int, inverted: int, any_of: int, returned: int, flags: int = 0) -> array[int]:
-        """Scan spans of addresses (start and stop in turn), and return the regions that match.
 
-        Returns:
-            64-bit words: start, stop, categories, start, ... in order of address.
-        """
-        if self.busy:
-            # A signal handler, or a finalizer, in the middle of a scan of this very thread.
-            return PagemapScanner().scan(spans, mask, inverted, any_of, returned, flags)
-        words = array("Q")
-        self.busy = True
-        try:
-            argument, regions, ioctl = self.argument, self.regions, _pagemap_file.ioctl
-            argument.flags, argument.category_mask, argument.category_inverted = flags, mask, inverted
-            argument.category_anyof_mask, argument.return_mask = any_of, returned
-            for first, stop in zip(spans[::2], spans[1::2], strict=True):
-                start = int(first)
-                while start < stop:
-                    argument.start, argument.end = start, min(int(stop), start + _SCAN_STEP)
-                    try:
-                        count = ioctl(pagemap.PAGEMAP_SCAN, argument, quick=stop - start <= _QUICK_SCAN)
-                    except OSError as error:
-                        if error.errno != errno.EFAULT:
-                            raise
-                        return words  # beyond the end of user space, where no process has pages
-                    if count:
-                        words += regions[: 3 * count]
-                    # Not argument.walk_end: with more than 512 regions, the size of the kernel's own buffer, it may be where
-                    # that was full for the last time and not where the walk ended (seen on 6.18), and regions would come
-                    # twice.
-                    start = argument.end if count < _REGIONS else regions[3 * count - 2]
-        finally:
-            self.busy = False
-        return words
+# One call each: to set the fields of a ctypes structure one by one takes longer than the scan of a page.
+_PLACE = struct.Struct("3Q")
+_CATEGORIES = struct.Struct("4Q")
+
+_idle: list[_Scanner] = []
+"""Scanners that no scan uses. A signal handler or a finalizer in the middle of a scan takes another one."""
 
 
-scanner = PagemapScanner()
+def scan(spans: Sequence[int], mask: int, inverted: int, any_of: int, returned: int, flags: int = 0) -> array[int]:
+    """Scan spans of addresses (start and stop in turn), and return the regions that match.
+
+    Returns:
+        64-bit words: start, stop, categories, start, ... in order of address.
+    """
+    try:
+        scanner = _idle.pop()
+    except IndexError:
+        scanner = _Scanner()
+    try:
+        return _scan(scanner, spans, mask, inverted, any_of, returned, flags)
+    finally:
+        _idle.append(scanner)
+
+
+def _scan(
+    scanner: _Scanner, spans: Sequence[int], mask: int, inverted: int, any_of: int, returned: int, flags: int
+) -> array[int]:
+    words = array("Q")
+    argument, regions, ioctl = scanner.argument, scanner.regions, _pagemap_file.ioctl
+    _CATEGORIES.pack_into(argument, pagemap.PmScanArg.category_inverted.offset, inverted, mask, any_of, returned)
+    ends = iter(spans)
+    for first, last in zip(ends, ends, strict=True):
+        start, stop = int(first), int(last)
+        while start < stop:
+            end = min(stop, start + _SCAN_STEP)
+            _PLACE.pack_into(argument, pagemap.PmScanArg.flags.offset, flags, start, end)
+            try:
+                count = ioctl(pagemap.PAGEMAP_SCAN, argument, quick=stop - start <= _QUICK_SCAN)
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                return words  # beyond the end of user space, where no process has pages
+            if count:
+                words += regions[: 3 * count]
+            # Not argument.walk_end: with more than 512 regions, the size of the kernel's own buffer, it may be where that
+            # was full for the last time and not where the walk ended (seen on 6.18), and regions would come twice.
+            start = end if count < _REGIONS else regions[3 * count - 2]
+    return words
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from prefault._kernel.pagemap import PageCategory
 from prefault._system import capabilities, proc
 from prefault.inspection.mincore import resident
 from prefault.inspection.page_cache import cached_bytes, page_cache_of
-from prefault.inspection.pagemap_scan import categories_of, scanner, states_of_categories
+from prefault.inspection.pagemap_scan import categories_of, scan, states_of_categories
 from prefault.inspection.result import PageState, Residency, rows_of, translate_states
 from prefault.intervals import Intervals
 from prefault.memory.borrowing import borrow
@@ -91,7 +91,9 @@ def populated_before(start: int, stop: int, *, write: bool, private: bool) -> In
         if capabilities.PAGEMAP_SCAN.available:
             inverted = _COPY_PENDING if write and private else 0
             mask = _PRESENT | inverted
-            words = scanner.scan((start, stop), mask, inverted, 0, mask)
+            words = scan((start, stop), mask, inverted, 0, mask)
+            if len(words) <= 3:
+                return Intervals.from_edges(words[:2])
             return Intervals.from_ascending(words[::3], words[1::3])
         if capabilities.PAGEMAP.available:
             return Intervals(
@@ -142,7 +144,7 @@ def occupied(spans: Sequence[int], *, how: bool = True) -> numpy.typing.NDArray[
         if capabilities.PAGEMAP_SCAN.available:
             guard = int(PageCategory.GUARD) if capabilities.PAGE_IS_GUARD.available else 0  # SWAPPED as well
             returned = _OCCUPIED | _COPY_PENDING if how else _OCCUPIED
-            return rows_of(scanner.scan(spans, guard, guard, _OCCUPIED, returned))
+            return rows_of(scan(spans, guard, guard, _OCCUPIED, returned))
     found: list[numpy.typing.NDArray[numpy.int64]] = []
     for start, stop in zip(spans[::2], spans[1::2], strict=True):
         rows = [(run.start, run.stop, categories_of(run.state)) for run in residency_of(PageRange(start, stop)).runs]
@@ -172,7 +174,7 @@ def mapped_by_others(pages: PageRange) -> RangeSet:
 
 def _from_scan(pages: PageRange, cache: PageCache | None) -> Residency:
     guard = 0 if capabilities.PAGE_IS_GUARD.available else int(PageCategory.GUARD)
-    words = scanner.scan(pages, 0, 0, _ANY & ~guard, _EVERY & ~guard)
+    words = scan(pages, 0, 0, _ANY & ~guard, _EVERY & ~guard)
     unprotected = not all(category & PageCategory.WPALLOWED for category in translate_states(words, states_of_categories()))
     unknown = {}
     # WRITTEN means "not write-protected" to the kernel, which says nothing of memory that was never protected.

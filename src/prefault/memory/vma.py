@@ -71,8 +71,7 @@ class Vma:
     def name(self) -> str:
         """The path or the ``[name]`` that ``/proc/self/maps`` shows. Looked up on first use."""
         if self._name is None:
-            again = _query(self.start, with_name=True)
-            self._name = again._name or "" if again is not None and again.start <= self.start else ""
+            self._name = _name_at(self.start)
         return self._name
 
     @property
@@ -133,8 +132,14 @@ def vma_at(address: int) -> Vma | None:
     One ioctl where the kernel has PROCMAP_QUERY (Linux 6.11), else a read of all of ``/proc/self/maps``.
     """
     if capabilities.PROCMAP_QUERY.available:
-        return _query(address, with_name=False)
+        row = row_at(address)
+        return None if row is None else _vma_of(row)
     return next((vma for vma in _read_all() if vma.stop > address), None)
+
+
+def row_at(address: int) -> VmaRow | None:
+    """Return what :func:`vma_at` returns, as numbers only: one ioctl, for which the kernel needs PROCMAP_QUERY."""
+    return next(_query_all(address, 1 << 64), None)
 
 
 def vmas(start: int, stop: int) -> Iterator[Vma]:
@@ -173,13 +178,14 @@ def vmas_by_kind(start: int, stop: int) -> Iterator[tuple[int, int, Vma]]:
 
 _ROW = struct.Struct("QQQQQQII")
 """Answer of PROCMAP_QUERY: start, stop, flags, page size, offset in the file, inode, major and minor device number."""
-_Row: TypeAlias = tuple[int, int, int, int, int, int, int, int]
+_ROW_OFFSET = procmap.ProcmapQuery.vma_start.offset
+VmaRow: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 
 
-def _query_all(start: int, stop: int) -> Iterator[_Row]:
+def _query_all(start: int, stop: int) -> Iterator[VmaRow]:
     """Ask for one VMA after the other by one structure: with thousands of VMAs its making would take most of the time."""
     query = procmap.ProcmapQuery(_QUERY_BYTES, procmap.PROCMAP_QUERY_COVERING_OR_NEXT_VMA)
-    answer, ioctl, unpack = memoryview(query).cast("B"), _maps.ioctl, _ROW.unpack_from
+    ioctl, unpack = _maps.ioctl, _ROW.unpack_from
     at = start
     while at < stop:
         query.query_addr = at
@@ -189,14 +195,14 @@ def _query_all(start: int, stop: int) -> Iterator[_Row]:
             if error.errno == errno.ENOENT:
                 return
             raise
-        row = unpack(answer, procmap.ProcmapQuery.vma_start.offset)
+        row = unpack(query, _ROW_OFFSET)
         if row[0] >= stop:
             return
         yield row
         at = row[1]
 
 
-def _vma_of(row: _Row) -> Vma:
+def _vma_of(row: VmaRow) -> Vma:
     start, stop, flags, page_size, offset, inode, major, minor = row
     return Vma(start, stop, flags, page_size, offset, os.makedev(major, minor) if inode else 0, inode)
 
@@ -213,34 +219,20 @@ def _special_span() -> tuple[int, int]:
     return (found[0].start, found[-1].end) if found else (0, 0)
 
 
-def _query(address: int, *, with_name: bool) -> Vma | None:
-    if with_name and not capabilities.PROCMAP_QUERY.available:
-        return next((vma for vma in _read_all() if vma.stop > address), None)
-    query = procmap.ProcmapQuery(_QUERY_BYTES, procmap.PROCMAP_QUERY_COVERING_OR_NEXT_VMA, address)
-    name_buffer = None
-    if with_name:
-        name_buffer = create_string_buffer(_NAME_BYTES)
-        query.vma_name_size, query.vma_name_addr = _NAME_BYTES, addressof(name_buffer)
+def _name_at(address: int) -> str:
+    if not capabilities.PROCMAP_QUERY.available:
+        return next((vma.name for vma in _read_all() if vma.start <= address < vma.stop), "")
+    name = create_string_buffer(_NAME_BYTES)
+    query = procmap.ProcmapQuery(
+        _QUERY_BYTES, query_addr=address, vma_name_size=_NAME_BYTES, vma_name_addr=addressof(name)
+    )  # fmt: skip
     try:
         _maps.ioctl(procmap.PROCMAP_QUERY, query, quick=True)
     except OSError as error:
-        if error.errno == errno.ENOENT:
-            return None
-        if error.errno == errno.ENAMETOOLONG:  # a path deeper than PATH_MAX
-            return _query(address, with_name=False)
+        if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):  # unmapped meanwhile; a path deeper than PATH_MAX
+            return ""
         raise
-    name = None if name_buffer is None else os.fsdecode(name_buffer.value)
-    inode = query.inode
-    return Vma(
-        query.vma_start,
-        query.vma_end,
-        query.vma_flags,
-        query.vma_page_size,
-        query.vma_offset,
-        os.makedev(query.dev_major, query.dev_minor) if inode else 0,
-        inode,
-        name,
-    )
+    return os.fsdecode(name.value)
 
 
 def _read_all() -> Iterator[Vma]:

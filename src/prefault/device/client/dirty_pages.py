@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prefault._kernel import pagemap
 from prefault._kernel.pagemap import PageCategory
-from prefault.inspection.pagemap_scan import scanner
+from prefault.inspection.pagemap_scan import scan
 from prefault.ranges import RangeSet
 
 _WRITTEN = int(PageCategory.WRITTEN)
@@ -21,6 +21,6 @@ def written_pages(address: int, length: int, *, clear: bool) -> RangeSet:
     flags = pagemap.PM_SCAN_CHECK_WPASYNC | (pagemap.PM_SCAN_WP_MATCHING if clear else 0)
     found = RangeSet()
     for mask, inverted in ((_WRITTEN, 0), (_GONE, _GONE)):
-        words = scanner.scan((address, address + length), mask, inverted, 0, 0, flags)
+        words = scan((address, address + length), mask, inverted, 0, 0, flags)
         found |= RangeSet.from_ascending(words[::3], words[1::3])
     return found

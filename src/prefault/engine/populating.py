@@ -26,6 +26,8 @@ from prefault.sizes import Size
 
 __all__ = ["HeadroomChoice", "PopulateResult", "Progress", "populate"]
 
+_NONE = Intervals()
+
 HeadroomChoice: TypeAlias = Literal["check", "ignore"]
 """Whether the limits are looked at before and while memory is populated."""
 
@@ -118,7 +120,7 @@ def _carry_out(
     if rollback:
         before, kept = pages_before(plan.segments)
     else:
-        before, kept = populated_pages(plan.segments), Intervals()
+        before, kept = populated_pages(plan.segments), _NONE
     small = is_small(plan)
     admission = None
     if headroom == "check" and not (small and surely_fits(plan.segments[0], began)):
@@ -141,7 +143,7 @@ def admit(segment: Segment, admission: AdmissionControl | None, guarded: Guarded
     Returns:
         The pages that were protected and cannot have been populated: guards look like pages in swap before Linux 6.15.
     """
-    protected = Intervals()
+    protected = _NONE
     # A pool sets huge pages aside until they are charged: only then their limit has room for them.
     if guarded is not None and segment.backing is Backing.HUGETLB:
         protected, guarded = guarded.admit(), None

@@ -42,6 +42,7 @@ _EVERY = _ANY | int(
 )
 _NO_TRACKING = "writes are not tracked here: this kernel has no soft-dirty bits, and the memory is not write-protected"
 _READ_AT_ONCE = 256 * MIB
+_NONE = Intervals()
 
 
 def residency(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> Residency:
@@ -93,7 +94,7 @@ def populated_before(start: int, stop: int, *, write: bool, private: bool) -> In
             mask = _PRESENT | inverted
             words = scan((start, stop), mask, inverted, 0, mask)
             if len(words) <= 3:
-                return Intervals.from_edges(words[:2])
+                return Intervals.from_edges(words[:2]) if words else _NONE
             return Intervals.from_ascending(words[::3], words[1::3])
         if capabilities.PAGEMAP.available:
             return Intervals(

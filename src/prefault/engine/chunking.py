@@ -1,4 +1,4 @@
-"""How much memory one system call populates."""
+"""Size of chunks: the memory that one system call populates."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from resource import RUSAGE_THREAD, getrusage
 from typing import TypeVar
 
 from prefault._kernel import mman
-from prefault._system import proc
+from prefault._system import capabilities, proc
+from prefault._system.own_process import own_process
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import KIB, MIB, PAGE_SIZE
 
@@ -45,7 +46,7 @@ class ReadAhead:
     def run(self, chunk: PageRange, populate: Callable[[], _Result]) -> _Result:
         """Call ``populate``, which populates the chunk, and return its result."""
         if self._is_read_by_page:
-            if self._whole.stop - chunk.start <= _FEW:
+            if self._whole.stop - chunk.start <= _FEW and capabilities.PROCESS_MADVISE.available:
                 _read(chunk)
                 return populate()
             if self._random is None:
@@ -59,10 +60,10 @@ class ReadAhead:
 
 
 def _read(chunk: PageRange) -> None:
-    """Start to read all of a chunk. It may lie in several mappings, and in holes."""
-    with contextlib.suppress(OSError):  # a hint: populating finds the error
-        for part in chunk.chunks(_READ_AT_ONCE):
-            mman.madvise(part.start, part.length, mman.MADV_WILLNEED)
+    """Start to read all of a chunk, in one call: each return from a call waits for the GIL."""
+    pieces = [(piece.start, piece.length) for piece in chunk.chunks(_READ_AT_ONCE)]
+    with contextlib.suppress(OSError), own_process() as pidfd:  # a hint, also in a hole: populating finds the error
+        mman.process_madvise(pidfd, pieces, mman.MADV_WILLNEED)
 
 
 def _without_advice(ranges: RangeSet, populate: Callable[[], _Result]) -> _Result:

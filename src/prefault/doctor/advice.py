@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from prefault._system.hugetlb import HugetlbPool
 from prefault.doctor.record import NOT_MOUNTED, Advice, CapabilityAnswer, Reading, Record
 from prefault.sizes import GIB, MIB, format_size
 
@@ -39,10 +40,10 @@ def _private_huge_pages(record: Record) -> Iterator[Advice]:
         return
     if _effective(enabled, pmd) == "never":
         # The file for the size overrides the common one, unless it says "inherit" (Linux 6.8).
-        file, what = ("enabled", "enabled") if pmd in (None, "inherit") else (_size_file(record, "enabled"),) * 2
+        file = "enabled" if pmd in (None, "inherit") else _size_file(record, "enabled")
         yield Advice(
             "thp-never", "warning",
-            f"transparent huge pages are off ({what} = never): private memory is populated in base pages, which took 4"
+            f"transparent huge pages are off ({file} = never): private memory is populated in base pages, which took 4"
             f" to 8 times as long as huge pages {_MEASURED}",
             f"echo madvise > {_THP}/{file}  # then Mapping(huge='advise') gets them",
         )  # fmt: skip
@@ -61,20 +62,16 @@ def _shared_huge_pages(record: Record) -> Iterator[Advice]:
         return
     off = "deny" if shmem == "deny" else _effective(shmem, pmd)
     if off in ("never", "deny"):
-        files = [f"{_THP}/shmem_enabled"] if shmem == "deny" or pmd in (None, "inherit") else []
-        if pmd not in (None, "inherit") and _effective(shmem, pmd) == "never":
-            files.append(f"{_THP}/{_size_file(record, 'shmem_enabled')}")
-        what = (
-            f"shmem_enabled = {shmem}"
-            if shmem == "deny" or pmd in (None, "inherit")
-            else f"{files[0][len(_THP) + 1 :]} = never"
-        )
+        common = shmem == "deny" or pmd in (None, "inherit")
+        files = ["shmem_enabled"] if common else []
+        if pmd == "never":
+            files.append(_size_file(record, "shmem_enabled"))
         # within_size, not advise: fallocate, which comes first for a memfd, knows no mapping that could have asked.
         yield Advice(
             "shmem-never", "warning",
-            f"shared huge pages are off ({what}): memfds and shared anonymous memory are populated in base pages, which took"
-            f" about 10 times as long {_MEASURED}",
-            " && ".join(f"echo within_size > {file}" for file in files),
+            f"shared huge pages are off ({files[0]} = {shmem if common else pmd}): memfds and shared anonymous memory are"
+            f" populated in base pages, which took about 10 times as long {_MEASURED}",
+            " && ".join(f"echo within_size > {_THP}/{file}" for file in files),
         )  # fmt: skip
     if shmem not in ("deny", "force") and record.word("dev_shm_huge") == "never" and record.size("dev_shm_size") != 0:
         yield Advice(
@@ -96,27 +93,29 @@ def _size_file(record: Record, name: str) -> str:
 def _hugetlb(record: Record) -> Iterator[Advice]:
     if not record.pools:
         return
-    smallest = record.pools[0]
-    file = f"/sys/kernel/mm/hugepages/hugepages-{smallest.page_size // 1024}kB/nr_hugepages"
     if not any(pool.total or pool.overcommit for pool in record.pools):
+        smallest = record.pools[0]
         pages = max(1, GIB // smallest.page_size)
         yield Advice(
             "hugetlb-empty", "tip",
             f"the hugetlb pools are empty: the backings 'hugetlb' and 'memfd-hugetlb' cannot be used; shared memory in base"
             f" pages took 10 to 15 times as long to populate as in their pages {_MEASURED}",
-            f"echo {pages} > {file}  # sets {format_size(pages * smallest.page_size)} aside",
+            f"{_resize(smallest, pages)}  # sets {format_size(pages * smallest.page_size)} aside",
         )  # fmt: skip
         return
     for pool in record.pools:
         if pool.total and pool.available <= 0 and not pool.overcommit:
-            pages = pool.total + max(1, GIB // pool.page_size)
             yield Advice(
                 "hugetlb-used-up", "warning",
                 f"all {pool.total} hugetlb pages of {format_size(pool.page_size)} are in use or reserved ({pool.free} free,"
                 f" {pool.reserved} reserved): a further hugetlb mapping is refused",
-                f"echo {pages} > /sys/kernel/mm/hugepages/hugepages-{pool.page_size // 1024}kB/nr_hugepages",
+                _resize(pool, pool.total + max(1, GIB // pool.page_size)),
             )  # fmt: skip
             return
+
+
+def _resize(pool: HugetlbPool, pages: int) -> str:
+    return f"echo {pages} > /sys/kernel/mm/hugepages/hugepages-{pool.page_size // 1024}kB/nr_hugepages"
 
 
 # --- capabilities
@@ -145,11 +144,8 @@ def _populate(record: Record) -> Iterator[Advice]:
 
 
 def _remedy_for_call(record: Record, missing: CapabilityAnswer, calls: str) -> str:
-    if _by_hand(missing):
-        return "unset PREFAULT_WITHOUT"
-    if record.machine.seccomp == 2:
-        return f"Linux {missing.since} or newer; in a container let the seccomp profile allow {calls}"
-    return f"Linux {missing.since} or newer"
+    allow = f"; in a container let the seccomp profile allow {calls}" if record.machine.seccomp == 2 else ""
+    return _remedy(missing, f"Linux {missing.since} or newer{allow}")
 
 
 def _residency(record: Record) -> Iterator[Advice]:
@@ -159,14 +155,14 @@ def _residency(record: Record) -> Iterator[Advice]:
             "residency-mincore", "warning",
             f"/proc/self/pagemap cannot be read ({pagemap.refusal}): residency tells only what mincore tells, and populate"
             " cannot tell what was populated before from its own work",
-            "unset PREFAULT_WITHOUT" if _by_hand(pagemap) else "mount -t proc proc /proc  # in a container: do not mask it",
+            _remedy(pagemap, "mount -t proc proc /proc  # in a container: do not mask it"),
         )  # fmt: skip
     elif scan is not None:
         yield Advice(
             "residency-pagemap", "tip",
             f"PAGEMAP_SCAN is missing ({scan.refusal}): residency reads /proc/self/pagemap, slower, and tells neither the"
             " zero page nor huge pages",
-            "unset PREFAULT_WITHOUT" if _by_hand(scan) else f"Linux {scan.since} or newer",
+            _remedy(scan, f"Linux {scan.since} or newer"),
         )  # fmt: skip
 
 
@@ -188,9 +184,7 @@ def _privileges(record: Record) -> Iterator[Advice]:
 def _userfaultfd(record: Record) -> Iterator[Advice]:
     missing = record.lacks("userfaultfd")
     if missing is not None:
-        if _by_hand(missing):
-            remedy = "unset PREFAULT_WITHOUT"
-        elif record.machine.seccomp == 2:
+        if record.machine.seccomp == 2:
             remedy = (
                 "docker run --device /dev/userfaultfd  # with that file writable for the user inside; or let the seccomp"
                 " profile allow the system call userfaultfd"
@@ -203,7 +197,7 @@ def _userfaultfd(record: Record) -> Iterator[Advice]:
             "userfaultfd-missing", "warning",
             f"userfaultfd is unavailable ({missing.refusal}): device memory (prefault.device.map, prefault.open_remote) is"
             " refused with DeviceError",
-            remedy,
+            _remedy(missing, remedy),
         )  # fmt: skip
         return
     old = [answer for name in ("uffd_minor_shmem", "uffd_poison") if (answer := record.lacks(name))]
@@ -212,7 +206,7 @@ def _userfaultfd(record: Record) -> Iterator[Advice]:
             "userfaultfd-old", "warning",
             f"userfaultfd lacks {' and '.join(answer.name for answer in old)} ({old[0].refusal}): device memory"
             " (prefault.device.map, prefault.open_remote) is refused with DeviceError",
-            "unset PREFAULT_WITHOUT" if _by_hand(old[-1]) else f"Linux {old[-1].since} or newer",
+            _remedy(old[-1], f"Linux {old[-1].since} or newer"),
         )  # fmt: skip
         return
     privileged = record.lacks("uffd_kernel_faults")
@@ -226,6 +220,10 @@ def _userfaultfd(record: Record) -> Iterator[Advice]:
             " such as write(2) from it, fails with EFAULT",
             f"{remedy}; or populate before",
         )  # fmt: skip
+
+
+def _remedy(missing: CapabilityAnswer, otherwise: str) -> str:
+    return "unset PREFAULT_WITHOUT" if _by_hand(missing) else otherwise
 
 
 def _by_hand(answer: CapabilityAnswer) -> bool:

@@ -27,7 +27,7 @@ from prefault.testing import without
 from support import needs, oracle
 from support.children import in_child
 from support.regions import READ, WRITE, Region, Span, file_of
-from support.write_tracking import tracking
+from support.userfaultfd import tracking_writes
 
 _HUGE = needs.HUGE
 _PRESENT, _ALLOCATED, _FILE, _GUARD, _WRITTEN = (
@@ -295,7 +295,7 @@ def test_written_pages_that_are_tracked(shared: bool) -> None:
     with Region(8, shared=shared) as region:
         for page in range(6):
             region.fill(page, b"before")
-        with tracking(region.address, region.length):
+        with tracking_writes(region.address, region.length):
             assert prefault.residency(region).bytes_in(_WRITTEN) == 0
             for page in (1, 4):
                 region.fill(page, b"after")

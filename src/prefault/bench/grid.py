@@ -30,7 +30,7 @@ class Row(NamedTuple):
     """The methods that are measured over one backing, mapped private or shared.
 
     Attributes:
-        sharing, backing: of the mapping; the backing is a name in :data:`prefault.bench.kinds.KINDS`.
+        sharing, backing: properties of the mapping; the backing is a name in :data:`prefault.bench.kinds.KINDS`.
         published: methods of the published measurement.
         unpublished: methods beside it: the package itself, and backings that were not published.
         quick: methods of the quick grid.

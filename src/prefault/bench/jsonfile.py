@@ -139,7 +139,7 @@ def read_run(
 
 
 def times_to_json(result: Timed[Any]) -> dict[str, Any]:
-    """Convert what all results have to plain values; :func:`read_times` reads the raw ones."""
+    """Convert the fields that all results share to plain values; :func:`read_times` reads the raw ones."""
     figures = result.statistics
     return {
         "status": result.status.value,

@@ -30,9 +30,9 @@ class Kind:
     """A backing of the grid.
 
     Attributes:
-        name: as published.
+        name: the published name.
         source: makes the backing, a fresh and empty one for every mapping.
-        room: what must have room for it.
+        room: the resource that must have room for it.
         huge: the advice on transparent huge pages. They must not creep into rows that say 4 KiB.
         has_file: pages of a private mapping are copies of the file's, so that both take memory.
         filled: the file's pages are in the page cache before the time is taken.

@@ -29,7 +29,7 @@ class BenchMachine:
         usable_cpus: CPUs that this process may keep busy.
         memory_bytes: MemTotal.
         page_bytes: a base page.
-        virtual: whether the CPU says that a hypervisor runs it.
+        virtual: True if the CPU says that a hypervisor runs it.
         thp: the settings of transparent huge pages; None where the kernel has no such setting.
         hugetlb_pages: the pool of each page size (bytes, as text) before anything was changed.
         python, numpy, prefault: versions.

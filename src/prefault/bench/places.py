@@ -28,7 +28,7 @@ class TemporaryHugetlbPool:
 
     Attributes:
         available_pages: pages that are free and not reserved.
-        refusal: why there are not more; None where there are as many as asked for.
+        refusal: the reason why there are not more; None where there are as many as asked for.
     """
 
     available_pages: int
@@ -77,7 +77,7 @@ class Hugetlbfs:
     Attributes:
         directory: the directory for files; None without a hugetlbfs.
         fds: descriptors that a process must inherit to use the directory.
-        refusal: why there is no hugetlbfs; None where there is one.
+        refusal: the reason why there is no hugetlbfs; None where there is one.
     """
 
     directory: str | None

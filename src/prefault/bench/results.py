@@ -38,7 +38,7 @@ class Timed(Generic[AnyCell]):
         cell: the cell that was measured.
         status: ``STOPPED`` is before the last repetition, or before the first.
         values_ns: the time of each repetition, in the order in which they ran. A failed or stopped cell may have some.
-        reason: why it is not measured, a sentence's worth; None where it is.
+        reason: the reason why it is not measured, a sentence's worth; None where it is.
         note: a remark for the reader, such as the method that :func:`prefault.populate` chose.
     """
 
@@ -110,7 +110,7 @@ class CellStatistics:
 
     @property
     def doubts(self) -> tuple[str, ...]:
-        """Why the figure is doubtful; empty where it is not."""
+        """Reasons to doubt the figure; empty where there are none."""
         doubts = []
         if self.spread is None:
             doubts.append("a single repetition has no spread")

@@ -54,7 +54,7 @@ def serve(factory: str, path: str, arguments: tuple[str, ...]) -> int:
 
 
 def _remedy(factory: str, error: OSError) -> str:
-    """Return what to change on the command line when a device cannot be made; empty where nothing there helps."""
+    """Return the change of the command line that lets the device be made; empty where no change helps."""
     from prefault.device.driver import Device
 
     module_name, _, name = factory.partition(":")

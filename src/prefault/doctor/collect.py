@@ -253,7 +253,7 @@ def _cpus() -> Iterator[Reading]:
 
 
 def _userfaultfd() -> Iterator[Reading]:
-    """Read who may use userfaultfd: by /dev/userfaultfd (Linux 6.1), and by the sysctl that allows all users (5.2)."""
+    """Read both permissions to use userfaultfd: of /dev/userfaultfd (Linux 6.1), and by the sysctl for all users (5.2)."""
     setting = "/proc/sys/vm/unprivileged_userfaultfd"
     yield _reading("unprivileged_userfaultfd", "flag", setting, lambda: _number(setting))
     yield _reading("userfaultfd_device", "flag", f"access({userfaultfd.DEVICE})", _may_open_userfaultfd)

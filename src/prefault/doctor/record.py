@@ -24,9 +24,9 @@ class Reading:
         name: such as ``"mem_available"``; ``docs/doctor-json.md`` lists them. The memory and CPU cgroups' names occur once
             for every directory of the hierarchy.
         value: None where there is no limit, or where ``unknown`` says why it is not known.
-        unit: of the value. A ``flag`` is 0 or 1, a ``mode`` a number that the kernel documents.
+        unit: the unit of the value. A ``flag`` is 0 or 1, a ``mode`` a number that the kernel documents.
         source: a file, a file and its line, or a system call.
-        unknown: why it could not be read, else None.
+        unknown: the reason why it could not be read; None where it was.
         meaning: for settings, what the value does to population.
     """
 
@@ -44,13 +44,13 @@ class MachineFacts:
 
     Attributes:
         kernel: the release, as uname(2) gives it.
-        architecture: as uname(2) gives it.
+        architecture: the machine's architecture, as uname(2) gives it.
         cpu_model: the ``model name`` of the first CPU; None where ``/proc/cpuinfo`` has none.
-        hypervisor: whether the CPU says that it is a virtual one; None where it cannot say (x86 only).
-        page_size: of a base page, in bytes.
+        hypervisor: True if the CPU says that it is a virtual one; None where it cannot say (x86 only).
+        page_size: bytes in a base page.
         python: version.
         prefault: version.
-        date: of the examination, ISO 8601 with seconds, in UTC.
+        date: the time of the examination, ISO 8601 with seconds, in UTC.
         user_id: effective; 0 is root (perhaps of a container).
         seccomp: 0 none, 1 strict, 2 a filter; None where ``/proc/self/status`` does not tell.
     """
@@ -72,12 +72,12 @@ class CapabilityAnswer:
     """The answer to one capability of :data:`prefault._system.capabilities.ALL`.
 
     Attributes:
-        name: as in PREFAULT_WITHOUT.
-        available: whether it works here.
-        question: how the kernel was asked.
+        name: the name for PREFAULT_WITHOUT.
+        available: True if it works here.
+        question: the call that asked the kernel.
         since: the Linux version that first answers yes.
-        refusal: why it is not available, in plain words; None where it is.
-        without: what prefault does without it.
+        refusal: the reason why it is not available, in plain words; None where it is.
+        without: the consequence for prefault where it is not available.
     """
 
     name: str

@@ -29,7 +29,7 @@ WITHOUT = {
     "uffd_poison": "device memory is refused with DeviceError: pages that a driver cannot supply could not be reported",
     "uffd_wp_async": "dirty pages of device memory are tracked by the server: a fault for each first write",
 }
-"""What prefault does without a capability, by its name."""
+"""The consequence of a missing capability for prefault, by the name of the capability."""
 
 MEANINGS: dict[str, dict[str | int, str]] = {
     "enabled": {
@@ -77,4 +77,4 @@ MEANINGS: dict[str, dict[str | int, str]] = {
         "always": "files in /dev/shm get huge pages",
     },
 }
-"""What a setting means for population, by its name and value."""
+"""The meaning of a setting for population, by its name and value."""

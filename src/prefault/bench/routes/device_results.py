@@ -40,10 +40,10 @@ class RouteCell(NamedTuple):
     """One route over one area, to be measured.
 
     Attributes:
-        size_bytes: of the area.
-        page_size: of the device, in bytes: 4 KiB or 2 MiB.
+        size_bytes: the length of the area.
+        page_size: bytes in a page of the device: 4 KiB or 2 MiB.
         frames: see :data:`Frames`.
-        route: how it is populated.
+        route: the way in which it is populated.
     """
 
     size_bytes: int
@@ -77,7 +77,7 @@ class Counts:
         server_reads: read(2) and the like of the server, from ``/proc/PID/io`` (sockets are not in it); None where the
             kernel does not account them.
         client_sleeps: voluntary context switches of the measuring thread.
-        system_calls: of client and server together, without those of mapping: see :func:`system_calls`.
+        system_calls: calls of client and server together, without those of mapping: see :func:`system_calls`.
     """
 
     client_faults: int
@@ -141,7 +141,7 @@ def system_calls(route: Route, server_faults: int, server_reads: int | None, pie
     and an epoll_wait per piece, and a send. These are 17 for 64 MiB in 4 KiB pages, as strace(1) counts them.
 
     Args:
-        route: which.
+        route: the route of the repetition.
         server_faults: see :class:`Counts`.
         server_reads: see :class:`Counts`.
         pieces: in which the server maps the area.

@@ -63,7 +63,8 @@ class Running:
         if not self.pid:
             status = 1
             try:
-                die_with_parent()
+                if registry is not None:  # a restart, which a fork may do that is killed
+                    die_with_parent()
                 self.connection.close()
                 self.registry.listener = listener
                 self.registry.first = None if listener is not None or self.registry.clients else other

@@ -47,7 +47,8 @@ class Descriptors:
         self.close()
 
     def __del__(self) -> None:
-        # Ctrl-C at the entry of __exit__ or close. At interpreter exit the functions may be gone.
-        if self._numbers:
-            with contextlib.suppress(TypeError, AttributeError):
+        # After Ctrl-C at the entry of __exit__ or close; before __init__ has run there is no list. At interpreter exit the
+        # functions may be gone.
+        with contextlib.suppress(TypeError, AttributeError):
+            if self._numbers:
                 self.close()

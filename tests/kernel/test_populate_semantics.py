@@ -567,11 +567,11 @@ def test_control_c_says_what_was_populated(rollback: bool) -> None:
     with Region(32 * 256) as region:
 
         def press(done: int, total: int) -> None:
-            if done >= total // 2:
+            if done >= total // 8:  # the first chunk; the second may be all the rest
                 signal.raise_signal(signal.SIGINT)
 
         with pytest.raises(prefault.PopulateInterrupted) as caught:
             prefault.populate(region, access="write", threads=1, progress=press, rollback=rollback)
         there = oracle.present_bytes(region.address, region.length)
         assert caught.value.populated_bytes == there
-        assert there == 0 if rollback else region.length // 2 <= there < region.length
+        assert there == 0 if rollback else region.length // 8 <= there < region.length

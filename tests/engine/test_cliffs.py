@@ -277,7 +277,7 @@ def test_what_is_empty_is_not_read_entry_by_entry(monkeypatch: pytest.MonkeyPatc
 
 
 def test_chunks_grow_at_once_beside_several_busy_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    from engine.test_populate import FakeTimes
+    from engine.test_chunking import FakeTimes
 
     times, one = FakeTimes(monkeypatch), ChunkSize(on_disk=False)
     assert times.chunk(one, 2, waited_ms=40, sleeps=1) == 64 * MIB  # 32 ms

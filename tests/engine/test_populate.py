@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import array
-import contextlib
-import gc
 import mmap
 import multiprocessing.shared_memory
 import os
-import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -29,9 +21,6 @@ import pytest
 
 import prefault
 from prefault._kernel import mman
-from prefault._system import capabilities, own_process
-from prefault.engine import chunking
-from prefault.engine.methods import METHODS
 from prefault.errors import HeadroomError
 from prefault.sizes import MIB, PAGE_SIZE
 from prefault.testing import without
@@ -42,39 +31,13 @@ from support.regions import file_of
 PLANNING = sys.modules["prefault.engine.planning"]
 
 
-def _helpers() -> list[str]:
-    """Threads that take chunks for us, by the code that they are in."""
-    frames = sys._current_frames().items()
-    mine = threading.get_ident()
-    return [str(frame) for ident, frame in frames if ident != mine and _is_at_work(frame)]
-
-
-def _is_at_work(frame: FrameType | None) -> bool:
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "prefault.engine.execution" and frame.f_code.co_name == "_work":
-            return True
-        frame = frame.f_back
-    return False
-
-
-@pytest.fixture
-def mapping() -> Iterator[prefault.Mapping]:
-    """64 MiB of private anonymous memory in base pages, of which nothing is populated."""
-    with prefault.Mapping("64 MiB", huge="never") as fresh:
-        yield fresh
-
-
-def address(memory: prefault.Mapping) -> int:
-    return memory.range.start
-
-
 # --- what is counted
 
 
 def test_a_fresh_mapping_is_all_work(mapping: prefault.Mapping) -> None:
     result = prefault.populate(mapping)
     assert (result.bytes, result.present_bytes, result.access) == (64 * MIB, 0, "write")
-    assert oracle.present_bytes(address(mapping), 64 * MIB) == 64 * MIB
+    assert oracle.present_bytes(mapping.range.start, 64 * MIB) == 64 * MIB
     assert result.seconds > 0
     assert "64.0 MiB populated writable" in str(result)
 
@@ -100,10 +63,10 @@ def test_pages_of_the_file_are_work_for_writing_in_a_private_mapping(tmp_path: P
     path.write_bytes(os.urandom(16 * PAGE_SIZE))
     with prefault.Mapping(backing=prefault.File(path), shared=False) as private:
         assert prefault.populate(private, access="read").bytes == 16 * PAGE_SIZE
-        assert all(oracle.file_pages(address(private), 16 * PAGE_SIZE))
+        assert all(oracle.file_pages(private.range.start, 16 * PAGE_SIZE))
         result = prefault.populate(private, access="write")
         assert result.bytes == 16 * PAGE_SIZE
-        assert not any(oracle.file_pages(address(private), 16 * PAGE_SIZE))
+        assert not any(oracle.file_pages(private.range.start, 16 * PAGE_SIZE))
         assert private.memoryview() == path.read_bytes()
 
 
@@ -148,7 +111,7 @@ def test_touching_afterwards_does_not_fault(mapping: prefault.Mapping) -> None:
 def test_a_part_is_rounded_outward_and_no_further(mapping: prefault.Mapping, offset: int) -> None:
     prefault.populate(mapping, offset=offset, length=PAGE_SIZE)
     first, last = offset // PAGE_SIZE, (offset + PAGE_SIZE - 1) // PAGE_SIZE
-    assert [index for index, there in enumerate(oracle.present(address(mapping), 16 * PAGE_SIZE)) if there] == [
+    assert [index for index, there in enumerate(oracle.present(mapping.range.start, 16 * PAGE_SIZE)) if there] == [
         *range(first, last + 1)
     ]
 
@@ -158,7 +121,7 @@ def test_segments_of_several_mappings() -> None:
     with prefault.Mapping("4 MiB", huge="never") as whole:
         from prefault._kernel import mman
 
-        mman.mprotect(address(whole) + MIB, MIB, mman.PROT_READ)
+        mman.mprotect(whole.range.start + MIB, MIB, mman.PROT_READ)
         plan = prefault.plan(whole)
         assert [segment.method.name for segment in plan.segments] == ["populate_write", "populate_read", "populate_write"]
         result = prefault.populate(whole)
@@ -167,228 +130,6 @@ def test_segments_of_several_mappings() -> None:
         state = prefault.residency(whole)
         assert state.present_bytes == 4 * MIB
         assert state.allocated_bytes == 3 * MIB
-
-
-# --- threads
-
-
-def test_threads_share_the_work_and_the_result_says_how_many(
-    mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = set()
-    run = METHODS["populate_write"].run
-
-    def spy(start: int, length: int, target: Any) -> None:
-        seen.add(threading.get_ident())
-        time.sleep(0.002)  # lets the other thread have its turn on any machine
-        run(start, length, target)
-
-    monkeypatch.setattr(METHODS["populate_write"], "run", spy)
-    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
-    result = prefault.populate(mapping, threads=8)
-    assert result.threads == 2 == len(seen)
-    assert result.bytes == 64 * MIB == oracle.present_bytes(address(mapping), 64 * MIB)
-
-
-def test_threads_are_chosen_by_size_and_cpus(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 64)
-    assert prefault.plan(mapping).threads == 2
-    assert prefault.plan(mapping, length="63 MiB").threads == 1
-    with prefault.Mapping("4 GiB", noreserve=True) as large:
-        assert prefault.plan(large).threads == 8
-    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 1)
-    assert prefault.plan(mapping).threads == 1
-
-
-def test_a_failure_among_threads_is_exact(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two holes, two threads: the lower one is reported, and every page that came in is named."""
-    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
-    start = address(mapping)
-    for hole in (21 * MIB + PAGE_SIZE, 22 * MIB):
-        mman.mprotect(start + hole, PAGE_SIZE, mman.PROT_NONE)
-    with pytest.raises(prefault.ProtectionError) as caught:
-        prefault.populate(mapping, method="populate_write", threads=2)
-    error = caught.value
-    assert error.offset == 21 * MIB + PAGE_SIZE
-    assert error.address == start + error.offset
-    there = oracle.present(start, 64 * MIB)
-    named = [start + index * PAGE_SIZE in error.populated for index in range(len(there))]
-    assert named == there
-    assert error.populated_bytes == sum(there) * PAGE_SIZE
-    assert all(there[: error.offset // PAGE_SIZE])
-
-
-def test_a_defect_in_a_helper_thread_is_raised_in_the_caller(
-    mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caller = threading.get_ident()
-
-    def broken(start: int, length: int, target: Any) -> None:
-        if threading.get_ident() != caller:
-            raise ZeroDivisionError("broken on purpose")
-        time.sleep(0.01)
-
-    monkeypatch.setattr(METHODS["populate_write"], "run", broken)
-    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
-    with pytest.raises(ZeroDivisionError):
-        prefault.populate(mapping, threads=2)
-    assert _helpers() == []
-
-
-def test_other_python_threads_go_on_meanwhile() -> None:
-    """ctypes releases the GIL in the system call: another thread runs while one call is under way."""
-    with prefault.Mapping("1 GiB", huge="never") as large:
-        steps: list[int] = []
-        stop = threading.Event()
-
-        def count() -> None:
-            while not stop.is_set():
-                steps.append(time.perf_counter_ns())
-                time.sleep(0.001)
-
-        thread = threading.Thread(target=count)
-        thread.start()
-        began = time.perf_counter_ns()
-        mman.madvise(address(large), 1 << 30, mman.MADV_POPULATE_WRITE)
-        ended = time.perf_counter_ns()
-        stop.set()
-        thread.join()
-        assert sum(began < step < ended for step in steps) > 10
-
-
-# --- progress, interruption
-
-
-def test_progress_is_called_with_bytes_done_and_in_all(mapping: prefault.Mapping) -> None:
-    calls: list[tuple[int, int]] = []
-    prefault.populate(mapping, threads=1, progress=lambda done, total: calls.append((done, total)))
-    assert len(calls) > 3
-    assert calls == sorted(calls)
-    assert calls[-1] == (64 * MIB, 64 * MIB)
-
-
-def test_progress_true_draws_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    with prefault.Mapping("16 MiB") as memory:
-        prefault.populate(memory, progress=True)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "populate" in err
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_an_exception_in_progress_stops_the_work(
-    mapping: prefault.Mapping, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
-
-    def stop(done: int, total: int) -> None:
-        raise RuntimeError("enough")
-
-    with pytest.raises(RuntimeError, match="enough") as caught:
-        prefault.populate(mapping, threads=threads, progress=stop)
-    there = oracle.present_bytes(address(mapping), 64 * MIB)
-    assert 0 < there < 64 * MIB
-    assert caught.value.__notes__ == [f"populate was stopped: {there / MIB:.1f} MiB of 64.0 MiB populated"]
-
-
-@pytest.mark.parametrize("rollback", [False, True])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_ctrl_c_says_exactly_what_is_there(
-    mapping: prefault.Mapping, threads: int, rollback: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A signal during the second chunk of the calling thread. Its handler runs when the system call is over."""
-    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
-    caller, calls = threading.get_ident(), []
-    enough = threading.Event()
-    prefault.populate(mapping, length="1 MiB")
-
-    def interrupted(populate: Any, *arguments: Any) -> Any:
-        result = populate(*arguments)
-        if threading.get_ident() == caller:
-            calls.append(arguments)
-            if len(calls) == 2:
-                enough.set()
-                signal.raise_signal(signal.SIGINT)
-        else:
-            enough.wait(20)  # on a busy machine the helper could take all chunks before the caller has its second
-        return result
-
-    for module, name in (("attempts", "attempt"), ("chunk_queue", "populate_long")):
-        where = sys.modules[f"prefault.engine.{module}"]
-        monkeypatch.setattr(where, name, partial(interrupted, getattr(where, name)))
-    with pytest.raises(prefault.PopulateInterrupted) as caught:
-        prefault.populate(mapping, threads=threads, rollback=rollback)
-    there = oracle.present_bytes(address(mapping), 64 * MIB)
-    assert there == (MIB if rollback else MIB + caught.value.populated_bytes)
-    assert rollback or caught.value.populated_bytes > 3 * MIB  # more than the first chunk, whose first MiB was there
-    assert isinstance(caught.value, KeyboardInterrupt)
-    assert "of 64.0 MiB populated" in str(caught.value)
-    assert _helpers() == []
-
-
-_INTERRUPTED = """
-import prefault, sys
-mapping = prefault.Mapping(2 << 30, huge="never")
-print("ready", flush=True)
-try:
-    while True:
-        prefault.populate(mapping)
-        prefault.discard(mapping)
-except prefault.PopulateInterrupted as interruption:
-    print("populated", interruption.populated_bytes)
-except KeyboardInterrupt:
-    print("between two calls")
-"""
-
-
-def test_a_real_ctrl_c_in_a_process_of_its_own() -> None:
-    with subprocess.Popen([sys.executable, "-c", _INTERRUPTED], stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        try:
-            assert child.stdout.readline() == "ready\n"
-            time.sleep(0.2)
-            child.send_signal(signal.SIGINT)
-            said, _ = child.communicate(timeout=30)
-        finally:
-            child.kill()  # else leaving the ``with`` would wait for ever
-    assert child.returncode == 0
-    assert said.startswith(("populated ", "between"))
-
-
-_NOT_INTERRUPTED = """
-import os, prefault, signal, threading
-assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-done = threading.Event()
-def send():
-    while not done.wait(0.0005):
-        os.kill(os.getpid(), signal.SIGINT)
-sender = threading.Thread(target=send)
-sender.start()
-with prefault.Mapping(256 << 20, huge="never") as mapping:
-    print(prefault.populate(mapping, threads=2).bytes, prefault.residency(mapping).present_bytes)
-done.set()
-sender.join()
-"""
-
-
-def test_an_ignored_ctrl_c_interrupts_nothing() -> None:
-    command = ["bash", "-c", 'trap "" INT; exec "$@"', "bash", sys.executable, "-c", _NOT_INTERRUPTED]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split() == [str(256 * MIB)] * 2
-
-
-def test_a_small_call_is_interrupted_with_what_is_there(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = METHODS["populate_write"].run
-
-    def interrupted(start: int, length: int, target: Any) -> None:
-        run(start, length // 2, target)
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(METHODS["populate_write"], "run", interrupted)
-    with pytest.raises(prefault.PopulateInterrupted) as caught:
-        prefault.populate(mapping, length="1 MiB")
-    assert caught.value.populated_bytes == MIB // 2 == oracle.present_bytes(address(mapping), 64 * MIB)
 
 
 # --- any buffer
@@ -443,10 +184,10 @@ def test_in_a_child_of_fork_it_is_the_childs_memory() -> None:
         child = os.fork()
         if child == 0:
             done = prefault.populate(memory)
-            same = oracle.present_bytes(address(memory), MIB) == MIB and done.bytes == MIB - PAGE_SIZE
+            same = oracle.present_bytes(memory.range.start, MIB) == MIB and done.bytes == MIB - PAGE_SIZE
             os._exit(0 if same else 1)
         assert os.waitpid(child, 0)[1] == 0
-        assert oracle.present_bytes(address(memory), MIB) == PAGE_SIZE
+        assert oracle.present_bytes(memory.range.start, MIB) == PAGE_SIZE
 
 
 # --- methods by name
@@ -467,7 +208,7 @@ def test_in_a_child_of_fork_it_is_the_childs_memory() -> None:
 def test_methods_by_name_populate_all(mapping: prefault.Mapping, method: str, access: Any) -> None:
     size = 8 * MIB if method != "mlock" else 32 * PAGE_SIZE  # an ordinary user may lock 64 KiB to 8 MiB
     result = prefault.populate(mapping, length=size, method=method, access=access)
-    assert result.bytes == size == oracle.present_bytes(address(mapping), 64 * MIB)
+    assert result.bytes == size == oracle.present_bytes(mapping.range.start, 64 * MIB)
     assert result.method.startswith(method)
 
 
@@ -476,7 +217,7 @@ def test_a_hint_is_counted_by_what_came_of_it(tmp_path: Path) -> None:
     path.write_bytes(os.urandom(64 * PAGE_SIZE))
     with prefault.Mapping(backing=prefault.File(path)) as memory:
         result = prefault.populate(memory, method="willneed")
-        assert result.bytes == oracle.present_bytes(address(memory), len(memory)) == 0
+        assert result.bytes == oracle.present_bytes(memory.range.start, len(memory)) == 0
         assert "hint" in str(result)
         assert "nothing was populated" in str(result)
 
@@ -544,7 +285,7 @@ def test_bad_arguments_are_refused_before_anything_is_done(
         prefault.populate(mapping, **arguments)
     with pytest.raises(error, match=text):
         prefault.plan(mapping, **arguments)
-    assert oracle.present_bytes(address(mapping), 64 * MIB) == 0
+    assert oracle.present_bytes(mapping.range.start, 64 * MIB) == 0
     mapping.close()  # nothing holds it
 
 
@@ -568,61 +309,10 @@ def test_what_is_not_a_buffer_is_refused(thing: Any) -> None:
 
 
 def test_a_failure_leaks_nothing(mapping: prefault.Mapping, no_leaks: None) -> None:
-    mman.mprotect(address(mapping) + MIB, PAGE_SIZE, mman.PROT_NONE)
+    mman.mprotect(mapping.range.start + MIB, PAGE_SIZE, mman.PROT_NONE)
     for _ in range(50):
         with pytest.raises(prefault.ProtectionError):
             prefault.populate(mapping, threads=2, rollback=True)
-
-
-# --- the pace
-
-
-class FakeTimes:
-    """Clocks that a test sets: what the next chunk costs."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.wall = self.cpu = self.sleeps = 0
-        monkeypatch.setattr(chunking, "perf_counter_ns", lambda: self.wall)
-        monkeypatch.setattr(chunking, "thread_time_ns", lambda: self.cpu)
-        monkeypatch.setattr(chunking, "getrusage", lambda who: self)
-
-    @property
-    def ru_nvcsw(self) -> int:
-        return self.sleeps
-
-    def chunk(self, one: chunking.ChunkSize, cpu_ms: float, waited_ms: float = 0, *, sleeps: int = 0) -> int:
-        one.start()
-        self.cpu += int(cpu_ms * 1e6)
-        self.wall += int((cpu_ms + waited_ms) * 1e6)
-        self.sleeps += sleeps
-        one.finish()
-        return one.size
-
-
-def test_chunks_grow_and_shrink_with_their_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    times, one = FakeTimes(monkeypatch), chunking.ChunkSize(on_disk=False)
-    assert [times.chunk(one, 0.1) for _ in range(6)] == [8 * MIB, 16 * MIB, 32 * MIB, 64 * MIB, 64 * MIB, 64 * MIB]
-    assert times.chunk(one, 3) == 64 * MIB
-    assert [times.chunk(one, 50) for _ in range(7)][-1] == chunking.SMALLEST_CHUNK
-
-
-def test_chunks_that_are_vectors_take_longer_and_less_so_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    times, one = FakeTimes(monkeypatch), chunking.ChunkSize(on_disk=False, vectors=True)
-    assert [times.chunk(one, cost) for cost in (1, 7, 14, 25)] == [32 * MIB, 64 * MIB, 64 * MIB, 32 * MIB]
-    assert [times.chunk(one, 0.1) for _ in range(2)] == [256 * MIB] * 2
-    four = chunking.ChunkSize(on_disk=False, threads=4, vectors=True)
-    assert [times.chunk(four, cost) for cost in (1.5, 3, 5, 7)] == [8 * MIB, 8 * MIB, 8 * MIB, 4 * MIB]
-
-
-def test_chunks_grow_while_another_thread_has_the_gil_but_not_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    times, one = FakeTimes(monkeypatch), chunking.ChunkSize(on_disk=False)
-    assert times.chunk(one, 3, waited_ms=5, sleeps=0) == 4 * MIB
-    assert times.chunk(one, 3, waited_ms=5, sleeps=1) == 8 * MIB
-
-
-def test_chunks_of_a_disk_do_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    times, one = FakeTimes(monkeypatch), chunking.ChunkSize(on_disk=True)
-    assert times.chunk(one, 0.1, waited_ms=30, sleeps=3) == 4 * MIB
 
 
 # --- what surrounds a call
@@ -632,7 +322,7 @@ def test_rollback_is_refused_where_nobody_knows_what_was_there(mapping: prefault
     """Without pagemap the pages of this call cannot be told from those with the user's data."""
 
     mapping.memoryview()[:5] = b"hello"
-    mman.mprotect(address(mapping) + MIB, PAGE_SIZE, mman.PROT_NONE)
+    mman.mprotect(mapping.range.start + MIB, PAGE_SIZE, mman.PROT_NONE)
     with without("pagemap", "pagemap_scan"):
         with pytest.raises(prefault.PopulateError, match="rollback is not possible"):
             prefault.populate(mapping, rollback=True)
@@ -645,10 +335,10 @@ def test_rollback_of_shared_memory_without_process_vm_readv_takes_no_byte() -> N
     with prefault.Mapping("1 MiB", backing="memfd") as memory, prefault.Mapping("1 MiB", backing="memfd"):
         assert memory.fd is not None
         os.pwrite(memory.fd, b"theirs", 0)  # in the file, not in our page tables
-        mman.mprotect(address(memory) + 8 * PAGE_SIZE, PAGE_SIZE, mman.PROT_NONE)
+        mman.mprotect(memory.range.start + 8 * PAGE_SIZE, PAGE_SIZE, mman.PROT_NONE)
         with without("process_vm_readv"), pytest.raises(prefault.ProtectionError) as caught:
             prefault.populate(memory, rollback=True)
-        assert caught.value.populated_bytes == 0 == oracle.present_bytes(address(memory), MIB)
+        assert caught.value.populated_bytes == 0 == oracle.present_bytes(memory.range.start, MIB)
         assert os.pread(memory.fd, 6, 0) == b"theirs"
 
 
@@ -658,7 +348,7 @@ def test_huge_advice_on_shared_memory_is_not_spoilt_by_fallocate(thp_setting: Ca
     with prefault.Mapping("16 MiB", backing="memfd", huge="advise") as memory:
         assert prefault.plan(memory).method == "populate_write"
         prefault.populate(memory)
-        assert oracle.smaps(address(memory))["ShmemPmdMapped"] == 16 * MIB
+        assert oracle.smaps(memory.range.start)["ShmemPmdMapped"] == 16 * MIB
 
 
 def test_a_file_system_without_fallocate_is_populated_all_the_same(tmp_path: Path) -> None:
@@ -669,7 +359,7 @@ def test_a_file_system_without_fallocate_is_populated_all_the_same(tmp_path: Pat
         path.write_bytes(b"hello" + bytes(16 * PAGE_SIZE - 5))
         with prefault.Mapping(backing=prefault.File(path)) as memory:
             result = prefault.populate(memory)
-            assert result.bytes == 16 * PAGE_SIZE == oracle.present_bytes(address(memory), 16 * PAGE_SIZE)
+            assert result.bytes == 16 * PAGE_SIZE == oracle.present_bytes(memory.range.start, 16 * PAGE_SIZE)
             assert "no fallocate" in str(result)
             with pytest.raises(prefault.PopulateError):
                 prefault.populate(memory, method="fallocate+populate_write")
@@ -706,7 +396,7 @@ def test_a_disk_without_fallocate_is_populated_all_the_same(ext2: Path, threads:
         assert planned.method == "fallocate+populate_read"
         assert "populate_read alone, if the file system has no fallocate" in str(planned)
         result = prefault.populate(memory, threads=threads, rollback=rollback)
-        assert result.bytes == 16 * MIB == oracle.present_bytes(address(memory), 16 * MIB)
+        assert result.bytes == 16 * MIB == oracle.present_bytes(memory.range.start, 16 * MIB)
         assert result.method == "populate_read"
         assert [note for note in result.notes if "no fallocate" in note]
         assert path.stat().st_blocks == 0
@@ -723,142 +413,7 @@ def test_a_plan_touches_nothing(directory: str) -> None:
     with file_of(directory, 16 * PAGE_SIZE) as (fd, path), prefault.Mapping(backing=prefault.File(path)) as memory:
         assert "fallocate+populate" in str(prefault.plan(memory))
         assert os.fstat(fd).st_blocks == 0
-        assert oracle.present_bytes(address(memory), 16 * PAGE_SIZE) == 0
-
-
-def test_without_more_threads_one_does_it_all(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(function: Callable[[], None], arguments: tuple[object, ...]) -> int:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
-    monkeypatch.setattr(sys.modules["prefault.engine.execution"], "start_new_thread", refuse)
-    result = prefault.populate(mapping, threads=2)
-    assert (result.bytes, result.threads) == (64 * MIB, 1)
-
-
-def test_progress_of_several_threads_ends_at_all(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
-    for _ in range(10):
-        calls: list[tuple[int, int]] = []
-        prefault.discard(mapping)
-        prefault.populate(mapping, threads=2, progress=lambda done, total, calls=calls: calls.append((done, total)))  # type: ignore[misc]
-        assert calls[-1] == (64 * MIB, 64 * MIB)
-
-
-@pytest.mark.parametrize("every_us", [100, 1000])
-def test_a_storm_of_ctrl_c_leaves_no_helper_at_work(
-    mapping: prefault.Mapping, every_us: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Signals at any step, many of them while the call waits for its helpers: nothing is brought in after it returned."""
-    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 4)
-    storming = False
-    interrupted = 0
-    rng = random.Random(every_us)
-
-    def press(*_: object) -> None:
-        if storming:
-            raise KeyboardInterrupt
-
-    # A signal in a finalizer, or in hypothesis's callback of the garbage collector, is not raised but given to this hook.
-    swallowed: list[type[BaseException]] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda report: swallowed.append(report.exc_type))
-    before = signal.signal(signal.SIGALRM, press)
-    try:
-        for _ in range(40):
-            mman.madvise(address(mapping), 64 * MIB, mman.MADV_DONTNEED)
-            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.001, 0.02), every_us / 1e6)
-            try:
-                try:
-                    storming = True
-                    prefault.populate(mapping, threads=4)
-                finally:
-                    storming = False
-            except KeyboardInterrupt:
-                while storming:  # a further one struck before the flag was cleared
-                    with contextlib.suppress(KeyboardInterrupt):
-                        storming = False
-                interrupted += 1
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            assert _helpers() == []
-            there = oracle.present_bytes(address(mapping), 64 * MIB)
-            time.sleep(0.01)  # what a helper needs for a chunk
-            assert oracle.present_bytes(address(mapping), 64 * MIB) == there
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert interrupted > 10
-    assert set(swallowed) <= {KeyboardInterrupt}
-
-
-def test_ctrl_c_while_it_waits_for_a_helper_waits_on(mapping: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPython 3.11 takes a thread for ended when its join() is interrupted."""
-    caller = threading.get_ident()
-    run = METHODS["populate_write"].run
-    begun, finished = threading.Event(), threading.Event()
-
-    def slow(start: int, length: int, target: Any) -> None:
-        if threading.get_ident() == caller:
-            begun.wait()
-        else:
-            begun.set()
-            time.sleep(0.1)
-        run(start, length, target)
-        if threading.get_ident() != caller:
-            finished.set()
-
-    monkeypatch.setattr(PLANNING, "usable_cpus", lambda: 2)
-    monkeypatch.setattr(METHODS["populate_write"], "run", slow)
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)  # the caller has done its part by then
-        with pytest.raises(prefault.PopulateInterrupted) as caught:
-            prefault.populate(mapping, threads=2, length="8 MiB", rollback=True)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert finished.is_set()
-    assert caught.value.populated_bytes == oracle.present_bytes(address(mapping), 64 * MIB) == 0
-    time.sleep(0.1)
-    assert oracle.present_bytes(address(mapping), 64 * MIB) == 0
-
-
-@pytest.mark.parametrize("has_own_pidfd", [True, False])
-def test_ctrl_c_at_any_step_leaves_no_descriptor(
-    mapping: prefault.Mapping, has_own_pidfd: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One signal a call, sooner or later in it."""
-    needs.capability(capabilities.PROCESS_MADVISE)
-    if not has_own_pidfd:
-        monkeypatch.setattr(own_process, "has_constant", lambda: False)  # Linux before 6.15
-
-    def press(*_: object) -> None:
-        if calling:
-            raise KeyboardInterrupt
-
-    calling = False
-    prefault.populate(mapping, length=MIB, method="process_madvise")
-    descriptors = oracle.descriptors()
-    rng = random.Random(1)
-    before = signal.signal(signal.SIGALRM, press)
-    interrupted = 0
-    gc.disable()  # hypothesis has a callback in the collector, where Ctrl-C would be an unraisable exception
-    try:
-        for _ in range(4000):
-            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.00001, 0.0003))
-            try:
-                try:
-                    calling = True
-                    prefault.populate(mapping, length=PAGE_SIZE, method="process_madvise")
-                finally:
-                    calling = False
-            except KeyboardInterrupt:
-                interrupted += 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        gc.enable()
-    assert interrupted > 100
-    assert oracle.descriptors() == descriptors
+        assert oracle.present_bytes(memory.range.start, 16 * PAGE_SIZE) == 0
 
 
 def test_a_full_tmpfs_is_told_also_of_a_file_that_was_unlinked(small_tmpfs: Callable[[str], Path]) -> None:
@@ -872,17 +427,6 @@ def test_a_full_tmpfs_is_told_also_of_a_file_that_was_unlinked(small_tmpfs: Call
     with pytest.raises(prefault.PopulateError, match=r"of 64\.0 KiB used") as refused:
         prefault.populate(memory, method="populate_write")
     assert isinstance(refused.value, HeadroomError)
-    memory.close()
-
-
-def test_of_several_threads_all_that_they_populated_is_told(small_tmpfs: Callable[[str], Path]) -> None:
-    """Some of it lies behind the page that failed, so that it was not populated before that."""
-    with open(small_tmpfs("8m") / "data", "w+b") as file:
-        file.truncate(32 << 20)
-        memory = mmap.mmap(file.fileno(), 32 << 20)
-    with pytest.raises(prefault.BackingFullError, match=r"; 8\.0 MiB populated in all \[") as caught:
-        prefault.populate(memory, method="populate_write", headroom="ignore", threads=4)
-    assert caught.value.populated_bytes == 8 << 20
     memory.close()
 
 

@@ -100,7 +100,7 @@ class Method(abc.ABC):
 _ADVICE: dict[Access, int] = {"read": mman.MADV_POPULATE_READ, "write": mman.MADV_POPULATE_WRITE}
 
 
-class Populate(Method):
+class MadvisePopulate(Method):
     """madvise(MADV_POPULATE_READ or MADV_POPULATE_WRITE), Linux 5.14."""
 
     capability = capabilities.MADV_POPULATE
@@ -306,8 +306,8 @@ def _first_bytes(start: int, length: int, target: Target) -> numpy.typing.NDArra
     return view[:: target.page_size]
 
 
-POPULATE_READ = Populate("read")
-POPULATE_WRITE = Populate("write")
+POPULATE_READ = MadvisePopulate("read")
+POPULATE_WRITE = MadvisePopulate("write")
 PROCESS_VM_READV = ProcessVmReadv()
 FUTEX_ADD = FutexAdd()
 FALLOCATE = Fallocate()

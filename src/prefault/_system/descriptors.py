@@ -21,7 +21,13 @@ class Descriptors:
         self._numbers: list[int] = []
 
     def open(self, function: Callable[..., int], *arguments: object) -> int:
-        """Call a function that is written in C, own the descriptor that it returns, and return that too."""
+        """Call a function, own the descriptor that it returns, and return that too.
+
+        Args:
+            function: one that is written in C and raises OSError itself, such as ``os.open``. Within one that is written in
+                Python Ctrl-C could strike.
+            arguments: of the function, at least one.
+        """
         # One call from C to C: CPython runs signal handlers only between the steps of Python code.
         self._numbers.extend(map(function, *((argument,) for argument in arguments)))
         return self._numbers[-1]

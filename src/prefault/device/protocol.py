@@ -23,6 +23,7 @@ from prefault.ipc.messages import Decoder, Number, NumberedMessage, make_error, 
 from prefault.ipc.messages import encode as encode
 
 VERSION = 1
+"""Version of the protocol: another one is refused. A new request does not raise it, a changed one does."""
 
 MAX_MESSAGE = 64 << 10
 """Most bytes in a message. Longer lists are sent in parts."""

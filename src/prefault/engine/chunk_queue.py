@@ -105,8 +105,8 @@ class PlanQueue(ChunkQueue):
         self._at = plan.segments[0].start
         self._open: dict[int, PlanChunk] = {}
         """By thread: the chunk that it is at work on."""
-        # Few segments are taken one by one, so that nothing above a page that fails is populated.
         self.by_vectors = all(can_advise(method) for method in {segment.method for segment in plan.segments})
+        # Few segments are taken one by one, so that nothing above a page that fails is populated.
         self._joins_segments = self.by_vectors and len(plan.segments) >= _MANY_SEGMENTS
         self._stops = [segment.stop for segment in plan.segments]
 

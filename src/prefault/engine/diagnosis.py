@@ -15,6 +15,7 @@ from prefault._system import proc
 from prefault.engine.methods import Access, Method
 from prefault.inspection.result import PageState
 from prefault.inspection.scan import residency_of
+from prefault.limits.limit import FILE_BOUNDS
 from prefault.limits.memory_use import use_of_vma
 from prefault.limits.process_limits import lock_refusal
 from prefault.limits.table import limits_on
@@ -132,7 +133,7 @@ def _by_backing(vma: Vma, fd: int | None) -> Cause | None:
     use = use_of_vma(vma, fd)
     limits = []
     with contextlib.suppress(OSError):  # no descriptor is left to read them with
-        limits = [limit for limit in limits_on(use.named() if vma.inode else use) if limit.bounds in _BACKINGS]
+        limits = [limit for limit in limits_on(use.named() if vma.inode else use) if limit.bounds in FILE_BOUNDS]
     short = min(limits, key=lambda limit: limit.available_bytes, default=None)
     if short is None or (vma.backing is not Backing.HUGETLB and short.available_bytes >= PAGE_SIZE):
         return None
@@ -140,9 +141,6 @@ def _by_backing(vma: Vma, fd: int | None) -> Cause | None:
         errors.BackingFullError, errno.EFAULT,
         short.advice,
     )  # fmt: skip
-
-
-_BACKINGS = ("huge pages", "tmpfs space", "disk space")
 
 
 def _unexplained(vma: Vma, address: int, number: int) -> Cause:

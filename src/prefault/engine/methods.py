@@ -62,7 +62,7 @@ class Method(abc.ABC):
         advice: the MADV_* constant that populates as this method does, for process_madvise(2) on many ranges; None where
             there is none.
         capability: the kernel feature that it needs; None where every supported kernel has it.
-        is_fallback: stands in for a method whose kernel feature is missing, and is slower than that.
+        is_fallback: :func:`best` chooses it only where the kernel lacks a feature; the plan says that it is slower.
         falls_back: :attr:`without_fallocate` does where the file system has no fallocate (EOPNOTSUPP); else the call fails.
     """
 
@@ -87,7 +87,8 @@ class Method(abc.ABC):
     def run(self, start: int, length: int, target: Target) -> None:
         """Populate ``[start, start + length)``: page-aligned addresses inside one mapping.
 
-        Idempotent. Pages are populated in order from the first.
+        Idempotent. Pages are populated in order from the first. It fails where an ordinary access would: /proc/self/mem
+        reads inaccessible memory as well.
 
         Raises:
             OSError: a page could not be populated; pages from the start on may be.

@@ -21,6 +21,9 @@ Bounds: TypeAlias = Literal[
     "data",
 ]
 
+FILE_BOUNDS: tuple[Bounds, ...] = ("huge pages", "tmpfs space", "disk space")
+"""Resources that the pages of a file come from. Where one is used up, touching a page is a SIGBUS."""
+
 
 class Limit(NamedTuple):
     """One limit, as it stood when it was read. All numbers are bytes.

@@ -39,7 +39,7 @@ class MemoryUse(NamedTuple):
         locks: True if its pages are locked.
         mapped: False for memory that is yet to be mapped: it meets the limits of mmap as well.
         fd: descriptor of the file behind it; None without one.
-        file_base: number to add to an address to get the offset in that file.
+        file_base: number to add to an address to get the offset in that file; meaningless without ``fd``.
         file_size: bytes of that file, beyond which nothing is populated; None where it is not known.
         guarded: True if an access guard makes it accessible just before it is populated.
         directory: mount point or path of the file system, where it is known.

@@ -1,4 +1,4 @@
-"""The limits that count no bytes: descriptors, open files, processes and threads, and the size of a file.
+"""The limits that calls do not use up byte by byte: descriptors, open files, processes and threads, the size of a file.
 
 A row of :data:`PROCESS_LIMITS` names the errno with which a system call fails at the limit.
 """

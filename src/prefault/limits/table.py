@@ -136,7 +136,7 @@ TABLE = (
         lambda _: resource_limit("RLIMIT_DATA"),
     ),
 )  # fmt: skip
-"""Every limit in bytes that a call can meet. The limits that count other things are in ``process_limits``."""
+"""Every limit that calls use up byte by byte. The others (descriptors, processes, file size) are in ``process_limits``."""
 
 
 def read_limit(name: str, use: MemoryUse | None = None) -> Limit | None:

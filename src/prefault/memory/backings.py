@@ -70,7 +70,8 @@ class BackingSource(abc.ABC):
         """Make the backing ready to be mapped, and create its file if it has one.
 
         Args:
-            descriptors: owner of the descriptor that is opened, from the moment that the kernel returns it.
+            descriptors: owner of the descriptor that is opened, from the moment that the kernel returns it: open it by
+                ``descriptors.open(function, ...)``.
             length: bytes to map; None: all of a file.
             writable: the mapping writes through to the file.
 

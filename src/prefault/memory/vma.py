@@ -22,7 +22,7 @@ from prefault.sizes import PAGE_SIZE
 
 
 class Backing(enum.Enum):
-    """Supply of the pages of a mapping."""
+    """Supply of the pages of a mapping. SPECIAL memory is a device's, or cannot be populated by madvise(2)."""
 
     ANONYMOUS = "private anonymous memory"
     SHARED_ANONYMOUS = "shared anonymous memory"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import mmap
 import random
 import signal
@@ -22,10 +23,11 @@ import pytest
 import prefault
 from prefault._kernel import mman
 from prefault._system import capabilities, own_process
-from prefault.engine import planning
+from prefault.engine import chunk_queue, planning
 from prefault.engine.methods import METHODS
 from prefault.sizes import MIB, PAGE_SIZE
 from support import needs, oracle
+from support.interrupts import strike_at
 
 
 def _helpers() -> list[str]:
@@ -409,3 +411,19 @@ def test_ctrl_c_at_any_step_leaves_no_descriptor(
         gc.enable()
     assert interrupted > 100
     assert oracle.descriptors() == descriptors
+
+
+def test_ctrl_c_at_each_line_of_the_queue_loses_no_chunk(mapping: prefault.Mapping) -> None:
+    interrupted = 0
+    for count in itertools.count(1):
+        before = sys.gettrace()  # of a measurement of coverage
+        sys.settrace(strike_at(count, {chunk_queue.__file__}))
+        try:
+            prefault.populate(mapping, length="24 MiB", threads=1, rollback=True)
+            break
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(before)
+        assert oracle.present_bytes(mapping.range.start, 64 * MIB) == 0, f"at line {count}"
+    assert interrupted > 20

@@ -19,8 +19,8 @@ from prefault._system.kept_files import KeptFile
 from prefault._system.memory_cgroups import MemoryCgroup
 from prefault.errors import HeadroomError
 from prefault.limits.limit import Headroom, Limit
-from prefault.limits.memory_limits import check_cgroups, check_machine, memory_limits
-from prefault.limits.refusing_limits import commit_limits, space_limit
+from prefault.limits.memory_limits import check_cgroups, check_machine, machine_limits, memory_limits
+from prefault.limits.refusing_limits import commit_limits, resource_limit, space_limit
 from prefault.limits.table import ask_for_memory
 from prefault.limits.target import headroom
 from prefault.sizes import GIB, MIB, PAGE_SIZE
@@ -421,3 +421,15 @@ def test_the_option_of_populate() -> None:
             prefault.populate(mapping, headroom="maybe")  # type: ignore[arg-type]
         assert prefault.populate(mapping, headroom="ignore").bytes == PAGE_SIZE
     assert HeadroomError(errno.ENOMEM, "text", limit="x", needed_bytes=2, available_bytes=1).needed_bytes == 2
+
+
+@pytest.mark.parametrize("name", ["RLIMIT_MEMLOCK", "RLIMIT_AS", "RLIMIT_DATA"])
+def test_a_limit_whose_use_the_kernel_does_not_count_is_left_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(REFUSALS, "soft_limit", lambda _: 65536)
+    monkeypatch.setattr(REFUSALS, "_read", lambda _: b"Name:\tpython\nCapEff:\t0000000000000000\n")
+    assert list(resource_limit(name)) == []
+
+
+def test_a_machine_that_does_not_show_its_swap_has_none(meminfo: Callable[..., None]) -> None:
+    meminfo(MemTotal=64 * GIB, MemAvailable=48 * GIB)
+    assert [limit.reclaimable_bytes for limit in machine_limits()] == [0]

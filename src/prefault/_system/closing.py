@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Self
 
 
-class Closing:
+class Closing(abc.ABC):
     """Base of objects whose ``close`` raises BufferError while a view, or another object, still needs them.
 
     As a context manager the object is closed at the end of the block. Where an exception leaves the block, that exception
@@ -14,11 +15,11 @@ class Closing:
 
     __slots__ = ()
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Close it. Idempotent. Raises BufferError while it is in use."""
-        raise NotImplementedError
 
-    def _abandon(self) -> None:
+    def _abandon(self) -> None:  # noqa: B027  most have nothing to give up
         """Give up what could not be closed, because an exception leaves the block."""
 
     def __enter__(self) -> Self:

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Self
+
+
+@contextmanager
+def opened(function: Callable[..., int], *arguments: object) -> Iterator[int]:
+    """Open a descriptor for the length of a block; the arguments are those of :meth:`Descriptors.open`.
+
+    For the way of every call: it has no ``__del__``, in which Ctrl-C would be lost.
+    """
+    numbers: list[int] = []
+    try:
+        numbers.extend(map(function, *((argument,) for argument in arguments)))  # see Descriptors.open
+        yield numbers[0]
+    finally:
+        if numbers:
+            os.close(numbers[0])
 
 
 class Descriptors:

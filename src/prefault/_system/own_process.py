@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prefault._kernel import mman
+from prefault._system.descriptors import opened
 from prefault.sizes import PAGE_SIZE
 
 
@@ -18,15 +19,8 @@ def own_process() -> Iterator[int]:
     if has_constant():
         yield mman.PIDFD_SELF_THREAD_GROUP  # nothing to close, which would give up the GIL
         return
-    opened: list[int] = []
-    try:
-        # One call from C to C: Ctrl-C cannot strike after the opening and before the number is noted. No Descriptors: each
-        # call would run __del__, which swallows a KeyboardInterrupt that strikes in it.
-        opened.extend(map(os.pidfd_open, (os.getpid(),)))
-        yield opened[0]
-    finally:
-        if opened:
-            os.close(opened[0])
+    with opened(os.pidfd_open, os.getpid()) as pidfd:
+        yield pidfd
 
 
 @functools.cache

@@ -6,11 +6,11 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 from prefault._kernel._call import explain
-from prefault._system.descriptors import Descriptors
+from prefault._system.descriptors import opened
 
 
 class MapsLine(NamedTuple):
@@ -58,9 +58,9 @@ def open_proc(path: str) -> int:
 @contextmanager
 def opened_proc(path: str) -> Iterator[int]:
     """Open a file of /proc for reading, for the length of a block. Ctrl-C leaks no descriptor."""
-    with Descriptors() as descriptors:
+    with ExitStack() as stack:
         try:
-            fd = descriptors.open(os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = stack.enter_context(opened(os.open, path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:
             raise _refusal(path, error) from error
         yield fd

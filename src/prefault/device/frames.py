@@ -38,12 +38,10 @@ _AHEAD = 64 << 10
 """Bytes that are allocated ahead, at most, while faults go forward."""
 _SPARSE = 64 << 10
 """States that are searched without asking the kernel first which of them were ever written."""
-AREAS_MOST = 1 << 18
-"""Areas of all clients of a device, at most: the rows of :class:`~prefault.device.registry.AreaTable`."""
-AREA_WORDS = 6
-"""Words of 8 bytes in such a row."""
-_SHARED_BYTES = PAGE_SIZE + 8 * AREA_WORDS * (AREAS_MOST + 1)
-"""Bytes behind the states: the heartbeat, and the table of areas with a row for its header."""
+_TABLE_BYTES = 12 << 20
+"""Bytes of the table of areas, which :class:`~prefault.device.registry.AreaTable` lays out."""
+_SHARED_BYTES = PAGE_SIZE + _TABLE_BYTES
+"""Bytes behind the states: the heartbeat, and the table of areas."""
 _LARGE = 1 << 20
 """Bytes from which on zeros are mapped, and not allocated."""
 

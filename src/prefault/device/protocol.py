@@ -124,7 +124,7 @@ class Welcome(NumberedMessage, frozen=True):
     populates: bool
     evicts: bool
     huge: bool
-    """Whether the frames are huge pages (hugetlb)."""
+    """True if the frames are huge pages (hugetlb)."""
     notes: tuple[str, ...]
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from prefault.device.driver import Access
-from prefault.device.frames import AREA_WORDS, AREAS_MOST
 from prefault.ipc.messages import msgspec
 
 if TYPE_CHECKING:
@@ -107,6 +106,10 @@ class ClientRecord:
             setattr(self, name, -1)
 
 
+ROW_WORDS = 6
+"""Words of 8 bytes in a row of the table of areas."""
+
+
 class AreaTable:
     """Table of the areas of all clients, in memory that the warden and its servers share.
 
@@ -125,21 +128,22 @@ class AreaTable:
         """Return a free row; ValueError if there is none."""
         if self._free:
             return self._free.pop()
-        if self._words[0] >= AREAS_MOST:
-            raise ValueError(f"the device has {AREAS_MOST} areas, the maximum")
+        most = len(self._words) // ROW_WORDS - 1
+        if self._words[0] >= most:
+            raise ValueError(f"the device has {most} areas, the maximum")
         self._words[0] += 1
         return self._words[0]
 
     def publish(self, client: int, area: AreaRecord) -> None:
         """Write an area to its row, before any reply names it."""
-        at = AREA_WORDS * area.row
+        at = ROW_WORDS * area.row
         flags = (area.access == "write") + 2 * area.track_dirty
-        self._words[at + 1 : at + AREA_WORDS] = array("Q", (client, area.address, area.offset, area.length, flags))
+        self._words[at + 1 : at + ROW_WORDS] = array("Q", (client, area.address, area.offset, area.length, flags))
         self._words[at] = area.number
 
     def clear(self, row: int) -> None:
         """Clear a row, published or not; it is free again."""
-        self._words[AREA_WORDS * row] = 0
+        self._words[ROW_WORDS * row] = 0
         self._free.append(row)
 
     def load(self, clients: dict[int, ClientRecord]) -> None:
@@ -147,8 +151,8 @@ class AreaTable:
         self._free.clear()
         found: list[tuple[int, AreaRecord]] = []
         for row in range(1, self._words[0] + 1):
-            at = AREA_WORDS * row
-            number, client, address, offset, length, flags = self._words[at : at + AREA_WORDS]
+            at = ROW_WORDS * row
+            number, client, address, offset, length, flags = self._words[at : at + ROW_WORDS]
             if number and client in clients:
                 access: Access = "write" if flags & 1 else "read"
                 found.append((client, AreaRecord(number, address, offset, length, access, flags & 2 != 0, row)))

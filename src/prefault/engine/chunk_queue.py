@@ -11,10 +11,12 @@ from prefault.engine.attempts import LONG, can_advise, populate_long, populate_w
 from prefault.engine.planning import NO_FALLOCATE, Plan, Segment
 from prefault.engine.populated_pages import populated_pages
 from prefault.ranges import PageRange, RangeSet
-from prefault.sizes import format_size
+from prefault.sizes import MIB, format_size
 
 _MANY_SEGMENTS = 64
 _SEGMENTS_AT_ONCE = 1024
+_PART = 64 * MIB
+"""Bytes that one call of a method populates at most, which holds the mmap lock meanwhile."""
 
 
 class Chunk(abc.ABC):
@@ -89,9 +91,12 @@ class PlanChunk(Chunk):
             return populate_whole(self.segments)
         return self.pages.length > LONG and can_advise(segment.method) and populate_long(segment, *self.pages)
 
-    def parts(self) -> Iterable[tuple[PageRange, Segment]]:
+    def parts(self) -> Iterator[tuple[PageRange, Segment]]:
         """See :class:`Chunk`."""
-        return ((self.pages & PageRange(segment.start, segment.stop), segment) for segment in self.segments)
+        for segment in self.segments:
+            pages = self.pages & PageRange(segment.start, segment.stop)
+            for part in pages.chunks(max(_PART, segment.target.page_size)):
+                yield part, segment
 
 
 class PlanQueue(ChunkQueue):
@@ -136,10 +141,10 @@ class PlanQueue(ChunkQueue):
         with self._lock:
             if failed is not None and len(self._open[threading.get_ident()].segments) > 1:
                 return
-            del self._open[threading.get_ident()]
             done = PageRange(start, stop if failed is None else failed)
             self._done.append(done)
             self.done_bytes += done.length
+            del self._open[threading.get_ident()]  # last: after Ctrl-C in between, tried() still finds the chunk
 
     def tried(self) -> Iterator[tuple[RangeSet, RangeSet]]:
         """See :class:`ChunkQueue`. Of chunks that were not recorded, only the page tables tell what has become of them."""

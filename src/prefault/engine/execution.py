@@ -37,7 +37,7 @@ class Execution:
         before: the pages that are populated already.
         progress: called after each chunk of the calling thread.
         rollback: undoes the call if it fails; None leaves what it brought in.
-        admission: looks at the limits before each chunk; None does not.
+        admission: checks the limits before each chunk; None does not.
     """
 
     def __init__(
@@ -229,8 +229,8 @@ def deferring_ctrl_c(work: Callable[[], None]) -> None:
         work()
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if _deferred:
-        raise KeyboardInterrupt
+        if _deferred:
+            raise KeyboardInterrupt
 
 
 _deferred: list[int] = []

@@ -58,7 +58,7 @@ def lock(
         offset: where to start, in bytes from the start of the buffer.
         length: how far; None: to its end.
         progress: True draws a bar on stderr; a function is called with the bytes done and in all.
-        headroom: ``"check"`` looks at RLIMIT_MEMLOCK and the limits of populating before the start; ``"ignore"`` does not.
+        headroom: ``"check"`` checks RLIMIT_MEMLOCK and the limits of populating before the start; ``"ignore"`` does not.
 
     Raises:
         HeadroomError: RLIMIT_MEMLOCK leaves less than that; nothing was populated.

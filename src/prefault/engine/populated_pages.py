@@ -35,11 +35,11 @@ def pages_before(segments: Sequence[Segment]) -> tuple[Intervals, Intervals]:
     Raises:
         PopulateError: the kernel does not tell which pages this process had before, so that nothing could be undone.
     """
-    states = [state for segment in segments for state in _states(segment)]
+    states = [state for segment in segments for state in _held_pages(segment)]
     return Intervals(state[:2] for state in states if state[2]), Intervals(state[:2] for state in states)
 
 
-def _states(segment: Segment) -> Iterator[tuple[int, int, bool]]:
+def _held_pages(segment: Segment) -> Iterator[tuple[int, int, bool]]:
     """Yield the start and stop of pages that hold bytes, and whether they are populated."""
     found = residency_of(PageRange(segment.start, segment.stop))
     if found.source == "mincore":

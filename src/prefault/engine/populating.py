@@ -1,4 +1,4 @@
-"""populate: plan it, look at the limits, carry it out."""
+"""populate: plan it, check the limits, carry it out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["HeadroomChoice", "PopulateResult", "Progress", "populate"]
 _NONE = Intervals()
 
 HeadroomChoice: TypeAlias = Literal["check", "ignore"]
-"""Whether the limits are looked at before and while memory is populated."""
+"""``"check"``: the limits are checked before memory is populated and meanwhile. ``"ignore"``: they are not."""
 
 
 def populate(
@@ -65,7 +65,7 @@ def populate(
         rollback: on failure or Ctrl-C discard the pages that this call brought in. What another thread wrote to just those
             pages meanwhile is lost.
         progress: True draws a bar on stderr; a function is called with the bytes done and in all.
-        headroom: ``"check"`` looks at the limits before the start, for the pages that are really missing, and at those of
+        headroom: ``"check"`` checks the limits before the start, for the pages that are really missing, and at those of
             memory between chunks; ``"ignore"`` does not: the kernel finds out.
 
     Returns:
@@ -74,7 +74,7 @@ def populate(
     Raises:
         HeadroomError: a limit leaves less than is needed: nothing was populated; or less than at the start, in the middle.
         PopulateError: one of its subclasses says why, ``offset`` where, ``populated_bytes`` how much there is now.
-        PopulateInterrupted: Ctrl-C; also says how much. At most one chunk (some milliseconds) late.
+        PopulateInterrupted: Ctrl-C; also says how much. At most one chunk (some tens of milliseconds) late.
         OSError: this process has no descriptor left, or no /proc is mounted; nothing was populated.
         TypeError, ValueError: not a buffer; closed or released; an offset or length outside; an unknown option.
 

@@ -89,7 +89,7 @@ def is_memory_file(segment: Segment) -> bool:
 
 
 def file_pages(segments: Iterable[Segment]) -> RangeSet:
-    """Return the pages of files that are only memory that are in memory already, mapped by this process or not."""
+    """Return the pages of memory files that are in memory already, mapped by this process or not."""
     return RangeSet.union_of(resident(PageRange(s.start, s.stop)) for s in segments if is_memory_file(s))
 
 

@@ -4,7 +4,7 @@ Populating one page takes the kernel about a microsecond, and the general way ar
 shortcuts take. They change nothing that a caller could see, and each falls back on the general way:
 
 - :func:`small_plan` plans private anonymous memory by one look at one mapping;
-- :func:`surely_fits` spends what the last look at the limits left over, so that a loop of small calls does not read the
+- :func:`surely_fits` spends what the last check of the limits left over, so that a loop of small calls does not read the
   files of all limits each time;
 - :func:`run_small` runs the method once, in this thread, without an :class:`~prefault.engine.execution.Execution`, which is
   made only for a page that fails, and for Ctrl-C.
@@ -60,7 +60,7 @@ def small_plan(memory: Borrowed, span: Span, access: Access | None) -> Plan | No
 
 
 def surely_fits(segment: Segment, now_ns: int) -> bool:
-    """Return whether the last look at the limits left so much that a small call needs no look of its own."""
+    """Return whether the last check of the limits left so much that a small call needs none of its own."""
     # An upper bound with page tables and all. Other memory has limits of its own as well.
     bound = segment.length + segment.length // 256 + 64 * KIB
     return segment.backing is Backing.ANONYMOUS and allowance.spend(bound, now_ns)

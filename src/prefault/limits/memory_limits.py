@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -82,12 +83,16 @@ def cgroup_limits(levels: Sequence[MemoryCgroup] | None = None, *, swap: bool = 
 def machine_limits(*, swap: bool = True) -> list[Limit]:
     """Read MemAvailable, which may be taken without swapping, and free swap; the list is empty if there is no /proc."""
     try:
-        available, total, free_swap = read_meminfo("MemAvailable", "MemTotal", "SwapFree")
+        available, total = read_meminfo("MemAvailable", "MemTotal")
     except (OSError, KeyError):
         return []
+    free_swap = 0
+    if swap:
+        with contextlib.suppress(OSError, KeyError):  # not every sandbox shows it
+            (free_swap,) = read_meminfo("SwapFree")
     return [
         Limit(
-            "MemAvailable", "memory", total, total - available, free_swap if swap else 0, _reserve(total),
+            "MemAvailable", "memory", total, total - available, free_swap, _reserve(total),
             "the OOM killer ends a process of the machine", "/proc/meminfo", "free memory, or add swap",
         )
     ]  # fmt: skip
@@ -120,10 +125,12 @@ def check_cgroups(needed: int, reserve: float = 1.0, levels: Sequence[MemoryCgro
 
 def check_machine(needed: int, reserve: float = 1.0) -> MemoryAnswer:
     """Check whether the machine has ``needed`` bytes left, and this share of its reserve."""
-    for machine in machine_limits():
-        room = _room(machine, reserve)
-        return MemoryAnswer(machine if room < needed else None, max(0, room))
-    return MemoryAnswer(None, NO_LIMIT)
+    limits = machine_limits()
+    if not limits:
+        return MemoryAnswer(None, NO_LIMIT)
+    (machine,) = limits
+    room = _room(machine, reserve)
+    return MemoryAnswer(machine if room < needed else None, max(0, room))
 
 
 NO_LIMIT = 1 << 62

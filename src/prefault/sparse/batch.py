@@ -77,7 +77,7 @@ def _populate(
     segment = segment._replace(start=memory.address + first, stop=memory.address + stop)
     pages = blocks.shifted(memory.address)
     before, kept = scattered_pages_before(segment, pages, _NEAR)
-    resident = _file_pages(segment, pages)
+    resident = _resident_pages(segment, pages)
     admission = None
     if headroom == "check":
         missing = pages - before - resident if segment.target.shared else pages - before
@@ -91,8 +91,8 @@ def _populate(
     return Execution(queue, memory.address, before, None, rollback, admission).run(began)
 
 
-def _file_pages(segment: Segment, pages: Intervals) -> Intervals:
-    """Return the pages of a file that is only memory that are in memory already, mapped by this process or not."""
+def _resident_pages(segment: Segment, pages: Intervals) -> Intervals:
+    """Return the pages among some of a segment that are in memory already if it is a memory file's; see ``file_pages``."""
     if not is_memory_file(segment):
         return Intervals()
     return resident_in([PageRange(*span) for span in pages.bridged(_NEAR)])

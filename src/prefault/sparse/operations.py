@@ -77,8 +77,10 @@ class Populating(Operation):
                 guard.protection.protect(self._unprotected)
             self._unprotected = {}
         if guard.accounting is not None:
-            # Where Ctrl-C came between the charge and its being noted, blocks without a page need not be charged.
-            charged = _pages(_without_pages(self._guard, self.blocks)) if self._charging else self._charged
+            # Ctrl-C may come between the charge and its being noted, or when all is populated: only blocks without a page
+            # need not be charged.
+            empty = _pages(_without_pages(guard, self.blocks))
+            charged = empty if self._charging else self._charged & empty
             if charged:
                 guard.accounting.refund(charged)
             self._charging, self._charged = False, RangeSet()
@@ -88,7 +90,7 @@ class Discarding(Operation):
     """Around discarding; see :meth:`prefault.memory.borrowing.AccessGuard.discarding`."""
 
     _protected = False
-    """Whether all blocks are protected for good already."""
+    """True once all blocks are protected for good."""
 
     def __enter__(self) -> Span:
         self._begin()

@@ -130,6 +130,25 @@ def test_a_crash_in_a_batch_fails_one_populate_and_not_one_for_each_page() -> No
         assert page_of(area, 63) == content(63)
 
 
+class CrashesInClose(Pattern):
+    """Closing the area at offset 0 is the end of its process, in each server."""
+
+    def __init__(self) -> None:
+        super().__init__(restartable=True)
+
+    def close(self, area: DeviceArea) -> None:
+        if area.offset == 0:
+            os._exit(3)
+
+
+def test_a_crash_in_close_ends_one_server_and_not_each_after_it() -> None:
+    device = CrashesInClose()
+    with prefault.device.map(device, 8 * PAGE_SIZE, 16 * PAGE_SIZE) as other:
+        prefault.device.map(device, 8 * PAGE_SIZE).close()
+        prefault.populate(other)
+        assert page_of(other, 3) == content(19)
+
+
 def test_hello_that_the_dead_server_did_not_read_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     start, started = launching.launch, threading.Event()
     launched: list[LaunchedWarden] = []

@@ -57,9 +57,9 @@ class Channel:
         self._end_reason: str | None = None
         """The reason why requests end with an error; None while there is a server. A warden still accepts Unmap."""
         self._disconnected = False
-        """Whether the socket has ended: no message comes any more."""
+        """True once the socket has ended: no message comes any more."""
         self._descriptors_lost = False
-        """Whether descriptors were sent for which this process had no room."""
+        """True once descriptors were sent for which this process had no room."""
         self._closed = False
 
     def _take_descriptor(self, reply: protocol.Reply, fd: int) -> None:  # noqa: ARG002

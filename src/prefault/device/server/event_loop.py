@@ -252,7 +252,8 @@ class _EventLoop:
             # It has no areas that the end of the server could hurt; or it called execve(2) meanwhile.
             if fault_resolution.is_another_program(record):
                 fault_resolution.disarm(record.lifeline_read)
-            for area in list(client.areas.values()):
+            areas = list(client.areas.values())
+            for area in areas:
                 self._requests.release_area(area)
             self._forget(record.userfaultfd)
             self._forget(record.pidfd)
@@ -266,6 +267,8 @@ class _EventLoop:
             # Not before the warden knows: a driver that closed our descriptors makes clients look gone, and this may fail.
             for area_record in record.areas.values():
                 self._registry.area_table.clear(area_record.row)
+            for area in areas:
+                self._requests.close_area(area)
 
     # --- the warden
 

@@ -128,7 +128,7 @@ class PagePool:
 
     def _append(self, run: range) -> None:
         assert self._order is not None
-        extend(self._order, run)
+        append_run(self._order, run)
         self._listed += len(run)
         if self._listed > _ORDER_MOST + 2 * (self.capacity or 0):
             self._remove_duplicates()
@@ -165,7 +165,7 @@ class PagePool:
         self._listed += sum(map(len, kept))
 
 
-def extend(runs: MutableSequence[range], run: range) -> None:
+def append_run(runs: MutableSequence[range], run: range) -> None:
     """Append a run, or join it to the last one if it continues that."""
     if runs and runs[-1].stop == run.start:
         runs[-1] = range(runs[-1].start, run.stop)

@@ -12,7 +12,7 @@ from prefault.device import protocol
 from prefault.device.page_states import DevicePageState
 from prefault.device.server.driver_calls import Fill, FillFailure
 from prefault.device.server.frame_headroom import FrameHeadroom, FrameShortfall
-from prefault.device.server.page_pool import extend, subtract
+from prefault.device.server.page_pool import append_run, subtract
 from prefault.intervals import Intervals
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ class PopulateRequests:
         ready = range(fill.pages.start, fill.done)
         cancelled = populate.over
         if len(ready):
-            extend(populate.supplied, ready)
+            append_run(populate.supplied, ready)
             if not cancelled and populate.area.alive:
                 self._map(populate, ready)
         self._answer_waiting(fill, mapped=not cancelled)
@@ -238,14 +238,14 @@ class PopulateRequests:
         result = self._page_tables.map(area, pages)
         for span in result.mapped:
             mapped = self._page_tables.pages_of(area, span)
-            extend(populate.mapped, mapped)
+            append_run(populate.mapped, mapped)
             populate.mapped_pages += len(mapped)
         if area.poisoned:
             for span in result.present:
                 for page in self._page_tables.pages_of(area, span):
                     if page in area.poisoned:
                         area.poisoned.discard(page)
-                        extend(populate.poisoned, range(page, page + 1))
+                        append_run(populate.poisoned, range(page, page + 1))
         if result.holes and not result.unreachable:
             again = self._frames.runs(pages, DevicePageState.MISSING)
             populate.runs.extend(again)

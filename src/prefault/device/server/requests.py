@@ -152,14 +152,21 @@ class Requests:
             self.release_area(area)
             del client.record.areas[area.number]
             self._area_table.clear(area.record.row)
+            self.close_area(area)
         self._reply(client, protocol.Done(request.id))  # idempotent: clients repeat it after a restart
 
     def release_area(self, area: ServedArea) -> None:
-        """Stop serving an area; it is closed at the driver when no call has it."""
+        """Stop serving an area. :meth:`close_area` follows when it is in the table no more.
+
+        A driver whose ``close`` ends its process ends one server then, and not each server after it.
+        """
         self._populate_requests.drop(area)
         self._discards.drop(area, FillFailure("driver", errno.ENODEV, "the area was unmapped while it was discarded"))
         self._state.close_area(area)
         self._fault_polling.separate(area.number)
+
+    def close_area(self, area: ServedArea) -> None:
+        """Have the driver close a released area, as soon as no call has it."""
         self._jobs.close(area)
 
     # --- pages

@@ -30,7 +30,7 @@ Work = Callable[[int], Callable[[], None]]
 
 
 class _FillWork(partial[Callable[[], None]]):
-    """Work that supplies the pages of a fill: it does not begin any more once the server ends."""
+    """Work that supplies the pages of a fill: :meth:`Workers.stop` drops what has not begun, and keeps all other work."""
 
 
 class Workers:

@@ -40,7 +40,7 @@ class PoolConnection:
         self._answered = 0
         """The id of the last reply: replies come in the order of requests."""
         self.late = False
-        """Whether a reply did not come in time, and has not come since."""
+        """True while a reply that did not come in time is still missing."""
         self._reading = False
         self._end_reason: str | None = None
         """The reason why the connection has ended; None while it is usable."""

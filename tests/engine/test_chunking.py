@@ -39,8 +39,8 @@ def test_chunks_grow_and_shrink_with_their_cost(monkeypatch: pytest.MonkeyPatch)
 
 def test_chunks_that_are_vectors_take_longer_and_less_so_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     times, one = FakeTimes(monkeypatch), chunking.ChunkSize(on_disk=False, vectors=True)
-    assert [times.chunk(one, cost) for cost in (1, 7, 14, 25)] == [32 * MIB, 64 * MIB, 64 * MIB, 32 * MIB]
-    assert [times.chunk(one, 0.1) for _ in range(2)] == [256 * MIB] * 2
+    assert [times.chunk(one, cost) for cost in (1, 5, 9, 12)] == [16 * MIB, 16 * MIB, 16 * MIB, 8 * MIB]
+    assert [times.chunk(one, 0.1) for _ in range(3)] == [64 * MIB, 256 * MIB, 256 * MIB]
     four = chunking.ChunkSize(on_disk=False, threads=4, vectors=True)
     assert [times.chunk(four, cost) for cost in (1.5, 3, 5, 7)] == [8 * MIB, 8 * MIB, 8 * MIB, 4 * MIB]
 

@@ -17,8 +17,10 @@ FIRST_CHUNK_OF_A_DISK = 16 * KIB
 LARGEST_CHUNK = 64 * MIB
 _LARGEST_VECTOR = 256 * MIB
 _CALL_NS = 2_000_000, 6_000_000
-# Vectors of ranges give up the mmap lock between pieces of 4 MiB. Python costs some 100 us a chunk.
-_LONG_CALL_NS = 8_000_000, 20_000_000
+# Vectors of ranges give up the mmap lock between pieces of 4 MiB; yet a thread that wants it for writing may have to wait for
+# all of a vector. Python costs some 100 us a chunk.
+_VECTOR_CALL_NS = 4_000_000, 10_000_000
+_CALL_NS_WITHOUT_GIL = 8_000_000, 20_000_000
 # Beside several threads that compute the GIL comes back after several switch intervals. Ctrl-C waits as long as a call.
 _LONGEST_CALL_NS = 64_000_000
 _LARGEST_CHUNK_WITHOUT_GIL = 1024 * MIB
@@ -37,7 +39,7 @@ class ChunkSize:
 
     def __init__(self, *, on_disk: bool, threads: int = 1, vectors: bool = False) -> None:
         self.size = FIRST_CHUNK_OF_A_DISK if on_disk else FIRST_CHUNK
-        self._call_ns = _call_ns(_LONG_CALL_NS, threads) if vectors else _CALL_NS
+        self._call_ns = _call_ns(_VECTOR_CALL_NS, threads) if vectors else _CALL_NS
         self._largest, self._growth = (_LARGEST_VECTOR, 8) if vectors else (LARGEST_CHUNK, 2)
         self._on_disk = on_disk
         self._threads = threads
@@ -63,7 +65,7 @@ class ChunkSize:
             # Shared among the threads: one that wants the mmap lock for writing, and may hold the GIL meanwhile (mmap.mmap
             # does), waits for all of their calls, which looks the same from here.
             waited_ns = min(2 * (wall_ns - cpu_ns), _LONGEST_CALL_NS)
-            shortest, longest = _call_ns((max(at, waited_ns) for at in _LONG_CALL_NS), self._threads)
+            shortest, longest = _call_ns((max(at, waited_ns) for at in _CALL_NS_WITHOUT_GIL), self._threads)
             # At once, since each step on the way would wait as long.
             while 2 * cpu_ns < shortest and self.size < _LARGEST_CHUNK_WITHOUT_GIL:
                 self.size, cpu_ns = 2 * self.size, 2 * cpu_ns

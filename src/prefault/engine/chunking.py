@@ -17,8 +17,8 @@ FIRST_CHUNK_OF_A_DISK = 16 * KIB
 LARGEST_CHUNK = 64 * MIB
 _LARGEST_VECTOR = 256 * MIB
 _CALL_NS = 2_000_000, 6_000_000
-# Vectors of ranges give up the mmap lock between pieces of 4 MiB; yet a thread that wants it for writing may have to wait for
-# all of a vector. Python costs some 100 us a chunk.
+# Vectors of ranges give up the mmap lock between pieces of 4 MiB; yet a thread that wants it for writing may wait for all of
+# a vector. Python costs some 100 us a chunk.
 _VECTOR_CALL_NS = 4_000_000, 10_000_000
 _CALL_NS_WITHOUT_GIL = 8_000_000, 20_000_000
 # Beside several threads that compute the GIL comes back after several switch intervals. Ctrl-C waits as long as a call.

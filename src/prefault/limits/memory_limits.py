@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -83,16 +82,15 @@ def cgroup_limits(levels: Sequence[MemoryCgroup] | None = None, *, swap: bool = 
 def machine_limits(*, swap: bool = True) -> list[Limit]:
     """Read MemAvailable, which may be taken without swapping, and free swap; the list is empty if there is no /proc."""
     try:
-        available, total = read_meminfo("MemAvailable", "MemTotal")
+        try:
+            available, total, free_swap = read_meminfo("MemAvailable", "MemTotal", "SwapFree")
+        except KeyError:  # not every sandbox shows its swap
+            (available, total), free_swap = read_meminfo("MemAvailable", "MemTotal"), 0
     except (OSError, KeyError):
         return []
-    free_swap = 0
-    if swap:
-        with contextlib.suppress(OSError, KeyError):  # not every sandbox shows it
-            (free_swap,) = read_meminfo("SwapFree")
     return [
         Limit(
-            "MemAvailable", "memory", total, total - available, free_swap, _reserve(total),
+            "MemAvailable", "memory", total, total - available, free_swap if swap else 0, _reserve(total),
             "the OOM killer ends a process of the machine", "/proc/meminfo", "free memory, or add swap",
         )
     ]  # fmt: skip

@@ -30,7 +30,8 @@ engine                                  populate: plan, methods, chunks, diagnos
 sparse                                  a reservation of which parts are populated and discarded; growable arrays
 pool | virtio_mem                       a bounded store of memory, shared by processes; the device side of virtio-mem
 device                                  device memory: the driver's interface, and what client and server share
-device.client | device.server           the process that maps a device; the process that runs its driver
+device.client | device.pages            the process that maps a device; its pages in the process that runs the driver
+device.server                           that process: faults, requests, calls of the driver
 device.warden                           the process that starts the server again, or answers without it
 device.process                          how these processes are started
 device.opening                          map and connect

@@ -13,7 +13,7 @@ import pytest
 
 import prefault
 from prefault._kernel import mman
-from prefault.device.server.frame_headroom import FrameHeadroom
+from prefault.device.pages.frame_headroom import FrameHeadroom
 from prefault.intervals import Intervals
 from prefault.limits import table
 from prefault.limits.allowance import allowance

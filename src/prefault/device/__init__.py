@@ -5,7 +5,17 @@
 
 import typing as _typing
 
-from prefault.device.driver import ZERO, Device, DeviceArea, FaultAround, Recipe
+from prefault.device.driver import (
+    READ_ONLY,
+    RETRY,
+    ZERO,
+    Device,
+    DeviceArea,
+    DevicePool,
+    FaultAround,
+    Recipe,
+    ShootDown,
+)
 
 if _typing.TYPE_CHECKING:
     from prefault.device.access_log import AccessLog
@@ -14,6 +24,8 @@ if _typing.TYPE_CHECKING:
     from prefault.device.process.serving import DeviceServer, serve
 
 __all__ = [
+    "READ_ONLY",
+    "RETRY",
     "ZERO",
     "AccessLog",
     "Area",
@@ -21,9 +33,11 @@ __all__ = [
     "Device",
     "DeviceArea",
     "DeviceClient",
+    "DevicePool",
     "DeviceServer",
     "FaultAround",
     "Recipe",
+    "ShootDown",
     "connect",
     "map",
     "serve",

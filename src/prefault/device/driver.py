@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import enum
+import errno
+from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from prefault.sizes import MIB, PAGE_SIZE
@@ -11,14 +13,31 @@ from prefault.sizes import MIB, PAGE_SIZE
 Access: TypeAlias = Literal["read", "write"]
 
 
-class _Zero(enum.Enum):
+class Answer(enum.Enum):
+    """Answers of :meth:`Device.fault` and :meth:`Device.populate` besides None, which means: supplied."""
+
     ZERO = "zero"
+    READ_ONLY = "read-only"
+    RETRY = "retry"
 
 
-ZERO: Final = _Zero.ZERO
-"""Returned by :meth:`Device.fault` in place of writing into the frame: the page is zeros."""
+ZERO: Final = Answer.ZERO
+"""The page is zeros; nothing was written into the frame."""
 
-Supplied: TypeAlias = Literal[_Zero.ZERO] | None
+READ_ONLY: Final = Answer.READ_ONLY
+"""The page is supplied, and clients may not write to it: a store calls :meth:`Device.mkwrite`."""
+
+RETRY: Final = Answer.RETRY
+"""The page cannot be supplied yet (VM_FAULT_RETRY): its thread waits, and the server does not.
+
+:meth:`DevicePool.supply` completes it, and after :meth:`DevicePool.retry` the driver is asked again. A page that is neither
+within :attr:`Device.timeout_s` fails, as if the driver had raised.
+"""
+
+Supplied: TypeAlias = Answer | None
+
+Save: TypeAlias = Callable[[range, memoryview], object]
+"""Function that gets each run of pages, and their memory."""
 
 
 class Recipe(NamedTuple):
@@ -99,6 +118,131 @@ class DeviceArea(abc.ABC):
         """
 
 
+class ShootDown(abc.ABC):
+    """A change of pages while no client has an entry for them: ``with pool.shoot_down(pages) as move``.
+
+    As a kernel driver calls unmap_mapping_range(): from entering to leaving, a touch of any of the pages waits. Leaving
+    commits; after an exception, and after the death of the server, the pages hold what they held, with the old protection.
+
+    Attributes:
+        pages: as asked for.
+        runs: those of the pages that were supplied. The others stay missing.
+    """
+
+    pages: range
+    runs: list[range]
+
+    @abc.abstractmethod
+    def content(self, pages: range) -> memoryview:
+        """Return what pages of one run hold, with all writes of clients; read-only. Do not keep the view."""
+
+    @abc.abstractmethod
+    def frames(self, pages: range) -> memoryview:
+        """Return new frames for pages of one run, which take the place of their content: zeros, to write into.
+
+        OSError (ENOSPC): there is no memory for them.
+        """
+
+    @abc.abstractmethod
+    def protect(self, pages: range, access: Access) -> None:
+        """Have clients get these pages with that protection from the commit on, as :meth:`DevicePool.protect` does."""
+
+    @abc.abstractmethod
+    def drop(self, pages: range) -> None:
+        """Give the frames of pages back at the commit: the driver is asked for them at the next touch."""
+
+
+class DevicePool(abc.ABC):
+    """The pages of a device as its driver acts on them, whichever clients map them; usable in any thread of the server.
+
+    Pages are ranges of the device's page numbers. What acts on pages that clients may have written needs
+    :attr:`Device.evicts`, and raises RuntimeError without.
+
+    Attributes:
+        page_size: of the device, in bytes.
+        capacity: number of pages that may be supplied at once; None: limited by memory only.
+    """
+
+    page_size: int
+    capacity: int | None
+
+    @property
+    @abc.abstractmethod
+    def pages(self) -> range:
+        """Numbers of all pages of the device."""
+
+    @abc.abstractmethod
+    def ready(self, pages: range) -> list[range]:
+        """Return the runs of these pages that are supplied now."""
+
+    @abc.abstractmethod
+    def dirty(self, pages: range) -> list[range]:
+        """Return the runs of these pages that clients may have written to since they were supplied or written back.
+
+        Exact with :attr:`Device.tracks_writes`, but for pages that a crash of the server cut off between the fault and the
+        write. Without it, all supplied pages of a writable device.
+        """
+
+    @abc.abstractmethod
+    def evict(self, pages: range, save: Save | None = None) -> bytes:
+        """Take supplied pages back from every client without losing a write, as :meth:`DeviceArea.evict` does.
+
+        With :attr:`Device.tracks_writes`, ``save`` gets the dirty pages only: the driver has the others as they are.
+        """
+
+    @abc.abstractmethod
+    def writeback(self, pages: range, save: Save) -> int:
+        """Save the dirty ones of these pages, which stay supplied, and are clean then; return their number.
+
+        While ``save(run, content)`` runs, a write to the run waits, and reading goes on. If it raises, the pages of that run
+        and of those behind it stay dirty.
+        """
+
+    @abc.abstractmethod
+    def supply(self, pages: range, write: Save | None = None) -> int:
+        """Bring the missing ones of these pages in, unasked or after :data:`RETRY`; return their number.
+
+        ``write(run, frames)`` fills each run of missing pages (``range``, writable ``memoryview`` of zeros); None: zeros.
+        Poisoned pages are cured. Pages that another call is supplying are left to that. If ``write`` raises, the pages of
+        its run stay missing.
+
+        Raises:
+            OSError: ENOSPC: there is no memory for the frames, or the capacity has no room; make it with :meth:`evict`.
+        """
+
+    @abc.abstractmethod
+    def retry(self, pages: range) -> None:
+        """Ask the driver again for those of these pages that it answered with :data:`RETRY`."""
+
+    @abc.abstractmethod
+    def protect(self, pages: range, access: Access) -> None:
+        """Set whether clients may write to pages, those that are supplied later included.
+
+        "read": a store waits, and calls :meth:`Device.mkwrite`. A write that began before is in the pages when this returns.
+        "write": the protection ends, and ``mkwrite`` is not called any more.
+        """
+
+    @abc.abstractmethod
+    def poison(self, pages: range, reason: str = "") -> None:
+        """Drop the content of pages, and make each touch an error until they are supplied by :meth:`supply` or discarded.
+
+        Touching one raises SIGBUS, and ``populate`` raises DriverError with the reason. Poison survives the server, its
+        reason does not. Pages that are being supplied are poisoned once they are.
+        """
+
+    @abc.abstractmethod
+    def shoot_down(self, pages: range) -> ShootDown:
+        """Take the entries of all clients for these pages away, and change the pages meanwhile: see :class:`ShootDown`.
+
+        Entering waits for calls that supply or evict some of the pages, half of :attr:`Device.timeout_s` at most.
+
+        Raises:
+            OSError: EBUSY: such a call does not end, or a client keeps changing its mappings. ENOSPC: there is no memory for
+                a copy of the supplied pages, which are kept besides while this lasts. All pages are as before.
+            RuntimeError: this thread shoots some of the pages down already.
+        """
+
+
 class Device(abc.ABC):
     """Base class of drivers: a driver supplies the pages of a device, in a process of its own.
 
@@ -112,8 +256,10 @@ class Device(abc.ABC):
         page_size: 4 KiB or 2 MiB: bytes that one fault brings in.
         writable: whether clients may write. Their writes go into the frames; :meth:`DeviceArea.evict` hands them to the
             driver.
-        evicts: whether the driver calls :meth:`DeviceArea.evict` on pages that clients may write, which it may not
-            otherwise. Dirty tracking then costs one fault per page, as the kernel alone cannot do it.
+        evicts: whether the driver acts on pages that clients may write: evicts, protects, shoots down, writes back. It may
+            not otherwise. Dirty tracking of a client then costs one fault per page, as the kernel alone cannot do it.
+        tracks_writes: whether :meth:`DevicePool.dirty` knows which pages clients wrote: at the price of one more fault for
+            the first write to each page. Needs ``evicts``.
         populates: False: population is meaningless for this device, and asking for it raises NoPopulateError.
         workers: number of threads that call the driver. 0: the server's own thread makes all calls, one after the other,
             with the lowest latency; best for a driver that does not block.
@@ -130,6 +276,7 @@ class Device(abc.ABC):
     page_size: int = PAGE_SIZE
     writable: bool = True
     evicts: bool = False
+    tracks_writes: bool = False
     populates: bool = True
     workers: int = 0
     batch: int = 4 * MIB
@@ -151,7 +298,11 @@ class Device(abc.ABC):
 
     @abc.abstractmethod
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
-        """Supply one page that was touched: write into ``area.frame(page)``, which holds zeros, or return :data:`ZERO`.
+        """Supply one page that was touched: write into ``area.frame(page)``, which holds zeros.
+
+        Returns:
+            None: the page is supplied. :data:`ZERO`: it is zeros. :data:`READ_ONLY`: supplied, and not to be written to.
+            :data:`RETRY`: not yet.
 
         Args:
             area: whose client touched the page.
@@ -159,14 +310,18 @@ class Device(abc.ABC):
             access: of the touch: "read" or "write".
         """
 
-    def populate(self, area: DeviceArea, pages: range, access: Access) -> None:
-        """Supply a run of consecutive pages. The default calls :meth:`fault` for each.
+    def populate(self, area: DeviceArea, pages: range, access: Access) -> Supplied:
+        """Supply a run of consecutive pages. The default calls :meth:`fault` for each, whose answers then count one by one.
 
         Called for each populate request and for the windows of :attr:`fault_around`. Frames that are not written stay zeros.
-        If it raises, none of the pages is supplied.
+        If it raises, none of the pages is supplied. The answers of :meth:`fault` are allowed, and count for all of them.
         """
+        answers = set()
         for page in pages:
-            self.fault(area, page, access)
+            answers.add(self.fault(area, page, access))
+            if RETRY in answers:
+                return RETRY
+        return READ_ONLY if READ_ONLY in answers else None
 
     def discard(self, area: DeviceArea, pages: range) -> None:  # noqa: B027  optional
         """Handle that a client gave pages back; their frames are freed already.
@@ -174,6 +329,14 @@ class Device(abc.ABC):
         The driver decides what it supplies for these pages next. The server neither fills nor evicts them until this
         returns.
         """
+
+    def mkwrite(self, area: DeviceArea, page: int) -> None:  # noqa: ARG002
+        """Allow a client to write to a page that it got without permission, or raise to refuse (page_mkwrite).
+
+        Once allowed, every client may write to the page. Refused, the thread gets SIGBUS, and so does each later touch of
+        the page in that process until it discards or populates it.
+        """
+        raise PermissionError(errno.EACCES, f"page {page} is read-only")
 
     def reclaim(self, area: DeviceArea, pages: int) -> None:  # noqa: B027  optional
         """Make room for ``pages`` more frames with :meth:`DeviceArea.evict`; called when they would exceed the capacity.

@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Callable
 
 from prefault.device import limit_messages, protocol
+from prefault.device.pages.served_areas import ServedClient
 from prefault.device.registry import ClientRecord
-from prefault.device.server.served_areas import ServedClient
 from prefault.ipc.accepting import Acceptor, send_last
 from prefault.ipc.transport import ProtocolError, receive_all
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from prefault.device.page_states import DevicePageState
 
 if TYPE_CHECKING:
-    from prefault.device.server.driver_calls import FillFailure
-    from prefault.device.server.page_tables import PageTables
-    from prefault.device.server.served_areas import ServedArea, ServerState
+    from prefault.device.pages.fills import FillFailure
+    from prefault.device.pages.page_tables import PageTables
+    from prefault.device.pages.served_areas import ServedArea, ServerState
     from prefault.device.server.workers import Jobs
 
 

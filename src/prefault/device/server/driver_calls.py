@@ -9,71 +9,20 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-from prefault.device.driver import ZERO, Access, Device
+from prefault._kernel.mman import EHWPOISON
+from prefault.device.driver import READ_ONLY, RETRY, ZERO, Access, Answer, Device
+from prefault.device.pages.fills import Fill, FillFailure
 
 if TYPE_CHECKING:
-    from prefault.device.server.served_areas import ServedArea, ServerState
+    from prefault.device.pages.served_areas import ServedArea, ServerState
 
 _log = logging.getLogger("prefault.device")
 _MESSAGE_MOST = 2000
 _VALUE_MOST = 100
 _RECLAIMS_MOST = 1000
 _EVICTING_S = 0.001
-
-
-class FillFailure(NamedTuple):
-    """Reason why pages were not supplied, or why another call of the driver failed.
-
-    Attributes:
-        kind: ``"driver"``: it raised; ``"full"``: there was no memory for the frames, or no capacity.
-        number: errno.
-        message: for people.
-        page: the first page that was not supplied.
-        over_capacity: the capacity was exhausted; pages that are being filled may be dropped or evicted once they are READY.
-    """
-
-    kind: Literal["driver", "full"]
-    number: int
-    message: str
-    page: int = 0
-    over_capacity: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Fill:
-    """A run of pages that the driver is to supply; they are FILLING until it is finished.
-
-    Attributes:
-        area: the driver is asked on behalf of it.
-        single: True: one page, supplied by ``fault``; False: a run, supplied by ``populate``.
-        keep: pages that may not be reclaimed to make room for these.
-        waiting: faults to be answered: area, page, whether it is a write, when it was read (ns).
-        changes: ``ServerState.changes`` before the capacity was found exhausted.
-        done: the page up to which they are supplied.
-        around: True for the window of a fault: not every page of it was asked for.
-        reserved: True once the frames count against the capacity.
-        finished: called in the loop, under the lock, after the pages' states are set; the fill that it returns is started.
-    """
-
-    area: ServedArea
-    pages: range
-    access: Access
-    _: KW_ONLY
-    single: bool
-    keep: list[range]
-    finished: Callable[[Fill], Fill | None]
-    around: bool = False
-    waiting: list[tuple[ServedArea, int, bool, int]] = field(default_factory=list)
-    changes: int = 0
-    reserved: bool = False
-    failure: FillFailure | None = None
-    done: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.done = self.pages.start
 
 
 class DriverCalls:
@@ -99,8 +48,7 @@ class DriverCalls:
         heartbeat = self._frames.heartbeat
         heartbeat[slot] = time.monotonic_ns()
         try:
-            if self._state.registry.blamed:
-                self._raise_if_blamed(fill)
+            self._raise_if_poisoned(fill)
             self._reserve(fill, slot)
             try:
                 self._frames.secure(pages)
@@ -111,16 +59,18 @@ class DriverCalls:
                 fault, area, access = self._device.fault, fill.area, fill.access
                 for page in pages:
                     answer = fault(area, page, access)
-                    if answer is not None and answer is not ZERO:
-                        raise TypeError(f"fault() returns None or prefault.device.ZERO, not {_describe(answer)}")
+                    if answer is not None and answer is not ZERO and not self._apply(answer, range(page, page + 1), "fault"):
+                        fill.retry = True
+                        break
                     fill.done = page + 1
                     if fill.done < pages.stop:
                         heartbeat[slot] = time.monotonic_ns()
             else:
-                done: Any = self._device.populate(fill.area, pages, fill.access)  # type: ignore[func-returns-value]
-                if done is not None and done is not ZERO:
-                    raise TypeError(f"populate() returns None, not {_describe(done)}")
-                fill.done = pages.stop
+                done: Any = self._device.populate(fill.area, pages, fill.access)
+                if done is None or done is ZERO or self._apply(done, pages, "populate"):
+                    fill.done = pages.stop
+                else:
+                    fill.retry = True
         except _FillError as error:
             fill.failure = error.failure
         except BaseException as error:  # noqa: BLE001  a driver's SystemExit is its own affair as well
@@ -133,7 +83,19 @@ class DriverCalls:
         if fill.done == self._frames.pages:
             self._frames.clear_tail(range(pages.start, fill.done))
 
-    def fill_one(self, area: ServedArea, page: int, access: Access, now: int) -> FillFailure | None:
+    def _apply(self, answer: object, pages: range, name: str) -> bool:
+        """Carry out an answer of the driver that asks for more than plain pages; return False for RETRY."""
+        if answer is RETRY:
+            return False
+        if answer is not READ_ONLY:
+            raise TypeError(f"{name}() returns None, ZERO, READ_ONLY or RETRY of prefault.device, not {_describe(answer)}")
+        if self._device.writable and not self._device.evicts:
+            raise RuntimeError(f"{self._state.name} supplies read-only pages: it has to declare evicts = True")
+        with self._state.lock:
+            self._state.protections.set(pages, "read")
+        return True
+
+    def fill_one(self, area: ServedArea, page: int, access: Access, now: int) -> FillFailure | Literal[Answer.RETRY] | None:
         """Call the driver in the loop to supply one FILLING page of a device without a capacity; return its failure, if any.
 
         The caller counts the frame.
@@ -146,8 +108,8 @@ class DriverCalls:
             except OSError as error:
                 return FillFailure("full", errno.ENOSPC, str(error.strerror), page)
             answer = self._device.fault(area, page, access)
-            if answer is not None and answer is not ZERO:
-                raise TypeError(f"fault() returns None or prefault.device.ZERO, not {_describe(answer)}")
+            if answer is not None and answer is not ZERO and not self._apply(answer, range(page, page + 1), "fault"):
+                return RETRY
         except BaseException as error:  # noqa: BLE001  drivers may raise anything
             return self._driver_failure("fault", error, range(page, page + 1))
         finally:
@@ -175,8 +137,17 @@ class DriverCalls:
 
     # --- checks before a call
 
-    def _raise_if_blamed(self, fill: Fill) -> None:
+    def _raise_if_poisoned(self, fill: Fill) -> None:
+        """Raise _FillError if the driver poisoned one of the pages, or a server died of it."""
+        if self._state.protections.in_use:
+            with self._state.lock:
+                poisoned = self._state.protections.poisoned(fill.pages)
+            if poisoned is not None:
+                page, reason = poisoned
+                raise _FillError(FillFailure("driver", EHWPOISON, f"page {page} is poisoned: {reason}", page))
         blamed = self._state.registry.blamed
+        if not blamed:
+            return
         with self._state.lock:
             found = [page for page in blamed if page in fill.pages]
             if not found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
@@ -15,18 +16,20 @@ from typing import TYPE_CHECKING
 
 from prefault.device import handover, limit_messages, protocol, this_server
 from prefault.device.frames import RESULTS
-from prefault.device.server import fault_resolution
+from prefault.device.pages import fault_resolution
+from prefault.device.pages.driver_pool import ServedPool
+from prefault.device.pages.eviction import Eviction
+from prefault.device.pages.fault_around import FaultAroundWindows
+from prefault.device.pages.isolation import Isolation
+from prefault.device.pages.page_tables import PageTables
+from prefault.device.pages.served_areas import ServedArea, ServedClient, ServerState
 from prefault.device.server.client_connections import EPOLLIN, ClientConnection, ClientConnections
 from prefault.device.server.discards import Discards
 from prefault.device.server.driver_calls import DriverCalls
-from prefault.device.server.eviction import Eviction
-from prefault.device.server.fault_around import FaultAroundWindows
 from prefault.device.server.fault_polling import FaultPolling
 from prefault.device.server.faults import Faults
-from prefault.device.server.page_tables import PageTables
 from prefault.device.server.populate_requests import PopulateRequests
 from prefault.device.server.requests import Requests
-from prefault.device.server.served_areas import ServedArea, ServedClient, ServerState
 from prefault.device.server.workers import Jobs, Workers
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from prefault.device.registry import ClientRecord, Registry
     from prefault.device.server.warden_link import WardenLink
 
+_log = logging.getLogger("prefault.device")
 _EVENTS = 64
 _SWITCH_S = 0.0005
 """Switch interval, in seconds: how long a worker may keep the interpreter while the loop has a fault to answer."""
@@ -83,17 +87,21 @@ class _EventLoop:
         self._workers = Workers(state, min(device.workers, RESULTS - 1))
         self._jobs = Jobs(state, self._driver_calls, self._workers)
         self._page_tables = PageTables(state)
+        self._isolation = Isolation(state)
         self._discards = Discards(state, self._page_tables, self._jobs)
         self._faults = Faults(
-            state, self._page_tables, self._driver_calls, self._jobs, self._discards, FaultAroundWindows(state)
-        )
+            state, self._page_tables, self._driver_calls, self._jobs, self._discards, FaultAroundWindows(state),
+            self._isolation,
+        )  # fmt: skip
         self._populate_requests = PopulateRequests(
             state, self._page_tables, self._jobs, self._discards, self._workers,
             page_by_page=self._driver_calls.page_by_page, reply=self._connections.reply,
         )  # fmt: skip
         self._fault_polling = FaultPolling()
+        eviction = Eviction(state, self._isolation)
+        self._pool = ServedPool(state, eviction, self._isolation, self._page_tables, threaded=self._jobs.threaded)
         self._requests = Requests(
-            state, self._jobs, self._populate_requests, self._discards, Eviction(state), self._fault_polling,
+            state, self._jobs, self._populate_requests, self._discards, eviction, self._fault_polling,
             reply=self._connections.reply, lost=self._connection_lost,
         )  # fmt: skip
 
@@ -124,7 +132,7 @@ class _EventLoop:
         more = False
         while True:
             if not events:
-                events = poll(0 if more or self._state.gone_clients else self._connections.hello_timeout(), _EVENTS)
+                events = poll(0 if more or self._state.gone_clients else self._timeout(), _EVENTS)
             arrived = time.monotonic_ns()
             for fd, mask, handler in [(fd, mask, handlers.get(fd)) for fd, mask in events]:
                 # A handler may close a descriptor, and open another of that number: a later event is not about that one.
@@ -139,11 +147,34 @@ class _EventLoop:
                 return
             if discards.active:
                 discards.step()
+            if self._state.parked:
+                self._expire_parked()
             more = bool(populate_requests) and populate_requests.step()
             client = faults.take_recent()
             if client is not None and not client.gone and spin.wanted(arrived) and not more and self._is_calm():
                 expected = [(client.record.userfaultfd, EPOLLIN)]
                 events = spin.wait(poll, expected, partial(faults.read, client), self._is_calm)
+
+    def _timeout(self) -> float | None:
+        """Return the seconds until something is to be done without an event; None: nothing."""
+        waits = [self._connections.hello_timeout()]
+        parked, populates = self._state.parked.oldest_ns(), self._populate_requests.wait_until()
+        if parked is not None:
+            waits.append(max(0.0, parked / 1e9 + self._device.timeout_s - time.monotonic()))
+        if populates is not None:
+            waits.append(max(0.0, populates - time.monotonic()))
+        return min((wait for wait in waits if wait is not None), default=None)
+
+    def _expire_parked(self) -> None:
+        """Poison the pages that the driver could not supply, and did not bring in afterwards in the time of a call."""
+        with self._state.lock:
+            for area, page, _, _ in self._state.parked.take_expired(self._device.timeout_s):
+                if area.alive:
+                    area.counters.errors += 1
+                    self._page_tables.poison(area, page)
+                    _log.error(
+                        "device %s: the driver answered RETRY for page %d, and did not supply it", self._state.name, page
+                    )
 
     def _is_calm(self) -> bool:
         """Return whether there is nothing to do except answering faults."""
@@ -324,6 +355,7 @@ class _EventLoop:
                 self._driver_calls.call(0, "close", area)
         # For good: a thread of the driver that evicts from now on would take pages that are never supplied again.
         self._state.lock.acquire()
+        self._isolation.restore(range(self._state.frames.pages))
         for client in clients:
             fault_resolution.resolve_all(self._state.frames, client.record)
             self._connections.reply(client, protocol.Gone(0, f"the server of device {self._state.name} was ended"))

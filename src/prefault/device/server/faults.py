@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from time import monotonic_ns
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,19 @@ from prefault._kernel.userfaultfd import (
     ForkEvent,
     decode,
 )
+from prefault.device.driver import RETRY
 from prefault.device.page_states import DevicePageState
-from prefault.device.server import fault_resolution
-from prefault.device.server.driver_calls import DriverCalls, Fill
-from prefault.device.server.served_areas import ServedArea, ServedClient, ServerState, access_of
+from prefault.device.pages import fault_resolution
+from prefault.device.pages.fills import Fill
+from prefault.device.pages.served_areas import ServedArea, ServedClient, ServerState, access_of
+from prefault.device.server.driver_calls import DriverCalls
+from prefault.device.server.write_requests import WriteRequests
 
 if TYPE_CHECKING:
+    from prefault.device.pages.fault_around import FaultAroundWindows
+    from prefault.device.pages.isolation import Isolation
+    from prefault.device.pages.page_tables import PageTables
     from prefault.device.server.discards import Discards
-    from prefault.device.server.fault_around import FaultAroundWindows
-    from prefault.device.server.page_tables import PageTables
     from prefault.device.server.workers import Jobs
 
 _BATCH = 64
@@ -33,7 +38,7 @@ before the loop continues: to read again takes 2 us less than epoll. Other clien
 _READY = int(DevicePageState.READY)
 _MISSING = int(DevicePageState.MISSING)
 _FILLING = int(DevicePageState.FILLING)
-_EVICTING = int(DevicePageState.EVICTING)
+_TAKEN = (int(DevicePageState.EVICTING), int(DevicePageState.ASIDE))
 
 _unpack = MESSAGE.unpack_from
 
@@ -43,7 +48,7 @@ class Faults:
 
     def __init__(
         self, state: ServerState, page_tables: PageTables, calls: DriverCalls, jobs: Jobs, discards: Discards,
-        windows: FaultAroundWindows,
+        windows: FaultAroundWindows, isolation: Isolation,
     ) -> None:  # fmt: skip
         self._state = state
         self._page_tables = page_tables
@@ -51,6 +56,9 @@ class Faults:
         self._discards = discards
         self._discarding = discards.active
         self._windows = windows
+        self._write_requests = WriteRequests(state, page_tables, jobs, isolation)
+        self._held = state.held.active
+        self._flags = state.frames.flags
         self._lock = state.lock
         self._states = state.frames.states
         self._size = state.page_size
@@ -133,14 +141,18 @@ class Faults:
                     counters.latency[((monotonic_ns() - now) // 1000).bit_length()] += 1
                     return None
                 if state != _MISSING:
-                    # An eviction wakes all threads at its end, under the lock that is held now: so after this.
+                    # An eviction or shoot-down wakes all threads at its end, under the lock that is held now: so after this.
                     if state == _FILLING:
                         self._wait(area, page, flags & UFFD_PAGEFAULT_FLAG_WRITE != 0, now)
                     return None
-        # MISSING, which only this thread changes.
+        # MISSING. Other threads of the driver change that as well, by DevicePool.supply; see _begin_one and Jobs.start.
         if self._discarding and self._discards.defer_fault(area, page):
             return None
-        if self._fast_path and not self._blamed and page != self._tail:
+        if self._held:
+            with self._lock:
+                if self._state.held.defer(page, partial(self._page_tables.wake, area, page)):
+                    return None
+        if self._fast_path and not self._blamed and page != self._tail and not self._flags[page]:
             return self._supply_one(area, page, flags, now)
         return self._supply(area, page, bool(flags & UFFD_PAGEFAULT_FLAG_WRITE), thread, now)
 
@@ -201,19 +213,26 @@ class Faults:
         self._page_tables.map_one(area, page, write=write)
 
     def _wait(self, area: ServedArea, page: int, write: bool, now: int) -> None:
-        fill = self._jobs.fill_of(page)
-        if fill is None:
-            raise AssertionError(f"page {page} is FILLING and belongs to no fill")
         area.counters.missing += 1
         area.counters.log.append(page)
-        fill.waiting.append((area, page, write, now))
+        fill = self._jobs.fill_of(page)
+        if fill is None:
+            self._state.parked.park(area, page, write, now)
+        else:
+            fill.waiting.append((area, page, write, now))
 
     def _resolve_write(self, area: ServedArea, page: int, now: int) -> None:
         """Answer a write to a write-protected page: the first one in an area that tracks, or one during an eviction."""
         with self._lock:
-            if self._states[page] == _EVICTING:
-                return  # the eviction wakes it
+            if self._states[page] in _TAKEN:
+                return  # the eviction or shoot-down wakes it
             area.counters.write_protect += 1
+            protections = self._state.protections
+            if protections.in_use:
+                if protections.is_read_only(page):
+                    self._write_requests.ask(area, page, now)
+                    return
+                protections.mark_written(range(page, page + 1))
             if area.tracks:
                 area.dirty[page - area.first] = 1
             fault_resolution.unprotect(area.fd, area.address(page), self._size)
@@ -230,6 +249,8 @@ class Faults:
             with self._lock:
                 pages = range(frames.run_before(page, window.start), frames.run_at(page, window.stop)[1])
             _, pages = self._discards.split_at(page, pages)
+            with self._lock:
+                _, pages = self._state.held.split_at(page, pages)
         area.counters.log.append((pages.start, pages.stop) if self._around else page)
         alone = len(pages) == 1
         fill = Fill(area, pages, access_of(write), single=alone, keep=[], finished=self._filled, around=not alone)
@@ -241,17 +262,22 @@ class Faults:
         counters = area.counters
         counters.missing += 1
         counters.log.append(page)
-        self._begin_one(page)
         write = flags & UFFD_PAGEFAULT_FLAG_WRITE != 0
+        with self._lock:
+            if self._states[page] != _MISSING:  # another thread of the driver was faster
+                return self._page_tables.wake(area, page)
+            self._begin_one(page)
         failure = self._fill_one(area, page, "write" if write else "read", now)
         with self._lock:
             self._finish_one(page, failure is None)
             if failure is None:
                 self._map_one(area, page, write)
+                if self._state.parked:
+                    self._page_tables.answer_parked(range(page, page + 1))
         if failure is not None:
             fill = Fill(area, range(page, page + 1), access_of(write), single=True, keep=[], finished=self._filled)
             fill.waiting.append((area, page, write, now))
-            return self._jobs.failed(fill, failure)
+            return self._jobs.failed(fill, None if failure is RETRY else failure)
         counters.supplied_pages += 1
         counters.latency[((monotonic_ns() - now) // 1000).bit_length()] += 1
         return None

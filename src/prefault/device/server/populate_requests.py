@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 from prefault.device import protocol
 from prefault.device.page_states import DevicePageState
-from prefault.device.server.driver_calls import Fill, FillFailure
-from prefault.device.server.frame_headroom import FrameHeadroom, FrameShortfall
-from prefault.device.server.page_pool import append_run, subtract
+from prefault.device.pages.fills import Fill, FillFailure
+from prefault.device.pages.frame_headroom import FrameHeadroom, FrameShortfall
+from prefault.device.pages.page_pool import append_run, subtract
 from prefault.intervals import Intervals
 
 if TYPE_CHECKING:
+    from prefault.device.pages.page_tables import PageTables
+    from prefault.device.pages.served_areas import ServedArea, ServedClient, ServerState
     from prefault.device.server.discards import Discards
-    from prefault.device.server.page_tables import PageTables
-    from prefault.device.server.served_areas import ServedArea, ServedClient, ServerState
     from prefault.device.server.workers import Jobs, Workers
 
 PIECE = 4096
@@ -35,6 +35,9 @@ class _PopulateRequest:
         runs: pages that are left to be examined.
         deferred: runs that are filled, evicted or discarded on behalf of others at the moment.
         deferred_at: ``ServerState.changes`` when that was seen.
+        parked: runs that the driver could not supply yet.
+        parked_at: ``ParkedFaults.rounds`` before it was asked.
+        parked_ns: when it was asked last.
         mapped, supplied: runs that this request mapped, and had supplied.
         filling: batches that the driver has.
         failed: why it is to end.
@@ -47,6 +50,9 @@ class _PopulateRequest:
         self.runs = deque(runs)
         self.deferred: list[range] = []
         self.deferred_at = -1
+        self.parked: list[range] = []
+        self.parked_at = -1
+        self.parked_ns = 0
         self.mapped: list[range] = []
         self.supplied: list[range] = []
         self.poisoned: list[range] = []
@@ -160,8 +166,13 @@ class PopulateRequests:
             return False
         if not populate.runs and populate.deferred and populate.deferred_at != self._state.changes:
             populate.runs, populate.deferred = deque(populate.deferred), []
+        if not populate.runs and populate.parked and populate.parked_at != self._state.parked.rounds:
+            populate.runs, populate.parked = deque(populate.parked), []
         if not populate.runs:
-            if not populate.deferred and not populate.filling:
+            if populate.parked and self._parked_until(populate) <= time.monotonic():
+                populate.failed = self._timed_out(populate.parked[0].start)
+                return True
+            if not populate.deferred and not populate.filling and not populate.parked:
                 self._succeed(populate)
             return False
         run = populate.runs[0]
@@ -173,8 +184,10 @@ class PopulateRequests:
                 self._map(populate, range(run.start, stop))
                 return True
         discarded, piece = self._discards.split_at(run.start, range(run.start, stop))
+        with self._state.lock:
+            held, piece = self._state.held.split_at(run.start, piece)
         stop = piece.stop
-        if state != DevicePageState.MISSING or discarded:
+        if state != DevicePageState.MISSING or discarded or held:
             self._advance(populate, stop)
             populate.deferred.append(range(run.start, stop))
             populate.deferred_at = changes
@@ -200,6 +213,22 @@ class PopulateRequests:
         )  # fmt: skip
         return True
 
+    def wait_until(self) -> float | None:
+        """Return when the first request fails whose driver cannot supply pages yet (CLOCK_MONOTONIC); None without one."""
+        return min((self._parked_until(populate) for populate in self._active if populate.parked), default=None)
+
+    def _parked_until(self, populate: _PopulateRequest) -> float:
+        return populate.parked_ns / 1e9 + self._state.device.timeout_s
+
+    def _timed_out(self, page: int) -> FillFailure:
+        limit = self._state.device.timeout_s
+        return FillFailure(
+            "driver",
+            errno.ETIMEDOUT,
+            f"the driver answered RETRY for page {page}, and did not supply it in {limit:g} s",
+            page,
+        )
+
     def _advance(self, populate: _PopulateRequest, stop: int) -> None:
         run = populate.runs[0]
         if stop < run.stop:
@@ -210,8 +239,14 @@ class PopulateRequests:
     def _filled(self, populate: _PopulateRequest, fill: Fill) -> Fill | None:
         """Take a finished batch, under the lock."""
         populate.filling -= 1
-        ready = range(fill.pages.start, fill.done)
+        ready, left = range(fill.pages.start, fill.done), range(fill.done, fill.pages.stop)
         cancelled = populate.over
+        if fill.overtaken:
+            populate.runs.appendleft(left)
+            return None
+        if fill.retry:
+            populate.parked.append(left)
+            populate.parked_at, populate.parked_ns = fill.rounds, time.monotonic_ns()
         if len(ready):
             append_run(populate.supplied, ready)
             if not cancelled and populate.area.alive:

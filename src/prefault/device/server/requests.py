@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from prefault.device import protocol
 from prefault.device.page_states import DevicePageState
+from prefault.device.pages import fault_resolution
+from prefault.device.pages.fills import FillFailure
+from prefault.device.pages.served_areas import ServedArea, ServedClient, ServerState
 from prefault.device.registry import AreaRecord
-from prefault.device.server import fault_resolution
-from prefault.device.server.driver_calls import FillFailure
-from prefault.device.server.served_areas import ServedArea, ServedClient, ServerState
 from prefault.ipc.transport import ProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from prefault.device.pages.eviction import Eviction
     from prefault.device.server.discards import Discards
-    from prefault.device.server.eviction import Eviction
     from prefault.device.server.fault_polling import FaultPolling
     from prefault.device.server.populate_requests import PopulateRequests
     from prefault.device.server.workers import Jobs
@@ -161,6 +161,8 @@ class Requests:
         A driver whose ``close`` ends its process ends one server then, and not each server after it.
         """
         self._populate_requests.drop(area)
+        with self._state.lock:
+            self._state.parked.drop(area)
         self._discards.drop(area, FillFailure("driver", errno.ENODEV, "the area was unmapped while it was discarded"))
         self._state.close_area(area)
         self._fault_polling.separate(area.number)

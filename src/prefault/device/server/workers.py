@@ -16,13 +16,17 @@ from typing import TYPE_CHECKING
 
 from prefault.device import limit_messages
 from prefault.device.frames import RESULTS
-from prefault.device.server.driver_calls import DriverCalls, Fill, FillFailure
+from prefault.device.page_states import DevicePageState
+from prefault.device.pages import fault_resolution
+from prefault.device.pages.fills import Fill, FillFailure
+from prefault.device.server.driver_calls import DriverCalls
 from prefault.errors import DeviceError
 
 if TYPE_CHECKING:
-    from prefault.device.server.served_areas import ServedArea, ServerState
+    from prefault.device.pages.served_areas import ServedArea, ServerState
 
 _log = logging.getLogger("prefault.device")
+_MISSING = int(DevicePageState.MISSING)
 _SOFTWARE = 70  # EX_SOFTWARE
 
 Work = Callable[[int], Callable[[], None]]
@@ -138,15 +142,26 @@ class Jobs:
         self._starved: list[Fill] = []
 
     def fill_of(self, page: int) -> Fill | None:
-        """Return the fill that a FILLING page belongs to."""
+        """Return the fill that a FILLING page belongs to; None if the driver brings the page in by itself."""
         index = bisect_right(self._starts, page) - 1
-        return self._fills[self._starts[index]] if index >= 0 else None
+        fill = self._fills[self._starts[index]] if index >= 0 else None
+        return fill if fill is not None and page in fill.pages else None
 
     def start(self, fill: Fill) -> None:
         """Supply pages that are all MISSING. Not under the lock: the driver may be called right here."""
         fill.area.calls += 1
-        with self._state.lock:
-            self._state.pool.begin_fill(fill.pages)
+        state = self._state
+        with state.lock:
+            fill.rounds = state.parked.rounds
+            fill.overtaken = state.frames.run_at(fill.pages.start, fill.pages.stop) != (_MISSING, fill.pages.stop)
+            if fill.overtaken:  # since the caller looked: DevicePool.supply, in another thread
+                self._fault_again(fill)
+                fill.finished(fill)
+            else:
+                state.pool.begin_fill(fill.pages)
+        if fill.overtaken:
+            self._release(fill.area)
+            return
         if not self._workers.count:
             self._calls.fill(fill, 0)
             self._finish(fill, listed=False)
@@ -155,11 +170,12 @@ class Jobs:
         self._fills[fill.pages.start] = fill
         self._workers.submit(_FillWork(self._run, fill))
 
-    def failed(self, fill: Fill, failure: FillFailure) -> None:
-        """Finish a fill whose page :meth:`DriverCalls.fill_one` could not supply; its frame counts already."""
+    def failed(self, fill: Fill, failure: FillFailure | None) -> None:
+        """Finish a fill whose page :meth:`DriverCalls.fill_one` could not supply, or not yet; its frame counts already."""
         fill.area.calls += 1
         fill.reserved = True
         fill.failure = failure
+        fill.retry = failure is None
         self._finish(fill, listed=False)
 
     def _run(self, fill: Fill, slot: int) -> Callable[[], None]:
@@ -186,6 +202,8 @@ class Jobs:
         with self._state.lock:
             self._state.pool.finish_fill(fill.pages, fill.done, fill.reserved)
             fill.area.counters.supplied_pages += fill.done - fill.pages.start
+            if fill.retry:
+                self._park(fill)
             again = fill.finished(fill)
             self._state.changes += 1
         if again is not None:
@@ -194,6 +212,24 @@ class Jobs:
         for other in starved:
             self._workers.submit(_FillWork(self._run, other))
         self._release(fill.area)
+
+    def _park(self, fill: Fill) -> None:
+        """Have faults on pages that the driver could not supply yet wait until it can."""
+        if fill.rounds != self._state.parked.rounds:  # it may be able to by now
+            self._fault_again(fill)
+            return
+        waiting, fill.waiting = fill.waiting, []
+        for area, page, write, read_ns in waiting:
+            if page < fill.done:
+                fill.waiting.append((area, page, write, read_ns))
+            else:
+                self._state.parked.park(area, page, write, read_ns)
+
+    def _fault_again(self, fill: Fill) -> None:
+        for area, page, _, _ in fill.waiting:
+            if area.alive:
+                fault_resolution.wake(area.fd, area.address(page), self._state.page_size)
+        fill.waiting = []
 
     def call(self, area: ServedArea, name: str, *arguments: object, then: Callable[[FillFailure | None], None]) -> None:
         """Call another method of the driver with an area, and ``then`` in the loop with its failure."""

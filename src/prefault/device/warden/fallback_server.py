@@ -12,8 +12,8 @@ from collections.abc import Callable
 from prefault._kernel import userfaultfd
 from prefault.device import protocol
 from prefault.device.page_states import DevicePageState
+from prefault.device.pages import fault_resolution
 from prefault.device.registry import AreaRecord, ClientRecord, Registry
-from prefault.device.server import fault_resolution
 from prefault.ipc.transport import ProtocolError, receive
 
 _WP = userfaultfd.UFFD_PAGEFAULT_FLAG_WP

@@ -18,8 +18,8 @@ from prefault._system import fork_hooks
 from prefault.device import daemon, handover, limit_messages, protocol, recipes
 from prefault.device.driver import Device
 from prefault.device.page_states import DevicePageState
+from prefault.device.pages import fault_resolution
 from prefault.device.registry import Registry
-from prefault.device.server import fault_resolution
 from prefault.device.server.event_loop import run_server
 from prefault.device.server.warden_link import WardenLink
 from prefault.device.warden import client_records, fallback_server

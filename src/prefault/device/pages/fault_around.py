@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prefault.device.server.served_areas import ServedArea, ServerState
+    from prefault.device.pages.served_areas import ServedArea, ServerState
 
 _THREADS = 64
 """Threads whose sequence of faults an area remembers."""

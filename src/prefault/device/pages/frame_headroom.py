@@ -12,7 +12,7 @@ from prefault.memory.vma import Backing
 from prefault.sizes import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from prefault.device.server.served_areas import ServerState
+    from prefault.device.pages.served_areas import ServerState
 
 _OVERHEAD_SHARE = 128
 """Page tables and the page cache's tree take less than this part of ordinary frames."""

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 from prefault.device.driver import Access, Device, DeviceArea
 from prefault.device.frames import zeros
 from prefault.device.page_states import DevicePageState
+from prefault.device.pages.counters import Counters
+from prefault.device.pages.held_pages import HeldPages
+from prefault.device.pages.page_pool import PagePool
+from prefault.device.pages.parked_faults import ParkedFaults
+from prefault.device.pages.protections import Protections
 from prefault.device.registry import AreaRecord, ClientRecord, Registry
-from prefault.device.server.counters import Counters
-from prefault.device.server.page_pool import PagePool
 
 if TYPE_CHECKING:
     from prefault.device.frames import Frames
@@ -226,7 +229,10 @@ class ServerState:
     Attributes:
         lock: held for every change of a page's state and every new entry in a client's page table.
         pool: the pages' states, and the count of their frames.
-        changes: incremented whenever a page leaves FILLING or EVICTING, or a discard ends; waiters compare it before
+        protections: the pages' flags.
+        held: pages that are neither supplied nor mapped for the time being.
+        parked: faults on pages that the driver could not supply yet.
+        changes: incremented whenever a page leaves FILLING, EVICTING or ASIDE, or a hold ends; waiters compare it before
             they look again.
         notify: wakes the loop, from any thread.
         gone_clients: clients that ended, or that broke their userfaultfd: the loop removes them between two events.
@@ -242,10 +248,13 @@ class ServerState:
         self.lock = threading.RLock()
         self.areas: dict[int, ServedArea] = {}
         self.clients: dict[int, ServedClient] = {}
+        self.protections = Protections(device, self.frames, restarted=registry.generation > 0)
         self.pool = PagePool(
-            self.frames, None if device.capacity is None else device.capacity // self.page_size,
+            self.frames, None if device.capacity is None else device.capacity // self.page_size, self.protections,
             reclaims=not device.writable, restarted=registry.generation > 0,
         )  # fmt: skip
+        self.held = HeldPages()
+        self.parked: ParkedFaults[ServedArea] = ParkedFaults()
         self.changes = 0
         self.notify = notify
         self.gone_clients: list[ServedClient] = []

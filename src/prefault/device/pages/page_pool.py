@@ -12,6 +12,7 @@ from prefault.device.page_states import DevicePageState
 
 if TYPE_CHECKING:
     from prefault.device.frames import Frames
+    from prefault.device.pages.protections import Protections
 
 _ORDER_MOST = 1024
 _UNSEEN = re.compile(b"\x00+")
@@ -27,6 +28,7 @@ class PagePool:
     Args:
         frames: of the device.
         capacity: pages that may have a frame at once; None: any number.
+        protections: of the pages.
         reclaims: pages may be dropped to make room, in the order in which they were supplied: the device is not writable.
         restarted: a server before this one supplied pages.
 
@@ -36,8 +38,11 @@ class PagePool:
         evicting: evictions under way, in all threads.
     """
 
-    def __init__(self, frames: Frames, capacity: int | None, *, reclaims: bool, restarted: bool) -> None:
+    def __init__(
+        self, frames: Frames, capacity: int | None, protections: Protections, *, reclaims: bool, restarted: bool
+    ) -> None:
         self._frames = frames
+        self._protections = protections
         self._states = frames.states
         self.capacity = capacity
         self.used = 0
@@ -76,7 +81,7 @@ class PagePool:
         """Mark pages up to ``done`` as READY, and the others as MISSING again; ``reserved``: their frames are counted."""
         ready, lost = range(pages.start, done), range(done, pages.stop)
         if len(ready):
-            self._frames.mark(ready, DevicePageState.READY)
+            self.make_ready(ready)
             if self._order is not None:
                 self._append(ready)
         if len(lost) and reserved:
@@ -103,17 +108,20 @@ class PagePool:
             self._frames.mark(run, DevicePageState.EVICTING)
         return runs
 
-    def cancel_eviction(self, run: range) -> None:
-        """Mark EVICTING pages as READY again."""
+    def make_ready(self, run: range) -> None:
+        """Mark pages that were filled, isolated or shot down as READY, but for those that were poisoned meanwhile."""
         self._frames.mark(run, DevicePageState.READY)
+        for poisoned in self._protections.poisoned_runs(run):
+            self.punch(poisoned)
 
     def punch(self, run: range) -> None:
-        """Drop the frames of a run that is FILLING, READY or EVICTING: it becomes MISSING.
+        """Drop the frames of a run that is FILLING, READY, EVICTING or ASIDE: it becomes MISSING.
 
         No thread waits for READY pages.
         """
         self._frames.mark(run, DevicePageState.PUNCHING)
         self._frames.punch(run)
+        self._protections.mark_clean(run)
         self._frames.mark(run, DevicePageState.MISSING)
         self.used -= len(run)
 
@@ -183,4 +191,17 @@ def subtract(run: range, keep: list[range]) -> list[range]:
             for part in (range(piece.start, min(piece.stop, other.start)), range(max(piece.start, other.stop), piece.stop))
             if len(part)
         ]
+    return pieces
+
+
+def with_gaps(runs: list[range], pages: range) -> list[tuple[range, bool]]:
+    """Split pages at sorted runs of them: each piece, and whether it is one of the runs."""
+    pieces, at = [], pages.start
+    for run in runs:
+        if at < run.start:
+            pieces.append((range(at, run.start), False))
+        pieces.append((run, True))
+        at = run.stop
+    if at < pages.stop:
+        pieces.append((range(at, pages.stop), False))
     return pieces

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from prefault._kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_RUN_ARGUMENT
 from prefault.device.page_states import DevicePageState
-from prefault.device.server import fault_resolution
+from prefault.device.pages import fault_resolution
+from prefault.device.pages.page_pool import with_gaps
 
 if TYPE_CHECKING:
-    from prefault.device.server.driver_calls import Fill
-    from prefault.device.server.served_areas import ServedArea, ServerState
+    from prefault.device.pages.fills import Fill
+    from prefault.device.pages.served_areas import ServedArea, ServerState
 
 
 _RUN = re.compile(b"\\x00+|\\x01+")
@@ -27,13 +28,26 @@ class PageTables:
         self._state = state
         self._frames = state.frames
         self._size = state.page_size
+        self._evicts = state.device.evicts
         self._argument = bytearray(UFFDIO_RUN_ARGUMENT.size)
 
     def map(self, area: ServedArea, pages: range, *, write: bool = False) -> fault_resolution.Result:
         """Map READY pages and wake the threads that wait for them; under the lock.
 
-        An area that tracks writes gets write-protected entries, unless ``write`` says that the pages are written at once.
+        Pages whose writes are tracked get write-protected entries, unless ``write`` says that the pages are written at once.
+        Pages that clients may not write to get such entries in any case: the thread faults again.
         """
+        protections = self._state.protections
+        if self._evicts and protections.in_use and area.protectable:
+            if write:
+                for run in protections.not_read_only_runs(pages):
+                    protections.mark_written(run)
+            writable = protections.writable_runs(pages)
+            result = fault_resolution.Result()
+            for piece, allowed in with_gaps(writable, pages):
+                tracked = area.tracks and not write
+                result.add(self._map(area, piece, protect=tracked or not allowed, write=write and allowed))
+            return result
         if write or not area.had_entry:
             return self._map(area, pages, protect=area.tracks and not write, write=write)
         # A page that had an entry, and lost it, may have been written: protected, it would pass for a clean one.
@@ -67,7 +81,7 @@ class PageTables:
 
     def map_one(self, area: ServedArea, page: int, write: bool) -> None:
         """Map one READY page, for which a thread waits, in as few steps as possible; under the lock."""
-        if not area.tracks and not area.poisoned:
+        if not area.tracks and not area.poisoned and not (self._evicts and self._state.protections.in_use):
             try:
                 _pack_into(self._argument, 0, area.base + page * self._size, self._size, 0, 0)
                 ioctl(area.fd, UFFDIO_CONTINUE, self._argument, True)
@@ -105,6 +119,8 @@ class PageTables:
 
     def wake(self, area: ServedArea, page: int) -> None:
         """Wake the threads that wait for a page: they fault again."""
+        if not area.alive:
+            return
         fault_resolution.wake(area.fd, area.address(page), self._frames.page_size)
 
     def poison(self, area: ServedArea, page: int) -> None:
@@ -113,6 +129,13 @@ class PageTables:
         area.poisoned.add(page)
         if result.gone:
             self._state.schedule_removal(area.client)
+
+    def answer_parked(self, pages: range) -> None:
+        """Map READY pages for the threads that wait for them since the driver could not supply them; under the lock."""
+        for area, page, write, read_ns in self._state.parked.take(pages):
+            if area.alive:
+                self.map_one(area, page, write)
+                area.counters.record_latency(time.monotonic_ns() - read_ns)
 
     def answer_waiting(self, fill: Fill, mapped: bool) -> tuple[ServedArea, int, bool, int] | None:
         """Answer the faults that waited for a fill: map its pages, or poison the one page that was asked for alone.
@@ -124,6 +147,8 @@ class PageTables:
         Returns:
             The first fault that could not be answered, if any; later ones were woken, to fault again.
         """
+        if self._state.parked:
+            self.answer_parked(range(fill.pages.start, fill.done))
         left = None
         for waiting in fill.waiting:
             area, page, write, read_ns = waiting
@@ -132,9 +157,9 @@ class PageTables:
             if page < fill.done:
                 if not (mapped and area is fill.area):
                     self.map_one(area, page, write)
-                elif write and area.tracks:
-                    area.mark_dirty(range(page, page + 1))
-                    fault_resolution.unprotect(area.fd, area.address(page), self._frames.page_size)
+                elif write and area.protectable:
+                    # Its entry may be write-protected: the write is a fault of its own.
+                    self.wake(area, page)
             elif fill.single:
                 self.poison(area, page)
             elif left is None:

@@ -1,0 +1,158 @@
+"""The pages of a device as its driver acts on them: one object for each server, passed to ``Device.start``."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from typing import TYPE_CHECKING
+
+from prefault.device.driver import Access, DevicePool, Save
+from prefault.device.page_states import DevicePageState
+from prefault.device.pages import fault_resolution
+from prefault.device.pages.shoot_down import ServedShootDown
+
+if TYPE_CHECKING:
+    from prefault.device.pages.eviction import Eviction
+    from prefault.device.pages.isolation import Isolation
+    from prefault.device.pages.page_tables import PageTables
+    from prefault.device.pages.served_areas import ServerState
+
+
+class ServedPool(DevicePool):
+    """The device's pages in the server."""
+
+    def __init__(
+        self, state: ServerState, eviction: Eviction, isolation: Isolation, page_tables: PageTables, *, threaded: bool
+    ) -> None:
+        self.page_size = state.page_size
+        self.capacity = state.pool.capacity
+        self._state = state
+        self._frames = state.frames
+        self._eviction = eviction
+        self._isolation = isolation
+        self._page_tables = page_tables
+        self._loop = None if threaded else threading.get_ident()
+        """The thread in which all calls of the driver run, if there is only one."""
+
+    @property
+    def pages(self) -> range:
+        """Numbers of all pages of the device."""
+        return range(self._frames.pages)
+
+    def ready(self, pages: range) -> list[range]:
+        """Return the runs of these pages that are supplied now."""
+        self._state.check_pages(pages)
+        return self._frames.runs(pages, DevicePageState.READY)
+
+    def dirty(self, pages: range) -> list[range]:
+        """Return the runs of pages that clients may have written to: see :meth:`DevicePool.dirty`."""
+        self._state.check_pages(pages)
+        with self._state.lock:
+            return self._state.protections.dirty_runs(pages)
+
+    def evict(self, pages: range, save: Save | None = None) -> bytes:
+        """Evict supplied pages: see :meth:`DevicePool.evict`."""
+        self._state.check_pages(pages)
+        return self._eviction.evict(pages, save)
+
+    def writeback(self, pages: range, save: Save) -> int:
+        """Save dirty pages: see :meth:`DevicePool.writeback`."""
+        self._state.check_pages(pages)
+        return self._eviction.writeback(pages, save)
+
+    def supply(self, pages: range, write: Save | None = None) -> int:
+        """Bring missing pages in: see :meth:`DevicePool.supply`."""
+        self._state.check_pages(pages)
+        with self._state.lock:
+            self._state.protections.cure(pages)
+            runs = self._frames.runs(pages, DevicePageState.MISSING)
+        supplied = 0
+        for run in runs:
+            with self._state.lock:  # the loop may have been faster with some of them
+                left = self._frames.runs(run, DevicePageState.MISSING)
+                for piece in left:
+                    self._state.pool.begin_fill(piece)
+            try:
+                while left:
+                    self._supply(left[0], write)
+                    supplied += len(left.pop(0))
+            finally:
+                with self._state.lock:
+                    for piece in left[1:]:  # the first one is finished
+                        self._finish(piece, piece.start, reserved=False)
+        return supplied
+
+    def _supply(self, run: range, write: Save | None) -> None:
+        """Supply a run of pages that are FILLING."""
+        state, done = self._state, run.start
+        with state.lock:
+            reserved = state.pool.reserve(len(run), [])
+        try:
+            if not reserved:
+                raise OSError(
+                    errno.ENOSPC,
+                    f"the device's capacity of {self.capacity} pages has no room for {len(run)} more:"
+                    f" {state.pool.used} are taken",
+                )
+            self._frames.secure(run)
+            if write is not None:
+                write(run, self._frames.view(run))
+            self._frames.clear_tail(run)
+            done = run.stop
+        finally:
+            with state.lock:
+                self._finish(run, done, reserved)
+
+    def _finish(self, run: range, done: int, reserved: bool) -> None:
+        self._state.pool.finish_fill(run, done, reserved)
+        self._page_tables.answer_parked(range(run.start, done))
+        self._fault_again(range(done, run.stop))
+
+    def retry(self, pages: range) -> None:
+        """Ask the driver again for pages: see :meth:`DevicePool.retry`."""
+        self._state.check_pages(pages)
+        with self._state.lock:
+            self._fault_again(pages)
+
+    def _fault_again(self, pages: range) -> None:
+        """Wake the threads that wait for pages which the driver could not supply, and have populates ask it again."""
+        for area, page, _, _ in self._state.parked.take(pages):
+            if area.alive:
+                self._page_tables.wake(area, page)
+        self._state.parked.rounds += 1
+        self._state.changes += 1
+        self._state.notify()
+
+    def protect(self, pages: range, access: Access) -> None:
+        """Set whether clients may write to pages: see :meth:`DevicePool.protect`."""
+        self._state.check_pages(pages)
+        if access not in ("read", "write"):
+            raise ValueError(f"access is 'read' or 'write', not {access!r}")
+        self._isolation.check()
+        state = self._state
+        with state.lock:
+            # First: an entry that is made from now on has the new protection.
+            state.protections.set(pages, access)
+            for run in self._frames.runs(pages, DevicePageState.READY):
+                if access == "read":
+                    self._isolation.write_protect(run)
+                else:
+                    self._isolation.unprotect(run)
+
+    def poison(self, pages: range, reason: str = "") -> None:
+        """Drop the content of pages, and fail each touch: see :meth:`DevicePool.poison`."""
+        self._state.check_pages(pages)
+        state = self._state
+        with state.lock:
+            state.protections.poison(pages, reason)
+            for run in self._frames.runs(pages, DevicePageState.READY):
+                state.pool.punch(run)
+                for area, start, length in state.areas_over(run):
+                    fault_resolution.wake(area.fd, start, length)
+            self._fault_again(pages)
+
+    def shoot_down(self, pages: range) -> ServedShootDown:
+        """Take the entries of all clients for pages away: see :meth:`DevicePool.shoot_down`."""
+        self._state.check_pages(pages)
+        waits = threading.get_ident() != self._loop
+        return ServedShootDown(self._state, self._isolation, pages, waits=waits)

@@ -1,0 +1,148 @@
+"""Isolation of pages: the steps by which the server takes pages from all clients without losing a write.
+
+Isolating marks READY pages as EVICTING, after which no client gets a new entry, and write-protects the entries that there
+are. From then on the content does not change: it can be saved, copied aside, dropped, or put back.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import TYPE_CHECKING
+
+from prefault.device.page_states import DevicePageState
+from prefault.device.pages import fault_resolution
+
+if TYPE_CHECKING:
+    from prefault.device.pages.served_areas import ServerState
+
+_log = logging.getLogger("prefault.device")
+_CHUNK_BYTES = 4 << 20
+"""Bytes that are copied before their frames are given back: the most memory that shooting down needs besides."""
+
+
+class Isolation:
+    """The steps; :class:`Eviction` and :class:`ShootDown` are made of them. All but the copying hold the server's lock."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._frames = state.frames
+        self._pool = state.pool
+
+    def check(self) -> None:
+        """Raise RuntimeError unless the device may act on pages that clients write."""
+        device = self._state.device
+        if device.writable and not device.evicts:
+            raise RuntimeError(f"{type(device).__name__} is writable and evicts: it has to declare evicts = True")
+
+    def isolate(self, pages: range) -> list[range]:
+        """Isolate the READY ones of these pages, and return them in runs; OSError (EBUSY): none is isolated."""
+        with self._state.lock:
+            runs = self._pool.begin_eviction(pages)
+            try:
+                for run in runs:
+                    self.write_protect(run)
+            except BaseException:
+                for run in runs:
+                    self.put_back(run)
+                raise
+            return runs
+
+    def write_protect(self, run: range) -> None:
+        """Write-protect the entries of all clients; under the lock. OSError (EBUSY): one keeps changing its mappings."""
+        for area, start, length in self._state.areas_over(run):
+            if area.protectable and not fault_resolution.protect(area.fd, start, length, self._state.unit):
+                raise OSError(
+                    errno.EBUSY,
+                    f"process {area.pid} keeps changing its mappings: pages {run.start} to {run.stop - 1} were not"
+                    " write-protected",
+                )
+
+    def put_back(self, run: range) -> None:
+        """Return EVICTING pages to READY and remove the protection that isolating added: writers go on."""
+        with self._state.lock:
+            self._pool.make_ready(run)
+            self.unprotect(run)
+
+    def unprotect(self, run: range) -> None:
+        """Remove write protection where the next write need not be noticed, and wake the threads that wait; under the lock.
+
+        Clean pages, where writes are tracked, and read-only ones stay protected.
+        """
+        for area, start, length in self._state.areas_over(run):
+            if area.protectable:
+                pages = area.overlap(run)
+                pieces = area.dirty_runs(pages) if area.tracks else [pages]
+                if self._state.protections.in_use:
+                    pieces = [part for piece in pieces for part in self._state.protections.writable_runs(piece)]
+                for piece in pieces:
+                    fault_resolution.unprotect(area.fd, area.address(piece.start), len(piece) * self._frames.page_size)
+            fault_resolution.wake(area.fd, start, length)
+
+    def drop(self, run: range) -> None:
+        """Give the frames of EVICTING pages back, and wake the threads that wait, which fault again."""
+        with self._state.lock:
+            self._pool.punch(run)
+            self._wake(run)
+
+    def _wake(self, run: range) -> None:
+        for area, start, length in self._state.areas_over(run):
+            if area.protectable:
+                fault_resolution.unprotect(area.fd, start, length)  # markers in page tables, where there was no entry
+            fault_resolution.wake(area.fd, start, length)
+
+    # --- the copy aside
+
+    def move_aside(self, run: range) -> None:
+        """Move the content of EVICTING pages to the copy aside: no client has an entry any more.
+
+        Raises:
+            OSError: ENOSPC: there is no memory for the copy. Pages up to the failing one are moved.
+        """
+        for piece in self._chunks(run):
+            self._frames.copy_aside(piece)
+            with self._state.lock:
+                self._frames.mark(piece, DevicePageState.ASIDE)
+                self._frames.punch(piece)
+
+    def move_back(self, run: range) -> bool:
+        """Copy the content of ASIDE pages back to their frames; return False if there is no memory, and it is lost.
+
+        They are not READY yet.
+        """
+        try:
+            for piece in self._chunks(run):
+                self._frames.copy_back(piece)
+        except OSError as error:
+            self.lose(run, f"there was no memory to put their content back: {error.strerror}")
+            return False
+        return True
+
+    def end_aside(self, run: range, *, ready: bool) -> None:
+        """End ASIDE: the pages are READY, with what their frames hold, or MISSING. Then wake the threads that wait."""
+        with self._state.lock:
+            if ready:
+                self._pool.make_ready(run)
+            else:
+                self._pool.punch(run)
+            self._frames.forget_aside(run)
+            self._wake(run)
+
+    def _chunks(self, run: range) -> list[range]:
+        step = max(1, _CHUNK_BYTES // self._frames.page_size)
+        return [range(at, min(at + step, run.stop)) for at in range(run.start, run.stop, step)]
+
+    def restore(self, run: range) -> None:
+        """Return ASIDE and EVICTING pages of a run to READY with the content that they had."""
+        for piece in self._frames.runs(run, DevicePageState.EVICTING):
+            self.put_back(piece)
+        for piece in self._frames.runs(run, DevicePageState.ASIDE):
+            if self.move_back(piece):
+                self.end_aside(piece, ready=True)
+
+    def lose(self, run: range, why: str) -> None:
+        """Poison isolated pages for which there is no memory any more: their content is lost, and touching them says so."""
+        _log.error("device %s: pages %d to %d are lost: %s", self._state.name, run.start, run.stop - 1, why)
+        with self._state.lock:
+            self._state.protections.poison(run, why)
+            self.end_aside(run, ready=False)

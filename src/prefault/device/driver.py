@@ -242,6 +242,23 @@ class DevicePool(abc.ABC):
             RuntimeError: this thread shoots some of the pages down already.
         """
 
+    @abc.abstractmethod
+    def keep(self, name: str, length: int) -> memoryview:
+        """Return memory that survives the server: zeros the first time, the same bytes in the server after a crash.
+
+        For tables that a driver needs to go on: versions, offsets, placements. A store counts once it is made: no message
+        carries it, and SIGKILL of the server, of the warden, or of one after the other loses none. It ends with the device,
+        in an orderly way or not. Memory is taken for the pages that are written to, and never given back before.
+
+        Args:
+            name: one to 100 bytes in UTF-8, without NUL. Names that begin with ``prefault.`` are the framework's.
+            length: in bytes. A device keeps at most 100 names, and 64 GiB in total.
+
+        Raises:
+            ValueError: the name is kept with another length, or the name or the length is beyond a limit.
+            DeviceError: the system refuses the memory (a limit on the sizes of files or of address space).
+        """
+
 
 class Device(abc.ABC):
     """Base class of drivers: a driver supplies the pages of a device, in a process of its own.
@@ -292,6 +309,25 @@ class Device(abc.ABC):
         to, but also a copy of all other memory of that process.
         """
         return None
+
+    def start(self, pool: DevicePool) -> None:  # noqa: B027  optional
+        """Prepare the device: called once in each server process, before any other call.
+
+        After a crash it is called again, in the new server, whose areas are opened next; ``pool.ready()`` tells what was
+        supplied before. If it raises, the device is refused: the process that maps it gets a DeviceError with the message.
+        It has :attr:`timeout_s`, as each call.
+
+        Args:
+            pool: all pages of the device; keep it for later.
+        """
+
+    def stop(self) -> None:  # noqa: B027  optional
+        """Finish with the device: called once, after the last :meth:`close`, when the server ends in an orderly way.
+
+        Pages that are still supplied can be saved here, by ``pool.evict(pool.pages, save)``. Clients that are left, of a
+        device at a path, keep those that are not evicted; other pages raise SIGBUS from then on. Not called when the process
+        is killed. The server of a device at a path has :attr:`timeout_s` and five seconds for all calls at its end.
+        """
 
     def open(self, area: DeviceArea) -> None:  # noqa: B027  optional
         """Prepare for a client that maps a part of the device; raise an exception to refuse it."""

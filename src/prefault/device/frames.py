@@ -15,6 +15,7 @@ from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from prefault._kernel.memfd import MFD_ALLOW_SEALING, MFD_CLOEXEC, MFD_HUGETLB, huge_page_flag, memfd_create
 from prefault._system import hugetlb
 from prefault.device import limit_messages
+from prefault.device.kept_memory import KEPT_TABLE_BYTES, KeptMemory
 from prefault.device.page_states import DevicePageState, PageFlag
 from prefault.errors import DeviceError
 from prefault.memory.borrowing import borrow
@@ -32,6 +33,7 @@ RESULTS = SLOTS - 1
 """Slot of the heartbeat for results of workers that the loop has not collected yet."""
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_STATES_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL  # kept memory is added behind the tables
 _POPULATE = mman.MADV_POPULATE_WRITE
 _STEP = 32 * MIB
 _AHEAD = 64 << 10
@@ -40,8 +42,8 @@ _SPARSE = 64 << 10
 """States that are searched without asking the kernel first which of them were ever written."""
 _TABLE_BYTES = 12 << 20
 """Bytes of the table of areas, which :class:`~prefault.device.registry.AreaTable` lays out."""
-_SHARED_BYTES = PAGE_SIZE + _TABLE_BYTES
-"""Bytes behind the states and flags: the heartbeat, and the table of areas."""
+_SHARED_BYTES = PAGE_SIZE + _TABLE_BYTES + KEPT_TABLE_BYTES
+"""Bytes behind the states and flags: the heartbeat, the table of areas, and the table of kept memory."""
 _LARGE = 1 << 20
 """Bytes from which on zeros are mapped, and not allocated."""
 
@@ -69,9 +71,10 @@ _FLAG_RUNS = {
 
 
 class Frames:
-    """Two memfds, mapped shared: the frames; and the states and flags of the pages, the heartbeat and the table of areas.
+    """Two memfds, mapped shared: the frames; and the states and flags of pages, the heartbeat, and tables.
 
-    Behind the table the second memfd has room for a copy of each page, which shooting down uses (``copy_aside``).
+    The tables are those of areas and of kept memory. Behind them the second memfd has room for a copy of each page, which
+    shooting down uses (``copy_aside``), and then the kept memory.
 
     Args:
         fd, states_fd: the two, owned from now on.
@@ -89,6 +92,7 @@ class Frames:
         heartbeat: per slot, the start (CLOCK_MONOTONIC, ns) of the driver's call, or of the loop's delay in taking results;
             0: there is none.
         area_words: the memory of the table of areas.
+        kept: memory that the driver keeps for the next server.
         tail: bytes of the last page behind the end of the device.
     """
 
@@ -120,7 +124,8 @@ class Frames:
         self.flags = everything[flags : flags + self.pages]
         heartbeat = len(everything) - _SHARED_BYTES
         self.heartbeat = everything[heartbeat : heartbeat + PAGE_SIZE].cast("Q")
-        self.area_words = everything[heartbeat + PAGE_SIZE :].cast("Q")
+        self.area_words = everything[heartbeat + PAGE_SIZE : -KEPT_TABLE_BYTES].cast("Q")
+        self.kept = KeptMemory(states_fd, everything[-KEPT_TABLE_BYTES:], len(everything) + self.length)
         with borrow(self._frames) as memory:
             self._address = memory.address
 
@@ -150,8 +155,8 @@ class Frames:
             os.ftruncate(opened[0], pages * page_size)
             opened.append(memfd_create("prefault-states", flags))
             os.ftruncate(opened[1], _states_bytes(pages) + pages * page_size)
-            for fd in opened:
-                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            for fd, seals in zip(opened, (_SEALS, _STATES_SEALS), strict=True):
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
             return cls(opened[0], opened[1], length, page_size, huge, notes)
         except (OSError, OverflowError) as error:
             for fd in opened:
@@ -168,6 +173,7 @@ class Frames:
         self.flags.release()
         self.heartbeat.release()
         self.area_words.release()
+        self.kept.release()
         self._frames.release()
         for mapping in (self._frames_map, self._states_map):
             mapping.close()

@@ -24,7 +24,7 @@ from prefault.ipc.messages import Decoder, TaggedMessage, encode, msgspec
 from prefault.ipc.transport import ProtocolError
 from prefault.ipc.transport import receive as receive_packet
 
-VERSION = 2
+VERSION = 3
 """Version of these messages and of the shared memory; the program on disk may be another than the one that runs."""
 
 MAX_PACKET = 128 << 10

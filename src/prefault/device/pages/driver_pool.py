@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from prefault.device.driver import Access, DevicePool, Save
 from prefault.device.page_states import DevicePageState
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from prefault.device.pages.isolation import Isolation
     from prefault.device.pages.page_tables import PageTables
     from prefault.device.pages.served_areas import ServerState
+
+RESERVED_NAMES: Final = "prefault."
+"""Beginning of the names of kept memory that are the framework's."""
 
 
 class ServedPool(DevicePool):
@@ -156,3 +159,9 @@ class ServedPool(DevicePool):
         self._state.check_pages(pages)
         waits = threading.get_ident() != self._loop
         return ServedShootDown(self._state, self._isolation, pages, waits=waits)
+
+    def keep(self, name: str, length: int) -> memoryview:
+        """Return memory that survives the server: see :meth:`DevicePool.keep`."""
+        if isinstance(name, str) and name.startswith(RESERVED_NAMES):
+            raise ValueError(f"names of kept memory that begin with {RESERVED_NAMES!r} are the framework's: {name!r}")
+        return self._frames.kept.keep(name, length)

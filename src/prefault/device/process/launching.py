@@ -17,7 +17,7 @@ from prefault.device.process import startup
 from prefault.errors import DeviceError
 
 _START_S = 60.0
-"""Seconds for a fresh process to import the factory and create the device."""
+"""Seconds for a fresh process to import the factory and create the device, besides its driver's time to start it."""
 _SIGNAL_S = 2.0
 """Seconds for a warden to end after a signal."""
 
@@ -116,7 +116,8 @@ def _start(device: Device | Recipe, recipe: Recipe | None, path: str | None) -> 
                 pid = _fork(device, ours, theirs, owner, path)
         if recipe is not None:
             _send_recipe(ours, recipe, owner, path)
-        return LaunchedWarden(ours, pid, _wait_for_start(ours, pid))
+        timeout_s = Device.timeout_s if isinstance(device, Recipe) else device.timeout_s
+        return LaunchedWarden(ours, pid, _wait_for_start(ours, pid, _START_S + timeout_s))
     except BaseException:
         ours.close()
         if pid is not None:
@@ -163,7 +164,7 @@ def _send_recipe(link: socket.socket, recipe: Recipe, owner: int, path: str | No
         os.close(arguments)
 
 
-def _wait_for_start(link: socket.socket, pid: int) -> int:
+def _wait_for_start(link: socket.socket, pid: int, patience_s: float) -> int:
     """Wait until the server runs; return its pid."""
     poll = select.poll()
     poll.register(link, select.POLLIN)
@@ -171,11 +172,11 @@ def _wait_for_start(link: socket.socket, pid: int) -> int:
     ended = os.pidfd_open(pid)
     try:
         poll.register(ended, select.POLLIN)
-        found = dict(poll.poll(_START_S * 1000))
+        found = dict(poll.poll(patience_s * 1000))
     finally:
         os.close(ended)
     if not found:
-        raise DeviceError(errno.ETIMEDOUT, f"the device was not made in its process (pid {pid}) within {_START_S:.0f} s")
+        raise DeviceError(errno.ETIMEDOUT, f"the device was not made in its process (pid {pid}) within {patience_s:.0f} s")
     taken = handover.receive(link) if link.fileno() in found else None
     if taken is None:
         raise DeviceError(

@@ -31,6 +31,7 @@ from prefault.device.server.faults import Faults
 from prefault.device.server.populate_requests import PopulateRequests
 from prefault.device.server.requests import Requests
 from prefault.device.server.workers import Jobs, Workers
+from prefault.errors import DeviceError
 
 if TYPE_CHECKING:
     from prefault.device.driver import Device
@@ -55,15 +56,17 @@ def run_server(device: Device, registry: Registry, warden_link: WardenLink) -> N
         warden_link: notified of changes in the registry.
 
     Raises:
-        DeviceError: a limit is reached (of threads, of descriptors) before any request was answered.
+        DeviceError: a limit is reached (of threads, of descriptors) before any request was answered, or the driver's
+            ``start`` raised.
     """
     this_server.device = device
     sys.setswitchinterval(_SWITCH_S)
     with limit_messages.explained(f"the server of {type(device).__name__} cannot be started"):
         server = _EventLoop(device, registry, warden_link)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: server.stop())
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, lambda *_: server.stop())
+        server.start()
     server.run()
 
 
@@ -99,16 +102,25 @@ class _EventLoop:
         )  # fmt: skip
         self._fault_polling = FaultPolling()
         eviction = Eviction(state, self._isolation)
-        self._pool = ServedPool(state, eviction, self._isolation, self._page_tables, threaded=self._jobs.threaded)
+        self._driver_pool = ServedPool(state, eviction, self._isolation, self._page_tables, threaded=self._jobs.threaded)
         self._requests = Requests(
             state, self._jobs, self._populate_requests, self._discards, eviction, self._fault_polling,
             reply=self._connections.reply, lost=self._connection_lost,
         )  # fmt: skip
 
+    # --- the start
+
+    def start(self) -> None:
+        """Start the driver, resume the clients of the last server, and accept others; DeviceError if the driver raises."""
+        registry = self._registry
         self._watch(self._waker, EPOLLIN, self._woken)
         self._watch_warden()
-        if registry.clients:
-            self._resume()
+        restored = self._restore_clients()
+        # Not before all areas are known: a driver that evicts has to have all of them write-protected.
+        failure = self._driver_calls.call(0, "start", self._driver_pool)
+        if failure is not None:
+            raise DeviceError(failure.number, failure.message)
+        self._resume_clients(restored)
         listener = registry.listener
         if listener is not None:
             listener.setblocking(False)
@@ -321,7 +333,8 @@ class _EventLoop:
 
     # --- after another server
 
-    def _resume(self) -> None:
+    def _restore_clients(self) -> list[ServedArea]:
+        """Serve the clients of the last server again; return their areas, which the driver does not know yet."""
         restored: list[ServedArea] = []
         for record in list(self._registry.clients.values()):
             connection = socket.socket(fileno=record.connection) if record.connection >= 0 else None
@@ -336,7 +349,9 @@ class _EventLoop:
             if connection is not None:
                 connection.setblocking(False)
                 self._connections.resume(client)
-        # Not before all areas are known: a driver that evicts in open() has to have all of them write-protected.
+        return restored
+
+    def _resume_clients(self, restored: list[ServedArea]) -> None:
         for served in restored:
             # A failure is logged; faults will show whether the driver can serve the area.
             self._driver_calls.call(0, "open", served)
@@ -353,6 +368,7 @@ class _EventLoop:
         for client in clients:
             for area in list(client.areas.values()):
                 self._driver_calls.call(0, "close", area)
+        self._driver_calls.call(0, "stop")
         # For good: a thread of the driver that evicts from now on would take pages that are never supplied again.
         self._state.lock.acquire()
         self._isolation.restore(range(self._state.frames.pages))

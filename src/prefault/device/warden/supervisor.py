@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import selectors
 import signal
 import socket
@@ -132,22 +133,29 @@ class Warden:
         """Fork the server, and wait until it serves.
 
         Raises:
-            DeviceError: it cannot be started, or it has ended; the message says why.
+            DeviceError: it cannot be started, its driver refused to start or did not return in time (ETIMEDOUT), or it has
+                ended; the message says why.
         """
         self.start_server()
-        self._link.settimeout(_START_S)
-        try:
-            received = handover.receive(self._link)
-        except TimeoutError:
-            self._kill_server()
-            received = None
+        received = self._receive_first()
         if received is not None and isinstance(received[0], handover.ServerStarted):
             return
         assert self.server_pid is not None
         status = handover.reap(self.server_pid, _END_S)
         if received is not None and isinstance(received[0], handover.ServerNotStarted):
             raise DeviceError(received[0].number, received[0].message)
-        raise DeviceError(errno.ECONNRESET, self._describe_end(status))
+        raise DeviceError(errno.ETIMEDOUT if self._overdue else errno.ECONNRESET, self._describe_end(status))
+
+    def _receive_first(self) -> tuple[handover.Message, list[int]] | None:
+        """Return the first message of a new server; None if it ended, or made no progress and was killed."""
+        poll = select.poll()
+        poll.register(self._link, select.POLLIN)
+        while not poll.poll(max(0.0, self._hang_detector.next_check - time.monotonic()) * 1000):
+            self._overdue = self._hang_detector.check(self._server_pidfd)
+            if self._overdue:
+                self._kill_server()
+                return None
+        return handover.receive(self._link)
 
     def start_server(self) -> None:
         """Fork the server."""
@@ -262,6 +270,7 @@ class Warden:
                 raise ProtocolError(f"a server does not send {type(message).__name__}")
 
     def _reap_server(self) -> None:
+        registry = self._registry
         status = None if self.server_pid is None else handover.reap(self.server_pid, 1.0)
         # All messages of the dead server are in the socket.
         if self._link.fileno() in self._selector.get_map():
@@ -272,31 +281,36 @@ class Warden:
         os.close(self._server_pidfd)
         self._link.close()
         self._server_pidfd = -1
-        self._registry.area_table.load(self._registry.clients)
+        registry.area_table.load(registry.clients)
         if self._over:
             return
         if self._orderly or self._ending:
             self._finish()
             return
         reason = self._describe_end(status)
+        if not registry.clients and registry.first is None and registry.listener is None:
+            _log.warning("device %s: %s, after its last client", registry.facts.name, reason)
+            self.failed = reason
+            self._finish()
+            return
         # A signal from outside is not the driver's fault.
         blame = bool(self._overdue) or (status is not None and status not in (-signal.SIGKILL, -signal.SIGTERM))
-        filling = self._registry.frames.runs(range(self._registry.frames.pages), DevicePageState.FILLING)
-        self._registry.frames.repair()
+        filling = registry.frames.runs(range(registry.frames.pages), DevicePageState.FILLING)
+        registry.frames.repair()
         if self._can_start_another():
-            _log.warning("device %s: %s; another is started", self._registry.facts.name, reason)
-            self._registry.generation += 1
+            _log.warning("device %s: %s; another is started", registry.facts.name, reason)
+            registry.generation += 1
             if blame:
-                self._registry.blamed = {page: reason for run in filling for page in run}
-            if self._registry.first is not None:  # Hello may have gone with the server
-                message = protocol.Restarted(0, self._registry.generation)
-                fallback_server.send_if_possible(self._registry.first.fileno(), message)
+                registry.blamed = {page: reason for run in filling for page in run}
+            if registry.first is not None:  # Hello may have gone with the server
+                message = protocol.Restarted(0, registry.generation)
+                fallback_server.send_if_possible(registry.first.fileno(), message)
             try:
                 self.start_server()
             except OSError as error:
                 reason = f"{reason}; no other can be started: {limit_messages.reason(error.errno) or error.strerror}"
             else:
-                self._registry.blamed = {}
+                registry.blamed = {}
                 return
         self._fall_back(reason)
 

@@ -9,6 +9,7 @@ from prefault.device.driver import (
     READ_ONLY,
     RETRY,
     ZERO,
+    ClientProcess,
     Device,
     DeviceArea,
     DevicePool,
@@ -20,7 +21,7 @@ from prefault.device.driver import (
 if _typing.TYPE_CHECKING:
     from prefault.device.access_log import AccessLog
     from prefault.device.client.area import Area, AreaStatistics
-    from prefault.device.opening import DeviceClient, connect, map  # noqa: A004
+    from prefault.device.opening import DeviceClient, connect, map, open  # noqa: A004
     from prefault.device.process.serving import DeviceServer, serve
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "AccessLog",
     "Area",
     "AreaStatistics",
+    "ClientProcess",
     "Device",
     "DeviceArea",
     "DeviceClient",
@@ -40,6 +42,7 @@ __all__ = [
     "ShootDown",
     "connect",
     "map",
+    "open",
     "serve",
 ]
 
@@ -52,6 +55,7 @@ _LATER = {
     "DeviceServer": "prefault.device.process.serving",
     "connect": "prefault.device.opening",
     "map": "prefault.device.opening",
+    "open": "prefault.device.opening",
     "serve": "prefault.device.process.serving",
 }
 

@@ -65,6 +65,19 @@ class FaultAround(NamedTuple):
     most: int
 
 
+class ClientProcess(NamedTuple):
+    """A process that is connected to the server of a device.
+
+    Attributes:
+        number: of its connection; the device never gives a number twice, not even after a crash of its server.
+        pid, uid: of the process.
+    """
+
+    number: int
+    pid: int
+    uid: int
+
+
 class DeviceArea(abc.ABC):
     """A client's mapping of the device, as the driver sees it in the server.
 
@@ -383,3 +396,19 @@ class Device(abc.ABC):
 
     def close(self, area: DeviceArea) -> None:  # noqa: B027  optional
         """Clean up after an area: its client unmapped it or died, or the server is ending."""
+
+    def control(self, client: ClientProcess, request: bytes) -> bytes:  # noqa: ARG002  for drivers
+        """Answer a request of a client that is not about memory, as a kernel driver answers ioctl(2).
+
+        The server passes the bytes on without a look at them: check all of them. Requests and replies have at most 64 512
+        bytes. A request is delivered at most once: after a crash of the server in the middle, the client gets an error and
+        has to find out itself. To refuse a request, raise OSError(number, text): the client gets DeviceError with both. Any
+        other exception is logged, and the client gets EIO with its text.
+
+        Raises:
+            OSError: ENOTTY, by this default.
+        """
+        raise OSError(errno.ENOTTY, f"the driver {type(self).__name__} takes no control requests")
+
+    def disconnect(self, client: ClientProcess) -> None:  # noqa: B027  optional
+        """Clean up after a client process that is gone, or the end of the server; all its areas are closed."""

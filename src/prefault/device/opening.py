@@ -8,24 +8,21 @@ import os
 import socket
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 from prefault._system import fork_hooks
 from prefault._system.closing import Closing
 from prefault.device import limit_messages, this_server
 from prefault.device.client import mapped_area
 from prefault.device.client.area import Area
+from prefault.device.client.area_mapping import MapOptions, PopulateChoice, checked_access, checked_extent, map_area
 from prefault.device.client.connection import DeviceConnection
 from prefault.device.client.fault_descriptor import open_userfaultfd
-from prefault.device.client.page_provider import AreaPageProvider
 from prefault.device.driver import Access, Device
 from prefault.device.recipes import check_device_attributes
 from prefault.errors import DeviceError, DeviceGoneError
 from prefault.ipc.connecting import check_server, connect_to_server
-from prefault.sizes import Size, format_size, parse_size
-
-PopulateChoice: TypeAlias = bool | Access
+from prefault.sizes import Size, format_size
 
 _starting = threading.RLock()
 _running: weakref.WeakValueDictionary[int, DeviceConnection] = weakref.WeakValueDictionary()
@@ -72,21 +69,28 @@ def map(  # noqa: A001  mmap(2) for devices; used as prefault.device.map
         ValueError, TypeError: not a device; a length of 0 or beyond the device; an offset inside of a page; writing to a
             device that is read-only.
     """
-    given: Any = device
-    if not isinstance(given, Device):
-        hint = "; make one of the class first" if isinstance(given, type) and issubclass(given, Device) else ""
-        raise TypeError(f"a device is an object of a class made from prefault.device.Device, not {given!r}{hint}")
-    if this_server.device is device:
-        raise DeviceError(
-            errno.EDEADLK,
-            f"the server of {type(device).__name__} cannot map its own device: it would wait for itself. A driver reads and"
-            " writes its pages by area.frame() and area.frames()",
-        )
-    check_device_attributes(device)  # before anything is started
-    _extent(type(device).__name__, device.length, device.page_size, length, offset)
-    _access(type(device).__name__, device.writable, access)
+    _check_device(device)  # before anything is started
+    checked_extent(type(device).__name__, device.length, device.page_size, length, offset)
+    checked_access(type(device).__name__, device.writable, access)
     connection = _acquire_private(device)
-    return _map(connection, length, offset, populate, access, track_dirty, colocate)
+    return map_area(connection, MapOptions(length, offset, populate, access, track_dirty, colocate), connection.release)
+
+
+def open(device: Device) -> DeviceClient:  # noqa: A001  open(2) for devices; used as prefault.device.open
+    """Start the server of a device object without mapping anything: for control requests, and for maps later.
+
+    The server is private to this process, and shared with all areas of the same object. It ends when they and the client
+    object are closed.
+
+    Args:
+        device: the driver, as for :func:`prefault.device.map`.
+
+    Raises:
+        DeviceError: this process may not open a userfaultfd, or the server cannot be started.
+        TypeError: not a device.
+    """
+    _check_device(device)
+    return DeviceClient(_acquire_private(device), None)
 
 
 def connect(path: str | os.PathLike[str], *, timeout: float = 5.0) -> DeviceClient:
@@ -101,47 +105,37 @@ def connect(path: str | os.PathLike[str], *, timeout: float = 5.0) -> DeviceClie
         DeviceGoneError: the server refused the connection, and says why (it serves another user, say), or is ending.
         PermissionError: the server runs as another user (not root), whose memory is not to be trusted.
     """
-    return DeviceClient(path, timeout)
+    if not timeout > 0:
+        raise ValueError(f"a timeout is a positive number of seconds, not {timeout}")
+    where = os.path.abspath(os.fsdecode(path))
+    return DeviceClient(_connected(where, timeout, tracking=False), where, timeout)
 
 
 class DeviceClient(Closing):
-    """A device that another process serves; made by :func:`prefault.device.connect`. A context manager.
+    """A connection to a device's server, from which areas are mapped; a context manager.
+
+    Made by :func:`prefault.device.connect`, for a device that another process serves, and by :func:`prefault.device.open`.
 
     Attributes:
-        path: path of the socket.
+        path: path of the server's socket; None for a private server.
         name, length, page_size, writable, notes: facts of the device.
     """
 
-    def __init__(self, path: str | os.PathLike[str], timeout: float) -> None:
-        """Not for users: see :func:`connect`."""
-        if not timeout > 0:
-            raise ValueError(f"a timeout is a positive number of seconds, not {timeout}")
-        self.path = os.path.abspath(os.fsdecode(path))
+    def __init__(self, connection: DeviceConnection, path: str | None, timeout: float = 0.0) -> None:
+        """Not for users: see :func:`connect` and :func:`open`. Takes over a connection that was acquired for it."""
+        self.path = path
         self._timeout = timeout
         self._lock = threading.RLock()
-        self._connection = self._connected(tracking=False)
-        self._connections = [self._connection]
+        self._connection = connection
+        self._connections = [connection]
         """The connection, and one for areas whose writes the kernel tracks once there is such an area."""
+        self._areas: set[object] = set()
+        """A token for each area that is open."""
         self._ends = weakref.finalize(self, _release_all, self._connections)
         self._ends.atexit = False
         info = self._connection.device_info
         self.name, self.length, self.page_size = info.name, info.length, info.page_size
         self.writable, self.notes = info.writable, info.notes
-
-    def _connected(self, *, tracking: bool) -> DeviceConnection:
-        try:
-            with limit_messages.explained(f"the device at {self.path} cannot be connected to"):
-                connected = _connect_socket(self.path, self._timeout)
-                try:
-                    opened = open_userfaultfd(tracking=tracking)
-                except BaseException:
-                    connected.close()
-                    raise
-                connection = DeviceConnection(connected, opened)
-        except DeviceGoneError as gone:  # the server refused, and says why, or is ending
-            raise DeviceGoneError(gone.errno or 0, f"no device at {self.path}: {gone.strerror}") from gone
-        connection.acquire()
-        return connection
 
     def map(
         self,
@@ -158,16 +152,45 @@ class DeviceClient(Closing):
             raise ValueError("the connection to the device is closed")
         connection = self._connection
         connection.check()
-        if track_dirty and not connection.device_info.evicts:
+        if track_dirty and self.path is not None and not connection.device_info.evicts:
             # A device that does not evict needs no write-protection of its own, so that the kernel can record writes
             # without the server: through a userfaultfd that was opened for that.
             with self._lock:
                 if len(self._connections) == 1:
-                    self._connections.append(self._connected(tracking=True))
+                    self._connections.append(_connected(self.path, self._timeout, tracking=True, main=self._connection))
                 connection = self._connections[-1]
         if not connection.acquire():
             connection.check()
-        return _map(connection, length, offset, populate, access, track_dirty, colocate)
+        token, areas = object(), self._areas
+        areas.add(token)
+
+        def release() -> None:
+            areas.discard(token)
+            connection.release()
+
+        return map_area(connection, MapOptions(length, offset, populate, access, track_dirty, colocate), release)
+
+    def control(self, request: bytes | bytearray | memoryview, *, timeout: float | None = None) -> bytes:
+        """Send the driver a request that is not about memory, as ioctl(2) does, and return its reply.
+
+        The driver alone knows what the bytes mean: see :meth:`Device.control`. A request is carried out at most once. Ctrl-C
+        ends the waiting, not the request.
+
+        Args:
+            request: at most 64 512 bytes.
+            timeout: seconds to wait for the reply; None: as long as the driver takes, which its ``timeout_s`` limits.
+
+        Raises:
+            DeviceError: the driver refused the request, with the errno and the text that it chose; or raised another
+                exception (EIO), takes no control requests (ENOTTY), or replied with too many bytes (EMSGSIZE).
+            DeviceGoneError: the server died. A request that it had may have been carried out, and the message says so. Where
+                another server goes on, the next request is possible.
+            TimeoutError: no reply in time. The driver may still carry out the request.
+            ValueError, TypeError: the request is too long, or not bytes.
+        """
+        if self.closed:
+            raise ValueError("the connection to the device is closed")
+        return self._connection.control(request, timeout)
 
     @property
     def closed(self) -> bool:
@@ -182,14 +205,15 @@ class DeviceClient(Closing):
         """
         if self.closed:
             return
-        areas = sum(connection.users - 1 for connection in self._connections if connection.usable)
+        areas = len(self._areas) if any(connection.usable for connection in self._connections) else 0
         if areas:
             raise BufferError(f"{areas} area{' is' if areas == 1 else 's are'} still open: close them first")
         self._ends()
 
     def __repr__(self) -> str:
         state = "connected" if not self.closed and self._connection.usable else "not connected"
-        return f"<DeviceClient of {self.name}, {format_size(self.length)}, at {self.path}, {state}>"
+        where = "private" if self.path is None else f"at {self.path}"
+        return f"<DeviceClient of {self.name}, {format_size(self.length)}, {where}, {state}>"
 
 
 def _release_all(connections: list[DeviceConnection]) -> None:
@@ -198,6 +222,20 @@ def _release_all(connections: list[DeviceConnection]) -> None:
 
 
 # --- connections
+
+
+def _check_device(device: Device) -> None:
+    given: Any = device
+    if not isinstance(given, Device):
+        hint = "; make one of the class first" if isinstance(given, type) and issubclass(given, Device) else ""
+        raise TypeError(f"a device is an object of a class made from prefault.device.Device, not {given!r}{hint}")
+    if this_server.device is device:
+        raise DeviceError(
+            errno.EDEADLK,
+            f"the server of {type(device).__name__} cannot map its own device: it would wait for itself. A driver reads and"
+            " writes its pages by area.frame() and area.frames()",
+        )
+    check_device_attributes(device)
 
 
 def _acquire_private(device: Device) -> DeviceConnection:
@@ -223,6 +261,23 @@ def _acquire_private(device: Device) -> DeviceConnection:
         return connection
 
 
+def _connected(path: str, timeout: float, *, tracking: bool, main: DeviceConnection | None = None) -> DeviceConnection:
+    """Return a connection to a server that listens at ``path``, acquired for the caller."""
+    try:
+        with limit_messages.explained(f"the device at {path} cannot be connected to"):
+            connected = _connect_socket(path, timeout)
+            try:
+                opened = open_userfaultfd(tracking=tracking)
+            except BaseException:
+                connected.close()
+                raise
+            connection = DeviceConnection(connected, opened, main=main)
+    except DeviceGoneError as gone:  # the server refused, and says why, or is ending
+        raise DeviceGoneError(gone.errno or 0, f"no device at {path}: {gone.strerror}") from gone
+    connection.acquire()
+    return connection
+
+
 def _connect_socket(path: str, timeout: float) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -239,122 +294,12 @@ def _connect_socket(path: str, timeout: float) -> socket.socket:
     return connection
 
 
-# --- areas
-
-
-def _map(
-    connection: DeviceConnection,
-    length: Size | None,
-    offset: Size,
-    populate: PopulateChoice,
-    access: Access | None,
-    track_dirty: bool,
-    colocate: bool,
-) -> Area:
-    """Map an area on a connection that was acquired for it; release the connection if that fails."""
-    memory: AreaPageProvider | None = None
-    at_end: Callable[[], None] = connection.release
-    try:
-        info = connection.device_info
-        if populate not in (False, True, "read", "write"):
-            raise ValueError(f"populate is False, True, 'read' or 'write', not {populate!r}")
-        start, count = _extent(info.name, info.length, info.page_size, length, offset)
-        chosen = _access(info.name, info.writable, access)
-        if populate == "write" and chosen == "read":
-            raise ValueError("an area that is mapped for reading cannot be populated writable")
-        if track_dirty and chosen == "read":
-            raise ValueError("an area that is mapped for reading has no dirty pages to track")
-        cpu = None
-        if colocate:
-            cpu, undo = _pin_thread()
-
-            def at_end() -> None:
-                undo()
-                connection.release()
-
-        memory = AreaPageProvider(connection, start, chosen, track_dirty=track_dirty, at_end=at_end)
-        memory.attach(count, cpu)
-        area = Area(memory, count)
-        if populate is not False:
-            area.populated = area.populate(chosen if populate is True else populate)
-        return area
-    except BaseException:
-        if memory is None:
-            at_end()
-        else:
-            memory.unmap()
-        raise
-
-
-def _extent(name: str, device_length: int, page_size: int, length: Size | None, offset: Size) -> tuple[int, int]:
-    """Return the offset and the length in bytes, checked against the device."""
-    start = parse_size(offset)
-    if start % page_size:
-        raise ValueError(f"an offset in {name} is a multiple of its page size, {page_size} bytes, not {start}")
-    if start >= device_length:
-        raise ValueError(f"offset {start} lies beyond {name}, which has {device_length} bytes")
-    count = device_length - start if length is None else parse_size(length)
-    if count == 0:
-        raise ValueError("an area of 0 bytes is not possible: mmap(2) refuses it")
-    if count > device_length - start:
-        raise ValueError(
-            f"offset {start} and length {count} end at {start + count}, beyond {name}, which has {device_length} bytes"
-        )
-    return start, count
-
-
-def _access(name: str, writable: bool, access: Access | None) -> Access:
-    if access not in (None, "read", "write"):
-        raise ValueError(f"access is 'read' or 'write', not {access!r}")
-    if access == "write" and not writable:
-        raise ValueError(f"{name} is read-only: map it with access='read'")
-    return access or ("write" if writable else "read")
-
-
-_pinning = threading.RLock()  # reentrant: a finalizer undoes it
-_pinned: dict[int, tuple[set[int], int]] = {}
-"""CPUs of a thread before it was pinned, and the number of areas that it is pinned for; by thread id."""
-
-
-def _pin_thread() -> tuple[int, Callable[[], None]]:
-    """Pin the calling thread to the CPU that it runs on; return the CPU and a function that undoes it."""
-    thread = threading.get_native_id()
-    with _pinning:
-        before, count = _pinned.get(thread) or (os.sched_getaffinity(thread), 0)
-        _pinned[thread] = before, count + 1
-    with open("/proc/thread-self/stat") as file:
-        cpu = int(file.read().rpartition(")")[2].split()[36])  # field 39, processor: proc_pid_stat(5)
-    now = os.sched_getaffinity(thread)
-    if cpu not in now:
-        cpu = min(now)
-    os.sched_setaffinity(thread, {cpu})
-
-    def undo() -> None:
-        with _pinning:
-            _, count = _pinned[thread]
-            if count > 1:  # still pinned for another area; areas close in any order
-                _pinned[thread] = before, count - 1
-                return
-            del _pinned[thread]
-        try:
-            os.sched_setaffinity(thread, before)
-        except ProcessLookupError:
-            return  # the thread has ended
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # a cpuset took all of these CPUs away
-                raise
-
-    return cpu, undo
-
-
 # --- fork and exit
 
 
 def _after_fork() -> None:
-    global _starting, _pinning
+    global _starting
     _starting = threading.RLock()
-    _pinning = threading.RLock()
-    _pinned.clear()
     _running.clear()
 
 

@@ -31,11 +31,15 @@ MAX_MESSAGE = 64 << 10
 MAX_RUNS = 2000
 """Most runs of pages in a message."""
 
+MAX_CONTROL = 63 << 10
+"""Most bytes of a control request and of its reply, so that the message around them stays below :data:`MAX_MESSAGE`."""
+
 MAX_DESCRIPTORS = 3
 
 Text: TypeAlias = Annotated[str, msgspec.Meta(max_length=4000)]
 Run: TypeAlias = tuple[Number, Number]
 """Half-open run of the device's pages: first page and stop page."""
+Content: TypeAlias = Annotated[bytes, msgspec.Meta(max_length=MAX_CONTROL)]
 RunList: TypeAlias = Annotated[tuple[Run, ...], msgspec.Meta(max_length=MAX_RUNS)]
 
 
@@ -109,6 +113,12 @@ class AskStatistics(AreaRequest, frozen=True):
 
 class AskLog(AreaRequest, frozen=True):
     """Ask for the pages that were faulted in or populated, in order."""
+
+
+class Control(NumberedMessage, frozen=True):
+    """Request to the driver, which alone knows what the bytes mean. Never repeated: it may have been carried out."""
+
+    request: Content
 
 
 # --- to the client
@@ -194,6 +204,12 @@ class Statistics(NumberedMessage, frozen=True):
     latency: tuple[Number, ...]
 
 
+class ControlReply(NumberedMessage, frozen=True):
+    """Reply of the driver to Control."""
+
+    content: Content
+
+
 class Refused(NumberedMessage, frozen=True):
     """Error reply to any request. After ``"protocol"`` the server closes the connection."""
 
@@ -214,9 +230,21 @@ class Gone(NumberedMessage, frozen=True):
     reason: str
 
 
-Request: TypeAlias = Hello | Map | Unmap | Populate | Cancel | Discard | DirtyPages | AskStatistics | AskLog
+Request: TypeAlias = Hello | Map | Unmap | Populate | Cancel | Discard | DirtyPages | AskStatistics | AskLog | Control
 Reply: TypeAlias = (
-    Welcome | Mapped | Done | Discarded | Progress | Populated | Failed | Runs | Statistics | Refused | Restarted | Gone
+    Welcome
+    | Mapped
+    | Done
+    | Discarded
+    | Progress
+    | Populated
+    | Failed
+    | Runs
+    | Statistics
+    | ControlReply
+    | Refused
+    | Restarted
+    | Gone
 )
 
 FAILURES: dict[str, type[PopulateError]] = {

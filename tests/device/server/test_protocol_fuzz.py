@@ -56,6 +56,8 @@ _NONSENSE = {
     "wrong access": _packed("map", 1, 0, 0, 4096, "execute", False),
     "not utf-8": b"\x92\xa5\xff\xff\xff\xff\xff\x01",
     "a reply": protocol.encode(protocol.Done(1)),
+    "a control request that is too long": protocol.encode(protocol.Control(1, bytes(protocol.MAX_CONTROL + 1))),
+    "a control request that is text": _packed("control", 1, "text"),
 }
 
 
@@ -80,6 +82,7 @@ def test_nonsense_is_hung_up_on(tmp_path: Path, no_leaks: None, name: str, greet
         protocol.Discard(1, 1, 0, 1),
         protocol.AskStatistics(1, 1),
         protocol.Cancel(1),
+        protocol.Control(1, b"request"),
         protocol.Hello(1, 99),
         protocol.Hello(1, 0),
     ],
@@ -313,6 +316,7 @@ def test_random_changes_of_good_messages(tmp_path: Path, no_leaks: None) -> None
             protocol.DirtyPages(number(), number(), True),
             protocol.AskStatistics(number(), number()),
             protocol.AskLog(number(), number()),
+            protocol.Control(number(), chance.randbytes(chance.choice((0, 1, 100, protocol.MAX_CONTROL)))),
         )
 
     assert {type(message) for message in messages()} == set(get_args(protocol.Request)), "a request is not tested here"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import os
 from dataclasses import dataclass
@@ -257,6 +258,11 @@ class Area(MappedMemory):
             raise ProtectionError(errno.EINVAL, f"the area of {self.device} is not readable: change that with protect()")
         with self.memoryview() as view:
             return bytes(view[start : start + span.stop - span.start])
+
+    def control(self, request: bytes | bytearray | builtins.memoryview, *, timeout: float | None = None) -> bytes:
+        """Send the driver a request that is not about memory: :meth:`DeviceClient.control` of the area's device."""
+        self._here()
+        return self._connection.control(request, timeout)
 
     # --- records of the server
 

@@ -351,7 +351,11 @@ class Channel:
     def _ask_again(self, *, only_unmaps: bool) -> None:
         """Have open requests sent to a new server, or open Unmaps to the warden; wake their threads."""
         for exchange in list(self._exchanges.values()):
-            if not only_unmaps or isinstance(exchange.request, protocol.Unmap):
+            if isinstance(exchange.request, protocol.Control) and exchange.sent and not only_unmaps:
+                # At most once: the driver may have carried it out.
+                message = "the device's server was replaced: the control request may have been carried out"
+                exchange.reply = protocol.Refused(exchange.request.id, "gone", errno.ECONNRESET, message)
+            elif not only_unmaps or isinstance(exchange.request, protocol.Unmap):
                 exchange.runs.clear()
                 exchange.due = True
                 if exchange.at_end is not None:

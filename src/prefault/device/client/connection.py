@@ -52,10 +52,13 @@ class DeviceConnection(Channel):
         userfaultfd: OpenedUserfaultfd,
         process: Process | None = None,
         device: object = None,
+        main: DeviceConnection | None = None,
     ) -> None:
         """Take over the connection and the userfaultfd, and close them on failure.
 
-        ``device`` is referenced for as long as the connection is open, so that no other object gets its id.
+        ``device`` is referenced for as long as the connection is open, so that no other object gets its id. ``main``:
+        another connection of this process to the same server, which carries the control requests, as the driver knows a
+        client by its connection; it stays open as long as this one.
         """
         super().__init__(connection)
         self.userfaultfd = userfaultfd
@@ -66,6 +69,7 @@ class DeviceConnection(Channel):
         self.frames = -1
         self._lifeline = -1
         self._lifeline_write = -1
+        self._main = main if main is not None and main.acquire() else None
         _connections.add(self)
         try:
             self.device_info = self._greet()
@@ -125,6 +129,37 @@ class DeviceConnection(Channel):
         else:
             os.close(fd)
 
+    # --- control requests
+
+    def control(self, request: bytes | bytearray | memoryview, timeout: float | None) -> bytes:
+        """Implement :meth:`DeviceClient.control`."""
+        if self._main is not None:
+            return self._main.control(request, timeout)
+        given: Any = request
+        if not isinstance(given, bytes | bytearray | memoryview):
+            raise TypeError(f"a control request is bytes, not {type(given).__name__}")
+        content = bytes(given)
+        if len(content) > protocol.MAX_CONTROL:
+            raise ValueError(
+                f"a control request has at most {protocol.MAX_CONTROL} bytes, not {len(content)}: write more into memory of"
+                " the device, which both sides see"
+            )
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"a timeout is a positive number of seconds, not {timeout}")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self.asking(protocol.Control(self.next_id(), content)) as exchange:
+            try:
+                self.wait(exchange, deadline)
+            except TimeoutError:
+                what = f"{self.device_info.name} did not answer a control request within {timeout:g} s"
+                raise TimeoutError(errno.ETIMEDOUT, f"{what}: it may still carry it out") from None
+            except DeviceGoneError as gone:
+                if not exchange.sent:
+                    raise
+                message = f"{gone.strerror}; the control request may have been carried out"
+                raise DeviceGoneError(gone.errno or errno.ECONNRESET, message) from None
+        return self._expect(exchange, protocol.ControlReply).content
+
     # --- the end
 
     def acquire(self) -> bool:
@@ -165,6 +200,8 @@ class DeviceConnection(Channel):
             self._close_descriptors()
             if self._process is not None:
                 self._process.reap(_REAP_S)
+            if self._main is not None:
+                self._main.release()
         self.device = None
 
     def __del__(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from prefault.device.driver import Access, Device, DeviceArea
+from prefault.device.driver import Access, ClientProcess, Device, DeviceArea
 from prefault.device.frames import zeros
 from prefault.device.page_states import DevicePageState
 from prefault.device.pages.counters import Counters
@@ -29,7 +29,7 @@ _start = attrgetter("start")
 _DIRTY = re.compile(b"\x01+")
 _FILLING = int(DevicePageState.FILLING)
 _NUMBER_BITS = 40
-"""Bits of an area's number; above them is the generation of the server that gave it."""
+"""Bits of the number of an area or a client; above them is the generation of the server that gave it."""
 
 
 class ServedArea(DeviceArea):
@@ -155,7 +155,12 @@ class ServedClient:
         last: the area of the last fault.
         read_into: reads from its userfaultfd into a buffer; the number of bytes, or None if there are none.
         opening: areas that the driver is opening.
+        process: the client as its driver sees it.
+        references: areas that the driver has open or is opening, and control requests that it has: the driver is told of
+            the client's end after all of these.
+        controls: control requests that the driver has.
         gone: it ended, and is about to be removed.
+        removed: it is not served any more.
         resumed: the last server served it before.
     """
 
@@ -169,7 +174,9 @@ class ServedClient:
         # Returns None where os.readv would raise, which takes a microsecond.
         self.read_into = io.FileIO(record.userfaultfd, closefd=False).readinto
         self.opening: list[AreaRecord] = []
-        self.gone = False
+        self.process = ClientProcess(record.number, record.pid, record.uid)
+        self.references = self.controls = 0
+        self.gone = self.removed = False
         self.resumed = False
         self._seen_ids: dict[int, None] = {}
 
@@ -259,8 +266,9 @@ class ServerState:
         self.notify = notify
         self.gone_clients: list[ServedClient] = []
         # No number is given twice, not even by the server before this one: a client without an answer repeats the unmap of
-        # its area, which must not unmap another.
-        self._numbers = itertools.count((registry.generation << _NUMBER_BITS) + 1)
+        # its area, which must not unmap another; and drivers keep what belongs to a client by the client's number.
+        first = (registry.generation << _NUMBER_BITS) + 1
+        self._numbers, self._client_numbers = itertools.count(first), itertools.count(first)
 
     def check_pages(self, pages: range) -> None:
         """Check that the pages which a driver names are a range inside the device.
@@ -286,6 +294,10 @@ class ServerState:
     def next_number(self) -> int:
         """Return the number of a new area."""
         return next(self._numbers)
+
+    def next_client_number(self) -> int:
+        """Return the number of a new client."""
+        return next(self._client_numbers)
 
     def schedule_removal(self, client: ServedClient) -> None:
         """Have the loop remove a client that is gone, after the event at hand, which may be about its areas."""

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefault._kernel.mman import EHWPOISON
-from prefault.device.driver import READ_ONLY, RETRY, ZERO, Access, Answer, Device
+from prefault.device import protocol
+from prefault.device.driver import READ_ONLY, RETRY, ZERO, Access, Answer, ClientProcess, Device
 from prefault.device.pages.fills import Fill, FillFailure
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _MESSAGE_MOST = 2000
 _VALUE_MOST = 100
 _RECLAIMS_MOST = 1000
 _EVICTING_S = 0.001
+_MAX_ERRNO = 4095  # the largest that the kernel returns
 
 
 class DriverCalls:
@@ -126,6 +128,31 @@ class DriverCalls:
         finally:
             self._frames.heartbeat[slot] = 0
         return None
+
+    def control(self, slot: int, client: ClientProcess, request: bytes) -> bytes | FillFailure:
+        """Hand the driver a control request; return its reply, or the failure."""
+        self._frames.heartbeat[slot] = time.monotonic_ns()
+        try:
+            reply: Any = self._device.control(client, request)
+            if not isinstance(reply, bytes):
+                raise TypeError(f"control() returns bytes, not {_describe(reply)}")
+        except OSError as error:
+            number: Any = error.errno
+            if not isinstance(number, int) or not 0 < number <= _MAX_ERRNO:
+                return self._driver_failure("control", error, None)
+            # A refusal, which is part of any conversation: the client gets it as the driver worded it, and the log nothing.
+            where = "" if error.filename is None else f": {_describe(error.filename)}"
+            return FillFailure("driver", number, f"{_describe(error.strerror, str)}{where}")
+        except BaseException as error:  # noqa: BLE001  drivers may raise anything
+            return self._driver_failure("control", error, None)
+        finally:
+            self._frames.heartbeat[slot] = 0
+        if len(reply) > protocol.MAX_CONTROL:
+            message = (
+                f"the driver's reply has {len(reply)} bytes, and a reply to a control request at most {protocol.MAX_CONTROL}"
+            )
+            return FillFailure("driver", errno.EMSGSIZE, message)
+        return reply
 
     def _driver_failure(self, name: str, error: BaseException, pages: range | None) -> FillFailure:
         text = _describe(error, str)

@@ -233,7 +233,7 @@ class _EventLoop:
     # --- clients
 
     def _admit_new(self, link: ClientConnection, request: protocol.Hello, record: ClientRecord) -> None:
-        record.number = max(self._registry.clients, default=0) + 1
+        record.number = self._state.next_client_number()
         client = ServedClient(record, link.socket)
         link.client = client
         try:
@@ -312,6 +312,7 @@ class _EventLoop:
                 self._registry.area_table.clear(area_record.row)
             for area in areas:
                 self._requests.close_area(area)
+            self._jobs.remove_client(client)
 
     # --- the warden
 
@@ -368,6 +369,7 @@ class _EventLoop:
         for client in clients:
             for area in list(client.areas.values()):
                 self._driver_calls.call(0, "close", area)
+            self._driver_calls.call(0, "disconnect", client.process)
         self._driver_calls.call(0, "stop")
         # For good: a thread of the driver that evicts from now on would take pages that are never supplied again.
         self._state.lock.acquire()

@@ -27,6 +27,8 @@ MAX_AREAS = 100_000
 """Areas of one client."""
 MAX_POPULATES = 1024
 """Populate requests that a client may have under way."""
+MAX_CONTROLS = 256
+"""Control requests that a client may have under way."""
 _ADDRESSES = 1 << 56
 
 
@@ -81,6 +83,8 @@ class Requests:
                 case protocol.AskLog():
                     area = self._area(client, request.area)
                     self._list(client, request.id, area.counters.access_runs())
+                case protocol.Control():
+                    self._control(client, request)
         except ValueError as error:
             self._reply(client, protocol.Refused(request.id, "value", errno.EINVAL, str(error)))
 
@@ -105,12 +109,14 @@ class Requests:
         record.number = state.next_number()
         area = ServedArea(record, client, state, self._eviction.evict)
         client.opening.append(record)
+        self._jobs.acquire_client(client)
 
         def opened(failure: FillFailure | None) -> None:
             client.opening.remove(record)
             if failure is not None:
                 self._area_table.clear(record.row)
                 area.alive = area.opened = False
+                self._jobs.release_client(client)
                 return self._reply(client, protocol.Refused(request.id, "device", errno.EIO, failure.message))
             area.opened = True
             if client.gone or client.connection is None:  # no reply can name the area
@@ -215,6 +221,20 @@ class Requests:
             ),
         )  # fmt: skip
 
+    # --- the driver's own
+
+    def _control(self, client: ServedClient, request: protocol.Control) -> None:
+        if client.controls >= MAX_CONTROLS:
+            raise ValueError(f"{MAX_CONTROLS} control requests are under way already")
+
+        def answered(answer: bytes | FillFailure) -> None:
+            if isinstance(answer, bytes):
+                self._reply(client, protocol.ControlReply(request.id, answer))
+            else:
+                self._reply(client, protocol.Refused(request.id, "device", answer.number, answer.message))
+
+        self._jobs.control(client, request.request, answered)
+
     # --- after a restart
 
     def restore(self, client: ServedClient, record: AreaRecord) -> ServedArea:
@@ -225,4 +245,5 @@ class Requests:
             area.mark_entries(run)
         self._state.open_area(area)
         area.opened = True
+        self._jobs.acquire_client(client)
         return area

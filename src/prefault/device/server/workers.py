@@ -23,7 +23,7 @@ from prefault.device.server.driver_calls import DriverCalls
 from prefault.errors import DeviceError
 
 if TYPE_CHECKING:
-    from prefault.device.pages.served_areas import ServedArea, ServerState
+    from prefault.device.pages.served_areas import ServedArea, ServedClient, ServerState
 
 _log = logging.getLogger("prefault.device")
 _MISSING = int(DevicePageState.MISSING)
@@ -255,8 +255,51 @@ class Jobs:
         """Close a released area at the driver, if it was opened there and no call of the driver has it."""
         if area.opened and not area.calls:
             area.opened = False
-            self.call(area, "close", then=_nothing)
+            self.call(area, "close", then=lambda _: self.release_client(area.client))
+
+    # --- clients
+
+    def control(self, client: ServedClient, request: bytes, then: Callable[[bytes | FillFailure], None]) -> None:
+        """Hand the driver a control request, and call ``then`` in the loop with the reply or the failure."""
+        self.acquire_client(client)
+        client.controls += 1
+
+        def work(slot: int) -> Callable[[], None]:
+            answer = self._calls.control(slot, client.process, request)
+
+            def finish() -> None:
+                client.controls -= 1
+                then(answer)
+                self.release_client(client)
+
+            return finish
+
+        self._workers.submit(work)
+
+    def acquire_client(self, client: ServedClient) -> None:
+        """Count a reference to a client: the driver is about to get an area or a request of it."""
+        client.references += 1
+
+    def release_client(self, client: ServedClient) -> None:
+        """Drop a reference to a client. After the last one of a client that was removed, tell the driver of its end."""
+        client.references -= 1
+        self._disconnect(client)
+
+    def remove_client(self, client: ServedClient) -> None:
+        """Have the driver told that a client is gone, once all its areas are closed and its requests answered."""
+        client.removed = True
+        self._disconnect(client)
+
+    def _disconnect(self, client: ServedClient) -> None:
+        if not client.removed or client.references:
+            return
+
+        def work(slot: int) -> Callable[[], None]:
+            self._calls.call(slot, "disconnect", client.process)  # a failure is logged
+            return _nothing
+
+        self._workers.submit(work)
 
 
-def _nothing(failure: FillFailure | None) -> None:
-    """Ignore the failure of a call, which is logged."""
+def _nothing() -> None:
+    """Continue with nothing after a call."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import enum
 import errno
 from collections.abc import Callable
@@ -131,7 +132,7 @@ class DeviceArea(abc.ABC):
         """
 
 
-class ShootDown(abc.ABC):
+class ShootDown(contextlib.AbstractContextManager["ShootDown"]):
     """A change of pages while no client has an entry for them: ``with pool.shoot_down(pages) as move``.
 
     As a kernel driver calls unmap_mapping_range(): from entering to leaving, a touch of any of the pages waits. Leaving

@@ -14,7 +14,7 @@ from prefault.device.page_states import DevicePageState
 from prefault.device.pages import fault_resolution
 
 if TYPE_CHECKING:
-    from prefault.device.pages.served_areas import ServerState
+    from prefault.device.pages.served_areas import ServedArea, ServerState
 
 _log = logging.getLogger("prefault.device")
 _CHUNK_BYTES = 4 << 20
@@ -71,13 +71,27 @@ class Isolation:
         """
         for area, start, length in self._state.areas_over(run):
             if area.protectable:
-                pages = area.overlap(run)
-                pieces = area.dirty_runs(pages) if area.tracks else [pages]
-                if self._state.protections.in_use:
-                    pieces = [part for piece in pieces for part in self._state.protections.writable_runs(piece)]
-                for piece in pieces:
-                    fault_resolution.unprotect(area.fd, area.address(piece.start), len(piece) * self._frames.page_size)
+                self._unprotect(area, area.overlap(run))
             fault_resolution.wake(area.fd, start, length)
+
+    def _unprotect(self, area: ServedArea, pages: range) -> None:
+        pieces = area.dirty_runs(pages) if area.tracks else [pages]
+        if self._state.protections.in_use:
+            pieces = [part for piece in pieces for part in self._state.protections.writable_runs(piece)]
+        for piece in pieces:
+            fault_resolution.unprotect(area.fd, area.address(piece.start), len(piece) * self._frames.page_size)
+
+    def resume(self, area: ServedArea) -> None:
+        """Remove the write protection that a server which died between protecting and unprotecting left in an area.
+
+        Threads that wait are woken by the caller.
+        """
+        if not self._state.protections.in_use:
+            fault_resolution.unprotect(area.fd, area.start, area.length)
+        elif area.protectable:
+            with self._state.lock:
+                for run in self._frames.runs(area.pages, DevicePageState.READY):
+                    self._unprotect(area, run)
 
     def drop(self, run: range) -> None:
         """Give the frames of EVICTING pages back, and wake the threads that wait, which fault again."""

@@ -184,9 +184,7 @@ class _EventLoop:
                 if area.alive:
                     area.counters.errors += 1
                     self._page_tables.poison(area, page)
-                    _log.error(
-                        "device %s: the driver answered RETRY for page %d, and did not supply it", self._state.name, page
-                    )
+                    _log.error("device %s: page %d was not supplied after the driver answered RETRY", self._state.name, page)
 
     def _is_calm(self) -> bool:
         """Return whether there is nothing to do except answering faults."""
@@ -342,10 +340,9 @@ class _EventLoop:
             client = ServedClient(record, connection)
             client.resumed = True
             for area in record.areas.values():
-                # The last server may have died between protecting and unprotecting. Waiting threads fault again, also those
-                # whose faults it had read and not answered.
-                fault_resolution.unprotect(record.userfaultfd, area.address, area.length)
-                restored.append(self._requests.restore(client, area))
+                served = self._requests.restore(client, area)
+                restored.append(served)
+                self._isolation.resume(served)
             self._admit(client)
             if connection is not None:
                 connection.setblocking(False)

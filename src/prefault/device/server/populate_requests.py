@@ -225,7 +225,7 @@ class PopulateRequests:
         return FillFailure(
             "driver",
             errno.ETIMEDOUT,
-            f"the driver answered RETRY for page {page}, and did not supply it in {limit:g} s",
+            f"page {page} was not supplied in {limit:g} s after the driver answered RETRY",
             page,
         )
 

@@ -248,7 +248,7 @@ class DevicePool(abc.ABC):
     def shoot_down(self, pages: range) -> ShootDown:
         """Take the entries of all clients for these pages away, and change the pages meanwhile: see :class:`ShootDown`.
 
-        Entering waits for calls that supply or evict some of the pages, half of :attr:`Device.timeout_s` at most.
+        Entering waits for calls that supply, evict or discard some of the pages, half of :attr:`Device.timeout_s` at most.
 
         Raises:
             OSError: EBUSY: such a call does not end, or a client keeps changing its mappings. ENOSPC: there is no memory for
@@ -262,11 +262,12 @@ class DevicePool(abc.ABC):
 
         For tables that a driver needs to go on: versions, offsets, placements. A store counts once it is made: no message
         carries it, and SIGKILL of the server, of the warden, or of one after the other loses none. It ends with the device,
-        in an orderly way or not. Memory is taken for the pages that are written to, and never given back before.
+        in an orderly way or not. Memory is taken for the pages that are written to; :func:`prefault.discard` on a part of
+        the view gives pages back, which are zeros again.
 
         Args:
             name: one to 100 bytes in UTF-8, without NUL. Names that begin with ``prefault.`` are the framework's.
-            length: in bytes. A device keeps at most 100 names, and 64 GiB in total.
+            length: in bytes. A device keeps at most 100 names, and 16 TiB in total.
 
         Raises:
             ValueError: the name is kept with another length, or the name or the length is beyond a limit.
@@ -374,10 +375,12 @@ class Device(abc.ABC):
         return READ_ONLY if READ_ONLY in answers else None
 
     def discard(self, area: DeviceArea, pages: range) -> None:  # noqa: B027  optional
-        """Handle that a client gave pages back; their frames are freed already.
+        """Forget the content of pages that a client gives back, or raise to refuse.
 
-        The driver decides what it supplies for these pages next. The server neither fills nor evicts them until this
-        returns.
+        Called before the frames go. Meanwhile no client gets new entries for the pages, and they are neither filled nor
+        evicted (``evict`` and ``ready`` pass over them); threads that touch pages which they have not mapped wait. After the
+        return the frames are freed, and the driver decides what it supplies next. If it raises, the pages stay as they are,
+        and the client's ``discard`` fails with the driver's message. Repeated after a crash.
         """
 
     def mkwrite(self, area: DeviceArea, page: int) -> None:  # noqa: ARG002

@@ -10,13 +10,13 @@ from typing import Final
 
 from prefault.device import limit_messages
 from prefault.errors import DeviceError
-from prefault.sizes import GIB, PAGE_SIZE, format_size
+from prefault.sizes import PAGE_SIZE, format_size
 
 NAME_MOST: Final = 100
 """Bytes of a name, in UTF-8."""
 NAMES_MOST: Final = 100
-TOTAL_MOST: Final = 64 * GIB
-"""Bytes of all pieces of a device, each in whole pages of 4 KiB."""
+TOTAL_MOST: Final = 16 << 40
+"""Bytes of all pieces of a device, in whole pages of 4 KiB each; memory is taken only where they are written to."""
 
 _ROW = 128
 _ROW_WORDS = _ROW // 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 
 class DevicePageState(enum.IntEnum):
@@ -14,11 +15,15 @@ class DevicePageState(enum.IntEnum):
     READY = 2
     """Supplied."""
     EVICTING = 3
-    """Write-protected everywhere, and being saved. After a crash: READY."""
+    """Write-protected everywhere and being saved, or being discarded at the driver. After a crash: READY."""
     PUNCHING = 4
     """Saved; its frame goes. After a crash: it is punched again, and MISSING."""
     ASIDE = 5
     """Shot down: its content is in the copy aside, and no client has an entry. After a crash it is copied back: READY."""
+
+
+UNSETTLED: Final = (DevicePageState.FILLING, DevicePageState.EVICTING, DevicePageState.PUNCHING, DevicePageState.ASIDE)
+"""States of pages that some call is working on: neither supplied nor missing before it ends."""
 
 
 class PageFlag(enum.IntFlag):

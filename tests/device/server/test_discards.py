@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+import prefault
+import prefault.device
 from prefault.device import protocol
-from prefault.device.driver import Access, Device, DeviceArea, FaultAround, Supplied
+from prefault.device.driver import Access, Device, DeviceArea, FaultAround, Recipe, Supplied
 from prefault.device.page_states import DevicePageState
 from prefault.sizes import PAGE_SIZE
 from support import processes
@@ -34,7 +38,7 @@ class Gates:
         self._bytes = mmap.mmap(-1, PAGE_SIZE)
 
     def _index(self, name: str) -> int:
-        return 2 * ["save", "fill", "discard", "close"].index(name)
+        return 2 * ["save", "fill", "discard", "close", "decide"].index(name)
 
     def shut(self, name: str) -> None:
         self._bytes[self._index(name)] = 1
@@ -198,6 +202,156 @@ def test_a_discard_that_waits_ends_with_its_area_which_is_closed_at_the_driver()
         device.gates.open("save")
         assert other.view[PAGE * PAGE_SIZE] == 77  # it was evicted, and not discarded
         assert not device.gates.reached("discard")
+
+
+class Refusing(Stored):
+    """Decides about a discard after it waited: refuses, kills its process, or goes on, as the test has set."""
+
+    restartable = True
+    GO_ON, REFUSE, DIE = range(3)
+
+    def decide(self, answer: int) -> None:
+        """Set the answers to discards, in the test."""
+        self._told[1] = answer
+
+    def discards(self) -> int:
+        """Return how often the driver was asked to discard."""
+        return self._told[2]
+
+    def recipe(self) -> Recipe | None:
+        return None
+
+    def discard(self, area: DeviceArea, pages: range) -> None:
+        self._told[2] += 1
+        self.gates.pass_through("decide")
+        match self._told[1]:
+            case self.REFUSE:
+                raise PermissionError(f"{pages} are pinned")
+            case self.DIE:
+                self._told[1] = self.GO_ON
+                os.kill(os.getpid(), signal.SIGKILL)
+        super().discard(area, pages)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_refused_discard_changes_nothing(workers: int) -> None:
+    device = Refusing(workers=workers)
+    device.decide(Refusing.REFUSE)
+    with served(device) as (running, client):
+        area = client.map(device.length)
+        area.view[PAGE * PAGE_SIZE] = 77
+        before = os.fstat(running.frames.fd).st_blocks
+        refused = client.ask(protocol.Refused, protocol.Discard(next(client.numbers), area.number, 0, PAGES))
+        assert refused.kind == "device"
+        assert f"driver raised in discard(): PermissionError: range(0, {PAGES}) are pinned" in refused.message
+        assert running.frames.states[PAGE] == DevicePageState.READY
+        assert os.fstat(running.frames.fd).st_blocks == before
+        assert area.view[PAGE * PAGE_SIZE] == 77
+        device.decide(Refusing.GO_ON)
+        assert area.discard(0, PAGES) == 1
+        assert area.view[PAGE * PAGE_SIZE] == 0
+
+
+def test_the_frames_stay_while_the_driver_decides_and_nothing_fills_saves_or_maps_them(tmp_path: Path) -> None:
+    device = Refusing()
+    device.gates.shut("decide")
+    device.decide(Refusing.REFUSE)
+    with listening(device, tmp_path) as connect, connect() as client:
+        area = client.map(device.length)
+        area.view[PAGE * PAGE_SIZE] = 77
+        _discard(client, area)
+        assert processes.eventually(lambda: device.gates.reached("decide"))
+        device.evict()  # in a thread of the driver
+        area.view[PAGE * PAGE_SIZE + 1] = 78  # mapped: it goes on
+
+        def other() -> bytes:
+            with connect() as elsewhere:
+                view = elsewhere.map(device.length).view
+                return bytes(view[PAGE * PAGE_SIZE : PAGE * PAGE_SIZE + 2])
+
+        with Child(other) as child:
+            time.sleep(_WAIT_S)
+            assert not child.ended()
+            assert not device.gates.reached("save")
+            device.gates.open("decide")
+            assert child.result() == b"MN"  # 77, 78
+        assert isinstance(client.receive(), protocol.Refused)
+        assert area.view[PAGE * PAGE_SIZE] == 77
+
+
+def test_two_clients_discard_the_same_pages(tmp_path: Path) -> None:
+    device = Refusing()
+    device.gates.shut("decide")
+    device.decide(Refusing.REFUSE)
+    with listening(device, tmp_path) as connect, connect() as client, connect() as second:
+        area, again = client.map(device.length), second.map(device.length)
+        area.view[PAGE * PAGE_SIZE] = 77
+        _discard(client, area)
+        assert processes.eventually(lambda: device.gates.reached("decide"))
+        second.send(protocol.Discard(next(second.numbers), again.number, 0, PAGES))
+        again.statistics()
+        assert device.discards() == 1  # the second one waits for the first
+        device.gates.open("decide")
+        for asked in (client, second):
+            assert isinstance(asked.receive(), protocol.Refused)
+        assert device.discards() == 2
+        assert again.view[PAGE * PAGE_SIZE] == 77
+        device.decide(Refusing.GO_ON)
+        assert again.discard(0, PAGES) == 1
+        assert area.view[PAGE * PAGE_SIZE] == 0
+
+
+def test_a_fill_beyond_the_capacity_waits_for_a_discard_that_makes_room(tmp_path: Path) -> None:
+    device = Refusing()
+    device.capacity = 2 * PAGE_SIZE
+    device.gates.shut("decide")
+    with listening(device, tmp_path) as connect, connect() as client:
+        area = client.map(device.length)
+        area.view[0] = area.view[PAGE * PAGE_SIZE] = 77
+        client.send(protocol.Discard(next(client.numbers), area.number, 0, PAGE + 1))
+        assert processes.eventually(lambda: device.gates.reached("decide"))
+
+        def other() -> int:
+            with connect() as elsewhere:
+                return elsewhere.map(device.length).view[(PAGE + 1) * PAGE_SIZE]
+
+        with Child(other) as child:
+            time.sleep(_WAIT_S)
+            device.gates.open("decide")
+            assert child.result() == 0
+        assert isinstance(client.receive(), protocol.Discarded)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_driver_killed_in_discard_is_asked_again_by_the_next_server(workers: int) -> None:
+    device = Refusing(workers=workers)
+    with prefault.device.map(device) as area, area.memoryview() as view:
+        view[PAGE * PAGE_SIZE] = view[0] = 77
+        device.decide(Refusing.DIE)
+        assert area.discard(offset=PAGE * PAGE_SIZE, length=PAGE_SIZE).freed_bytes == PAGE_SIZE
+        assert device.discards() == 2
+        assert (view[PAGE * PAGE_SIZE], view[0]) == (0, 77)
+
+
+def test_a_driver_killed_in_discard_for_good_leaves_the_pages(tmp_path: Path) -> None:
+    device = Refusing()
+    device.restartable = False
+    with prefault.device.map(device) as area, area.memoryview() as view:
+        view[PAGE * PAGE_SIZE] = 77
+        device.decide(Refusing.DIE)
+        with pytest.raises(prefault.DeviceGoneError):
+            area.discard(offset=PAGE * PAGE_SIZE, length=PAGE_SIZE)
+        assert view[PAGE * PAGE_SIZE] == 77
+
+
+def test_a_refusal_reaches_the_caller_of_discard() -> None:
+    device = Refusing()
+    device.decide(Refusing.REFUSE)
+    with prefault.device.map(device) as area:
+        with pytest.raises(prefault.DiscardError, match=r"driver raised in discard\(\): PermissionError: range\(0, 16\)"):
+            prefault.discard(area)
+        with pytest.raises(prefault.DiscardError, match="are pinned"):
+            area.discard()
 
 
 def _writes_discards_reads(connect: Callable[[], Handmade], pages: range, seed: int, duration_s: float) -> tuple[int, int]:

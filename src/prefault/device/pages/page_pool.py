@@ -35,7 +35,7 @@ class PagePool:
     Attributes:
         capacity: as given.
         used: pages that have a frame, or are about to get one.
-        evicting: evictions under way, in all threads.
+        evicting: evictions and discards under way, in all threads.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ import time
 from typing import TYPE_CHECKING
 
 from prefault.device.driver import Access, ShootDown
-from prefault.device.page_states import DevicePageState
+from prefault.device.page_states import UNSETTLED
 from prefault.device.pages.page_pool import append_run, subtract
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from prefault.device.pages.served_areas import ServerState
 
 _LOOK_S = 0.0005
-_UNSETTLED = (DevicePageState.FILLING, DevicePageState.EVICTING, DevicePageState.PUNCHING, DevicePageState.ASIDE)
 
 
 class ServedShootDown(ShootDown):
@@ -95,7 +94,7 @@ class ServedShootDown(ShootDown):
         while True:
             with state.lock:
                 older = state.held.before(self._hold)
-                if not older and not self._frames.runs(self.pages, *_UNSETTLED):
+                if not older and not self._frames.runs(self.pages, *UNSETTLED):
                     return
             if any(held.thread == threading.get_ident() for held in older):
                 raise RuntimeError(f"this thread shoots some of {self.pages} down already")

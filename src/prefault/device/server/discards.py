@@ -1,4 +1,4 @@
-"""Discards that clients ask for: no page is supplied or saved while its driver forgets it."""
+"""Discards that clients ask for: no page is supplied or saved while its driver forgets it, or refuses to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from prefault.device.page_states import DevicePageState
+from prefault.device.page_states import UNSETTLED
+from prefault.device.pages import fault_resolution
 
 if TYPE_CHECKING:
     from prefault.device.pages.fills import FillFailure
@@ -21,17 +22,18 @@ class _Discard:
 
     Attributes:
         then: called in the loop at the end, with the driver's failure and the number of pages that were given back.
-        seen: ``ServerState.changes`` at the last check for pages that are still filled or evicted.
+        seen: ``ServerState.changes`` at the last check for pages that are still filled, evicted or shot down.
         called: the driver's ``discard`` has been called.
+        runs: the pages that were supplied; EVICTING during the call, and punched after it unless it raised.
         waiting: faults on its pages, as area and page; they are raised again when they are woken.
     """
 
     area: ServedArea
     pages: range
     then: Callable[[FillFailure | None, int], None]
-    count: int = 0
     seen: int = -1
     called: bool = False
+    runs: list[range] = field(default_factory=list)
     waiting: list[tuple[ServedArea, int]] = field(default_factory=list)
 
 
@@ -40,7 +42,8 @@ class Discards:
 
     A call of the driver that fills or saves a page cannot be called off. One that began before the discard may have read
     the old content, or still write it, so that the driver is asked to discard after it. No new one begins until the driver
-    has forgotten the pages: faults on them wait, and populates defer them.
+    has forgotten the pages: faults on them wait, and populates defer them. The frames go afterwards: a driver that raises
+    has refused, and the pages are as they were, writes made meanwhile included.
 
     Attributes:
         active: the discards under way.
@@ -59,7 +62,7 @@ class Discards:
         self._advance(discard)
 
     def step(self) -> None:
-        """Advance the discards whose pages may have been filled or evicted by now."""
+        """Advance the discards whose pages may have come to rest by now."""
         for discard in [waits for waits in self.active if not waits.called and waits.seen != self._state.changes]:
             self._advance(discard)
 
@@ -89,19 +92,32 @@ class Discards:
         return False, range(start, stop)
 
     def _advance(self, discard: _Discard) -> None:
-        with self._state.lock:
-            discard.seen = self._state.changes
-            discard.count += self._state.pool.discard(discard.pages)
-            if self._state.frames.runs(discard.pages, DevicePageState.FILLING, DevicePageState.EVICTING):
+        state = self._state
+        with state.lock:
+            discard.seen = state.changes
+            if state.held.overlaps(discard.pages) or state.frames.runs(discard.pages, *UNSETTLED):
                 return
+            discard.runs = state.pool.begin_eviction(discard.pages)
+            state.pool.evicting += 1  # room is made soon: a fill that finds none waits
         discard.called = True
         self._jobs.call(discard.area, "discard", discard.pages, then=lambda failure: self._finish(discard, failure))
 
     def _finish(self, discard: _Discard, failure: FillFailure | None) -> None:
         self.active.remove(discard)
-        with self._state.lock:
-            self._state.changes += 1
+        state = self._state
+        with state.lock:
+            state.pool.evicting -= discard.called
+            if failure is None:
+                state.protections.cure(discard.pages)
+            for run in discard.runs:
+                if failure is None:
+                    state.pool.punch(run)
+                else:
+                    state.pool.make_ready(run)
+            for area, start, length in state.areas_over(discard.pages) if discard.runs else ():
+                fault_resolution.wake(area.fd, start, length)  # touched these pages meanwhile
+            state.changes += 1
         for area, page in discard.waiting:
             if area.alive:
                 self._page_tables.wake(area, page)
-        discard.then(failure, discard.count)
+        discard.then(failure, 0 if failure is not None else sum(map(len, discard.runs)))

@@ -4,15 +4,17 @@
 """
 
 from prefault.drivers.remote.area_arrays import area_of
-from prefault.drivers.remote.array_formats import SafeTensors
 from prefault.drivers.remote.opened_arrays import open_remote
 from prefault.drivers.remote.remote_file import RemoteFile
+from prefault.drivers.remote.safetensors_files import SafeTensors
+from prefault.drivers.remote.sharded_safetensors import ShardedSafeTensors
 from prefault.drivers.remote.source import Patience, SourceChangedError, SourceError, SourceMissingError
 
 __all__ = [
     "Patience",
     "RemoteFile",
     "SafeTensors",
+    "ShardedSafeTensors",
     "SourceChangedError",
     "SourceError",
     "SourceMissingError",

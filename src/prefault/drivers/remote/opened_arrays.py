@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import prefault.device
-from prefault.drivers.remote.area_arrays import array_of
+from prefault.drivers.remote.area_arrays import area_of, array_of
 from prefault.drivers.remote.array_formats import ArrayLayout, read_npy_layout
-from prefault.drivers.remote.remote_file import Location, RemoteFile, name_of
+from prefault.drivers.remote.locations import name_of
+from prefault.drivers.remote.remote_file import Location, RemoteFile
+from prefault.drivers.remote.safetensors_files import SafeTensors
+from prefault.drivers.remote.sharded_safetensors import SUFFIX as INDEX_SUFFIX
+from prefault.drivers.remote.sharded_safetensors import open_sharded
+from prefault.drivers.remote.source import Patience
 from prefault.sizes import Size, parse_size
 
 if TYPE_CHECKING:
@@ -21,9 +26,9 @@ _PACKED = (".gz", ".gzip", ".zst", ".zstd")
 def open_remote(
     source: Location | RemoteFile, *, dtype: numpy.typing.DTypeLike | None = None,
     shape: int | tuple[int, ...] | None = None, order: Literal["C", "F"] = "C", offset: Size = 0,
-    format: Literal["infer", "npy", "raw"] = "infer",  # noqa: A002
+    format: Literal["infer", "npy", "raw", "safetensors"] = "infer",  # noqa: A002
     populate: bool = False, plan: str | os.PathLike[str] | None = None, **options: Any,
-) -> numpy.ndarray[Any, Any]:  # fmt: skip
+) -> numpy.ndarray[Any, Any] | Any:  # fmt: skip
     """Map a remote file as a read-only array, of which only the touched parts are downloaded.
 
     The array works like one in memory: slices, views, ``pyarrow.py_buffer(array)``, ``prefault.populate(array[a:b])``.
@@ -35,21 +40,33 @@ def open_remote(
         shape: the shape of the array; default: one dimension, as many items as fit.
         order: the order of the array, by rows (C) or columns (F).
         offset: the first byte of the array in the file.
-        format: ``"npy"``: the file's header describes the array. ``"raw"``: the arguments do. ``"infer"``: ``"npy"`` if the
-            name ends in ``.npy`` (compressed or not) and no dtype is given.
-        populate: download the whole file now, in parallel.
+        format: ``"npy"``: the file's header describes the array. ``"raw"``: the arguments do. ``"safetensors"``: return the
+            tensors by name. ``"infer"``: ``"npy"`` if the name ends in ``.npy`` (compressed or not) and no dtype is given;
+            ``"safetensors"`` if it ends in ``.safetensors.index.json``: the tensors of all shards that this index names.
+        populate: download the whole file now, in parallel; of a model of several shards, all of them.
         plan: a file with the access log of an earlier run (``area_of(array).access_log().save(plan)``): its pages are
             populated first. A missing file is ignored.
-        options: see :class:`RemoteFile`.
+        options: see :class:`RemoteFile`; with an index of shards, they are those of each shard.
+
+    Returns:
+        An array; with ``"safetensors"`` a mapping from names to arrays.
 
     Raises:
-        SourceError: the file cannot be read.
+        SourceError: the file, or a shard, cannot be read; the shards do not fit their index.
         ValueError, TypeError, ImportError: see :class:`RemoteFile`; the array does not fit the file.
     """
     import numpy
 
     map_device = prefault.device.map  # first, because it names a missing package
+    if _names_index(source, format, dtype):
+        if shape is not None or order != "C" or offset or plan is not None:
+            raise ValueError("shape, order, offset and plan are those of one array, and not of a model of several shards")
+        return _open_model(os.fsdecode(source), populate=populate, **options)
     device = source if isinstance(source, RemoteFile) else RemoteFile(source, **options)
+    if format == "safetensors":
+        if dtype is not None or shape is not None or order != "C" or offset:
+            raise ValueError("dtype, shape and order are read from the safetensors file; format='raw' maps its bytes")
+        return SafeTensors(open_remote(device, format="raw", populate=populate, plan=plan))
     kind = _format(device, format, dtype)
     if kind == "npy" and (dtype is not None or shape is not None):
         raise ValueError("dtype and shape are read from the .npy file; format='raw' maps its bytes")
@@ -70,9 +87,34 @@ def open_remote(
     return numpy.ndarray(place.shape, place.dtype, buffer=content, offset=place.offset, order=place.order)
 
 
+def _names_index(source: Location | RemoteFile, given: str, dtype: object) -> TypeGuard[str | os.PathLike[str]]:
+    """Return whether a source is the index of a model of several shards, and to be mapped as such."""
+    if isinstance(source, RemoteFile) or callable(source):
+        return False
+    wanted = given == "safetensors" or (given == "infer" and dtype is None)
+    return wanted and name_of(os.fsdecode(source)).lower().endswith(INDEX_SUFFIX)
+
+
+def _open_model(url: str, *, populate: bool, **options: Any) -> SafeTensors:
+    for name in ("index", "version"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name} is that of one file, and not of a model of several shards")
+    model = open_sharded(
+        url,
+        lambda shard: open_remote(shard, format="raw", **options),
+        dict(options.get("headers") or {}),
+        dict(options.get("storage_options") or {}),
+        options.get("patience", Patience()),
+    )
+    if populate:
+        for content in model.shards.values():
+            area_of(content).populate()
+    return model
+
+
 def _format(device: RemoteFile, given: str, dtype: object) -> str:
     if given not in ("infer", "npy", "raw"):
-        raise ValueError(f"format is 'infer', 'npy' or 'raw', not {given!r}")
+        raise ValueError(f"format is 'infer', 'npy', 'raw' or 'safetensors', not {given!r}")
     if given != "infer":
         return given
     if dtype is not None or callable(device.source):

@@ -7,17 +7,15 @@ import errno
 import os
 import threading
 import time
-import urllib.parse
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 from prefault.device.driver import Access, Device, DeviceArea, FaultAround, Recipe
-from prefault.drivers.remote.archives import open_member
 from prefault.drivers.remote.disk_cache import CachedSource, DiskCache, WriteWarning, cache_key, make_directory
-from prefault.drivers.remote.file_sources import CallableSource, FsspecSource, LocalSource
+from prefault.drivers.remote.file_sources import CallableSource
 from prefault.drivers.remote.gzip_source import open_gzip
-from prefault.drivers.remote.http_source import HttpSource, redacted_url
+from prefault.drivers.remote.locations import closed_on_failure, name_of, open_plain, redacted_chain
 from prefault.drivers.remote.source import GivenUpError, Patience, Source, SourceMissingError, Version, printable, time_limit
 from prefault.drivers.remote.zstd_source import ZstdSource
 from prefault.sizes import MIB, PAGE_SIZE, Size, parse_size
@@ -29,8 +27,6 @@ _SUFFIXES = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _NO_RANDOM_ACCESS = (".bz2", ".xz", ".lzma", ".lz4", ".br", ".z")
 _GIVEN_UP_S = 1.0
 """Seconds for which a read that was given up is not tried again."""
-_COPYING = ("simplecache", "filecache")
-"""File systems of fsspec that keep copies of whole files, and do not check that they are current."""
 _MARGIN_S = 15.0
 """Seconds between the limit at which a read gives up and the limit at which the framework ends its process."""
 
@@ -200,7 +196,7 @@ class RemoteFile(Device):
         source = self._open_source()
         if self._cache_dir is None:
             return source
-        with _closed_on_failure(source):
+        with closed_on_failure(source):
             return CachedSource(source, self._open_cache(self._cache_dir, source))
 
     def _open_cache(self, directory: str, source: Source) -> DiskCache:
@@ -233,7 +229,7 @@ class RemoteFile(Device):
             return plain  # it is empty: __init__ raises
         if packing is None:
             return plain
-        with _closed_on_failure(plain):
+        with closed_on_failure(plain):
             opened = ZstdSource(plain) if packing == "zstd" else self._open_gzip(plain)
             if self._version is not None and opened.version != self._version:
                 raise opened.changed(self._version.change(opened.version))
@@ -252,81 +248,8 @@ class RemoteFile(Device):
         return open_plain(self.source, self._headers, self._options, self._patience, version)
 
 
-@contextlib.contextmanager
-def _closed_on_failure(source: Source) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        source.close()
-        raise
-
-
-def open_plain(
-    url: str, headers: dict[str, str], options: dict[str, Any], patience: Patience, version: Version | None = None
-) -> Source:
-    """Open the source of a URL or path, without unpacking it."""
-    protocol, _, rest = url.partition("://")
-    if "::" in url and protocol == "zip":
-        member, _, inner = rest.partition("::")
-        within = options.get(inner.partition("://")[0], {}) if "::" not in inner else options
-        archive = open_plain(inner, headers, within, patience)
-        with _closed_on_failure(archive):
-            return open_member(archive, member, redacted_chain(url), version)
-    if _is_whole(url):
-        if protocol in ("http", "https"):
-            if options:
-                raise ValueError(
-                    f"http and https are read without fsspec: storage_options ({', '.join(options)}) do not apply, but"
-                    " headers= does"
-                )
-            return HttpSource(url, headers, patience, version)
-        return LocalSource(_local_path(url), patience, version)
-    chain = url.split("::")
-    for part in chain:
-        if part.partition("://")[0] in _COPYING:
-            raise ValueError(
-                f"{part.partition('://')[0]}:: returns copies of any version: leave it out, and give cache_dir="
-            )
-    if chain[-1].startswith("file://"):
-        chain[-1] = f"file://{_local_path(chain[-1])}"  # fsspec does not decode it
-    return FsspecSource("::".join(chain), options, redacted_chain(url), patience, version)
-
-
-def redacted_chain(url: str) -> str:
-    """Return a URL, or a chain of URLs, for messages: without its secrets."""
-    if "://" not in url:
-        return url
-    if _is_whole(url):
-        return redacted_url(url)
-    first, separator, inner = url.partition("::")
-    return (redacted_url(first) if "://" in first else first) + separator + redacted_chain(inner)
-
-
-def _is_whole(url: str) -> bool:
-    """Return whether ``::`` belongs to a name and does not chain URLs: in a path, and in file and http URLs."""
-    protocol, separator, _ = url.partition("://")
-    return not separator or protocol in ("file", "local", "http", "https")
-
-
-def name_of(url: str) -> str:
-    """Return the part of a URL or path that ends in the suffix of the file name."""
-    first = url if _is_whole(url) else url.partition("::")[0]
-    return urllib.parse.urlsplit(first).path if first.startswith(("http://", "https://")) else first
-
-
 def _shown(source: str | Callable[[], BinaryIO]) -> str:
     return printable(getattr(source, "__qualname__", str(source)) if callable(source) else redacted_chain(source))
-
-
-def _local_path(url: str) -> str:
-    """Return the path of a ``file://`` URL, percent-decoded (RFC 8089); a path, also behind ``local://``, is left alone."""
-    protocol, separator, path = url.partition("://")
-    if protocol != "file" or not separator:
-        return path if separator else url
-    path = path.removeprefix("localhost")
-    if not path.startswith("/"):
-        raise ValueError(f"{printable(url)}: a file:// URL of this machine has three slashes: file:///path")
-    return os.fsdecode(urllib.parse.unquote_to_bytes(os.fsencode(path)))
 
 
 def _sendable(text: str | None) -> str | bytes | None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import prefault
+import prefault.virtio_mem
 
 _PUBLIC = [
     "PAGE_SIZE",
@@ -74,12 +75,35 @@ _PUBLIC = [
     "unlock",
 ]
 
+_PUBLIC_VIRTIO_MEM = [
+    "CONFIG_BYTES",
+    "DEVICE_ID",
+    "REQUEST_BYTES",
+    "RESPONSE_BYTES",
+    "TRANSPORT_FEATURES",
+    "VERSION_1",
+    "BlockState",
+    "Config",
+    "Feature",
+    "Request",
+    "RequestType",
+    "Response",
+    "ResponseType",
+    "VirtioMem",
+]
+
 
 def test_the_list() -> None:
     assert list(prefault.__all__) == _PUBLIC
     assert len(set(_PUBLIC)) == len(_PUBLIC)  # their order is ruff's affair
     for name in _PUBLIC:
         assert hasattr(prefault, name)
+
+
+def test_the_list_of_virtio_mem() -> None:
+    assert list(prefault.virtio_mem.__all__) == _PUBLIC_VIRTIO_MEM
+    for name in _PUBLIC_VIRTIO_MEM:
+        assert hasattr(prefault.virtio_mem, name)
 
 
 def test_nothing_else_is_public() -> None:

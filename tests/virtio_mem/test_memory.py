@@ -78,6 +78,28 @@ def test_unplugged_memory_is_out_of_reach() -> None:
             memory.write(BLOCK, b"x")
 
 
+@pytest.mark.parametrize("backing", ["anonymous", "memfd", "tmpfs"])
+def test_a_plugged_block_reads_zeros_though_it_was_written_while_unplugged(backing: str) -> None:
+    """A driver must not write there, but nothing stops it. A plug drops those bytes, and none around them."""
+    with SparseMemory("16 MiB", backing=backing, block=BLOCK, unpopulated="zeros") as memory:
+        device = VirtioMem(memory, addr=ADDR, requested_size="16 MiB")
+        assert ask(device, PLUG, 0) == ACK
+        array = memory.ndarray("uint8", (8, BLOCK))
+        for block in (0, 1, 2, 3):
+            array[block, ::4096] = 7
+        assert ask(device, PLUG, 1, 2) == ACK
+        assert not array[1:3].any()
+        assert array[0, ::4096].all()  # plugged before
+        assert array[3, ::4096].all()  # still unplugged: the device leaves it alone until then
+        assert oracle.present_bytes(memory.range.start + BLOCK, 2 * BLOCK) == 2 * BLOCK
+        array[1] = 9
+        assert ask(device, UNPLUG, 1) == ACK
+        array[1, 5] = 9
+        assert ask(device, PLUG, 1) == ACK
+        assert not array[1].any()
+        del array
+
+
 def test_unplug_all_takes_what_reading_has_allocated() -> None:
     with SparseMemory("16 MiB", backing="memfd", block=BLOCK, unpopulated="zeros", huge="never") as memory:
         device = VirtioMem(memory, addr=ADDR, requested_size="8 MiB")

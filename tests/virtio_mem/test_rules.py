@@ -11,7 +11,17 @@ import pytest
 from prefault import DiscardError, OutOfMemoryError, PageRange, RangeSet
 from prefault.errors import HeadroomError, PoolFullError, PopulateError
 from prefault.sizes import GIB, MIB
-from prefault.virtio_mem import BlockState, Feature, Request, RequestType, Response, ResponseType, VirtioMem
+from prefault.virtio_mem import (
+    TRANSPORT_FEATURES,
+    VERSION_1,
+    BlockState,
+    Feature,
+    Request,
+    RequestType,
+    Response,
+    ResponseType,
+    VirtioMem,
+)
 
 PLUG, UNPLUG, UNPLUG_ALL, STATE = RequestType
 ACK, NACK, BUSY, ERROR = (Response(kind) for kind in ResponseType)
@@ -59,7 +69,7 @@ def ask(what: VirtioMem, kind: int, first: float = 0, blocks: int = 1) -> Respon
 
 
 def test_a_block_is_populated_before_ack_and_discarded_before_ack() -> None:
-    memory = Notes()
+    memory = Notes(unpopulated="fault")
     it = device(memory)
     assert ask(it, PLUG, 3, 2) == ACK
     assert memory.asked == [("populate", 3, 2)]
@@ -69,6 +79,20 @@ def test_a_block_is_populated_before_ack_and_discarded_before_ack() -> None:
     assert memory.asked == [("populate", 3, 2), ("discard", 4, 1)]
     assert it.config.plugged_size == BLOCK
     assert it.plugged == RangeSet([PageRange(3 * BLOCK, 4 * BLOCK)])
+
+
+def test_a_block_that_can_be_written_while_unplugged_is_discarded_before_it_is_plugged() -> None:
+    memory = Notes(unpopulated="zeros")
+    it = device(memory)
+    assert ask(it, PLUG, 3, 2) == ACK
+    assert memory.asked == [("discard", 3, 2), ("populate", 3, 2)]
+    memory.refuse["discard"] = DiscardError(errno.EPERM, "sealed")
+    before = it.config
+    memory.asked.clear()
+    assert ask(it, PLUG, 5) == BUSY  # else the driver would read what it wrote there before
+    assert (it.config, memory.asked) == (before, [("discard", 5, 1)])
+    assert it.busy_reason is not None
+    assert it.busy_reason.startswith("cannot plug 2.0 MiB at ")
 
 
 def test_states() -> None:
@@ -138,7 +162,7 @@ def test_any_block_that_is_there_already_is_an_error() -> None:
 
 
 def test_more_than_requested_is_denied() -> None:
-    memory = Notes()
+    memory = Notes(unpopulated="fault")
     it = device(memory)
     assert ask(it, PLUG, 0, 9) == NACK
     assert ask(it, PLUG, 0, 7) == ACK
@@ -254,7 +278,7 @@ def test_unplug_all_discards_the_whole_region_and_fits_the_usable_one() -> None:
     assert it.config.usable_region_size == 12 * BLOCK  # never smaller, but now:
     calls.clear()
     assert ask(it, UNPLUG_ALL, 2.5, 0) == ACK  # the rest of the request means nothing
-    assert memory.asked[1:] == [("discard", 0, 16)]
+    assert memory.asked[-1:] == [("discard", 0, 16)]
     assert it.config[-3:] == (6 * BLOCK, 0, 2 * BLOCK)
     assert calls == []
     assert ask(it, STATE, 0, 6) == Response(ResponseType.ACK, BlockState.UNPLUGGED)
@@ -346,6 +370,29 @@ def test_a_change_is_notified_once() -> None:
     assert seen[1:] == [(6 * BLOCK, BLOCK, BLOCK)]
 
 
+def test_the_notification_can_be_set_after_construction() -> None:
+    it = device(requested_size=0)
+    it.request_size(BLOCK)  # not notified
+    seen: list[str] = []
+    it.on_config_change = lambda: seen.append("first")
+    it.request_size(2 * BLOCK)
+    it.on_config_change = lambda: seen.append("second")
+    it.request_size(3 * BLOCK)
+    it.on_config_change = None
+    it.request_size(4 * BLOCK)
+    assert seen == ["first", "second"]
+
+
+def test_the_generation_fits_into_32_bits() -> None:
+    it = device(requested_size=0)
+    it._generation = 2**32 - 2
+    seen = [it.config_generation]
+    for blocks in (1, 2, 3):
+        it.request_size(blocks * BLOCK)
+        seen.append(it.config_generation)
+    assert seen == [2**32 - 2, 2**32 - 1, 0, 1]
+
+
 def test_a_refused_size_changes_nothing() -> None:
     calls: list[int] = []
     it = device(on_config_change=lambda: calls.append(1))
@@ -367,3 +414,16 @@ def test_features() -> None:
     assert not everything.negotiate(everything.offered | 8)
     assert not device().negotiate(Feature.UNPLUGGED_INACCESSIBLE)  # not offered
     assert device().negotiate(0)
+
+
+def test_features_of_the_transport_are_the_transports() -> None:
+    """A driver accepts them in the same number: VERSION_1 always, and packed rings, IOMMU and others."""
+    it = device(Notes(unpopulated="fault"))
+    assert VERSION_1 & TRANSPORT_FEATURES
+    for others in (VERSION_1, TRANSPORT_FEATURES, VERSION_1 | 1 << 24 | 1 << 49):
+        assert it.negotiate(others | Feature.UNPLUGGED_INACCESSIBLE)
+        assert it.negotiated is Feature.UNPLUGGED_INACCESSIBLE
+        assert not it.negotiate(others)
+    for bit in (2, 23, 50, 63, 127):  # of the device type
+        assert not it.negotiate(VERSION_1 | Feature.UNPLUGGED_INACCESSIBLE | 1 << bit)
+    assert not it.negotiate(Feature.UNPLUGGED_INACCESSIBLE | 1 << 128)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefault import virtio_mem
 from prefault.virtio_mem import BlockState, Config, Feature, Request, RequestType, Response, ResponseType, wire
 from support import needs
 
@@ -21,6 +22,8 @@ _HEADERS = Path(sys.prefix) / "uapi" / "any-linux-any"
 _PROGRAM = r"""
 #include <stdio.h>
 #include <string.h>
+#include <linux/virtio_config.h>
+#include <linux/virtio_ids.h>
 #include <linux/virtio_mem.h>
 static void dump(const char *name, const void *data, size_t size)
 {
@@ -54,6 +57,7 @@ int main(void)
     NUMBER(VIRTIO_MEM_REQ_PLUG); NUMBER(VIRTIO_MEM_REQ_UNPLUG); NUMBER(VIRTIO_MEM_REQ_UNPLUG_ALL);
     NUMBER(VIRTIO_MEM_REQ_STATE);
     NUMBER(VIRTIO_MEM_RESP_ACK); NUMBER(VIRTIO_MEM_RESP_NACK); NUMBER(VIRTIO_MEM_RESP_BUSY); NUMBER(VIRTIO_MEM_RESP_ERROR);
+    NUMBER(VIRTIO_ID_MEM); NUMBER(VIRTIO_F_VERSION_1); NUMBER(VIRTIO_TRANSPORT_F_START); NUMBER(VIRTIO_TRANSPORT_F_END);
     NUMBER(VIRTIO_MEM_STATE_PLUGGED); NUMBER(VIRTIO_MEM_STATE_UNPLUGGED); NUMBER(VIRTIO_MEM_STATE_MIXED);
     return 0;
 }
@@ -111,6 +115,15 @@ def test_numbers_are_the_kernels(header: dict[str, str]) -> None:
     expected |= {f"VIRTIO_MEM_RESP_{item.name}": int(item) for item in ResponseType}
     expected |= {f"VIRTIO_MEM_STATE_{item.name}": int(item) for item in BlockState}
     assert expected == {name: int(text, 16) for name, text in header.items() if name.startswith("VIRTIO_MEM_")}
+
+
+def test_the_numbers_of_a_transport_are_the_kernels(header: dict[str, str]) -> None:
+    kernels = {name: int(text, 16) for name, text in header.items() if not name.startswith("VIRTIO_MEM_") and name[0] == "V"}
+    assert kernels["VIRTIO_ID_MEM"] == virtio_mem.DEVICE_ID
+    assert 1 << kernels["VIRTIO_F_VERSION_1"] == virtio_mem.VERSION_1
+    # The kernel knows those that are in use; the specification reserves 24 to 49.
+    for bit in range(kernels["VIRTIO_TRANSPORT_F_START"], kernels["VIRTIO_TRANSPORT_F_END"] + 1):
+        assert virtio_mem.TRANSPORT_FEATURES >> bit & 1
 
 
 @given(st.integers(0, 2**16 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**16 - 1))

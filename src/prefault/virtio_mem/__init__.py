@@ -5,6 +5,12 @@
 
 from prefault.virtio_mem.virtio_device import VirtioMem
 from prefault.virtio_mem.wire import (
+    CONFIG_BYTES,
+    DEVICE_ID,
+    REQUEST_BYTES,
+    RESPONSE_BYTES,
+    TRANSPORT_FEATURES,
+    VERSION_1,
     BlockState,
     Config,
     Feature,
@@ -15,6 +21,12 @@ from prefault.virtio_mem.wire import (
 )
 
 __all__ = [
+    "CONFIG_BYTES",
+    "DEVICE_ID",
+    "REQUEST_BYTES",
+    "RESPONSE_BYTES",
+    "TRANSPORT_FEATURES",
+    "VERSION_1",
     "BlockState",
     "Config",
     "Feature",

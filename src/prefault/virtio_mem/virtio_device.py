@@ -12,6 +12,7 @@ from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, Size, format_size, parse_size
 from prefault.virtio_mem.wire import (
     MAX_BLOCKS,
+    TRANSPORT_FEATURES,
     BlockState,
     Bytes,
     Config,
@@ -68,8 +69,9 @@ class VirtioMem:
         answer = device.handle(request)         # the transport: 24 bytes in, 10 bytes out
 
     The device has no virtqueue. A block is plugged when its memory is populated, and not before; it is unplugged when its
-    memory is given back. Requests are handled one after the other; several threads may call. The configuration can be read
-    at any time, also while a request is worked on.
+    memory is given back. A block that was just plugged reads as zeros: with ``unpopulated="zeros"`` the device discards what
+    the guest wrote to it while it was unplugged, and with ``"fault"`` the guest cannot write there. Requests are handled one
+    after the other; several threads may call. The configuration can be read at any time, also while a request is worked on.
 
     Args:
         memory: behind the region, offset 0 being ``addr``; all of it counts as unplugged, so nothing may be populated.
@@ -89,8 +91,11 @@ class VirtioMem:
             thread that called :meth:`request_size`, which passes its exceptions on. The change is made by then.
 
     Attributes:
-        offered: the features that the device offers.
+        offered: the features that the device offers. The transport adds its own, :data:`~prefault.virtio_mem.VERSION_1` at
+            least.
         negotiated: those that the driver has accepted; none after a reset.
+        on_config_change: the argument of this name. It can be replaced at any time, as the transport that sends the
+            notification is often made after the device; None sends nothing.
         busy_reason: the cause of the last BUSY response, for the device's owner: the driver does not receive it.
 
     Raises:
@@ -122,7 +127,7 @@ class VirtioMem:
         self._config = self._resized(requested, may_shrink=False)
         self._memory = memory
         self._states = bytearray(region // block)  # one byte a block: 512 KiB for a TiB of 2 MiB blocks
-        self._notify = on_config_change
+        self.on_config_change = on_config_change
         self._generation = 0
         # Reentrant: a signal handler may come by in this very thread.
         self._lock = threading.RLock()
@@ -143,8 +148,12 @@ class VirtioMem:
 
     @property
     def config_generation(self) -> int:
-        """Number of changes of the configuration: a driver that read it in parts can tell whether they belong together."""
-        return self._generation
+        """Number of changes of the configuration, modulo 2**32: the content of virtio-mmio's register ``ConfigGeneration``.
+
+        A driver that read the configuration in parts can tell by it whether they belong together. virtio-pci shows
+        the low 8 bits of it: VIRTIO 1.2, sections 4.1.4.3 and 4.2.2.
+        """
+        return self._generation & 0xFFFF_FFFF
 
     @property
     def plugged(self) -> RangeSet:
@@ -164,8 +173,9 @@ class VirtioMem:
             wanted = self._resized(parse_size(size), may_shrink=False)
             changed = wanted != self._config
             self._set_config(wanted)
-        if changed and self._notify is not None:
-            self._notify()
+        notify = self.on_config_change
+        if changed and notify is not None:
+            notify()
 
     # --- for the transport
 
@@ -202,11 +212,15 @@ class VirtioMem:
             return _ERROR
 
     def negotiate(self, features: int) -> bool:
-        """Accept the device-type features that the driver chose; return whether the device can work with them (FEATURES_OK).
+        """Accept the features that the driver chose; return whether the device can work with them (FEATURES_OK).
+
+        Bits of :data:`~prefault.virtio_mem.TRANSPORT_FEATURES` are the transport's to check, ``VIRTIO_F_VERSION_1`` among
+        them; they are ignored here, so that the number can be passed on as the driver wrote it.
 
         False where the driver chose a feature that was not offered, or insists on reading unplugged memory that faults.
         """
         self.negotiated = Feature(0)
+        features &= ~TRANSPORT_FEATURES
         if features & ~int(self.offered) or (self.offered & ~features) & Feature.UNPLUGGED_INACCESSIBLE:
             return False
         self.negotiated = Feature(features)
@@ -256,6 +270,9 @@ class VirtioMem:
         if config.plugged_size + length > config.requested_size:
             return _NACK
         try:
+            if self._memory.unpopulated == "zeros":
+                # The guest could write to unplugged blocks, and populate keeps what is there.
+                self._memory.discard(offset, length)
             self._memory.populate(offset, length)
         except _REFUSALS as error:
             return self._busy("plug", blocks, error)

@@ -15,6 +15,15 @@ _REQUEST = struct.Struct("<H6xQH6x")
 _RESPONSE = struct.Struct("<H6xH")
 _CONFIG = struct.Struct("<QH6xQQQQQ")
 
+DEVICE_ID = 24
+"""Number of the device type, which a transport shows to the driver: VIRTIO 1.2, section 5.15.1."""
+
+VERSION_1 = 1 << 32
+"""``VIRTIO_F_VERSION_1``, which each transport of this device must offer, as virtio-mem has no legacy interface."""
+
+TRANSPORT_FEATURES = (1 << 50) - (1 << 24)
+"""Mask of the feature bits 24 to 49, which belong to virtqueues and transports: VIRTIO 1.2, section 2.2."""
+
 REQUEST_BYTES = _REQUEST.size
 """Bytes of a request of any type."""
 

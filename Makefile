@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 # run takes half as long again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test check stress coverage bench-measures bench-cliffs bench-sparse bench-device bench-remote format clean
+.PHONY: quickstart test check stress guest coverage bench-measures bench-cliffs bench-sparse bench-device bench-remote format clean
 
 ## Install into .venv, with what device memory and remote files need, and measure how fast this machine populates memory.
 quickstart: $(VENV)/.installed
@@ -28,6 +28,10 @@ check: $(VENV)/.test-installed
 ## Run the long, random and large tests.
 stress: $(VENV)/.test-installed $(VENV)/uapi/.extracted
 	$(BIN)/python -m pytest -m 'stress or big' --timeout 900
+
+## Run the tests of a guest under KVM in an emulated machine. Installs qemu-system-x86 and downloads a kernel (Debian, root).
+guest: $(VENV)/.test-installed
+	$(BIN)/python tools/kvm_machine.py $(VENV)/kvm_machine $(BIN)/python -m pytest -p no:cacheprovider -rP tests/virtio_mem/test_guest.py
 
 ## Measure the line coverage of src, child processes included.
 coverage: $(VENV)/.test-installed $(VENV)/uapi/.extracted

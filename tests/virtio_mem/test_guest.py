@@ -11,6 +11,8 @@ import re
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -140,6 +142,35 @@ def test_unplug_gives_memory_back_from_under_a_guest(machine: MakeMachine, kind:
         vm.ask(UNPLUG_ALL)
         assert (vm.present_bytes(), vm.file_bytes()) == (0, 0)
         assert guest.sum(block(0), 1) == Stopped(block(0), 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unplug_while_the_guest_runs(machine: MakeMachine, kind: str) -> None:
+    """The vCPU has a thread of its own, as in each monitor; it sees its numbers or is stopped, and never reads zeros."""
+    with machine(kind) as vm:
+        guest = vm.guest
+        vm.ask(PLUG, 0, 4)
+        assert guest.write(block(0), 4 * PAGES, 1) is None
+        seen: list[int | Stopped] = []
+
+        def run() -> None:
+            while not (seen and isinstance(seen[-1], Stopped)):
+                seen.append(guest.sum(block(0), 4 * PAGES))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        while len(seen) < 3 and thread.is_alive():
+            time.sleep(0.001)
+        vm.ask(UNPLUG, 2)
+        thread.join(60)
+        assert not thread.is_alive()
+        *sums, stopped = seen
+        assert set(sums) == {sum(range(1, 4 * PAGES + 1))}
+        assert isinstance(stopped, Stopped)
+        assert block(2) <= stopped.address < block(3)  # it may have been in the middle of the block
+        assert guest.sum(block(0), 2 * PAGES) == sum(range(1, 2 * PAGES + 1))
+        vm.ask(PLUG, 2)
+        assert guest.sum(block(2), PAGES) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,1 @@
+"""An enclave page cache as device memory."""

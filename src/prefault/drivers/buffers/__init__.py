@@ -1,0 +1,1 @@
+"""Buffer objects of graphics memory, as the kernel's TTM and GEM have them."""

@@ -101,6 +101,12 @@ class Discard(AreaRequest, frozen=True):
     stop: Number
 
 
+class Undo(AreaRequest, frozen=True):
+    """Roll a finished Populate back: give the pages that were supplied for it back, but for those that others may map."""
+
+    runs: RunList
+
+
 class DirtyPages(AreaRequest, frozen=True):
     """Ask for the pages that were written since they were supplied, or since the last request with ``clear``."""
 
@@ -145,7 +151,7 @@ class Mapped(NumberedMessage, frozen=True):
 
 
 class Done(NumberedMessage, frozen=True):
-    """Reply to Unmap."""
+    """Reply to Unmap and Undo."""
 
 
 class Discarded(NumberedMessage, frozen=True):
@@ -165,11 +171,14 @@ class Populated(NumberedMessage, frozen=True):
 
     ``poisoned``: runs that are supplied by now, but whose page-table entries in the client are still poison. The client
     drops these entries (MADV_DONTNEED) and asks again.
+    ``supplied``: runs that the driver supplied for a request with ``rollback``, for :class:`Undo`. Those beyond the longest
+    list stay supplied.
     """
 
     mapped: Number
     threads: Number
     poisoned: RunList
+    supplied: RunList = ()
 
 
 class Failed(NumberedMessage, frozen=True):
@@ -230,7 +239,9 @@ class Gone(NumberedMessage, frozen=True):
     reason: str
 
 
-Request: TypeAlias = Hello | Map | Unmap | Populate | Cancel | Discard | DirtyPages | AskStatistics | AskLog | Control
+Request: TypeAlias = (
+    Hello | Map | Unmap | Populate | Cancel | Discard | Undo | DirtyPages | AskStatistics | AskLog | Control
+)  # fmt: skip
 Reply: TypeAlias = (
     Welcome
     | Mapped

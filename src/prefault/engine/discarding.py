@@ -13,7 +13,7 @@ from prefault._system import capabilities
 from prefault.errors import DiscardError
 from prefault.inspection.result import PageState
 from prefault.inspection.scan import residency_of
-from prefault.memory.borrowing import Borrowed, Span, borrow
+from prefault.memory.borrowing import Borrowed, Span, borrow, other_spans, provided_spans
 from prefault.memory.vma import Backing, Vma, vm_flags, vmas_by_kind
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
@@ -72,9 +72,6 @@ def discard(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> Dis
         span = memory.select(offset, length)
         if not memory.contiguous:
             raise ValueError("the array is not contiguous: discarding the pages it spans would lose bytes between its items")
-        if memory.page_provider is not None:
-            whole_bytes, freed = memory.page_provider.discard(span)
-            return DiscardResult(whole_bytes, freed, perf_counter() - began, "device")
         if memory.access_guard is None:
             return _discard(memory, span, began)
         with memory.access_guard.discarding(span) as whole_blocks:
@@ -82,18 +79,32 @@ def discard(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> Dis
 
 
 def _discard(memory: Borrowed, span: Span, began: float) -> DiscardResult:
-    parts, holes = _parts(memory, span)
-    notes: dict[str, None] = {"a part of the range is not mapped": None} if holes else {}
-    if not parts:
-        return DiscardResult(0, 0, 0.0, "none", tuple(notes))
-    freed = _allocated(parts)
+    provided = provided_spans(*span)
+    by_part = [_parts(memory, part) for part in other_spans(*span, provided)]
+    total, freed = 0, list[int | None]()
     used: dict[str, None] = {}
-    for together in _runs(parts):
-        used.update(_discard_run(together, memory.fd))
-    if any(vma.shared and vma.backing is Backing.FILE for vma in {vma for _, vma in parts}):
-        notes["the file's pages stay in the page cache until the kernel wants the memory"] = None
-    total = sum(part.length for part, _ in parts)
-    return DiscardResult(total, freed, perf_counter() - began, ", ".join(used), tuple(notes))
+    # First the devices: they may refuse, and then nothing of the kernel's memory is lost.
+    for start, stop, page_provider in provided:
+        whole_bytes, supplied_bytes = page_provider.discard(Span(start, stop))
+        total += whole_bytes
+        freed.append(supplied_bytes)
+        used["device"] = None
+    notes: dict[str, None] = {}
+    for parts, holes in by_part:
+        if holes:
+            notes["a part of the range is not mapped"] = None
+        if not parts:
+            continue
+        freed.append(_allocated(parts))
+        for together in _runs(parts):
+            used.update(_discard_run(together, memory.fd))
+        if any(vma.shared and vma.backing is Backing.FILE for vma in {vma for _, vma in parts}):
+            notes["the file's pages stay in the page cache until the kernel wants the memory"] = None
+        total += sum(part.length for part, _ in parts)
+    if not used:
+        return DiscardResult(0, 0, 0.0, "none", tuple(notes))
+    freed_bytes = None if None in freed else sum(count or 0 for count in freed)
+    return DiscardResult(total, freed_bytes, perf_counter() - began, ", ".join(used), tuple(notes))
 
 
 _Part: TypeAlias = tuple[PageRange, Vma]

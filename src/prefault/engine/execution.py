@@ -57,6 +57,11 @@ class Execution:
         self._settlement: Settlement | None = None
         self._attendance = Attendance()
 
+    @property
+    def length(self) -> int:
+        """Bytes to populate."""
+        return self._queue.length
+
     def run(self, began: int, interruption: BaseException | None = None) -> PopulateResult:
         """Populate all chunks; ``began`` is when the call began, by :func:`time.perf_counter_ns`.
 
@@ -180,7 +185,7 @@ class Execution:
             raise self._defect
         if self._failures:
             lowest = min(self._failures, key=lambda failure: failure.address)
-            return failed(lowest, self._origin, self._queue.place, self._settle)
+            return failed(lowest, self._origin, self._queue.place, self.settle)
         if self._progress is not None:
             self._progress(self._queue.done_bytes, self._queue.length)  # other threads may have finished later
         plan = self._queue.plan
@@ -194,10 +199,10 @@ class Execution:
         )  # fmt: skip
 
     def _stopped(self, interruption: BaseException) -> BaseException:
-        return interrupted(interruption, self._origin, self._queue.length, self._settle())
+        return interrupted(interruption, self._origin, self._queue.length, self.settle())
 
-    def _settle(self) -> Settlement:
-        """Roll back, if that was asked for, and only once. No thread is at work any more."""
+    def settle(self) -> Settlement:
+        """Return what the call brought in, rolled back if that was asked for, once. No thread is at work any more."""
         deferring_ctrl_c(self._roll_back)
         assert self._settlement is not None
         return self._settlement

@@ -11,7 +11,7 @@ from prefault._system import capabilities
 from prefault._system.cpus import usable_cpus
 from prefault.engine.methods import Access, Method, Target, best, by_name
 from prefault.limits.memory_use import MemoryUse
-from prefault.memory.borrowing import Borrowed, Span, borrow
+from prefault.memory.borrowing import Borrowed, Span, borrow, other_spans, provided_spans
 from prefault.memory.vma import Backing, Vma, file_descriptor, vmas_by_kind
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
 
@@ -53,7 +53,8 @@ class Plan(NamedTuple):
 
     Attributes:
         span: the bytes that were asked for, as addresses; the first segment starts at the page that holds the first.
-        segments: in order of address. One, unless the buffer lies in mappings of different kinds.
+        segments: in order of address. One, unless the buffer lies in mappings of different kinds; device memory is not among
+            them.
         threads: how many work at once.
         notes: sentences that a user should know.
     """
@@ -65,8 +66,8 @@ class Plan(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Bytes of whole pages."""
-        return self.segments[-1].stop - self.segments[0].start if self.segments else 0
+        """Bytes of whole pages, without device memory."""
+        return sum(segment.length for segment in self.segments)
 
     @property
     def method(self) -> str:
@@ -111,11 +112,26 @@ def make_plan(
     if access not in (None, "read", "write"):
         raise ValueError(f"access is 'read', 'write' or None, not {access!r}")
     span = memory.select(offset, length)
+    provided = provided_spans(*span) if method is None and span.start < span.stop else ()
+    if not provided:
+        return plan_span(memory, span, access, method, threads)
+    plans = [plan_span(memory, part, access, None, threads) for part in other_spans(*span, provided)]
+    size = sum(stop - start for start, stop, _ in provided)
+    notes = [
+        f"{'' if not plans else f'{format_size(size)} of it are '}device memory: one call of its driver's populate hook"
+    ]
+    notes += dict.fromkeys(note for part in plans for note in part.notes)
+    segments = tuple(segment for part in plans for segment in part.segments)
+    return Plan(span, segments, max((part.threads for part in plans), default=1), tuple(notes))
+
+
+def plan_span(
+    memory: Borrowed, span: Span, access: Access | None, method: str | None, threads: int | None
+) -> Plan:  # fmt: skip
+    """Return the plan for a part of borrowed memory that the kernel shall populate."""
     chosen = None if method is None else _chosen(method, access)
     if span.start == span.stop:
         return Plan(span, (), 1, ())
-    if memory.page_provider is not None and chosen is None:
-        return Plan(span, (), 1, ("device memory: one call of its driver's populate hook",))
     segments = tuple(_segments(memory, span, access, chosen))
     notes = [] if memory.contiguous else ["the array is not contiguous: every page that it spans is populated"]
     kinds = {segment[2:5]: segment for segment in segments}.values()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from contextlib import ExitStack
+from operator import itemgetter
 from time import perf_counter_ns
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from prefault.engine.chunk_queue import PlanQueue
 from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
 from prefault.engine.outcomes import NO_MEMORY, PopulateResult
-from prefault.engine.planning import Plan, Segment, make_plan
+from prefault.engine.parts import DevicePart, KernelPart, Part, ProgressOfParts, run_parts
+from prefault.engine.planning import Plan, Segment, plan_span
 from prefault.engine.populated_pages import pages_before, populated_pages
 from prefault.engine.progress import Progress, bar
 from prefault.engine.rollback import Rollback, file_pages
@@ -20,7 +23,16 @@ from prefault.errors import OutOfMemoryError
 from prefault.intervals import Intervals
 from prefault.limits.admission import AdmissionControl
 from prefault.limits.demand import demands_of
-from prefault.memory.borrowing import Borrowed, GuardedPopulate, PageProvider, Span, borrow
+from prefault.memory.borrowing import (
+    Borrowed,
+    GuardedPopulate,
+    PageProvider,
+    ProvidedSpan,
+    Span,
+    borrow,
+    other_spans,
+    provided_spans,
+)
 from prefault.memory.vma import Backing
 from prefault.sizes import Size
 
@@ -90,14 +102,11 @@ def populate(
     memory = borrow(buffer)
     try:
         span = memory.select(offset, length)
-        if memory.page_provider is not None and method in (None, "device"):
-            return _populate_device(memory.page_provider, memory, span, access, rollback, progress, headroom, began)
+        options = _Options(access, method, threads, rollback, progress, headroom, began)
         if memory.access_guard is None:
-            plan = _plan(memory, span, access, method, threads)
-            return _carry_out(plan, memory, None, began, rollback, progress, headroom)
+            return _populate(memory, span, None, options)
         with memory.access_guard.populating(span) as guarded:
-            plan = _plan(memory, guarded.span, access, method, threads)
-            return _carry_out(plan, memory, guarded, began, True, progress, headroom)
+            return _populate(memory, guarded.span, guarded, options._replace(rollback=True))
     except MemoryError as error:
         if error.args:
             raise
@@ -106,15 +115,29 @@ def populate(
         memory.release()
 
 
-def _plan(memory: Borrowed, span: Span, access: Access | None, method: str | None, threads: int | None) -> Plan:
+class _Options(NamedTuple):
+    """Arguments of :func:`populate`, and when it began, by :func:`time.perf_counter_ns`."""
+
+    access: Access | None
+    method: str | None
+    threads: int | None
+    rollback: bool
+    progress: Progress | bool
+    headroom: HeadroomChoice
+    began: int
+
+
+def _populate(memory: Borrowed, span: Span, guarded: GuardedPopulate | None, options: _Options) -> PopulateResult:
+    access, method, threads = options[:3]
+    provided = provided_spans(*span) if method in (None, "device") and span.start < span.stop else ()
+    if provided:
+        return _populate_parts(memory, span, provided, guarded, options)
     plan = small_plan(memory, span, access) if method is None and threads is None else None
-    return plan or make_plan(memory, access, span.start - memory.address, span.stop - span.start, method, threads)
+    return _carry_out(plan or plan_span(memory, span, access, method, threads), memory, guarded, options)
 
 
-def _carry_out(
-    plan: Plan, memory: Borrowed, guarded: GuardedPopulate | None, began: int, rollback: bool, progress: Progress | bool,
-    headroom: HeadroomChoice,
-) -> PopulateResult:  # fmt: skip
+def _carry_out(plan: Plan, memory: Borrowed, guarded: GuardedPopulate | None, options: _Options) -> PopulateResult:
+    _, _, _, rollback, progress, headroom, began = options
     if not plan.segments:
         return PopulateResult(0, 0, 0.0, plan.access, "none", 1)
     if rollback:
@@ -124,8 +147,7 @@ def _carry_out(
     small = is_small(plan)
     admission = None
     if headroom == "check" and not (small and surely_fits(plan.segments[0], began)):
-        uses = [segment.use._replace(guarded=guarded is not None) for segment in plan.segments]
-        admission = AdmissionControl(demands_of(uses, before, memory.fd), memory.address)
+        admission = _admission(plan.segments, before, memory, guarded)
     kept -= admit(plan.segments[0], admission, guarded)
     if small:
         admission = None  # its only chunk has just been looked at
@@ -137,32 +159,76 @@ def _carry_out(
         return Execution(PlanQueue(plan), memory.address, before, report, undo, admission).run(began)
 
 
-def admit(segment: Segment, admission: AdmissionControl | None, guarded: GuardedPopulate | None) -> Intervals:
+def _populate_parts(
+    memory: Borrowed, span: Span, provided: Sequence[ProvidedSpan], guarded: GuardedPopulate | None, options: _Options
+) -> PopulateResult:  # fmt: skip
+    """Populate memory that page providers supply, in whole or in part."""
+    access, method, threads, rollback, progress, headroom, began = options
+    origin = memory.address
+    plans = [plan_span(memory, part, access, method, threads) for part in other_spans(*span, provided)]
+    segments = [segment for plan in plans for segment in plan.segments]
+    looks = [pages_before(p.segments) if rollback else (populated_pages(p.segments), _NONE) for p in plans]
+    admission = None
+    if headroom == "check" and segments:
+        # Memory of the kernel in all parts together; a device's server checks for its frames.
+        admission = _admission(segments, Intervals.union_of(before for before, _ in looks), memory, guarded)
+    protected = admit(segments[0] if segments else None, admission, guarded)
+    with ExitStack() as stack:
+        report = stack.enter_context(bar("populate")) if progress is True else progress or None
+        lengths = sum(stop - start for start, stop, _ in provided) + sum(plan.length for plan in plans)
+        progresses = ProgressOfParts(report, lengths)
+        parts: list[Part] = []
+        kernel = iter(zip(plans, looks, strict=True))
+        for start, stop, page_provider in _in_order(span, provided):
+            if page_provider is None:
+                plan, (before, kept) = next(kernel)
+                undo = Rollback(plan.segments, kept - protected, file_pages(plan.segments)) if rollback else None
+                progress_of_part = progresses.of_next(plan.length)
+                parts.append(KernelPart(Execution(PlanQueue(plan), origin, before, progress_of_part, undo, admission)))
+                continue
+            parts.append(
+                DevicePart(
+                    page_provider, Intervals([(start, stop)]), origin, access_to(page_provider, memory, access),
+                    rollback=rollback, progress=progresses.of_next(stop - start), check_headroom=headroom == "check",
+                )
+            )  # fmt: skip
+        return run_parts(parts, origin, began)
+
+
+def _in_order(span: Span, provided: Sequence[ProvidedSpan]) -> list[tuple[int, int, PageProvider | None]]:
+    """Return all parts of a span by address, with the page provider of each; None for memory of the kernel."""
+    parts: list[tuple[int, int, PageProvider | None]] = [*provided]
+    parts += [(start, stop, None) for start, stop in other_spans(*span, provided)]
+    return sorted(parts, key=itemgetter(0))
+
+
+def access_to(page_provider: PageProvider, memory: Borrowed, access: Access | None) -> Access:
+    """Return how the pages of a page provider are populated: as asked, else as they may be used."""
+    return access or ("write" if page_provider.writable and not memory.readonly else "read")
+
+
+def _admission(
+    segments: Sequence[Segment], before: Intervals, memory: Borrowed, guarded: GuardedPopulate | None
+) -> AdmissionControl:
+    uses = [segment.use._replace(guarded=guarded is not None) for segment in segments]
+    return AdmissionControl(demands_of(uses, before, memory.fd), memory.address)
+
+
+def admit(segment: Segment | None, admission: AdmissionControl | None, guarded: GuardedPopulate | None) -> Intervals:
     """Check the limits, then have the owner of guarded memory charge and unprotect its blocks.
+
+    Args:
+        segment: the first of those that the kernel populates; None where all is device memory.
+        admission: checks the limits; None does not.
+        guarded: the owner's part in it; None for memory without an access guard.
 
     Returns:
         The pages that were protected and cannot have been populated: guards look like pages in swap before Linux 6.15.
     """
     protected = _NONE
     # A pool sets huge pages aside until they are charged: only then their limit has room for them.
-    if guarded is not None and segment.backing is Backing.HUGETLB:
+    if guarded is not None and segment is not None and segment.backing is Backing.HUGETLB:
         protected, guarded = guarded.admit(), None
     if admission is not None:
         admission.start()
     return protected if guarded is None else guarded.admit()
-
-
-def _populate_device(
-    provider: PageProvider, memory: Borrowed, span: Span, access: Access | None, rollback: bool,
-    progress: Progress | bool, headroom: HeadroomChoice, began: int,
-) -> PopulateResult:  # fmt: skip
-    chosen: Access = access or ("read" if memory.readonly else "write")
-    if span.start == span.stop:
-        return PopulateResult(0, 0, 0.0, chosen, "none", 1)
-    with ExitStack() as stack:
-        report = stack.enter_context(bar("populate")) if progress is True else progress or None
-        done = provider.populate(
-            span, memory.address, chosen, rollback=rollback, progress=report, check_headroom=headroom == "check"
-        )
-    took = (perf_counter_ns() - began) / 1e9
-    return PopulateResult(done.bytes, done.present_bytes, took, chosen, "device", done.threads, done.notes)

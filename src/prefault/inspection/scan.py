@@ -20,7 +20,7 @@ from prefault.inspection.page_cache import cached_bytes, page_cache_of
 from prefault.inspection.pagemap_scan import categories_of, scan, states_of_categories
 from prefault.inspection.result import PageState, Residency, rows_of, translate_states
 from prefault.intervals import Intervals
-from prefault.memory.borrowing import borrow
+from prefault.memory.borrowing import borrow, other_spans, provided_spans
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, PAGE_SIZE, Size
 
@@ -60,9 +60,13 @@ def residency(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> R
     with borrow(buffer) as memory:
         span = memory.select(offset, length)
         pages = PageRange.outward(span.start, span.stop)
-        found = residency_of(pages, page_cache_of(memory, buffer, pages))
-        if found.page_cache is None and memory.page_provider is None:
-            found.cached_bytes = cached_bytes(pages)
+        provided = provided_spans(*pages) if pages else ()
+        others = other_spans(*pages, provided)
+        # The page cache of memory that is a device's in part is that of the other parts.
+        found = residency_of(pages, None if provided and others else page_cache_of(memory, buffer, pages))
+        if found.page_cache is None:
+            counts = [count for part in others if (count := cached_bytes(PageRange(*part))) is not None]
+            found.cached_bytes = sum(counts) if counts else None
         return found
 
 

@@ -10,13 +10,14 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, SupportsIndex
 
 from prefault._system import fork_hooks
 from prefault.intervals import Intervals
+from prefault.ranges import RangeSet
 from prefault.sizes import Size, parse_size
 
 
@@ -38,15 +39,13 @@ class Borrowed:
         fd: descriptor of the file behind the memory, if the owner has one, else None. Borrowed as well.
         huge: whether the owner asked for transparent huge pages, or for none: fallocate does not see that.
         access_guard: hook that populate and discard enter before they touch a page, if the owner installed one.
-        page_provider: what supplies the pages of device memory; None where the kernel supplies them.
     """
 
-    __slots__ = ("_pin", "access_guard", "address", "contiguous", "fd", "huge", "length", "page_provider", "readonly")
+    __slots__ = ("_pin", "access_guard", "address", "contiguous", "fd", "huge", "length", "readonly")
 
     def __init__(
         self, address: int, length: int, *, readonly: bool, contiguous: bool = True, fd: int | None = None,
-        huge: bool = False, access_guard: AccessGuard | None = None, page_provider: PageProvider | None = None,
-        pin: Pin | None = None,
+        huge: bool = False, access_guard: AccessGuard | None = None, pin: Pin | None = None,
     ) -> None:  # fmt: skip
         self.address = address
         self.length = length
@@ -55,7 +54,6 @@ class Borrowed:
         self.fd = fd
         self.huge = huge
         self.access_guard = access_guard
-        self.page_provider = page_provider if page_provider is not None else _page_providers.at(address, length)
         self._pin = pin
 
     def release(self) -> None:
@@ -132,12 +130,23 @@ class GuardedPopulate(Protocol):
 
 
 class ProvidedPages(NamedTuple):
-    """Result of :meth:`PageProvider.populate`: the bytes that it brought in, and those that were there before."""
+    """Result of :meth:`PageProvider.populate`.
+
+    Attributes:
+        bytes: bytes that it brought in.
+        present_bytes: bytes that were there before.
+        threads: number of threads that worked.
+        notes: sentences that a user should know.
+        brought_in: the pages that it brought in, as addresses.
+        undo: give them back, for a call that failed elsewhere later; pages that others may have written since stay supplied.
+    """
 
     bytes: int
     present_bytes: int
-    threads: int = 1
-    notes: tuple[str, ...] = ()
+    threads: int
+    notes: tuple[str, ...]
+    brought_in: RangeSet
+    undo: Callable[[], None]
 
 
 class PageProvider(abc.ABC):
@@ -147,16 +156,29 @@ class PageProvider(abc.ABC):
     change of protection.
     """
 
+    @property
+    @abc.abstractmethod
+    def writable(self) -> bool:
+        """True if the memory may be written."""
+
     @abc.abstractmethod
     def populate(
-        self, span: Span, origin: int, access: Literal["read", "write"], *, rollback: bool,
+        self, pages: Intervals, origin: int, access: Literal["read", "write"], *, rollback: bool,
         progress: Callable[[int, int], None] | None, check_headroom: bool,
     ) -> ProvidedPages:  # fmt: skip
-        """Make the pages of ``span``, which lies inside the memory, present; PopulateError with offsets from ``origin``."""
+        """Make pages of its own present, given as addresses; PopulateError with offsets from ``origin``."""
 
     @abc.abstractmethod
     def discard(self, span: Span) -> tuple[int, int]:
         """Give the whole pages inside ``span`` back to the device; return their bytes, and how many were supplied."""
+
+
+class ProvidedSpan(NamedTuple):
+    """Addresses ``[start, stop)`` whose pages a page provider supplies."""
+
+    start: int
+    stop: int
+    page_provider: PageProvider
 
 
 class _PageProviders:
@@ -167,19 +189,25 @@ class _PageProviders:
         self._all: tuple[tuple[int, int, weakref.ref[PageProvider]], ...] = ()
         self._lock = threading.RLock()  # reentrant: a finalizer removes an entry
 
-    def at(self, address: int, length: int) -> PageProvider | None:
+    def within(self, start: int, stop: int) -> tuple[ProvidedSpan, ...]:
         everything = self._all
         if not everything:
-            return None
-        index = bisect.bisect_right(everything, address, key=itemgetter(0)) - 1
-        if index < 0 or address + length > everything[index][1]:
-            return None
-        return everything[index][2]()
+            return ()
+        index = bisect.bisect_right(everything, start, key=itemgetter(0))
+        if index and everything[index - 1][1] > start:
+            index -= 1
+        found = []
+        for first, last, reference in everything[index : bisect.bisect_left(everything, stop, key=itemgetter(0))]:
+            page_provider = reference()
+            if page_provider is not None:
+                found.append(ProvidedSpan(max(first, start), min(last, stop), page_provider))
+        return tuple(found)
 
     def add(self, address: int, length: int, page_provider: PageProvider) -> None:
+        entry = (address, address + length, weakref.ref(page_provider))
         with self._lock:
-            entry = (address, address + length, weakref.ref(page_provider))
-            self._all = tuple(sorted((*self._all, entry), key=itemgetter(0)))
+            index = bisect.bisect_left(self._all, address, key=itemgetter(0))
+            self._all = (*self._all[:index], entry, *self._all[index:])
 
     def remove(self, address: int) -> None:
         with self._lock:
@@ -191,6 +219,23 @@ class _PageProviders:
 
 _page_providers = _PageProviders()
 fork_hooks.register(in_child=_page_providers.forget_threads)
+
+
+def provided_spans(start: int, stop: int) -> tuple[ProvidedSpan, ...]:
+    """Return the parts of ``[start, stop)`` that page providers supply, in order; the kernel supplies the rest."""
+    return _page_providers.within(start, stop)
+
+
+def other_spans(start: int, stop: int, provided: Sequence[ProvidedSpan]) -> list[Span]:
+    """Return the parts of ``[start, stop)`` that the kernel supplies, given those that :func:`provided_spans` found."""
+    found = []
+    for first, last, _ in provided:
+        if start < first:
+            found.append(Span(start, first))
+        start = last
+    if start < stop:
+        found.append(Span(start, stop))
+    return found
 
 
 def add_page_provider(address: int, length: int, page_provider: PageProvider) -> None:

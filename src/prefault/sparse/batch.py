@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from time import perf_counter, perf_counter_ns
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,10 @@ from prefault.engine.chunking import FIRST_CHUNK
 from prefault.engine.discarding import DiscardResult, drop
 from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
-from prefault.engine.planning import Plan, Segment, make_plan
+from prefault.engine.parts import DevicePart, KernelPart, Part, run_parts
+from prefault.engine.planning import Plan, Segment, plan_span
 from prefault.engine.populated_pages import scattered_pages_before
-from prefault.engine.populating import HeadroomChoice, PopulateResult, admit
+from prefault.engine.populating import HeadroomChoice, PopulateResult, access_to, admit
 from prefault.engine.rollback import Rollback, is_memory_file
 from prefault.errors import DiscardError
 from prefault.inspection.mincore import resident_in
@@ -28,7 +29,7 @@ from prefault.intervals import Intervals
 from prefault.limits.admission import AdmissionControl
 from prefault.limits.demand import Demand
 from prefault.limits.memory_use import MemoryUse
-from prefault.memory.borrowing import Borrowed
+from prefault.memory.borrowing import Borrowed, ProvidedSpan, Span, provided_spans
 from prefault.memory.vma import Backing
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, format_size
@@ -60,22 +61,43 @@ def populate_many(
     if not blocks:
         return PopulateResult(0, 0, 0.0, access or "write", "none", 1)
     with Populating(guard, blocks) as operation:
-        return _populate(memory, operation, access, headroom, began)
+        pages = blocks.shifted(memory.address)
+        provided = provided_spans(*pages.span)
+        if not provided:
+            return _prepare(memory, operation, pages, access, headroom).run(began)
+        parts: list[Part] = []
+        kernel = pages - _pages_of(provided)
+        if kernel:
+            parts.append(KernelPart(_prepare(memory, operation, kernel, access, headroom)))
+        else:
+            admit(None, None, operation)
+        for start, stop, page_provider in provided:
+            if mine := pages.clipped(start, stop):
+                parts.append(
+                    DevicePart(
+                        page_provider, mine, memory.address, access_to(page_provider, memory, access),
+                        rollback=True, progress=None, check_headroom=headroom == "check",
+                    )
+                )  # fmt: skip
+        return run_parts(parts, memory.address, began)
 
 
-def _populate(
-    memory: Borrowed, operation: Populating, access: Access | None, headroom: HeadroomChoice, began: int
-) -> PopulateResult:
-    # All blocks are parts of one mapping, so what is best for the first is best for all.
-    blocks = operation.blocks
-    first, stop = blocks.span
-    plan = make_plan(memory, access, first, blocks.edges[1] - first, None, 1)
+def _pages_of(provided: Iterable[ProvidedSpan]) -> Intervals:
+    return Intervals((start, stop) for start, stop, _ in provided)
+
+
+def _prepare(
+    memory: Borrowed, operation: Populating, pages: Intervals, access: Access | None, headroom: HeadroomChoice
+) -> Execution:
+    """Return the execution for pages that the kernel populates; all blocks of the operation are charged and unprotected."""
+    # All pages are parts of one mapping, so what is best for the first is best for all.
+    start, stop = pages.span
+    plan = plan_span(memory, Span(start, pages.edges[1]), access, None, 1)
     (segment,) = plan.segments
     if segment.backing is not Backing.FILE:
         # fallocate first pays for large ranges only (docs/design/sparse.md)
         segment = segment._replace(method=segment.method.without_fallocate)
-    segment = segment._replace(start=memory.address + first, stop=memory.address + stop)
-    pages = blocks.shifted(memory.address)
+    segment = segment._replace(start=start, stop=stop)
     before, kept = scattered_pages_before(segment, pages, _NEAR)
     resident = _resident_pages(segment, pages)
     admission = None
@@ -88,7 +110,7 @@ def _populate(
     queue = _RowQueue(plan._replace(segments=(segment,)), pages)
     if queue.vector.stop_of(0, FIRST_CHUNK) == len(queue.vector):
         admission = None  # its only chunk has just been looked at
-    return Execution(queue, memory.address, before, None, rollback, admission).run(began)
+    return Execution(queue, memory.address, before, None, rollback, admission)
 
 
 def _resident_pages(segment: Segment, pages: Intervals) -> Intervals:
@@ -180,15 +202,26 @@ def discard_many(memory: Borrowed, guard: BlockGuard, blocks: Intervals) -> Disc
     if not blocks:
         return DiscardResult(0, 0, 0.0, "none")
     pages = blocks.shifted(memory.address)
-    freed = _allocated(pages)
-    with DiscardingMany(guard, blocks):
-        how = "MADV_DONTNEED"
-        if guard.memory_file is not None:
-            how = "FALLOC_FL_PUNCH_HOLE"
-            _each(pages, guard.punch)
-        elif guard.protection is None:
-            how = _drop(pages)
-    return DiscardResult(blocks.length, freed, perf_counter() - began, how)
+    provided = provided_spans(*pages.span)
+    kernel = pages - _pages_of(provided)
+    freed = _allocated(kernel) if kernel else 0
+    used: list[str] = []
+    with DiscardingMany(guard, blocks, punches=bool(provided)):
+        for start, stop, page_provider in provided:
+            for part in pages.clipped(start, stop):
+                supplied_bytes = page_provider.discard(Span(*part))[1]
+                freed = None if freed is None else freed + supplied_bytes
+                used[:] = ["device"]
+        if kernel:
+            used.append(_discard_kernel(kernel, guard))
+    return DiscardResult(blocks.length, freed, perf_counter() - began, ", ".join(used))
+
+
+def _discard_kernel(pages: Intervals, guard: BlockGuard) -> str:
+    """Discard pages of the kernel whose blocks are protected, if they ever are; return the name of the method."""
+    if guard.memory_file is not None:
+        return _each(pages, guard.punch)
+    return _drop(pages) if guard.protection is None else "MADV_DONTNEED"
 
 
 def _allocated(pages: Intervals) -> int | None:

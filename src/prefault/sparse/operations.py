@@ -91,6 +91,8 @@ class Discarding(Operation):
 
     _protected = False
     """True once all blocks are protected for good."""
+    _punches = False
+    """True if guards that are installed already may be lost: see :meth:`BlockProtection.protect`."""
 
     def __enter__(self) -> Span:
         self._begin()
@@ -161,14 +163,21 @@ class Discarding(Operation):
                 blocks = guard.protection.by_extent(self.blocks)
                 guard.protection.protect(blocks if gone is self.blocks else guard.protection.by_extent(gone))
                 guard.protection.resume(blocks)
-        elif guard.protection is not None and guard.memory_file is not None:
+        elif guard.protection is not None and self._punches:
             self._protect(guard.protection)  # again: see BlockProtection.protect
         if guard.accounting is not None and gone:
             guard.accounting.refund(_pages(gone))
 
 
 class DiscardingMany(Discarding):
-    """Around discarding many ranges: private memory under protection is given back on entering, as guards do that anyway."""
+    """Around discarding many ranges: private memory under protection is given back on entering, as guards do that anyway.
+
+    ``punches``: holes are punched into a file, or a device's frames, while the blocks are protected.
+    """
+
+    def __init__(self, guard: BlockGuard, blocks: Intervals, *, punches: bool) -> None:
+        super().__init__(guard, blocks)
+        self._punches = punches or guard.memory_file is not None
 
     def _protect_first(self, protection: BlockProtection) -> None:
         # Giving back much takes long, so not while holding the lock.

@@ -80,6 +80,7 @@ def test_nonsense_is_hung_up_on(tmp_path: Path, no_leaks: None, name: str, greet
         protocol.Unmap(1, 1),
         protocol.Populate(1, 1, ((0, 1),), "read", False, False, True),
         protocol.Discard(1, 1, 0, 1),
+        protocol.Undo(1, 1, ((0, 1),)),
         protocol.AskStatistics(1, 1),
         protocol.Cancel(1),
         protocol.Control(1, b"request"),
@@ -249,6 +250,7 @@ def test_areas_of_another_client(tmp_path: Path, no_leaks: None) -> None:
             for request in (
                 protocol.Populate(3, number, ((0, 1),), "read", False, False, True),
                 protocol.Discard(3, number, 0, 1),
+                protocol.Undo(3, number, ((0, 1),)),
                 protocol.AskStatistics(3, number),
                 protocol.AskLog(3, number),
                 protocol.DirtyPages(3, number, True),
@@ -313,6 +315,7 @@ def test_random_changes_of_good_messages(tmp_path: Path, no_leaks: None) -> None
             protocol.Populate(number(), number(), runs, "read", chance.random() < 0.5, chance.random() < 0.5, True),
             protocol.Cancel(number()),
             protocol.Discard(number(), number(), number(), number()),
+            protocol.Undo(number(), number(), runs),
             protocol.DirtyPages(number(), number(), True),
             protocol.AskStatistics(number(), number()),
             protocol.AskLog(number(), number()),

@@ -158,17 +158,19 @@ class Area(MappedMemory):
         memory = self._memory
         if memory is None:
             raise ValueError("the area is closed")
-        if memory.pid != os.getpid():
-            self._connection.check()  # raises in a fork
+        memory.require_here()
+        return memory
+
+    def release_memory(self) -> AreaPageProvider:
+        """Leave the memory to the caller, who unmaps it, and close the area itself."""
+        memory = self._here()
+        self._memory = None
         return memory
 
     def _borrow(self) -> Borrowed:
         memory = self._here()
         pin = MemoryPin(memory)
-        return Borrowed(
-            memory.address, self._length, readonly=not memory.prot & mman.PROT_WRITE, fd=self._connection.frames,
-            page_provider=memory, pin=pin,
-        )  # fmt: skip
+        return Borrowed(memory.address, self._length, readonly=not memory.writable, fd=self._connection.frames, pin=pin)
 
     # --- the verbs
 

@@ -150,6 +150,11 @@ class MappedArea(OwnedMemory, PageProvider):
         """Return the address at which a page of the device is mapped."""
         return self.address + page * self.connection.device_info.page_size - self.offset
 
+    def require_here(self) -> None:
+        """Raise DeviceGoneError in a child of fork, which has no such memory."""
+        if self.pid != os.getpid():
+            self.connection.check()
+
     def require_number(self) -> int:
         """Return :attr:`number`; raise ValueError if the area is closed."""
         if self.number is None:

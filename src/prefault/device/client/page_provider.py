@@ -73,16 +73,20 @@ class AreaPageProvider(MappedArea):
             mman.mprotect(part.start, part.length, prot)
         self.prot = before.prot
 
+    @property
+    def writable(self) -> bool:
+        """See :class:`~prefault.memory.borrowing.PageProvider`."""
+        return bool(self.prot & mman.PROT_WRITE)
+
     def populate(
-        self, span: Span, origin: int, access: Literal["read", "write"], *, rollback: bool,
+        self, pages: Intervals, origin: int, access: Literal["read", "write"], *, rollback: bool,
         progress: Callable[[int, int], None] | None, check_headroom: bool,
     ) -> ProvidedPages:  # fmt: skip
-        """Populate the device's pages of a span; see :class:`~prefault.memory.borrowing.PageProvider`."""
-        unit = self.connection.device_info.page_size
-        start = span.start - (span.start - self.address) % unit
-        stop = span.stop + (self.address - span.stop) % unit
+        """Populate the device's pages at these addresses; see :class:`~prefault.memory.borrowing.PageProvider`."""
+        whole = pages.shifted(-self.address).outward(self.connection.device_info.page_size).shifted(self.address)
+        start, stop = whole.span
         job = _PopulateCall(self, start, stop, origin, access, rollback=rollback, progress=progress, headroom=check_headroom)
-        return job.run([(start, stop)])
+        return job.run(whole)
 
     def replay(self, spans: Iterable[tuple[int, int]]) -> ProvidedPages:
         """Populate spans (addresses of whole pages of the device) readable, in the order that they are given in."""
@@ -130,6 +134,7 @@ class _PopulateCall:
         self._progress = progress
         self._headroom = headroom
         self._done: list[PageRange] = []
+        self._supplied: list[protocol.Run] = []
         self._done_bytes = 0
         self._total = 0
         self._threads = 1
@@ -146,7 +151,7 @@ class _PopulateCall:
         for index in range(0, len(wanted), most_runs):
             self._populate_runs(wanted[index : index + most_runs])
         notes = self._collapse(wanted)
-        return ProvidedPages(lacking, present, self._threads, notes)
+        return ProvidedPages(lacking, present, self._threads, notes, RangeSet(self._done), self._undo)
 
     @property
     def _unit(self) -> int:
@@ -185,6 +190,7 @@ class _PopulateCall:
             if isinstance(reply, protocol.Failed):
                 raise self._failed(reply)
             self._threads = max(self._threads, reply.threads)
+            self._supplied += reply.supplied
             if not reply.poisoned:
                 break
             # The driver failed there once, and has supplied the pages since. Only this process can drop its poison entries.
@@ -292,11 +298,23 @@ class _PopulateCall:
     def _kept(self, mapped: RangeSet) -> RangeSet:
         """Return what this call mapped and what stays: finished runs and ``mapped``. Roll the former back if asked."""
         if self._rollback:
-            # The frames stay supplied: other areas may map them by now.
-            for pages in self._done:
-                self._drop(pages)
-            self._done.clear()
+            self._undo()
         return RangeSet(self._done) | mapped
+
+    def _undo(self) -> None:
+        """Drop the pages of finished requests, and give those back that were supplied for them. Idempotent."""
+        for pages in self._done:
+            self._drop(pages)
+        self._done.clear()
+        supplied, number = self._supplied, self._memory.number
+        while supplied and number is not None:
+            runs = tuple(supplied[: protocol.MAX_RUNS])
+            request = protocol.Undo(self._connection.next_id(), number, runs)
+            try:
+                self._connection.ask(request, protocol.Done)
+            except (OSError, ValueError):  # the server is gone, or the area closed: nobody is left to give them to
+                return
+            del supplied[: len(runs)]
 
     def _drop(self, pages: PageRange) -> None:
         """Drop pages from this process's page table."""

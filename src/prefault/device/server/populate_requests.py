@@ -117,6 +117,12 @@ class PopulateRequests:
             if populate.area.client is not area.client and area.access == "write":  # rollback must not drop its writes
                 populate.supplied = [part for run in populate.supplied for part in subtract(run, [area.pages])]
 
+    def undo(self, area: ServedArea, runs: list[range]) -> None:
+        """Discard pages that were supplied for a finished request, as a rollback does."""
+        with self._state.lock:
+            for run in runs:
+                self._discard_unshared(area.client, run)
+
     def count(self, client: ServedClient) -> int:
         """Return the number of requests of a client under way."""
         return sum(populate.area.client is client for populate in self._active)
@@ -313,7 +319,11 @@ class PopulateRequests:
         populate.area.counters.populated_pages += populate.mapped_pages
         threads = max(1, populate.most_filling)
         poisoned = tuple((run.start, run.stop) for run in populate.poisoned[: protocol.MAX_RUNS])
-        self._reply(populate.area.client, protocol.Populated(populate.request.id, populate.mapped_pages, threads, poisoned))
+        supplied = tuple((run.start, run.stop) for run in populate.supplied[: protocol.MAX_RUNS])
+        reply = protocol.Populated(
+            populate.request.id, populate.mapped_pages, threads, poisoned, supplied if populate.request.rollback else ()
+        )
+        self._reply(populate.area.client, reply)
 
     def _fail(self, populate: _PopulateRequest) -> None:
         populate.over = True
@@ -340,11 +350,16 @@ class PopulateRequests:
 
     def _undo(self, populate: _PopulateRequest, supplied: list[range]) -> None:
         """Discard the supplied pages of a request that no other client can have written to; under the lock."""
-        client = populate.area.client
         for run in supplied:
-            kept: list[range] = []
-            if self._state.device.writable:
-                kept = [area.overlap(run) for area, _, _ in self._state.areas_over(run) if area.client is not client]
-            for piece in subtract(run, kept):
-                self._state.pool.discard(piece)
+            for piece in self._discard_unshared(populate.area.client, run):
                 populate.mapped = [part for mapped in populate.mapped for part in subtract(mapped, [piece])]
+
+    def _discard_unshared(self, client: ServedClient, run: range) -> list[range]:
+        """Discard the pages of a run that no other client can have written to; return them in runs. Under the lock."""
+        kept: list[range] = []
+        if self._state.device.writable:
+            kept = [area.overlap(run) for area, _, _ in self._state.areas_over(run) if area.client is not client]
+        pieces = subtract(run, kept)
+        for piece in pieces:
+            self._state.pool.discard(piece)
+        return pieces

@@ -76,6 +76,10 @@ class Requests:
                     self._populate_requests.cancel(client, request.id)
                 case protocol.Discard():
                     self._discard(client, request)
+                case protocol.Undo():
+                    area = self._area(client, request.area)
+                    self._populate_requests.undo(area, [area.checked(*run) for run in request.runs])
+                    self._reply(client, protocol.Done(request.id))
                 case protocol.DirtyPages():
                     self._dirty(client, request)
                 case protocol.AskStatistics():

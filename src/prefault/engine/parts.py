@@ -1,0 +1,192 @@
+"""Parts of a populate call: memory of the kernel and of page providers, one part after the other, undone together."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from time import perf_counter_ns
+
+from prefault.engine.execution import Execution
+from prefault.engine.methods import Access
+from prefault.engine.outcomes import PopulateResult, Settlement, interrupted
+from prefault.engine.progress import Progress
+from prefault.errors import PopulateError, PopulateInterrupted
+from prefault.intervals import Intervals
+from prefault.memory.borrowing import PageProvider, ProvidedPages
+from prefault.ranges import RangeSet
+from prefault.sizes import format_size
+
+
+class Part(abc.ABC):
+    """Memory that one supplier populates: the kernel or a page provider.
+
+    Attributes:
+        length: bytes of it.
+    """
+
+    length: int
+
+    @abc.abstractmethod
+    def run(self) -> PopulateResult:
+        """Populate it; PopulateError or PopulateInterrupted, which count this part only, if that fails."""
+
+    @abc.abstractmethod
+    def settle(self) -> Settlement:
+        """Return what this part brought in, rolled back if that was asked for; the call fails elsewhere. Idempotent."""
+
+
+class KernelPart(Part):
+    """Memory that the kernel populates."""
+
+    def __init__(self, execution: Execution) -> None:
+        self.length = execution.length
+        self._execution = execution
+
+    def run(self) -> PopulateResult:
+        """See :class:`Part`."""
+        return self._execution.run(perf_counter_ns())
+
+    def settle(self) -> Settlement:
+        """See :class:`Part`."""
+        return self._execution.settle()
+
+
+class DevicePart(Part):
+    """Pages of one page provider.
+
+    Args:
+        page_provider: supplies them.
+        pages: their addresses.
+        origin: the address that offsets in errors are counted from.
+        access: ``"read"`` or ``"write"``.
+        rollback: undo a call that fails.
+        progress: called with the bytes done and in all.
+        check_headroom: the device's server checks the limits of memory.
+    """
+
+    def __init__(
+        self, page_provider: PageProvider, pages: Intervals, origin: int, access: Access, *, rollback: bool,
+        progress: Progress | None, check_headroom: bool,
+    ) -> None:  # fmt: skip
+        self.length = pages.length
+        self._page_provider = page_provider
+        self._pages = pages
+        self._origin = origin
+        self._access = access
+        self._rollback = rollback
+        self._progress = progress
+        self._check_headroom = check_headroom
+        self._done: ProvidedPages | None = None
+        self._undone = False
+
+    def run(self) -> PopulateResult:
+        """See :class:`Part`."""
+        began = perf_counter_ns()
+        self._done = done = self._page_provider.populate(
+            self._pages, self._origin, self._access, rollback=self._rollback, progress=self._progress,
+            check_headroom=self._check_headroom,
+        )  # fmt: skip
+        took = (perf_counter_ns() - began) / 1e9
+        return PopulateResult(done.bytes, done.present_bytes, took, self._access, "device", done.threads, done.notes)
+
+    def settle(self) -> Settlement:
+        """See :class:`Part`."""
+        done = self._done
+        if done is None:
+            return Settlement(0, RangeSet(), self._rollback)
+        if self._rollback and not self._undone:
+            done.undo()
+            self._undone = True
+        return Settlement(done.bytes, RangeSet() if self._rollback else done.brought_in, self._rollback)
+
+
+class ProgressOfParts:
+    """Progress of all parts together, of which each reports its own.
+
+    Args:
+        progress: called with the bytes done and in all; None: nobody asks.
+        total: bytes in all.
+    """
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._before = 0
+
+    def of_next(self, length: int) -> Progress | None:
+        """Return the progress function of the next part, of ``length`` bytes."""
+        progress, total, before = self._progress, self._total, self._before
+        self._before += length
+        if progress is None:
+            return None
+        # A device counts whole pages of its own, which may be more bytes than were asked for.
+        return lambda done, whole: progress(before + (done if whole <= length else done * length // whole), total)
+
+
+def run_parts(parts: Sequence[Part], origin: int, began: int) -> PopulateResult:
+    """Populate all parts in order; if one fails, those before it are settled with it.
+
+    Args:
+        parts: in order of address, or as they shall be populated.
+        origin: the address that offsets in errors are counted from.
+        began: when the call began, by :func:`time.perf_counter_ns`.
+
+    Raises:
+        PopulateError, PopulateInterrupted: a part failed. ``populated`` counts all parts.
+    """
+    results: list[PopulateResult] = []
+    try:
+        for part in parts:
+            results.append(part.run())  # noqa: PERF401  those before a failure are needed
+    except BaseException as error:
+        settlements, ctrl_c = _settle(parts)
+        if ctrl_c is None and isinstance(error, PopulateError | PopulateInterrupted):
+            _add_others(error, _sum(settlements[: len(results)]))
+            raise
+        length = sum(part.length for part in parts)
+        failure = interrupted(error if ctrl_c is None else ctrl_c, origin, length, _sum(settlements))
+        if failure is error:
+            raise
+        raise failure from None
+    return PopulateResult(
+        sum(result.bytes for result in results),
+        sum(result.present_bytes for result in results),
+        (perf_counter_ns() - began) / 1e9,
+        "write" if any(result.access == "write" for result in results) else "read",
+        ", ".join(dict.fromkeys(name for result in results for name in result.method.split(", "))),
+        max(result.threads for result in results),
+        tuple(dict.fromkeys(note for result in results for note in result.notes)),
+    )
+
+
+def _settle(parts: Sequence[Part]) -> tuple[list[Settlement], KeyboardInterrupt | None]:
+    """Settle all parts, whatever Ctrl-C interrupts; return the interruption as well."""
+    settlements: list[Settlement] = []
+    ctrl_c: KeyboardInterrupt | None = None
+    while len(settlements) < len(parts):
+        try:
+            settlements.append(parts[len(settlements)].settle())
+        except KeyboardInterrupt as interruption:
+            ctrl_c = interruption
+    return settlements, ctrl_c
+
+
+def _sum(settlements: Sequence[Settlement]) -> Settlement:
+    return Settlement(
+        sum(settlement.brought_in_bytes for settlement in settlements),
+        RangeSet.union_of(settlement.kept for settlement in settlements),
+        rolled_back=any(settlement.rolled_back for settlement in settlements),
+    )
+
+
+def _add_others(error: PopulateError | PopulateInterrupted, others: Settlement) -> None:
+    """Have an error, which counts the part that failed, count the parts before it as well."""
+    if not others.brought_in_bytes:
+        return
+    error.populated |= others.kept
+    text = f"; before that {format_size(others.brought_in_bytes)} in other parts of the range{others.rollback_text}"
+    if isinstance(error, PopulateError):
+        error.strerror = f"{error.strerror}{text}"
+        error.args = (error.errno, error.strerror)
+    else:
+        error.args = (f"{error}{text}",)

@@ -6,17 +6,20 @@ What is plugged is asked of the file behind the memory and of its bytes, not of 
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import numpy
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+import prefault.device
 from prefault import PAGE_SIZE, RangeSet
 from prefault.errors import PoolFullError
 from prefault.sparse import Accounting, SparseMemory
 from prefault.virtio_mem import Config, VirtioMem
+from support.block_devices import Blocks, frames_of, opened
 from support.regions import data_pages
 
 BLOCK = PAGE_SIZE
@@ -115,16 +118,24 @@ class Device(RuleBasedStateMachine):
 
     @initialize(data=st.data(), unpopulated=st.sampled_from(["zeros", "fault"]), requested=st.integers(0, BLOCKS))
     def start(self, data: st.DataObject, unpopulated: str, requested: int) -> None:
-        backing = data.draw(st.sampled_from(self.backings))
         self.shop = Shop(self.model)
-        self.memory = SparseMemory(
-            BLOCKS * BLOCK, backing=backing, block=BLOCK, unpopulated=unpopulated, huge="never", accounting=self.shop,  # type: ignore[arg-type]
-        )  # fmt: skip
+        self.memory = self.make_memory(data, unpopulated)
         self.device = VirtioMem(
             self.memory, addr=ADDR, block_size=BLOCK, requested_size=requested * BLOCK, usable_extent=EXTENT * BLOCK,
             on_config_change=self.tell,
         )  # fmt: skip
         self.model.request_size(requested)
+
+    def make_memory(self, data: st.DataObject, unpopulated: str) -> SparseMemory:
+        backing = data.draw(st.sampled_from(self.backings))
+        return SparseMemory(
+            BLOCKS * BLOCK, backing=backing, block=BLOCK, unpopulated=unpopulated, huge="never", accounting=self.shop,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def file(self) -> int:
+        """Return a descriptor of the file behind the memory."""
+        assert self.memory.fd is not None
+        return self.memory.fd
 
     def tell(self) -> None:
         self.told += 1
@@ -209,8 +220,7 @@ class Device(RuleBasedStateMachine):
     def there_is_memory_behind_what_is_plugged_and_no_other(self) -> None:
         if not hasattr(self, "device"):
             return
-        assert self.memory.fd is not None
-        assert set(data_pages(self.memory.fd)) == self.model.plugged
+        assert set(data_pages(self.file())) == self.model.plugged
         assert self.device.plugged == self.shop.sold
         # The bytes of a plugged block stay; after an unplug they are gone.
         self.written = {block: value for block, value in self.written.items() if block in self.model.plugged}
@@ -224,8 +234,36 @@ class LongDevice(Device):
     backings = ("memfd", "tmpfs")
 
 
+class DeviceOverDeviceMemory(Device):
+    """The blocks come from the pool of a device (requirement B5)."""
+
+    client: prefault.device.DeviceClient
+
+    def make_memory(self, data: st.DataObject, unpopulated: str) -> SparseMemory:
+        return SparseMemory(
+            BLOCKS * BLOCK, device=self.client, block=BLOCK, unpopulated=unpopulated, accounting=self.shop  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def file(self) -> int:
+        return frames_of(self.client)
+
+    def teardown(self) -> None:
+        if hasattr(self, "memory"):
+            self.memory.discard()
+        super().teardown()
+
+
 _CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 TestDevice = Device.TestCase
 TestDevice.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=_CHECKS)
 TestLongDevice = pytest.mark.stress(LongDevice.TestCase)
 TestLongDevice.settings = settings(max_examples=1000, stateful_step_count=60, deadline=None, suppress_health_check=_CHECKS)
+
+
+def test_over_device_memory(tmp_path: Path) -> None:
+    with opened(Blocks(BLOCKS), tmp_path) as client:
+        DeviceOverDeviceMemory.client = client
+        run_state_machine_as_test(
+            DeviceOverDeviceMemory,
+            settings=settings(max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=_CHECKS),
+        )

@@ -23,6 +23,7 @@ from prefault.device.recipes import check_device_attributes
 from prefault.errors import DeviceError, DeviceGoneError
 from prefault.ipc.connecting import check_server, connect_to_server
 from prefault.sizes import Size, format_size
+from prefault.sparse.device_blocks import DeviceRange, DeviceSource
 
 _starting = threading.RLock()
 _running: weakref.WeakValueDictionary[int, DeviceConnection] = weakref.WeakValueDictionary()
@@ -111,7 +112,7 @@ def connect(path: str | os.PathLike[str], *, timeout: float = 5.0) -> DeviceClie
     return DeviceClient(_connected(where, timeout, tracking=False), where, timeout)
 
 
-class DeviceClient(Closing):
+class DeviceClient(Closing, DeviceSource):
     """A connection to a device's server, from which areas are mapped; a context manager.
 
     Made by :func:`prefault.device.connect`, for a device that another process serves, and by :func:`prefault.device.open`.
@@ -191,6 +192,11 @@ class DeviceClient(Closing):
         if self.closed:
             raise ValueError("the connection to the device is closed")
         return self._connection.control(request, timeout)
+
+    def map_range(self, length: int, offset: int) -> DeviceRange:
+        """Map a part of the device for :class:`~prefault.SparseMemory`, which takes care of access to it."""
+        memory = self.map(length, offset, access="write").release_memory()
+        return DeviceRange(memory, memory.connection.device_info.huge, memory.require_here)
 
     @property
     def closed(self) -> bool:

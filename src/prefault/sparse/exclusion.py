@@ -32,6 +32,7 @@ class BlockGuard:
         memory_file: a descriptor of the file that discarded blocks are taken from, a memory file that is mapped shared.
         scratch_file: a descriptor of a file on a disk that only this memory uses: its discarded blocks become holes.
         file_offset: of the first byte in these files.
+        inherited: whether a child of fork has the memory too.
 
     Attributes:
         lock: to be taken as ``with guard.lock``, after :meth:`require_unlocked`.
@@ -48,6 +49,7 @@ class BlockGuard:
         memory_file: int | None = None,
         scratch_file: int | None = None,
         file_offset: int = 0,
+        inherited: bool = True,
     ) -> None:
         self.address = address
         self.block = block
@@ -56,6 +58,7 @@ class BlockGuard:
         self.memory_file = memory_file
         self.scratch_file = scratch_file
         self._file_base = file_offset - address
+        self._inherited = inherited
         # Entering and leaving a C lock is one step, also for Ctrl-C. Methods written in Python are not.
         self.lock = threading.RLock()
         self.operations: weakref.WeakSet[Operation] = weakref.WeakSet()
@@ -99,6 +102,8 @@ class BlockGuard:
     def after_fork_in_child(self) -> None:
         """Undo the operations of all other threads: only the thread that forked exists here."""
         self.lock = threading.RLock()
+        if not self._inherited:
+            return  # there is nothing here that an operation could change
         me = threading.get_ident()
         # They are at work in the parent still, or done by now: the file is not ours to take anything from.
         file, self.scratch_file = self.scratch_file, None

@@ -39,7 +39,7 @@ def size_of(size: Size, what: str) -> int:
 
 
 def lay_out(
-    source: BackingSource,
+    source: object,
     opened: OpenedBacking,
     wanted: int | None,
     reserved: int | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from array import array
@@ -11,25 +10,23 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from prefault._kernel import mman
 from prefault._system import fork_hooks
-from prefault.engine.discarding import DiscardResult, discard, drop
-from prefault.engine.methods import Access, Target, best
+from prefault.engine.discarding import DiscardResult, discard
+from prefault.engine.methods import Access
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
 from prefault.inspection.scan import occupied
 from prefault.intervals import Intervals
 from prefault.mapping.mapping import HugeAdvice, MappedMemory, MemoryPin, OwnedMemory
 from prefault.memory.backings import (
     BackingSource,
-    OpenedBacking,
     parse_backing,
 )
 from prefault.memory.borrowing import Borrowed
-from prefault.memory.vma import Backing, vma_at
 from prefault.ranges import PageRange, RangeSet
-from prefault.sizes import MIB, PAGE_SIZE, Size, format_size, parse_size
+from prefault.sizes import Size, format_size, parse_size
 from prefault.sparse.accounting import Accounting
-from prefault.sparse.layout import ensure_length, lay_out, size_of
-from prefault.sparse.operations import SparseAccessGuard
-from prefault.sparse.protection import BlockProtection
+from prefault.sparse.device_blocks import DeviceSource, check_device
+from prefault.sparse.layout import ensure_length, size_of
+from prefault.sparse.mapped_range import ACCESSIBLE, Requested, make_guard, map_backing, map_device
 from prefault.sparse.transfer import copy
 
 if TYPE_CHECKING:
@@ -40,8 +37,6 @@ Unpopulated: TypeAlias = Literal["zeros", "fault"]
 
 Ranges: TypeAlias = "Iterable[tuple[int, int]] | Iterable[PageRange] | RangeSet | numpy.ndarray[Any, Any]"
 """Pairs of offset and length, :class:`PageRange`, a :class:`RangeSet`, or an integer array of shape ``(n, 2)``."""
-
-_ACCESSIBLE = mman.PROT_READ | mman.PROT_WRITE
 
 
 class SparseMemory(MappedMemory):
@@ -69,10 +64,15 @@ class SparseMemory(MappedMemory):
             ``"fault"``: a SIGSEGV, in this process and in its forks; another process has protection of its own.
         huge: transparent huge pages, as for :class:`Mapping`; never where a block is smaller than one.
         accounting: charged before blocks are populated, refunded after they are discarded: a pool's account.
+        device: a device that the blocks come from, in place of a backing: what :func:`prefault.device.open` and
+            :func:`prefault.device.connect` return. One call of its driver's populate hook supplies a block, and a discard
+            gives it back. A block is a multiple of the device's page size. A child of fork has no such memory.
+        offset: first byte of the device that the memory maps; what other memories map is theirs as well.
 
     Raises:
         MappingError: the backing or the addresses are not available. Nothing is left behind.
-        ValueError, TypeError: a wrong size, backing or option.
+        DeviceError: the device cannot be mapped.
+        ValueError, TypeError: a wrong size, backing, device or option.
     """
 
     def __init__(
@@ -86,68 +86,38 @@ class SparseMemory(MappedMemory):
         unpopulated: Unpopulated = "zeros",
         huge: HugeAdvice = "auto",
         accounting: Accounting | None = None,
+        device: DeviceSource | None = None,
+        offset: Size = 0,
     ) -> None:
-        source = parse_backing(backing)
         if huge not in ("auto", "advise", "never"):
             raise ValueError(f"huge is 'auto', 'advise' or 'never', not {huge!r}")
         if unpopulated not in ("zeros", "fault"):
             raise ValueError(f"unpopulated is 'zeros' or 'fault', not {unpopulated!r}")
         wanted = None if size is None else size_of(size, "size")
         reserved = None if reservation is None else size_of(reservation, "reservation")
-        self.backing = source
-        self.shared = source.has_file if shared is None else shared
         self.unpopulated = unpopulated
-        memory = OwnedMemory()
+        self.device = device
+        requested = Requested(wanted, reserved, None if block is None else parse_size(block), huge)
+        faults = unpopulated == "fault"
+        if device is None:
+            self.backing: BackingSource | None = parse_backing(backing)
+            self.shared = self.backing.has_file if shared is None else shared
+            mapped = map_backing(self.backing, self.shared, requested, faults=faults)
+        else:
+            check_device(device, backing=backing, shared=shared, huge=huge)
+            self.backing, self.shared = None, True
+            mapped = map_device(device, parse_size(offset), requested, faults=faults)
         try:
-            opener = source.when_shared if self.shared else source  # a memfd can be punched while its blocks are protected
-            opened = opener.open(memory.descriptors, wanted, writable=self.shared)
-            self.page_size = opened.page_size
-            self.block, self._size, self._reservation, self.huge = lay_out(
-                source, opened, wanted, reserved, None if block is None else parse_size(block), huge
-            )
-            if opened.fd is not None:
-                ensure_length(source, opened.fd, opened.offset, self._size, opened.page_size)
-            faults = unpopulated == "fault"
-            memory.map(
-                self._reservation, opened, shared=self.shared, prot=mman.PROT_NONE if faults else _ACCESSIBLE,
-                huge=self.huge, noreserve=True,
-            )  # fmt: skip
-            protection = self._protection(memory, opened) if faults else None
-            if not faults and self._reservation > self._size:
-                mman.mprotect(memory.address + self._size, self._reservation - self._size, mman.PROT_NONE)
-            self._guard = self._make_guard(memory, source, protection, accounting)
+            self._guard = make_guard(mapped, accounting)
         except BaseException:
-            memory.unmap()
+            mapped.memory.unmap()
             raise
         if accounting is not None:
-            memory.at_unmap = _Closing(accounting)
-        self._memory = memory
-
-    def _protection(self, memory: OwnedMemory, opened: OpenedBacking) -> BlockProtection:
-        merges = opened.page_size == PAGE_SIZE
-        if merges and not self.shared:
-            # Give all of the mapping one anon_vma. Parts that get one each, at their first fault, are never joined again.
-            mman.mprotect(memory.address, PAGE_SIZE, _ACCESSIBLE)
-            with contextlib.suppress(OSError):  # no memory: it is for the sake of fewer mappings only
-                best("write", allocate=False).run(memory.address, PAGE_SIZE, Target())
-            mman.mprotect(memory.address, PAGE_SIZE, mman.PROT_NONE)
-        protection = BlockProtection(memory.address, self._reservation, self.block, merges=merges)
-        if merges:
-            # With the page goes its page table (since Linux 6.14), which would keep a huge page out.
-            drop(memory.address, min(self._reservation, 2 * MIB))
-        return protection
-
-    def _make_guard(
-        self, memory: OwnedMemory, source: BackingSource, protection: BlockProtection | None, accounting: Accounting | None
-    ) -> SparseAccessGuard:  # fmt: skip
-        vma = vma_at(memory.address)
-        assert vma is not None
-        on_disk = vma.backing is Backing.FILE
-        return SparseAccessGuard(
-            memory.address, self.block, protection, accounting, file_offset=memory.file_offset,
-            memory_file=memory.fd if self.shared and not on_disk else None,
-            scratch_file=memory.fd if self.shared and on_disk and not source.is_given else None,
-        )  # fmt: skip
+            mapped.memory.at_unmap = _Closing(accounting)
+        self.page_size = mapped.page_size
+        self.block, self._size, self._reservation, self.huge = mapped.layout
+        self._require_here = mapped.require_here
+        self._memory = mapped.memory
 
     # --- pages come and go
 
@@ -316,10 +286,10 @@ class SparseMemory(MappedMemory):
                 raise ValueError(f"{wanted} bytes are fewer than the {self._size} that there are: memory only grows")
             if rounded > self._reservation:
                 raise ValueError(f"{wanted} bytes are more than the reservation of {self._reservation} bytes")
-            if memory.fd is not None:
+            if memory.fd is not None and self.backing is not None:
                 ensure_length(self.backing, memory.fd, memory.file_offset, rounded, self.page_size)
             if self._guard.protection is None and rounded > self._size:
-                mman.mprotect(memory.address + self._size, rounded - self._size, _ACCESSIBLE)
+                mman.mprotect(memory.address + self._size, rounded - self._size, ACCESSIBLE)
             self._size = rounded
 
     @property
@@ -355,16 +325,20 @@ class SparseMemory(MappedMemory):
         memory = super()._open_memory()
         if not memory.mapped:  # closed by another thread since we looked
             raise ValueError(f"the {self._what} is closed")
+        if self._require_here is not None:
+            self._require_here()
         return memory
 
     _what = "sparse memory"
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"at {self._open_memory().address:#x}"
+        memory = self._memory
+        state = "closed" if memory is None else f"at {memory.address:#x}"
         sharing = "shared" if self.shared else "private"
+        source = self.backing if self.device is None else self.device
         return (
             f"<SparseMemory of {format_size(self._size)} ({format_size(self._reservation)} reserved), blocks of"
-            f" {format_size(self.block)}, {sharing}, {self.backing!r}, {state}>"
+            f" {format_size(self.block)}, {sharing}, {source!r}, {state}>"
         )
 
 

@@ -138,7 +138,8 @@ class _Archive:
 def _run(kernel: Path, image: Path) -> int:
     """Boot, show what the command prints, and return its exit status."""
     arguments = [
-        "-accel", "tcg", "-cpu", "max,la57=off", "-m", "2G", "-smp", "2", "-nodefaults", "-nographic", "-no-reboot", "-serial", "stdio",
+        "-accel", "tcg", "-cpu", "max,la57=off", "-m", "2G", "-smp", "2", "-nodefaults", "-nographic", "-no-reboot",
+        "-serial", "stdio",
         "-kernel", str(kernel), "-initrd", str(image), "-append", "console=ttyS0 loglevel=3 panic=-1 mitigations=off",
         # Inode numbers of several file systems would collide without remap.
         "-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",

@@ -75,7 +75,7 @@ def test_touching_an_unpopulated_block_asks_the_driver_or_is_a_segmentation_faul
             memory.read(0, 1)
         # In a process of its own, since a child of fork has no such memory anyway.
         for offset, number in ((BLOCK, 0), (0, signal.SIGSEGV), (2 * BLOCK, signal.SIGSEGV), (3 * BLOCK, signal.SIGSEGV)):
-            done = subprocess.run([sys.executable, "-c", _TOUCH, client.path, str(BLOCK), str(offset)], check=False)
+            done = subprocess.run([sys.executable, "-c", _TOUCH, str(client.path), str(BLOCK), str(offset)], check=False)
             assert done.returncode == -number, offset
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import functools
 import mmap
 import os
-import re
-from typing import TYPE_CHECKING
 
 from prefault._kernel import mman
 from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
@@ -16,13 +13,10 @@ from prefault._kernel.memfd import MFD_ALLOW_SEALING, MFD_CLOEXEC, MFD_HUGETLB, 
 from prefault._system import hugetlb
 from prefault.device import limit_messages
 from prefault.device.kept_memory import KEPT_TABLE_BYTES, KeptMemory
-from prefault.device.page_states import DevicePageState, PageFlag
+from prefault.device.page_states import DevicePageState, PageStates
 from prefault.errors import DeviceError
 from prefault.memory.borrowing import borrow
 from prefault.sizes import MIB, PAGE_SIZE, format_size
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 HUGE_PAGE = 2 * MIB
 
@@ -38,8 +32,6 @@ _POPULATE = mman.MADV_POPULATE_WRITE
 _STEP = 32 * MIB
 _AHEAD = 64 << 10
 """Bytes that are allocated ahead, at most, while faults go forward."""
-_SPARSE = 64 << 10
-"""States that are searched without asking the kernel first which of them were ever written."""
 _TABLE_BYTES = 12 << 20
 """Bytes of the table of areas, which :class:`~prefault.device.registry.AreaTable` lays out."""
 _SHARED_BYTES = PAGE_SIZE + _TABLE_BYTES + KEPT_TABLE_BYTES
@@ -48,29 +40,7 @@ _LARGE = 1 << 20
 """Bytes from which on zeros are mapped, and not allocated."""
 
 
-@functools.cache
-def _pattern(states: tuple[int, ...]) -> re.Pattern[bytes]:
-    return re.compile(b"[" + b"".join(b"\\x%02x" % state for state in states) + b"]+")
-
-
-def _class_of(values: list[int]) -> bytes:
-    return b"[" + b"".join(b"\\x%02x" % value for value in values) + b"]"
-
-
-_SET = {flag: bytes(value | flag for value in range(256)) for flag in PageFlag}
-_CLEAR = {flag: bytes(value & ~flag & 255 for value in range(256)) for flag in PageFlag}
-_FLAG_RUNS = {
-    flag: re.compile(
-        _class_of([value for value in range(256) if value & flag])
-        + b"+|"
-        + _class_of([value for value in range(256) if not value & flag])
-        + b"+"
-    )
-    for flag in PageFlag
-}
-
-
-class Frames:
+class Frames(PageStates):
     """Two memfds, mapped shared: the frames; and the states and flags of pages, the heartbeat, and tables.
 
     The tables are those of areas and of kept memory. Behind them the second memfd has room for a copy of each page, which
@@ -85,10 +55,7 @@ class Frames:
 
     Attributes:
         length: whole pages, in bytes.
-        pages: number of pages.
         unit: bytes that a page-table entry of a client maps: the page size, but 4 KiB for 2 MiB pages without hugetlb.
-        states: a byte a page, :class:`DevicePageState`.
-        flags: a byte a page, :class:`PageFlag`.
         heartbeat: per slot, the start (CLOCK_MONOTONIC, ns) of the driver's call, or of the loop's delay in taking results;
             0: there is none.
         area_words: the memory of the table of areas.
@@ -111,6 +78,8 @@ class Frames:
         flags = mmap.MAP_SHARED | (mman.MAP_NORESERVE if huge else 0)
         self._frames_map = mmap.mmap(fd, self.length, flags, mmap.PROT_READ | mmap.PROT_WRITE)
         self._states_map = mmap.mmap(states_fd, _states_bytes(self.pages), mmap.MAP_SHARED)
+        everything = memoryview(self._states_map)
+        super().__init__(states_fd, everything, self.pages)
         self._frames = memoryview(self._frames_map)
         self._advise = self._frames_map.madvise
         self._next = -1
@@ -118,10 +87,6 @@ class Frames:
         """Pages from ``_next`` to here are allocated already."""
         self._step = 1
         self._most = max(1, _AHEAD // page_size)
-        everything = memoryview(self._states_map)
-        self.states = everything[: self.pages]
-        flags = _whole(self.pages)
-        self.flags = everything[flags : flags + self.pages]
         heartbeat = len(everything) - _SHARED_BYTES
         self.heartbeat = everything[heartbeat : heartbeat + PAGE_SIZE].cast("Q")
         self.area_words = everything[heartbeat + PAGE_SIZE : -KEPT_TABLE_BYTES].cast("Q")
@@ -309,107 +274,6 @@ class Frames:
         if self.tail and pages.stop == self.pages:
             self._frames[self.length - self.tail :] = bytes(self.tail)
 
-    # --- the states
-
-    def mark(self, pages: range, state: DevicePageState) -> None:
-        """Set the state of adjacent pages."""
-        count = pages.stop - pages.start
-        if count == 1:
-            self.states[pages.start] = state
-        elif count > 1:
-            self.states[pages.start : pages.stop] = bytes((state,)) * count
-
-    def runs(self, pages: range, *states: DevicePageState) -> list[range]:
-        """Return the pages that are in one of these states, in runs."""
-        return list(self._matches(pages, states))
-
-    def count(self, pages: range, *states: DevicePageState) -> int:
-        """Return the number of pages that are in one of these states."""
-        return sum(len(run) for run in self._matches(pages, states))
-
-    def _matches(self, pages: range, states: tuple[int, ...]) -> Iterator[range]:
-        if len(pages) <= _SPARSE:
-            yield from self._matches_in(pages, states)
-            return
-        # Most states of a large device were never written: reading them would allocate them, and be slow.
-        before = range(pages.start, pages.start)
-        for piece, written in self._pieces(pages):
-            found = self._matches_in(piece, states) if written else [piece] if DevicePageState.MISSING in states else []
-            for run in found:
-                if run.start != before.stop:
-                    if len(before):
-                        yield before
-                    before = run
-                else:
-                    before = range(before.start, run.stop)
-        if len(before):
-            yield before
-
-    def _matches_in(self, pages: range, states: tuple[int, ...]) -> Iterator[range]:
-        for match in _pattern(states).finditer(self.states, pages.start, pages.stop):
-            yield range(match.start(), match.end())
-
-    def _pieces(self, pages: range, base: int = 0) -> Iterator[tuple[range, bool]]:
-        """Split the pages into pieces whose states, or bytes at ``base``, were ever written, and others, which are 0."""
-        at = pages.start
-        while at < pages.stop:
-            try:
-                data = min(os.lseek(self.states_fd, base + at, os.SEEK_DATA) - base, pages.stop)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    raise
-                data = pages.stop
-            hole = min(os.lseek(self.states_fd, base + data, os.SEEK_HOLE) - base, pages.stop) if data < pages.stop else data
-            for piece, written in ((range(at, data), False), (range(data, hole), True)):
-                if len(piece):
-                    yield piece, written
-            at = hole
-
-    def run_at(self, page: int, stop: int) -> tuple[int, int]:
-        """Return the state of a page, and the end of the run of pages in that state, at most ``stop``."""
-        state = self.states[page]
-        found = _pattern((state,)).match(self.states, page, stop)
-        return state, found.end() if found else page + 1
-
-    def run_before(self, page: int, start: int) -> int:
-        """Return the start of the run of pages in the state of ``page``, at least ``start``."""
-        before = bytes(self.states[start:page])
-        return start + len(before.rstrip(bytes((self.states[page],))))
-
-    # --- the flags
-
-    def set_flag(self, pages: range, flag: PageFlag) -> None:
-        """Set a flag of pages."""
-        self._map_flags(pages, _SET[flag])
-
-    def clear_flag(self, pages: range, flag: PageFlag) -> None:
-        """Clear a flag of pages."""
-        self._map_flags(pages, _CLEAR[flag])
-
-    def _map_flags(self, pages: range, table: bytes) -> None:
-        start, stop = pages.start, pages.stop
-        if stop - start == 1:
-            self.flags[start] = table[self.flags[start]]
-        else:
-            before = bytes(self.flags[start:stop])
-            after = before.translate(table)
-            if after != before:  # a write allocates memory for flags that are all 0
-                self.flags[start:stop] = after
-
-    def flag_runs(self, pages: range, flag: PageFlag) -> list[tuple[range, bool]]:
-        """Split pages into runs with and without a flag."""
-        return [
-            (range(found.start(), found.end()), bool(self.flags[found.start()] & flag))
-            for found in _FLAG_RUNS[flag].finditer(self.flags, pages.start, pages.stop)
-        ]
-
-    def has_flags(self) -> bool:
-        """Return whether a page has a flag."""
-        for run, written in self._pieces(range(self.pages), _whole(self.pages)):
-            if written and any(self.flags[run.start : run.stop]):
-                return True
-        return False
-
     def repair(self) -> None:
         """Settle the states after a server died: each page is MISSING or READY, and no call runs."""
         everything = range(self.pages)
@@ -427,14 +291,9 @@ class Frames:
             self.heartbeat[slot] = 0
 
 
-def _whole(count: int) -> int:
-    """Round a number of bytes up to whole pages."""
-    return count + -count % PAGE_SIZE
-
-
 def _states_bytes(pages: int) -> int:
-    """Return the bytes of states, flags, heartbeat and table."""
-    return 2 * _whole(pages) + _SHARED_BYTES
+    """Return the bytes of states, flags, heartbeat and tables."""
+    return PageStates.size(pages) + _SHARED_BYTES
 
 
 def _has_huge_pages(wanted: int) -> tuple[bool, tuple[str, ...]]:

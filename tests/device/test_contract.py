@@ -57,7 +57,16 @@ def test_a_driver_that_keeps_its_pages_in_a_file(tmp_path: Path, no_leaks: None)
     from support.devices import Saved
 
     numbers = iter(range(1000))
-    check_device(lambda: Saved(str(tmp_path / f"saved-{next(numbers)}")), seed=1, after_discard="zeros")
+    checked = check_device(
+        lambda: Saved(str(tmp_path / f"saved-{next(numbers)}")), seed=1, after_discard="zeros", persistent=True
+    )
+    assert checked.scenes[-5:] == (
+        "clients write, and it is stopped after its clients",
+        "it was written to, stopped after its clients, and is served again",
+        "clients write, and it is stopped with clients that are left",
+        "it was written to, stopped with clients that are left, and is served again",
+        "it was written to and stopped, and is made by its recipe",
+    )
 
 
 @pytest.mark.stress

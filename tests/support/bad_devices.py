@@ -11,9 +11,9 @@ import time
 from typing import Any, NoReturn
 
 import prefault.device
-from prefault.device.driver import ZERO, Access, DeviceArea, Supplied
+from prefault.device.driver import ZERO, Access, DeviceArea, DevicePool, Supplied
 from prefault.sizes import PAGE_SIZE
-from support.devices import Enclave, Pattern, WithoutPopulate, content, expected
+from support.devices import Enclave, Pattern, Saved, WithoutPopulate, content, expected
 
 
 class ReturnsShort(Pattern):
@@ -242,6 +242,40 @@ class WritesReadOnes(Pattern):
 
     def discard(self, area: DeviceArea, pages: range) -> None:
         area.frame(pages.start)[:] = bytes(self.page_size)
+
+
+class StartRaises(Pattern):
+    def start(self, pool: DevicePool) -> None:
+        raise FileNotFoundError("the medium is not in the drive")
+
+
+class StopRaises(Pattern):
+    def stop(self) -> None:
+        raise BlockingIOError("busy")
+
+
+class ForgetsAtItsEnd(Saved):
+    """Saves what it evicts, and nothing at its end."""
+
+    def stop(self) -> None:
+        pass
+
+
+class ForgetsDiscards(Saved):
+    """Does not remove discarded pages from its store."""
+
+    def discard(self, area: DeviceArea, pages: range) -> None:
+        self._gone = {*getattr(self, "_gone", ()), *pages}
+
+    def populate(self, area: DeviceArea, pages: range, access: Access) -> None:
+        for page in pages:
+            if page not in getattr(self, "_gone", ()):
+                super().populate(area, range(page, page + 1), access)
+
+    def _save(self, run: range, view: memoryview) -> None:
+        for index, page in enumerate(run):
+            if page not in getattr(self, "_gone", ()):
+                super()._save(range(page, page + 1), view[index * self.page_size : (index + 1) * self.page_size])
 
 
 class NoLength(Pattern):

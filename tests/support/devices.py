@@ -9,7 +9,7 @@ import time
 import zlib
 from typing import Any
 
-from prefault.device.driver import ZERO, Access, Device, DeviceArea, FaultAround, Recipe, Supplied
+from prefault.device.driver import ZERO, Access, Device, DeviceArea, DevicePool, FaultAround, Recipe, Supplied
 from prefault.sizes import MIB, PAGE_SIZE
 
 HUGE = 2 * MIB
@@ -187,7 +187,10 @@ class Enclave(Device):
 
 
 class Saved(Device):
-    """Writable, with a file as its store: evicted pages are saved there and loaded from there, also by a new process."""
+    """Writable, with a file as its store: evicted pages are saved there and loaded from there, also by a new process.
+
+    All that is supplied is saved at its end.
+    """
 
     evicts = True
     restartable = True
@@ -200,7 +203,13 @@ class Saved(Device):
         self._arguments = {"path": path, "pages": pages, "capacity_pages": capacity_pages, "workers": workers}
 
     def recipe(self) -> Recipe | None:
-        return Recipe("support.devices:Saved", self._arguments)
+        return Recipe(f"{type(self).__module__}:{type(self).__name__}", self._arguments)
+
+    def start(self, pool: DevicePool) -> None:
+        self._pool = pool
+
+    def stop(self) -> None:
+        self._pool.evict(self._pool.pages, self._save)
 
     def fault(self, area: DeviceArea, page: int, access: Access) -> None:
         self.populate(area, range(page, page + 1), access)

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from prefault.device.driver import Device
+from prefault.device.driver import Device, Recipe
 from prefault.device.recipes import check_device_attributes
+from prefault.errors import DeviceError
 from prefault.sizes import PAGE_SIZE
 from prefault.testing._client_processes import (
     ClientDiedError,
@@ -78,6 +79,12 @@ class DriverBench:
     def wrong(self, what: str) -> ContractError:
         return ContractError(f"{what} (seed {self._seed})")
 
+    def make(self) -> Device:
+        """Return a fresh device of the factory, equal to the first one in its attributes; ContractError if it is not."""
+        device = self._make()
+        self._check_equal(device)
+        return device
+
     def _make(self) -> Device:
         try:
             device = self._factory()
@@ -126,17 +133,25 @@ class DriverBench:
 
     @contextmanager
     def serving(
-        self, what: str, *, delayed: bool = False, fails: tuple[int, ...] = (), kills: bool = False
-    ) -> Iterator[Scene]:
-        """Serve a fresh device, record its calls, and judge the driver at the end.
+        self, what: str, *, delayed: bool = False, fails: tuple[int, ...] = (), kills: bool = False,
+        device: Device | None = None, outlived: bool = False,
+    ) -> Iterator[Scene]:  # fmt: skip
+        """Serve a device, record its calls, and judge the driver at the end.
 
-        Errors that the check provokes are not logged: a driver that passes leaves no message. ``kills``: the scene kills the
-        server.
+        Errors that the check provokes are not logged: a driver that passes leaves no message.
+
+        Args:
+            what: circumstances; completes "when ...".
+            delayed: the driver's calls are delayed at random.
+            fails: pages that fail for the sake of the check.
+            kills: the scene kills the server.
+            device: None: a fresh one.
+            outlived: clients end after the server.
         """
         from prefault.device import serve
 
-        device = self._make()
-        self._check_equal(device)
+        if device is None:
+            device = self.make()
         self._served += 1
         journal = Journal(self.directory / f"journal-{self._served}")
         recording = RecordingDevice(
@@ -151,6 +166,11 @@ class DriverBench:
                     server = serve(recording, path)
             except (ValueError, TypeError) as refusal:
                 raise self.wrong(f"the device cannot be served: {refusal}") from refusal
+            except DeviceError as failure:
+                cause = self._settled_cause(scene, device)
+                if not cause:
+                    raise
+                raise self.wrong(cause) from failure
             with server:
                 try:
                     yield scene
@@ -158,10 +178,33 @@ class DriverBench:
                     raise self._explain(scene, failure, device) from failure
                 except ContractError as failure:
                     raise self._with_cause(scene, failure, device) from failure
-                for client in scene.clients:
-                    client.close()
+                if not outlived:
+                    scene.end_clients()
+            scene.end_clients()
             self._judge(scene, device)
             self.passed.append(what)
+        finally:
+            journal.close()
+
+    @contextmanager
+    def serving_recipe(self, device: Device, what: str) -> Iterator[Scene]:
+        """Serve a device by its recipe, in a fresh process, without a record of its calls."""
+        from prefault.device import serve
+
+        recipe = device.recipe()
+        if not isinstance(recipe, Recipe):
+            raise self.wrong(f"recipe() returns {recipe!r}, which is no Recipe")
+        self._served += 1
+        path = str(self.directory / f"server-{self._served}")
+        journal = Journal(self.directory / f"journal-{self._served}")
+        scene = Scene(self.processes, journal, path, what)
+        try:
+            with serve(recipe, path):
+                yield scene
+                scene.end_clients()
+            self.passed.append(what)
+        except (ClientDiedError, ClientHangsError, ClientRefusedError) as failure:
+            raise self.wrong(f"made by its recipe {recipe.factory}, a client {failure}") from failure
         finally:
             journal.close()
 
@@ -188,6 +231,8 @@ class DriverBench:
         return ""
 
     def _may_raise(self, call: Call) -> bool:
+        if call.kind in ("mkwrite", "control"):  # that is how they refuse
+            return True
         supplies = call.kind in ("fault", "populate")
         return supplies and any(page in self.failing for page in range(*call.pages))
 
@@ -244,6 +289,11 @@ class Scene:
         for area, options in areas.items():
             client.ask("map", area=area, **options)
         return client
+
+    def end_clients(self) -> None:
+        """Have all client processes unmap their areas and end; idempotent."""
+        for client in self.clients:
+            client.close()
 
     def quiet(self) -> None:
         """Wait a moment, in which a driver that writes too late does so."""

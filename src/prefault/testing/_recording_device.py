@@ -18,9 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefault.device.driver import ZERO, Access, Device, DeviceArea, Supplied
+from prefault.device.driver import Access, Answer, ClientProcess, Device, DeviceArea, DevicePool, Supplied
 
-ATTRIBUTES = ("length", "page_size", "writable", "evicts", "populates", "workers", "batch", "fault_around", "capacity")
+ATTRIBUTES = (
+    "length", "page_size", "writable", "evicts", "tracks_writes", "populates", "workers", "batch", "fault_around", "capacity"
+)  # fmt: skip
 _COPIED = (*ATTRIBUTES, "timeout_s", "restartable")
 
 
@@ -168,6 +170,14 @@ class RecordingDevice(Device):
 
     # --- calls of the framework
 
+    def start(self, pool: DevicePool) -> None:
+        with self._call("start", range(0)):
+            self._inner.start(pool)
+
+    def stop(self) -> None:
+        with self._call("stop", range(0)):
+            self._inner.stop()
+
     def open(self, area: DeviceArea) -> None:
         recording = _RecordingArea(area, self)
         self._areas[id(area)] = (area, recording)  # the reference keeps another area from getting this id
@@ -179,14 +189,29 @@ class RecordingDevice(Device):
         self._inject(pages)
         with self._call("fault", pages, supplies=True):
             supplied: object = self._inner.fault(self._recording(area), page, access)
-            if supplied is not None and supplied is not ZERO:
-                self._journal.complain(f"fault(page {page}) returned {supplied!r}, and is to return None or ZERO")
-        return None if supplied is None else ZERO
+            if supplied is not None and not isinstance(supplied, Answer):
+                self._journal.complain(
+                    f"fault(page {page}) returned {supplied!r}, and is to return None, ZERO, READ_ONLY or RETRY"
+                )
+                supplied = None
+        return supplied
 
-    def populate(self, area: DeviceArea, pages: range, access: Access) -> None:
+    def populate(self, area: DeviceArea, pages: range, access: Access) -> Supplied:
         self._inject(pages)
         with self._call("populate", pages, supplies=True):
-            self._inner.populate(self._recording(area), pages, access)
+            return self._inner.populate(self._recording(area), pages, access)
+
+    def mkwrite(self, area: DeviceArea, page: int) -> None:
+        with self._call("mkwrite", range(page, page + 1)):
+            self._inner.mkwrite(self._recording(area), page)
+
+    def control(self, client: ClientProcess, request: bytes) -> bytes:
+        with self._call("control", range(0)):
+            return self._inner.control(client, request)
+
+    def disconnect(self, client: ClientProcess) -> None:
+        with self._call("disconnect", range(0)):
+            self._inner.disconnect(client)
 
     def discard(self, area: DeviceArea, pages: range) -> None:
         with self._call("discard", pages):

@@ -11,17 +11,17 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefault.device.driver import Device, Recipe
+from prefault.device.driver import Device
 from prefault.sizes import PAGE_SIZE
 from prefault.testing._client_processes import (
     ClientDiedError,
-    ClientHangsError,
     ClientProcess,
     ClientProcesses,
     ClientRefusedError,
 )
-from prefault.testing._driver_scenes import HANG_S, AfterDiscard, ContractError, DriverBench, Scene
-from prefault.testing._recording_device import InjectedError, Journal
+from prefault.testing._driver_scenes import HANG_S, AfterDiscard, ContractError, Scene
+from prefault.testing._persistence import PersistenceCheck
+from prefault.testing._recording_device import InjectedError
 
 __all__ = ["AfterDiscard", "Checked", "ContractError", "check_device"]
 
@@ -53,6 +53,7 @@ def check_device(
     expected: Callable[[int], bytes] | None = None,
     failing: Collection[int] = (),
     after_discard: AfterDiscard = "same",
+    persistent: bool = False,
     delay_s: float = 0.003,
     patience_s: float | None = None,
 ) -> Checked:
@@ -68,6 +69,8 @@ def check_device(
         expected: ``expected(page)`` returns the initial bytes of a page. None: the bytes of the first touch.
         failing: pages that the driver is meant to refuse: touching one raises SIGBUS, populating one DriverError.
         after_discard: bytes of a page after a discard: ``"same"`` as the initial ones, ``"zeros"``, or ``"any"`` bytes.
+        persistent: what clients wrote is to be there when the same device, and a device by its recipe, is served again after
+            it was stopped.
         delay_s: longest delay of a call, in seconds.
         patience_s: longest wait for an answer, in seconds. None: a few calls of the device's ``timeout_s``.
 
@@ -81,14 +84,14 @@ def check_device(
     directory = Path(tempfile.mkdtemp(prefix="prefault-check-"))
     try:
         check = _Check(factory, directory, seed, expected, frozenset(failing), after_discard, delay_s, patience_s)
-        check.run()
+        check.run(persistent=persistent)
         return Checked(type(check.device).__name__, len(check.sample), seed, tuple(check.passed))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-class _Check(DriverBench):
-    def run(self) -> None:
+class _Check(PersistenceCheck):
+    def run(self, *, persistent: bool) -> None:
         patience = self.patience_s if self.patience_s is not None else 2 * self.device.timeout_s + HANG_S
         with ClientProcesses(self.directory, patience) as self.processes:
             self._check_touch()
@@ -108,6 +111,8 @@ class _Check(DriverBench):
             if self.device.restartable:
                 self._check_restart()
             self._check_recipe()
+            if persistent:
+                self.check_persistence()
 
     def _check_touch(self) -> None:
         with self.serving("its pages are touched one after the other") as scene:
@@ -371,24 +376,8 @@ class _Check(DriverBench):
             self.compare(scene, found, self.initial, "after the restart, and another before")
 
     def _check_recipe(self) -> None:
-        recipe = self.device.recipe()
-        if recipe is None:
+        if self.device.recipe() is None:
             return
-        if not isinstance(recipe, Recipe):
-            raise self.wrong(f"recipe() returns {recipe!r}, which is no Recipe")
-        from prefault.device import serve
-
-        path = str(self.directory / "server-recipe")
-        journal = Journal(self.directory / "journal-recipe")
-        scene = Scene(self.processes, journal, path, "it is made by its recipe")
-        try:
-            with serve(recipe, path):
-                client = scene.client(area={})
-                found = client.touch("area", self.good(), self.size)
-                self.compare(scene, found, self.initial, "and another in a device of the factory")
-                client.close()
-            self.passed.append(scene.what)
-        except (ClientDiedError, ClientHangsError, ClientRefusedError) as failure:
-            raise self.wrong(f"made by its recipe {recipe.factory}, a client {failure}") from failure
-        finally:
-            journal.close()
+        with self.serving_recipe(self.device, "it is made by its recipe") as scene:
+            found = scene.client(area={}).touch("area", self.good(), self.size)
+            self.compare(scene, found, self.initial, "and another in a device of the factory")

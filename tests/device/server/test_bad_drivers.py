@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import prefault.device
 from prefault.testing import ContractError, check_device
 from support import bad_devices as bad
-from support.devices import Pattern, expected
+from support.devices import Pattern, Saved, expected
 
 _LOADED = (prefault.device.serve, prefault.device.connect)  # what they import is mapped before a test counts mappings
 
@@ -25,7 +26,7 @@ def _quick(kind: Callable[..., Any]) -> Callable[[], Any]:
 _ZERO = {"after_discard": "zeros"}
 _CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "returns short": (bad.ReturnsShort, {}, r"page \d+ holds zeros once it is populated, unlike when it is touched"),
-    "returns a count": (bad.ReturnsCount, {}, r"fault\(page 0\) returned 4096, and is to return None or ZERO"),
+    "returns a count": (bad.ReturnsCount, {}, r"fault\(page 0\) returned 4096, and is to return None, ZERO,"),
     "writes the neighbour's page": (
         bad.WritesNeighbour,
         {},
@@ -88,6 +89,8 @@ _CASES: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         {},
         r"the driver took the frame of page \d+ while it was not asked to supply any",
     ),
+    "start raises": (bad.StartRaises, {}, r"start\(\) raises FileNotFoundError: the medium is not in the drive"),
+    "stop raises": (bad.StopRaises, {}, r"stop\(\) raises BlockingIOError: busy, when its pages are touched"),
     "no length": (bad.NoLength, {}, r"the factory makes no valid device: NoLength.length is a number of bytes"),
     "a negative length": (bad.NegativeLength, {}, r"NegativeLength.length is at least 1 byte .* not -4096"),
     "another device each time": (bad.OtherEachTime, {}, r"the factory makes devices that differ: one has length"),
@@ -118,3 +121,24 @@ def test_a_bad_driver_fails(name: str, no_leaks: None, tmp_path: Path, monkeypat
     assert "(seed 3)" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (bad.ForgetsAtItsEnd, r"page \d+ holds .* and lost what was written to it before, when it was written to, stopped"),
+        (
+            bad.ForgetsDiscards,
+            r"page \d+ holds .* instead of 00 .* and lost what was written to it before, when it was writ",
+        ),
+    ],
+)
+def test_a_driver_that_is_not_persistent_fails(kind: type[Saved], message: str, tmp_path: Path) -> None:
+    numbers = itertools.count()
+
+    def make() -> Saved:
+        return kind(str(tmp_path / str(next(numbers))))
+
+    check_device(make, seed=3, after_discard="zeros")
+    with pytest.raises(ContractError, match=message):
+        check_device(make, seed=3, after_discard="zeros", persistent=True)

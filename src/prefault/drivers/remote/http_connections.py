@@ -12,6 +12,7 @@ import errno
 import http
 import http.client
 import io
+import os
 import socket
 import ssl
 import struct
@@ -21,8 +22,13 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from prefault._system import fork_hooks
 from prefault.drivers.remote.source import CHUNK, SourceError
 
+_MOST_IDLE = 128
+"""Idle connections of a pool."""
+_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+"""Variables of the environment that OpenSSL reads with the default certificates."""
 _PIECE = 4 << 20
 """Bytes that one recv(2) asks for: few calls, each of which releases the GIL."""
 
@@ -36,19 +42,23 @@ class Origin(NamedTuple):
 
 
 class ConnectionPool:
-    """Idle connections, by origin. Proxies are taken from the environment (``http_proxy`` and so on)."""
+    """Idle connections, by origin, that all sources of a process share. Proxies are taken from the environment.
 
-    def __init__(self) -> None:
-        self._idle: dict[Origin, list[http.client.HTTPConnection]] = {}
+    Made by :func:`acquire_pool`. Credentials are headers of each request, and no property of a connection.
+    """
+
+    def __init__(self, proxies: dict[str, str]) -> None:
+        self._idle: list[tuple[Origin, http.client.HTTPConnection]] = []
         self._lock = threading.Lock()
         self._tls: ssl.SSLContext | None = None
-        self._proxies = urllib.request.getproxies()
+        self._proxies = proxies
+        self.users = 0
 
     def take(self, origin: Origin, timeout_s: float) -> tuple[http.client.HTTPConnection, bool]:
-        """Take an idle connection or make one; return it, and whether it was used before."""
+        """Take an idle connection, that which was used last, or make one; return it, and whether it was used before."""
         with self._lock:
-            idle = self._idle.get(origin)
-            connection = idle.pop() if idle else None
+            found = next((index for index in reversed(range(len(self._idle))) if self._idle[index][0] == origin), None)
+            connection = None if found is None else self._idle.pop(found)[1]
         if connection is None:
             return self._make(origin, timeout_s), False
         connection.timeout = timeout_s
@@ -57,17 +67,19 @@ class ConnectionPool:
         return connection, True
 
     def give(self, origin: Origin, connection: http.client.HTTPConnection) -> None:
-        """Give a connection back after its response was read to the end."""
+        """Give a connection back after its response was read to the end; too many idle ones: close the oldest."""
         with self._lock:
-            self._idle.setdefault(origin, []).append(connection)
+            self._idle.append((origin, connection))
+            superfluous = self._idle.pop(0)[1] if len(self._idle) > _MOST_IDLE or not self.users else None
+        if superfluous is not None:
+            superfluous.close()
 
     def close(self) -> None:
         """Close the idle connections."""
         with self._lock:
-            idle, self._idle = self._idle, {}
-        for connections in idle.values():
-            for connection in connections:
-                connection.close()
+            idle, self._idle = self._idle, []
+        for _, connection in idle:
+            connection.close()
 
     def proxy(self, origin: Origin) -> str | None:
         """Return the URL of the proxy to go through, if any; SourceError if it is not a plain HTTP proxy."""
@@ -103,6 +115,47 @@ class ConnectionPool:
         if proxy is not None:
             connection.set_tunnel(origin.host, origin.port, tunnel)
         return connection
+
+
+_pools: dict[tuple[object, ...], ConnectionPool] = {}
+_lock = threading.Lock()
+
+
+def acquire_pool() -> ConnectionPool:
+    """Return the pool of this process for the proxies and certificates that the environment names now.
+
+    To be given back by :func:`release_pool`.
+    """
+    proxies = urllib.request.getproxies()
+    key = (*sorted(proxies.items()), *map(os.environ.get, _CERTIFICATES))
+    with _lock:
+        pool = _pools.get(key)
+        if pool is None:
+            pool = _pools[key] = ConnectionPool(proxies)
+        pool.users += 1
+        return pool
+
+
+def release_pool(pool: ConnectionPool) -> None:
+    """Give a pool back; with its last user its idle connections are closed."""
+    with _lock:
+        pool.users -= 1
+        if pool.users:
+            return
+        for key, known in list(_pools.items()):
+            if known is pool:
+                del _pools[key]
+    pool.close()
+
+
+def _forget_pools() -> None:
+    """Leave the connections to the parent, in a child of fork: both would send requests on them."""
+    global _lock
+    _lock = threading.Lock()
+    _pools.clear()
+
+
+fork_hooks.register(in_child=_forget_pools)
 
 
 def authorization(parts: urllib.parse.SplitResult, header: str) -> dict[str, str]:

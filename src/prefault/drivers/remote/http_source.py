@@ -17,7 +17,14 @@ import urllib.parse
 from typing import NamedTuple, NoReturn
 
 from prefault._version import __version__
-from prefault.drivers.remote.http_connections import Answer, ConnectionPool, DeadlineResponse, Origin, authorization
+from prefault.drivers.remote.http_connections import (
+    Answer,
+    DeadlineResponse,
+    Origin,
+    acquire_pool,
+    authorization,
+    release_pool,
+)
 from prefault.drivers.remote.source import (
     CHUNK,
     TRANSIENT_STATUSES,
@@ -113,7 +120,8 @@ class HttpSource(Source):
                 raise ValueError(f"{self.name}: a line break in the header {header.strip()!r}")
         self._origin = _origin(parts)
         self._target = url  # of the last redirect
-        self._connections = ConnectionPool()
+        self._connections = acquire_pool()
+        self._closed = False
         try:
             attempts = Attempts(patience, self.name)
             self.version = version or attempts.retry(lambda: self._probe(attempts))
@@ -122,8 +130,10 @@ class HttpSource(Source):
             raise
 
     def close(self) -> None:
-        """Close the idle connections; those in use end with their answers."""
-        self._connections.close()
+        """Give the connections back, which other sources of this process may use. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            release_pool(self._connections)
 
     # --- one request
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from prefault.device.driver import Access
 from prefault.device.registry import ROW_WORDS, AreaRecord, AreaTable, ClientRecord
 
 
@@ -38,8 +39,9 @@ def _clients(*numbers: int) -> dict[int, ClientRecord]:
 
 
 def _area(table: AreaTable, number: int) -> AreaRecord:
-    access = "write" if number % 3 else "read"
-    return AreaRecord(number, number << 30, number << 20, number << 12, access, number % 2 == 0, table.reserve())  # type: ignore[arg-type]
+    access: Access = "write" if number % 3 else "read"
+    tracks, of_object = number % 2 == 0, number % 5 == 0
+    return AreaRecord(number, number << 30, number << 20, number << 12, access, tracks, of_object, table.reserve())
 
 
 @pytest.mark.parametrize("seed", range(20))

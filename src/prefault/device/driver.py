@@ -79,6 +79,24 @@ class ClientProcess(NamedTuple):
     uid: int
 
 
+class DeviceObject(NamedTuple):
+    """An extent of a device's address space that has a name; what graphics drivers call a GEM object.
+
+    Attributes:
+        name: up to 200 bytes in UTF-8.
+        offset: in the device, in bytes: a multiple of 2 MiB.
+        length: in bytes.
+    """
+
+    name: str
+    offset: int
+    length: int
+
+    def pages(self, page_size: int) -> range:
+        """Return the numbers of the device's pages that the object lies in, the last one perhaps in part."""
+        return range(self.offset // page_size, -(-(self.offset + self.length) // page_size))
+
+
 class DeviceArea(abc.ABC):
     """A client's mapping of the device, as the driver sees it in the server.
 
@@ -89,6 +107,8 @@ class DeviceArea(abc.ABC):
         offset, length: of the mapped part of the device, in bytes.
         access: of the client: "read" or "write".
         pid, uid: of the client.
+        object: the object that the client mapped by its name; None: it mapped a part of the device. :attr:`offset` is one in
+            the device in either case.
     """
 
     offset: int
@@ -96,6 +116,7 @@ class DeviceArea(abc.ABC):
     access: Access
     pid: int
     uid: int
+    object: DeviceObject | None = None
 
     @property
     @abc.abstractmethod
@@ -273,6 +294,52 @@ class DevicePool(abc.ABC):
             ValueError: the name is kept with another length, or the name or the length is beyond a limit.
             DeviceError: the system refuses the memory (a limit on the sizes of files or of address space).
         """
+
+    @abc.abstractmethod
+    def create_object(self, name: str, length: int) -> DeviceObject:
+        """Make an object: give a name to the first free extent of the device's address space that is long enough.
+
+        Its pages are not supplied. It survives the server, until :meth:`delete_object` or the end of the device. A device
+        has at most 262 143 objects, each of which takes whole units of 2 MiB: of address space, not of memory.
+
+        Args:
+            name: one to 200 bytes in UTF-8, without NUL.
+            length: in bytes.
+
+        Raises:
+            FileExistsError: an object has that name.
+            OSError: ENOSPC: no free extent is long enough, or there are too many objects; EBUSY: pages of the extent, which
+                some client mapped without a name, are being supplied or evicted.
+            ValueError: the name or the length is beyond a limit.
+        """
+
+    @abc.abstractmethod
+    def delete_object(self, name: str) -> None:
+        """Delete an object: its pages are dropped as by a discard, and its extent is free again.
+
+        It can be deleted from the driver's :meth:`Device.close` of its last area on. Clients that mapped the extent without
+        the name keep their areas: the driver is asked for their pages anew.
+
+        Raises:
+            FileNotFoundError: no object has that name.
+            OSError: EBUSY: a client maps the object, or pages of it are being supplied or evicted.
+        """
+
+    @abc.abstractmethod
+    def object(self, name: str) -> DeviceObject:
+        """Return the object of a name; FileNotFoundError if there is none."""
+
+    @abc.abstractmethod
+    def objects(self) -> list[DeviceObject]:
+        """Return all objects, in the order of their offsets."""
+
+    @abc.abstractmethod
+    def object_at(self, page: int) -> DeviceObject | None:
+        """Return the object that a page of the device belongs to, or None."""
+
+    @abc.abstractmethod
+    def clients(self) -> list[ClientProcess]:
+        """Return the processes that are connected; a process that tracks dirty pages may be in the list twice."""
 
 
 class Device(abc.ABC):

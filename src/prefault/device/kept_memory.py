@@ -64,6 +64,10 @@ class KeptMemory:
                 end = offset + _whole_pages(kept)
         raise ValueError(f"the device keeps {NAMES_MOST} names, the maximum: {name!r} is one more")
 
+    def __contains__(self, name: str) -> bool:
+        """Return whether there is a piece of that name."""
+        return any(length and known == name.encode() for length, _, known in map(self._read, range(NAMES_MOST)))
+
     def release(self) -> None:
         """Release the table, before its memory is unmapped; pieces stay as long as there are views of them."""
         self._maps.clear()

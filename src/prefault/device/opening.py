@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import itertools
 import os
 import socket
 import threading
@@ -12,9 +13,9 @@ from typing import Any
 
 from prefault._system import fork_hooks
 from prefault._system.closing import Closing
-from prefault.device import limit_messages, this_server
+from prefault.device import limit_messages, protocol, this_server
 from prefault.device.client import mapped_area
-from prefault.device.client.area import Area
+from prefault.device.client.area import Area, AreaStatistics
 from prefault.device.client.area_mapping import MapOptions, PopulateChoice, checked_access, checked_extent, map_area
 from prefault.device.client.connection import DeviceConnection
 from prefault.device.client.fault_descriptor import open_userfaultfd
@@ -26,6 +27,7 @@ from prefault.sizes import Size, format_size
 from prefault.sparse.device_blocks import DeviceRange, DeviceSource
 
 _starting = threading.RLock()
+_tokens = itertools.count()
 _running: weakref.WeakValueDictionary[int, DeviceConnection] = weakref.WeakValueDictionary()
 """Connections to private servers, by the id of the device object, which the connection keeps alive."""
 
@@ -39,6 +41,7 @@ def map(  # noqa: A001  mmap(2) for devices; used as prefault.device.map
     access: Access | None = None,
     track_dirty: bool = False,
     colocate: bool = False,
+    object: str | None = None,  # noqa: A002  the word for it
 ) -> Area:
     """Map a part of a device into this process; its driver runs in a server process of its own.
 
@@ -62,19 +65,24 @@ def map(  # noqa: A001  mmap(2) for devices; used as prefault.device.map
             fault per page.
         colocate: pin this thread and the server to one CPU until the area is closed: the lowest fault latency, at the
             price that they never run at the same time.
+        object: name of the object to map; ``offset`` and ``length`` count from its start, and None is all of it. See
+            :meth:`DevicePool.create_object`.
 
     Raises:
         DeviceError: this process may not open a userfaultfd, or the server cannot be started; the message says what to
-            change.
+            change. ENOENT: the device has no object of that name.
         PopulateError: ``populate`` failed, as :func:`prefault.populate` describes. Nothing stays mapped.
         ValueError, TypeError: not a device; a length of 0 or beyond the device; an offset inside of a page; writing to a
             device that is read-only.
     """
     _check_device(device)  # before anything is started
-    checked_extent(type(device).__name__, device.length, device.page_size, length, offset)
+    if object is None:
+        checked_extent(type(device).__name__, device.length, device.page_size, length, offset)
     checked_access(type(device).__name__, device.writable, access)
     connection = _acquire_private(device)
-    return map_area(connection, MapOptions(length, offset, populate, access, track_dirty, colocate), connection.release)
+    return map_area(
+        connection, MapOptions(length, offset, populate, access, track_dirty, colocate, object), connection.release
+    )
 
 
 def open(device: Device) -> DeviceClient:  # noqa: A001  open(2) for devices; used as prefault.device.open
@@ -130,7 +138,7 @@ class DeviceClient(Closing, DeviceSource):
         self._connection = connection
         self._connections = [connection]
         """The connection, and one for areas whose writes the kernel tracks once there is such an area."""
-        self._areas: set[object] = set()
+        self._areas: set[int] = set()
         """A token for each area that is open."""
         self._ends = weakref.finalize(self, _release_all, self._connections)
         self._ends.atexit = False
@@ -147,8 +155,9 @@ class DeviceClient(Closing, DeviceSource):
         access: Access | None = None,
         track_dirty: bool = False,
         colocate: bool = False,
+        object: str | None = None,  # noqa: A002
     ) -> Area:
-        """Map a part of the device; the arguments and errors are those of :func:`prefault.device.map`."""
+        """Map a part of the device, or an object; the arguments and errors are those of :func:`prefault.device.map`."""
         if self.closed:
             raise ValueError("the connection to the device is closed")
         connection = self._connection
@@ -162,14 +171,14 @@ class DeviceClient(Closing, DeviceSource):
                 connection = self._connections[-1]
         if not connection.acquire():
             connection.check()
-        token, areas = object(), self._areas
+        token, areas = next(_tokens), self._areas
         areas.add(token)
 
         def release() -> None:
             areas.discard(token)
             connection.release()
 
-        return map_area(connection, MapOptions(length, offset, populate, access, track_dirty, colocate), release)
+        return map_area(connection, MapOptions(length, offset, populate, access, track_dirty, colocate, object), release)
 
     def control(self, request: bytes | bytearray | memoryview, *, timeout: float | None = None) -> bytes:
         """Send the driver a request that is not about memory, as ioctl(2) does, and return its reply.
@@ -192,6 +201,17 @@ class DeviceClient(Closing, DeviceSource):
         if self.closed:
             raise ValueError("the connection to the device is closed")
         return self._connection.control(request, timeout)
+
+    def stats(self, object: str) -> AreaStatistics:  # noqa: A002
+        """Ask the server for the counters of its work for an object: all its areas, of all clients, also the closed ones.
+
+        Raises:
+            DeviceError: ENOENT: the device has no object of that name.
+        """
+        if self.closed:
+            raise ValueError("the connection to the device is closed")
+        request = protocol.AskObjectStatistics(self._connection.next_id(), object)
+        return AreaStatistics.of(self._connection.ask(request, protocol.Statistics))
 
     def map_range(self, length: int, offset: int) -> DeviceRange:
         """Map a part of the device for :class:`~prefault.SparseMemory`, which takes care of access to it."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
+from prefault.device.driver import DeviceObject
 from prefault.errors import (
     BackingFullError,
     DeviceError,
@@ -68,6 +69,20 @@ class Map(NumberedMessage, frozen=True):
     """Map pages write-protected, so that the server, or the kernel with WP_ASYNC, records first writes."""
     cpu: Number | None = None
     """Pin the server to this CPU until the area is unmapped (``colocate``)."""
+    object: DeviceObject | None = None
+    """The object that is mapped, as ObjectFound described it. If it is not there any more, the refusal is "stale"."""
+
+
+class FindObject(NumberedMessage, frozen=True):
+    """Ask for the place of an object, to be mapped at once."""
+
+    name: str
+
+
+class AskObjectStatistics(NumberedMessage, frozen=True):
+    """Ask for the counters of the server's work for all areas of an object, the closed ones included."""
+
+    name: str
 
 
 class AreaRequest(NumberedMessage, frozen=True):
@@ -150,6 +165,12 @@ class Mapped(NumberedMessage, frozen=True):
     area: Number
 
 
+class ObjectFound(NumberedMessage, frozen=True):
+    """Reply to FindObject."""
+
+    object: DeviceObject
+
+
 class Done(NumberedMessage, frozen=True):
     """Reply to Unmap and Undo."""
 
@@ -202,7 +223,10 @@ class Runs(NumberedMessage, frozen=True):
 
 
 class Statistics(NumberedMessage, frozen=True):
-    """Reply to AskStatistics. ``latency``: number of faults, by ``n``, that took less than ``2**n`` microseconds."""
+    """Reply to AskStatistics and AskObjectStatistics.
+
+    ``latency``: number of faults, by ``n``, that took less than ``2**n`` microseconds.
+    """
 
     missing: Number
     minor: Number
@@ -222,7 +246,7 @@ class ControlReply(NumberedMessage, frozen=True):
 class Refused(NumberedMessage, frozen=True):
     """Error reply to any request. After ``"protocol"`` the server closes the connection."""
 
-    kind: Literal["value", "device", "gone", "protocol"]
+    kind: Literal["value", "device", "stale", "gone", "protocol"]
     number: Number
     message: str
 
@@ -240,11 +264,24 @@ class Gone(NumberedMessage, frozen=True):
 
 
 Request: TypeAlias = (
-    Hello | Map | Unmap | Populate | Cancel | Discard | Undo | DirtyPages | AskStatistics | AskLog | Control
-)  # fmt: skip
+    Hello
+    | Map
+    | Unmap
+    | Populate
+    | Cancel
+    | Discard
+    | Undo
+    | DirtyPages
+    | AskStatistics
+    | AskLog
+    | Control
+    | FindObject
+    | AskObjectStatistics
+)
 Reply: TypeAlias = (
     Welcome
     | Mapped
+    | ObjectFound
     | Done
     | Discarded
     | Progress
@@ -258,6 +295,11 @@ Reply: TypeAlias = (
     | Gone
 )
 
+
+class StaleObjectError(DeviceError):
+    """The object was deleted, and perhaps made anew, between FindObject and Map: the client looks it up again."""
+
+
 FAILURES: dict[str, type[PopulateError]] = {
     "driver": DriverError,
     "no populate": NoPopulateError,
@@ -270,6 +312,7 @@ FAILURES: dict[str, type[PopulateError]] = {
 _REFUSALS: dict[str, type[Exception]] = {
     "value": ValueError,
     "device": DeviceError,
+    "stale": StaleObjectError,
     "gone": DeviceGoneError,
     "protocol": DeviceGoneError,
 }

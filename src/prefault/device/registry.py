@@ -68,6 +68,7 @@ class AreaRecord:
         length: in bytes.
         access: what the client may do with it.
         track_dirty: first writes are noticed.
+        of_object: it maps the object that lies there.
         row: of the area in the table.
     """
 
@@ -77,6 +78,7 @@ class AreaRecord:
     length: int
     access: Access
     track_dirty: bool
+    of_object: bool = False
     row: int = field(default=0, compare=False)
 
 
@@ -137,7 +139,7 @@ class AreaTable:
     def publish(self, client: int, area: AreaRecord) -> None:
         """Write an area to its row, before any reply names it."""
         at = ROW_WORDS * area.row
-        flags = (area.access == "write") + 2 * area.track_dirty
+        flags = (area.access == "write") + 2 * area.track_dirty + 4 * area.of_object
         self._words[at + 1 : at + ROW_WORDS] = array("Q", (client, area.address, area.offset, area.length, flags))
         self._words[at] = area.number
 
@@ -155,7 +157,8 @@ class AreaTable:
             number, client, address, offset, length, flags = self._words[at : at + ROW_WORDS]
             if number and client in clients:
                 access: Access = "write" if flags & 1 else "read"
-                found.append((client, AreaRecord(number, address, offset, length, access, flags & 2 != 0, row)))
+                tracks, of_object = flags & 2 != 0, flags & 4 != 0
+                found.append((client, AreaRecord(number, address, offset, length, access, tracks, of_object, row)))
             else:
                 self.clear(row)
         for record in clients.values():

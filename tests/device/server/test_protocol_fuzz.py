@@ -22,6 +22,7 @@ import prefault.device
 from prefault._kernel import userfaultfd as kernel
 from prefault.device import protocol
 from prefault.device.client.fault_descriptor import open_userfaultfd
+from prefault.device.driver import DeviceObject
 from prefault.ipc import socket_path
 from prefault.sizes import PAGE_SIZE
 from support import needs, processes
@@ -84,6 +85,8 @@ def test_nonsense_is_hung_up_on(tmp_path: Path, no_leaks: None, name: str, greet
         protocol.AskStatistics(1, 1),
         protocol.Cancel(1),
         protocol.Control(1, b"request"),
+        protocol.FindObject(1, "x"),
+        protocol.AskObjectStatistics(1, "x"),
         protocol.Hello(1, 99),
         protocol.Hello(1, 0),
     ],
@@ -253,6 +256,8 @@ def test_areas_of_another_client(tmp_path: Path, no_leaks: None) -> None:
                 protocol.Undo(3, number, ((0, 1),)),
                 protocol.AskStatistics(3, number),
                 protocol.AskLog(3, number),
+                protocol.AskObjectStatistics(3, "x"),
+                protocol.FindObject(3, "x" * 60_000),
                 protocol.DirtyPages(3, number, True),
             ):
                 with Raw(path) as raw:
@@ -311,6 +316,9 @@ def test_random_changes_of_good_messages(tmp_path: Path, no_leaks: None) -> None
         return (
             protocol.Hello(number(), number()),
             protocol.Map(number(), number(), number(), number(), chance.choice(("read", "write")), chance.random() < 0.5),
+            protocol.Map(number(), number(), number(), number(), "read", False, None, DeviceObject("x", number(), number())),
+            protocol.FindObject(number(), chance.choice(("", "x", "x" * 3000))),
+            protocol.AskObjectStatistics(number(), chance.choice(("", "x", "\0" * 3000))),
             protocol.Unmap(number(), number()),
             protocol.Populate(number(), number(), runs, "read", chance.random() < 0.5, chance.random() < 0.5, True),
             protocol.Cancel(number()),

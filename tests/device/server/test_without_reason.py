@@ -328,7 +328,7 @@ def _areas_of_the_next_client() -> list[int]:
     descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in names]
     handover.send(theirs, handover.Admitted(1, 10, 0, names), descriptors[:2])  # the others were cut off (RLIMIT_NOFILE)
     handover.send(theirs, handover.HandoverDone())
-    registry.area_table.publish(1, AreaRecord(1, 1 << 30, 0, PAGE_SIZE, "write", False, registry.area_table.reserve()))
+    registry.area_table.publish(1, AreaRecord(1, 1 << 30, 0, PAGE_SIZE, "write", False, row=registry.area_table.reserve()))
     Warden(registry, device).reattach(os.pidfd_open(os.getpid()), ours)
     registry.area_table.load(registry.clients)  # its server died
     registry.clients[1] = handover.client_record(handover.Admitted(1, 11, 0, names), descriptors)

@@ -7,7 +7,7 @@ import errno
 import os
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, SupportsIndex
 
 from prefault._kernel import mman
 from prefault.device import protocol
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AreaStatistics:
-    """Counters of the server's work for an area since it was mapped.
+    """Counters of the server's work for an area since it was mapped, or for all areas of an object.
 
     Attributes:
         missing: faults on pages that had to be supplied.
         minor: faults on pages that were supplied already, and were mapped.
         write_protect: first writes to tracked pages, and writes to pages that are being evicted.
         populated_pages: pages that populate mapped.
-        supplied_pages: pages that the driver supplied for this area.
+        supplied_pages: pages that the driver supplied for these areas.
         errors: faults that ended in poison.
         latency: number of faults, by ``n``, that took less than ``2**n`` microseconds in the server, from read to answer.
     """
@@ -52,6 +52,14 @@ class AreaStatistics:
     supplied_pages: int
     errors: int
     latency: tuple[int, ...]
+
+    @classmethod
+    def of(cls, found: protocol.Statistics) -> Self:
+        """Return the counters in a reply of the server."""
+        return cls(
+            found.missing, found.minor, found.write_protect, found.populated_pages, found.supplied_pages, found.errors,
+            found.latency,
+        )  # fmt: skip
 
     @property
     def faults(self) -> int:
@@ -75,7 +83,8 @@ class Area(MappedMemory):
 
     Attributes:
         device: name of the device.
-        offset: offset of the area in the device, bytes.
+        object: the object that was mapped by its name; None: a part of the device was mapped.
+        offset: offset of the area in the object, or else in the device, bytes.
         page_size: page size of the device, bytes: a fault brings in one page.
         access: the access that the area was mapped with, "read" or "write".
         track_dirty: True if :meth:`dirty_pages` works.
@@ -93,11 +102,17 @@ class Area(MappedMemory):
         self.populated: PopulateResult | None = None
         self._connection = connection = memory.connection
         self.device = connection.device_info.name
-        self.offset = memory.offset
+        self.object = memory.object
+        self.offset = memory.offset - self._base
         self.page_size = connection.device_info.page_size
         self.access: Access = memory.access
         self.track_dirty = memory.track_dirty
         self.user_mode_only = connection.userfaultfd.user_mode_only
+
+    @property
+    def _base(self) -> int:
+        """Offset in the device of what is mapped: an object, or the device itself; bytes."""
+        return 0 if self.object is None else self.object.offset
 
     # --- the memory
 
@@ -110,7 +125,7 @@ class Area(MappedMemory):
     @property
     def file_offset(self) -> int:
         """Offset of the area in the file of frames, bytes."""
-        return self.offset
+        return self.offset + self._base
 
     @property
     def address(self) -> int:
@@ -272,11 +287,7 @@ class Area(MappedMemory):
         """Ask the server for the counters of its work for this area."""
         memory = self._here()
         request = protocol.AskStatistics(self._connection.next_id(), memory.require_number())
-        found = self._connection.ask(request, protocol.Statistics)
-        return AreaStatistics(
-            found.missing, found.minor, found.write_protect, found.populated_pages, found.supplied_pages, found.errors,
-            found.latency,
-        )  # fmt: skip
+        return AreaStatistics.of(self._connection.ask(request, protocol.Statistics))
 
     def dirty_pages(self, *, clear: bool = False) -> RangeSet:
         """Return the pages that this process wrote since they were supplied, or since the last call with ``clear``.
@@ -302,33 +313,41 @@ class Area(MappedMemory):
         request = protocol.DirtyPages(self._connection.next_id(), memory.require_number(), clear)
         unit = self.page_size
         return RangeSet(
-            PageRange(first * unit - self.offset, last * unit - self.offset)
+            PageRange(first * unit - self.file_offset, last * unit - self.file_offset)
             for first, last in self._connection.ask(request, protocol.Runs).runs
         )
 
     def access_log(self) -> AccessLog:
-        """Ask the server for the pages that were faulted in or populated through this area, first use first."""
+        """Ask the server for the pages that were faulted in or populated through this area, first use first.
+
+        The log of an object has its name and length, and offsets from its start; else those of the device.
+        """
         memory = self._here()
         request = protocol.AskLog(self._connection.next_id(), memory.require_number())
         found = self._connection.ask(request, protocol.Runs)
         unit = self.page_size
-        logged = tuple(LoggedRun(first * unit, (last - first) * unit) for first, last in found.runs)
-        return AccessLog(self.device, self._connection.device_info.length, logged)
+        logged = tuple(LoggedRun(first * unit - self._base, (last - first) * unit) for first, last in found.runs)
+        return AccessLog(*self._logged_as, logged)
+
+    @property
+    def _logged_as(self) -> tuple[str, int]:
+        """Name and length in bytes of what an access log of this area is about."""
+        if self.object is None:
+            return self.device, self._connection.device_info.length
+        return self.object.name, self.object.length
 
     def replay(self, log: AccessLog) -> PopulateResult:
         """Populate the pages that an access log names, in its order, as far as they lie in this area.
 
         Raises:
-            ValueError: the log is of another device, or of one of another length.
+            ValueError: the log is of another device or object, or of one of another length.
             PopulateError: the driver cannot supply a page, or there is no room for it.
         """
         began = perf_counter()
         memory = self._here()
-        if (log.device, log.length) != (self.device, self._connection.device_info.length):
-            raise ValueError(
-                f"the log is of {log.device} of {log.length} bytes, and this is {self.device} of"
-                f" {self._connection.device_info.length} bytes"
-            )
+        name, length = self._logged_as
+        if (log.device, log.length) != (name, length):
+            raise ValueError(f"the log is of {log.device} of {log.length} bytes, and this is {name} of {length} bytes")
         stop = self.offset + memory.mapped
         spans: list[tuple[int, int]] = []
         for run in log.runs:
@@ -358,4 +377,5 @@ class Area(MappedMemory):
             state = "of the process that this one is a fork of"
         else:
             state = f"at {memory.address:#x}"
-        return f"<Area of {self.device}, {format_size(self._length)} from {self.offset} on, {self.access}, {state}>"
+        what = self.device if self.object is None else f"object {self.object.name!r} of {self.device}"
+        return f"<Area of {what}, {format_size(self._length)} from {self.offset} on, {self.access}, {state}>"

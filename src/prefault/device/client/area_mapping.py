@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 from prefault._system import fork_hooks
+from prefault.device import protocol
 from prefault.device.client.area import Area
 from prefault.device.client.connection import DeviceConnection
 from prefault.device.client.page_provider import AreaPageProvider
-from prefault.device.driver import Access
+from prefault.device.driver import Access, DeviceObject
 from prefault.sizes import Size, parse_size
 
 PopulateChoice: TypeAlias = bool | Access
@@ -27,33 +28,55 @@ class MapOptions(NamedTuple):
     access: Access | None
     track_dirty: bool
     colocate: bool
+    object: str | None = None
+
+
+_LOOKUPS_MOST = 100
+"""Times that an object may be deleted and made anew while it is being mapped."""
 
 
 def map_area(connection: DeviceConnection, options: MapOptions, release: Callable[[], None]) -> Area:
-    """Map an area. ``release`` is called once it is unmapped, or at once if this fails."""
-    length, offset, populate, access, track_dirty, colocate = options
+    """Map an area. ``release`` is called once it is unmapped, or at once if this fails.
+
+    An object is looked up first, as the client has to know which frames to map. The server carries out the Map only if the
+    object is the same by then.
+    """
+    populate, track_dirty = options.populate, options.track_dirty
     memory: AreaPageProvider | None = None
-    at_end = release
+    undo: Callable[[], None] | None = None
+    again = False
+
+    def at_end() -> None:
+        if not again:
+            if undo is not None:
+                undo()
+            release()
+
     try:
         info = connection.device_info
         if populate not in (False, True, "read", "write"):
             raise ValueError(f"populate is False, True, 'read' or 'write', not {populate!r}")
-        start, count = checked_extent(info.name, info.length, info.page_size, length, offset)
-        chosen = checked_access(info.name, info.writable, access)
+        chosen = checked_access(info.name, info.writable, options.access)
         if populate == "write" and chosen == "read":
             raise ValueError("an area that is mapped for reading cannot be populated writable")
         if track_dirty and chosen == "read":
             raise ValueError("an area that is mapped for reading has no dirty pages to track")
         cpu = None
-        if colocate:
+        if options.colocate:
             cpu, undo = _pin_thread()
-
-            def at_end() -> None:
-                undo()
-                release()
-
-        memory = AreaPageProvider(connection, start, chosen, track_dirty=track_dirty, at_end=at_end)
-        memory.attach(count, cpu)
+        for left in reversed(range(_LOOKUPS_MOST)):
+            placed, start, count = _place(connection, options)
+            memory = AreaPageProvider(connection, start, chosen, placed, track_dirty=track_dirty, at_end=at_end)
+            try:
+                memory.attach(count, cpu)
+                break
+            except protocol.StaleObjectError:
+                if not left:
+                    raise
+                again = True
+                memory.unmap()
+                again = False
+        assert memory is not None
         area = Area(memory, count)
         if populate is not False:
             area.populated = area.populate(chosen if populate is True else populate)
@@ -64,6 +87,18 @@ def map_area(connection: DeviceConnection, options: MapOptions, release: Callabl
         else:
             memory.unmap()
         raise
+
+
+def _place(connection: DeviceConnection, options: MapOptions) -> tuple[DeviceObject | None, int, int]:
+    """Return the object to be mapped, if any, with the offset in the device and the length of the area, in bytes."""
+    info, name = connection.device_info, options.object
+    if name is None:
+        return None, *checked_extent(info.name, info.length, info.page_size, options.length, options.offset)
+    if not isinstance(name, str):
+        raise TypeError(f"an object is mapped by its name, a str, not by {name!r}")
+    found = connection.ask(protocol.FindObject(connection.next_id(), name), protocol.ObjectFound).object
+    start, count = checked_extent(f"object {name!r}", found.length, info.page_size, options.length, options.offset)
+    return found, found.offset + start, count
 
 
 def checked_extent(name: str, device_length: int, page_size: int, length: Size | None, offset: Size) -> tuple[int, int]:

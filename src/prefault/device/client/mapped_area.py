@@ -15,7 +15,7 @@ from prefault._system import fork_hooks
 from prefault.device import protocol
 from prefault.device.client.connection import DeviceConnection
 from prefault.device.client.exchange import Exchange
-from prefault.device.driver import Access
+from prefault.device.driver import Access, DeviceObject
 from prefault.errors import DeviceError
 from prefault.mapping.mapping import OwnedMemory
 from prefault.memory.backings import OpenedBacking
@@ -32,6 +32,7 @@ class MappedArea(OwnedMemory, PageProvider):
     Attributes:
         connection: the connection to the server.
         offset: offset of its first page in the device, bytes.
+        object: the object that it maps; None: a part of the device.
         length: bytes that were asked for; ``mapped`` is that in whole pages of the device.
         number: the area's number at the server; None before it is attached and after it is closed.
         access: the access that it was mapped with, the most that :meth:`Area.protect` may grant.
@@ -39,11 +40,13 @@ class MappedArea(OwnedMemory, PageProvider):
     """
 
     def __init__(
-        self, connection: DeviceConnection, offset: int, access: Access, *, track_dirty: bool, at_end: Callable[[], None]
-    ) -> None:
+        self, connection: DeviceConnection, offset: int, access: Access, placed: DeviceObject | None = None, *,
+        track_dirty: bool, at_end: Callable[[], None],
+    ) -> None:  # fmt: skip
         super().__init__()
         self.connection = connection
         self.offset = offset
+        self.object = placed
         self.length = 0
         self.number: int | None = None
         self.access: Access = access
@@ -92,7 +95,8 @@ class MappedArea(OwnedMemory, PageProvider):
                 self.connection.userfaultfd.fd, self.address, self.mapped, kernel.UFFDIO_WRITEPROTECT_MODE_WP
             )  # fmt: skip
         request = protocol.Map(
-            self.connection.next_id(), self.address, self.offset, self.mapped, self.access, self.track_dirty, cpu
+            self.connection.next_id(), self.address, self.offset, self.mapped, self.access, self.track_dirty, cpu,
+            self.object,
         )  # fmt: skip
         self._opening = opening = Exchange(request)
         self.number = self.connection.open(opening).area

@@ -102,8 +102,9 @@ class AreaPageProvider(MappedArea):
         self.connection.check()
         unit = self.connection.device_info.page_size
         start = span.start + (self.address - span.start) % unit
-        # No other area maps the rest of the device's last page; the rest of a page inside the device, one may.
-        at_end = span.stop == self.address + self.length and self.offset + self.length == self.connection.device_info.length
+        # No other area maps the rest of the last page of the device, or of an object; the rest of a page inside, one may.
+        end = self.connection.device_info.length if self.object is None else self.object.offset + self.object.length
+        at_end = span.stop == self.address + self.length and self.offset + self.length == end
         stop = self.address + self.mapped if at_end else span.stop - (span.stop - self.address) % unit
         if stop <= start:
             return 0, 0

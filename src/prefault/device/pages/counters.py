@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 
 BUCKETS = 32
@@ -41,6 +42,13 @@ class Counters:
         """Return the first :data:`BUCKETS` entries of the histogram, of which the last also counts all longer latencies."""
         return (*self.latency[: BUCKETS - 1], sum(self.latency[BUCKETS - 1 :]))
 
+    def totals(self) -> tuple[int, ...]:
+        """Return the counters in one tuple: those of a Statistics message, with the histogram at the end."""
+        return (
+            self.missing, self.minor, self.write_protect, self.populated_pages, self.supplied_pages, self.errors,
+            *self.latency_histogram(),
+        )  # fmt: skip
+
     def access_runs(self) -> list[tuple[int, int]]:
         """Return the log as runs of pages, first and stop, in the order of asking; adjacent entries are merged."""
         runs: list[tuple[int, int]] = []
@@ -51,3 +59,8 @@ class Counters:
             else:
                 runs.append((first, stop))
         return runs
+
+
+def add_totals(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the sums of two results of :meth:`Counters.totals`."""
+    return tuple(map(operator.add, one, other))

@@ -6,7 +6,7 @@ import errno
 import threading
 from typing import TYPE_CHECKING, Final
 
-from prefault.device.driver import Access, DevicePool, Save
+from prefault.device.driver import Access, ClientProcess, DeviceObject, DevicePool, Save
 from prefault.device.page_states import DevicePageState
 from prefault.device.pages import fault_resolution
 from prefault.device.pages.shoot_down import ServedShootDown
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 RESERVED_NAMES: Final = "prefault."
 """Beginning of the names of kept memory that are the framework's."""
+_BUSY: Final = (DevicePageState.FILLING, DevicePageState.EVICTING, DevicePageState.ASIDE)
+"""States of pages that a thread of the driver has at the moment."""
 
 
 class ServedPool(DevicePool):
@@ -165,3 +167,59 @@ class ServedPool(DevicePool):
         if isinstance(name, str) and name.startswith(RESERVED_NAMES):
             raise ValueError(f"names of kept memory that begin with {RESERVED_NAMES!r} are the framework's: {name!r}")
         return self._frames.kept.keep(name, length)
+
+    # --- objects and clients
+
+    def create_object(self, name: str, length: int) -> DeviceObject:
+        """Make an object: see :meth:`DevicePool.create_object`."""
+        state = self._state
+        with state.lock:
+            made = state.objects.place(name, length)
+            self._check_idle(made)
+            self._drop_pages(made)  # supplied for clients that mapped them without a name
+            state.objects.add(made)
+        return made
+
+    def delete_object(self, name: str) -> None:
+        """Delete an object: see :meth:`DevicePool.delete_object`."""
+        state = self._state
+        with state.lock:
+            found = state.objects.find(name)
+            self._check_idle(found)
+            # First: killed in between, a server leaves pages behind that the next object at this place does not get.
+            state.remove_object(found)
+            self._drop_pages(found)
+
+    def _check_idle(self, place: DeviceObject) -> None:
+        """Raise OSError EBUSY if pages are being supplied or evicted, for clients that mapped them without a name."""
+        busy = self._frames.runs(place.pages(self.page_size), *_BUSY)
+        if busy:
+            raise OSError(
+                errno.EBUSY, f"object {place.name!r}: page {busy[0].start} of the device is being supplied or taken away"
+            )
+
+    def _drop_pages(self, place: DeviceObject) -> None:
+        pages, state = place.pages(self.page_size), self._state
+        state.protections.set(pages, "write")
+        state.protections.cure(pages)
+        if state.pool.discard(pages):
+            state.changes += 1
+
+    def object(self, name: str) -> DeviceObject:
+        """Return the object of a name."""
+        with self._state.lock:
+            return self._state.objects.find(name)
+
+    def objects(self) -> list[DeviceObject]:
+        """Return all objects."""
+        with self._state.lock:
+            return self._state.objects.all()
+
+    def object_at(self, page: int) -> DeviceObject | None:
+        """Return the object that a page belongs to."""
+        with self._state.lock:
+            return self._state.objects.at(page)
+
+    def clients(self) -> list[ClientProcess]:
+        """Return the processes that are connected."""
+        return [client.process for client in list(self._state.clients.values())]

@@ -9,13 +9,15 @@ import socket
 import threading
 from bisect import bisect_right, insort
 from collections.abc import Callable
+from functools import cached_property, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from prefault.device.driver import Access, ClientProcess, Device, DeviceArea
+from prefault.device.driver import Access, ClientProcess, Device, DeviceArea, DeviceObject
 from prefault.device.frames import zeros
+from prefault.device.object_table import TABLE_BYTES, ObjectTable
 from prefault.device.page_states import DevicePageState
-from prefault.device.pages.counters import Counters
+from prefault.device.pages.counters import Counters, add_totals
 from prefault.device.pages.held_pages import HeldPages
 from prefault.device.pages.page_pool import PagePool
 from prefault.device.pages.parked_faults import ParkedFaults
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 _start = attrgetter("start")
 _DIRTY = re.compile(b"\x01+")
 _FILLING = int(DevicePageState.FILLING)
+_OBJECTS = "prefault.objects"
+"""Name under which the table of objects is kept."""
 _NUMBER_BITS = 40
 """Bits of the number of an area or a client; above them is the generation of the server that gave it."""
 
@@ -45,6 +49,7 @@ class ServedArea(DeviceArea):
         had_entry: a byte per page, 1 once it was mapped; empty unless the kernel alone tracks writes: see
             :meth:`PageTables.map`.
         poisoned: pages whose entries are poison.
+        object: the object that the client mapped by its name, if any.
         counters: statistics and log.
         calls: driver calls that have the area now; a released area is closed at the driver when there are none.
         alive: False once it is released, or its client gone.
@@ -69,6 +74,7 @@ class ServedArea(DeviceArea):
         # Where the kernel tracks alone, only the server knows that a page had an entry before.
         self.had_entry = zeros(self.last - self.first) if self.tracks and not state.device.evicts else bytearray()
         self.poisoned: set[int] = set()
+        self.object = state.objects.at(self.first) if record.of_object else None
         self.counters = Counters()
         self.windows: dict[int, tuple[int, int]] = {}
         self.calls = 0
@@ -86,6 +92,14 @@ class ServedArea(DeviceArea):
         if not self.first <= first <= stop <= self.last:
             raise ValueError(f"pages {first} to {stop} are not pages of the area, {self.first} to {self.last}")
         return range(first, stop)
+
+    def describe(self, pages: range) -> str:
+        """Return words for pages, as they are numbered in the object, if the area is of one."""
+        start, where = 0, ""
+        if self.object is not None:
+            start, where = self.object.pages(self._state.page_size).start, f" of {self.object.name!r}"
+        first, last = pages[0] - start, pages[-1] - start
+        return f"page {first}{where}" if first == last else f"pages {first} to {last}{where}"
 
     def overlap(self, pages: range) -> range:
         """Return the pages that this area maps, out of these."""
@@ -265,10 +279,19 @@ class ServerState:
         self.changes = 0
         self.notify = notify
         self.gone_clients: list[ServedClient] = []
+        self._closed_totals: dict[str, tuple[int, ...]] = {}
+        """Totals of the counters of areas that were closed, by the name of their object."""
         # No number is given twice, not even by the server before this one: a client without an answer repeats the unmap of
         # its area, which must not unmap another; and drivers keep what belongs to a client by the client's number.
         first = (registry.generation << _NUMBER_BITS) + 1
         self._numbers, self._client_numbers = itertools.count(first), itertools.count(first)
+
+    @cached_property
+    def objects(self) -> ObjectTable:
+        """Objects of the device."""
+        kept = self.frames.kept
+        keep = partial(kept.keep, _OBJECTS, TABLE_BYTES)
+        return ObjectTable(keep, _OBJECTS in kept, self.registry.facts.length, self.page_size)
 
     def check_pages(self, pages: range) -> None:
         """Check that the pages which a driver names are a range inside the device.
@@ -319,6 +342,33 @@ class ServerState:
         with self.lock:
             self.areas.pop(area.number, None)
             area.client.remove(area)
+
+    # --- objects
+
+    def release_object(self, area: ServedArea) -> None:
+        """Drop the reference of an area to its object, and keep what it counted."""
+        used = area.object
+        if used is not None:
+            before = self._closed_totals.get(used.name)
+            counted = area.counters.totals()
+            with self.lock:
+                self._closed_totals[used.name] = counted if before is None else add_totals(before, counted)
+                self.objects.release(used)
+
+    def remove_object(self, found: DeviceObject) -> None:
+        """Remove an object, and what its areas counted; OSError EBUSY while areas map it."""
+        self.objects.remove(found)
+        self._closed_totals.pop(found.name, None)
+
+    def object_totals(self, name: str) -> tuple[int, ...]:
+        """Return the totals of the counters of all areas of an object; FileNotFoundError if there is none of that name."""
+        with self.lock:
+            found = self.objects.find(name)
+            totals = self._closed_totals.get(name, Counters().totals())
+            for area, _, _ in self.areas_over(found.pages(self.page_size)):
+                if area.object == found:
+                    totals = add_totals(totals, area.counters.totals())
+            return totals
 
 
 def access_of(write: bool) -> Access:

@@ -78,7 +78,7 @@ class DriverCalls:
         except BaseException as error:  # noqa: BLE001  a driver's SystemExit is its own affair as well
             name = "fault" if fill.single or self.page_by_page else "populate"
             fill.failure = self._driver_failure(
-                name, error, range(fill.done, fill.done + 1 if name == "fault" else pages.stop)
+                name, error, range(fill.done, fill.done + 1 if name == "fault" else pages.stop), fill.area
             )
         finally:
             heartbeat[slot] = 0
@@ -113,7 +113,7 @@ class DriverCalls:
             if answer is not None and answer is not ZERO and not self._apply(answer, range(page, page + 1), "fault"):
                 return RETRY
         except BaseException as error:  # noqa: BLE001  drivers may raise anything
-            return self._driver_failure("fault", error, range(page, page + 1))
+            return self._driver_failure("fault", error, range(page, page + 1), area)
         finally:
             heartbeat[0] = 0
         return None
@@ -154,10 +154,12 @@ class DriverCalls:
             return FillFailure("driver", errno.EMSGSIZE, message)
         return reply
 
-    def _driver_failure(self, name: str, error: BaseException, pages: range | None) -> FillFailure:
+    def _driver_failure(
+        self, name: str, error: BaseException, pages: range | None, area: ServedArea | None = None
+    ) -> FillFailure:
         text = _describe(error, str)
         reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
-        where = "" if pages is None else f" (page {pages[0]})" if len(pages) == 1 else f" (pages {pages[0]} to {pages[-1]})"
+        where = "" if pages is None or area is None else f" ({area.describe(pages)})"
         message = f"the driver raised in {name}(){where}: {reason}"[:_MESSAGE_MOST] + _raising_line(error)
         _log.error("device %s: %s", self._state.name, message)
         return FillFailure("driver", errno.EIO, message, pages[0] if pages else 0)

@@ -17,6 +17,7 @@ from prefault.ipc.transport import ProtocolError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from prefault.device.driver import DeviceObject
     from prefault.device.pages.eviction import Eviction
     from prefault.device.server.discards import Discards
     from prefault.device.server.fault_polling import FaultPolling
@@ -83,12 +84,20 @@ class Requests:
                 case protocol.DirtyPages():
                     self._dirty(client, request)
                 case protocol.AskStatistics():
-                    self._statistics(client, request)
+                    self._statistics(client, request.id, self._area(client, request.area).counters.totals())
+                case protocol.AskObjectStatistics():
+                    self._statistics(client, request.id, self._state.object_totals(request.name))
+                case protocol.FindObject():
+                    with self._state.lock:
+                        found = self._state.objects.find(request.name)
+                    self._reply(client, protocol.ObjectFound(request.id, found))
                 case protocol.AskLog():
                     area = self._area(client, request.area)
                     self._list(client, request.id, area.counters.access_runs())
                 case protocol.Control():
                     self._control(client, request)
+        except FileNotFoundError as error:  # of an object
+            self._reply(client, protocol.Refused(request.id, "device", errno.ENOENT, str(error.strerror)))
         except ValueError as error:
             self._reply(client, protocol.Refused(request.id, "value", errno.EINVAL, str(error)))
 
@@ -101,15 +110,22 @@ class Requests:
     # --- areas
 
     def _map(self, client: ServedClient, request: protocol.Map) -> None:
-        record = AreaRecord(0, request.address, request.offset, request.length, request.access, request.track_dirty)
+        placed = request.object
+        record = AreaRecord(
+            0, request.address, request.offset, request.length, request.access, request.track_dirty, placed is not None
+        )  # fmt: skip
         known = client.find(record.address)
         if known is not None:
             record.number = known.number
             if known.record == record:  # repeated after a restart
                 return self._reply(client, protocol.Mapped(request.id, known.number))
-        self._check(client, record)
+        self._check(client, record, placed)
         state = self._state
         record.row = self._area_table.reserve()
+        if placed is not None and not self._acquire_object(placed):
+            self._area_table.clear(record.row)
+            message = f"object {placed.name!r} has been deleted, or made anew, since it was looked up"
+            return self._reply(client, protocol.Refused(request.id, "stale", errno.ESTALE, message))
         record.number = state.next_number()
         area = ServedArea(record, client, state, self._eviction.evict)
         client.opening.append(record)
@@ -120,6 +136,7 @@ class Requests:
             if failure is not None:
                 self._area_table.clear(record.row)
                 area.alive = area.opened = False
+                state.release_object(area)
                 self._jobs.release_client(client)
                 return self._reply(client, protocol.Refused(request.id, "device", errno.EIO, failure.message))
             area.opened = True
@@ -134,7 +151,16 @@ class Requests:
 
         return self._jobs.call(area, "open", then=opened)
 
-    def _check(self, client: ServedClient, record: AreaRecord) -> None:
+    def _acquire_object(self, placed: DeviceObject) -> bool:
+        """Count an area of an object; return False if it is not there any more."""
+        state = self._state
+        with state.lock:
+            if placed != state.objects.at(placed.offset // state.page_size):
+                return False
+            state.objects.acquire(placed)
+            return True
+
+    def _check(self, client: ServedClient, record: AreaRecord, placed: DeviceObject | None) -> None:
         state = self._state
         size = state.page_size
         if record.address % state.unit or record.offset % size or record.length % size or not record.length:
@@ -147,6 +173,10 @@ class Requests:
                 f"the device has {self._frames.length} bytes in whole pages: {record.length} bytes from offset"
                 f" {record.offset} on are not in it"
             )
+        if placed is not None and not (
+            placed.offset <= record.offset and (record.offset + record.length) // size <= placed.pages(size).stop
+        ):
+            raise ValueError(f"{record.length} bytes from offset {record.offset} on are not in object {placed.name[:200]!r}")
         if record.address + record.length > _ADDRESSES:
             raise ValueError(f"{record.address:#x} is no address")
         if record.access == "write" and not state.device.writable:
@@ -215,15 +245,12 @@ class Requests:
         for at in range(0, max(1, len(runs)), most):
             self._reply(client, protocol.Runs(number, tuple(runs[at : at + most]), at + most < len(runs)))
 
-    def _statistics(self, client: ServedClient, request: protocol.AskStatistics) -> None:
-        counters = self._area(client, request.area).counters
+    def _statistics(self, client: ServedClient, number: int, totals: tuple[int, ...]) -> None:
+        missing, minor, write_protect, populated, supplied, errors, *latency = totals
         self._reply(
             client,
-            protocol.Statistics(
-                request.id, counters.missing, counters.minor, counters.write_protect, counters.populated_pages,
-                counters.supplied_pages, counters.errors, counters.latency_histogram(),
-            ),
-        )  # fmt: skip
+            protocol.Statistics(number, missing, minor, write_protect, populated, supplied, errors, tuple(latency)),
+        )
 
     # --- the driver's own
 
@@ -249,5 +276,7 @@ class Requests:
             area.mark_entries(run)
         self._state.open_area(area)
         area.opened = True
+        if area.object is not None:
+            self._state.objects.acquire(area.object)
         self._jobs.acquire_client(client)
         return area

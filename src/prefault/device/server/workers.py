@@ -255,6 +255,7 @@ class Jobs:
         """Close a released area at the driver, if it was opened there and no call of the driver has it."""
         if area.opened and not area.calls:
             area.opened = False
+            self._state.release_object(area)  # first: the driver may delete the object when it closes the last area
             self.call(area, "close", then=lambda _: self.release_client(area.client))
 
     # --- clients

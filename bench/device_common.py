@@ -8,7 +8,7 @@ from pathlib import Path
 
 import prefault
 from prefault.device import Device, DeviceArea
-from prefault.device.driver import Access
+from prefault.device.device_pool import Access
 from prefault.sizes import MIB, PAGE_SIZE
 
 

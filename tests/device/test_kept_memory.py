@@ -14,7 +14,8 @@ import pytest
 import prefault
 import prefault.device
 from prefault.device import kept_memory
-from prefault.device.driver import Access, Device, DeviceArea, DevicePool, Supplied
+from prefault.device.device_pool import Access, DevicePool
+from prefault.device.driver import Device, DeviceArea, Supplied
 from prefault.device.frames import Frames
 from prefault.errors import DeviceError
 from prefault.sizes import GIB, PAGE_SIZE

@@ -18,7 +18,8 @@ import prefault
 import prefault.device
 from prefault._system import cgroups, hugetlb
 from prefault.device import Device, DeviceArea
-from prefault.device.driver import Access, Supplied
+from prefault.device.device_pool import Access
+from prefault.device.driver import Supplied
 from prefault.device.frames import Frames
 from prefault.errors import BackingFullError, DeviceError
 from prefault.sizes import MIB, PAGE_SIZE, format_size

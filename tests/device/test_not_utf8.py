@@ -12,7 +12,8 @@ import pytest
 import prefault
 import prefault.device
 from prefault.device import protocol
-from prefault.device.driver import Access, DeviceArea, Recipe, Supplied
+from prefault.device.device_pool import Access
+from prefault.device.driver import DeviceArea, Recipe, Supplied
 from prefault.errors import DeviceError, DriverError
 from prefault.pool.service import pool_protocol as pool_protocol
 from prefault.sizes import PAGE_SIZE

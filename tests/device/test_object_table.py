@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from prefault.device.driver import DeviceObject
+from prefault.device.device_pool import DeviceObject
 from prefault.device.free_extents import FreeExtents
 from prefault.device.object_table import ALIGNMENT, NAME_MOST, OBJECTS_MOST, TABLE_BYTES, ObjectTable
 from prefault.sizes import GIB, MIB, PAGE_SIZE

@@ -13,7 +13,7 @@ import pytest
 import prefault
 import prefault.device
 from prefault.device import ClientProcess, DeviceArea, DeviceClient, DeviceObject, DevicePool, Recipe, protocol
-from prefault.device.driver import Access
+from prefault.device.device_pool import Access
 from prefault.errors import DeviceError, DeviceGoneError, DriverError
 from prefault.sizes import GIB, MIB, PAGE_SIZE
 from support import oracle, processes

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prefault.device.driver import Access
+from prefault.device.device_pool import Access
 from prefault.device.registry import ROW_WORDS, AreaRecord, AreaTable, ClientRecord
 
 

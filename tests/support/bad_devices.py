@@ -11,7 +11,8 @@ import time
 from typing import Any, NoReturn
 
 import prefault.device
-from prefault.device.driver import ZERO, Access, DeviceArea, DevicePool, Supplied
+from prefault.device.device_pool import Access, DevicePool
+from prefault.device.driver import ZERO, DeviceArea, Supplied
 from prefault.sizes import PAGE_SIZE
 from support.devices import Enclave, Pattern, Saved, WithoutPopulate, content, expected
 

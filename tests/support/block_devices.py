@@ -12,7 +12,8 @@ import numpy
 
 import prefault.device
 from prefault.device import opening
-from prefault.device.driver import ZERO, Access, Device, DeviceArea, Supplied
+from prefault.device.device_pool import Access
+from prefault.device.driver import ZERO, Device, DeviceArea, Supplied
 from prefault.device.process import launching, serving
 from prefault.sizes import PAGE_SIZE
 

@@ -12,18 +12,8 @@ import threading
 import time
 from typing import Any
 
-from prefault.device.driver import (
-    READ_ONLY,
-    RETRY,
-    Access,
-    ClientProcess,
-    Device,
-    DeviceArea,
-    DevicePool,
-    Recipe,
-    ShootDown,
-    Supplied,
-)
+from prefault.device.device_pool import Access, ClientProcess, DevicePool, ShootDown
+from prefault.device.driver import READ_ONLY, RETRY, Device, DeviceArea, Recipe, Supplied
 from prefault.sizes import PAGE_SIZE
 
 

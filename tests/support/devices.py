@@ -9,7 +9,8 @@ import time
 import zlib
 from typing import Any
 
-from prefault.device.driver import ZERO, Access, Device, DeviceArea, DevicePool, FaultAround, Recipe, Supplied
+from prefault.device.device_pool import Access, DevicePool
+from prefault.device.driver import ZERO, Device, DeviceArea, FaultAround, Recipe, Supplied
 from prefault.sizes import MIB, PAGE_SIZE
 
 HUGE = 2 * MIB

@@ -6,7 +6,8 @@ import mmap
 import os
 from typing import Any
 
-from prefault.device.driver import Access, Device, DeviceArea
+from prefault.device.device_pool import Access
+from prefault.device.driver import Device, DeviceArea
 
 
 class FakeArea(DeviceArea):

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prefault.device.driver import Access, Device, DeviceArea, DevicePool, Recipe, Supplied
+from prefault.device.device_pool import Access, DevicePool
+from prefault.device.driver import Device, DeviceArea, Recipe, Supplied
 from prefault.sizes import PAGE_SIZE
 
 _COUNT = struct.Struct("<Q")

@@ -12,7 +12,8 @@ from typing import Any
 from prefault._kernel import mman
 from prefault.device import opening
 from prefault.device.client.page_provider import AreaPageProvider
-from prefault.device.driver import Access, Device, DeviceArea
+from prefault.device.device_pool import Access
+from prefault.device.driver import Device, DeviceArea
 from prefault.memory.backings import OpenedBacking
 from prefault.sizes import PAGE_SIZE
 from support.devices import Failing

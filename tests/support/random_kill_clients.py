@@ -20,7 +20,8 @@ import prefault
 import prefault.device
 import prefault.device.opening
 import prefault.device.process.launching  # a fork in the middle of another thread's import would wait for it for ever
-from prefault.device.driver import Access, Device, DeviceArea, Recipe
+from prefault.device.device_pool import Access
+from prefault.device.driver import Device, DeviceArea, Recipe
 from prefault.errors import DeviceError, PopulateError
 from prefault.sizes import PAGE_SIZE
 from support.devices import Saved, content

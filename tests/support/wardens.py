@@ -13,7 +13,8 @@ from typing import Any
 
 import prefault.device
 from prefault.device import spawning
-from prefault.device.driver import Access, DeviceArea, Recipe, Supplied
+from prefault.device.device_pool import Access
+from prefault.device.driver import DeviceArea, Recipe, Supplied
 from prefault.memory.borrowing import borrow
 from prefault.sizes import PAGE_SIZE
 from support import processes

@@ -5,19 +5,8 @@
 
 import typing as _typing
 
-from prefault.device.driver import (
-    READ_ONLY,
-    RETRY,
-    ZERO,
-    ClientProcess,
-    Device,
-    DeviceArea,
-    DeviceObject,
-    DevicePool,
-    FaultAround,
-    Recipe,
-    ShootDown,
-)
+from prefault.device.device_pool import ClientProcess, DeviceObject, DevicePool, ShootDown
+from prefault.device.driver import READ_ONLY, RETRY, ZERO, Device, DeviceArea, FaultAround, Recipe
 
 if _typing.TYPE_CHECKING:
     from prefault.device.access_log import AccessLog

@@ -10,7 +10,7 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Final
 
-from prefault.device.driver import DeviceObject
+from prefault.device.device_pool import DeviceObject
 from prefault.device.free_extents import FreeExtents
 from prefault.sizes import MIB, format_size
 

@@ -19,7 +19,8 @@ from prefault.device.client.area import Area, AreaStatistics
 from prefault.device.client.area_mapping import MapOptions, PopulateChoice, checked_access, checked_extent, map_area
 from prefault.device.client.connection import DeviceConnection
 from prefault.device.client.fault_descriptor import open_userfaultfd
-from prefault.device.driver import Access, Device
+from prefault.device.device_pool import Access
+from prefault.device.driver import Device
 from prefault.device.recipes import check_device_attributes
 from prefault.errors import DeviceError, DeviceGoneError
 from prefault.ipc.connecting import check_server, connect_to_server

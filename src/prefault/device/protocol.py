@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from prefault.device.driver import DeviceObject
+from prefault.device.device_pool import DeviceObject
 from prefault.errors import (
     BackingFullError,
     DeviceError,

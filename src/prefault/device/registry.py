@@ -11,7 +11,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from prefault.device.driver import Access
+from prefault.device.device_pool import Access
 from prefault.ipc.messages import msgspec
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prefault.device.driver import Access, Answer, ClientProcess, Device, DeviceArea, DevicePool, Supplied
+from prefault.device.device_pool import Access, ClientProcess, DevicePool
+from prefault.device.driver import Answer, Device, DeviceArea, Supplied
 
 ATTRIBUTES = (
     "length", "page_size", "writable", "evicts", "tracks_writes", "populates", "workers", "batch", "fault_around", "capacity"

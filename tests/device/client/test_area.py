@@ -25,7 +25,8 @@ import prefault.device
 from prefault._kernel import mman
 from prefault._system.capabilities import UFFD_KERNEL_FAULTS
 from prefault.device import AccessLog, Area, DeviceArea
-from prefault.device.driver import Access, Supplied
+from prefault.device.device_pool import Access
+from prefault.device.driver import Supplied
 from prefault.errors import DiscardError, DriverError, PopulateError, PopulateInterrupted, ProtectionError
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import PAGE_SIZE

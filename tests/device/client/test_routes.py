@@ -12,7 +12,7 @@ import pytest
 import prefault
 import prefault.device
 from prefault.device import Area, DeviceArea
-from prefault.device.driver import Access
+from prefault.device.device_pool import Access
 from prefault.sizes import PAGE_SIZE
 from support import oracle
 from support.devices import Pattern, expected

@@ -16,7 +16,8 @@ import pytest
 import prefault
 import prefault.device
 from prefault.device import protocol
-from prefault.device.driver import Access, Device, DeviceArea, FaultAround, Recipe, Supplied
+from prefault.device.device_pool import Access
+from prefault.device.driver import Device, DeviceArea, FaultAround, Recipe, Supplied
 from prefault.device.page_states import DevicePageState
 from prefault.sizes import PAGE_SIZE
 from support import processes

@@ -13,7 +13,8 @@ import pytest
 import prefault.device
 from prefault._kernel import mman
 from prefault.device import protocol
-from prefault.device.driver import Access, Device, DeviceArea, Supplied
+from prefault.device.device_pool import Access
+from prefault.device.driver import Device, DeviceArea, Supplied
 from prefault.device.page_states import DevicePageState
 from prefault.ipc import socket_path
 from prefault.sizes import PAGE_SIZE

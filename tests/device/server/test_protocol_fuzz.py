@@ -22,7 +22,7 @@ import prefault.device
 from prefault._kernel import userfaultfd as kernel
 from prefault.device import protocol
 from prefault.device.client.fault_descriptor import open_userfaultfd
-from prefault.device.driver import DeviceObject
+from prefault.device.device_pool import DeviceObject
 from prefault.ipc import socket_path
 from prefault.sizes import PAGE_SIZE
 from support import needs, processes

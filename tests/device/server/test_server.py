@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from prefault.device import protocol
-from prefault.device.driver import ZERO, Access, Device, DeviceArea, FaultAround, Supplied
+from prefault.device.device_pool import Access
+from prefault.device.driver import ZERO, Device, DeviceArea, FaultAround, Supplied
 from support import oracle
 from support.children import Child
 from support.device_server import Handmade, Running, ends_by, listening, served

@@ -16,7 +16,8 @@ import pytest
 
 from prefault._kernel import userfaultfd as uffd
 from prefault.device import protocol
-from prefault.device.driver import Access, Device, DeviceArea, Supplied
+from prefault.device.device_pool import Access
+from prefault.device.driver import Device, DeviceArea, Supplied
 from prefault.device.server import client_connections
 from prefault.memory.borrowing import borrow
 from support import oracle

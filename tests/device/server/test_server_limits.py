@@ -13,7 +13,8 @@ import pytest
 
 from prefault._kernel import mman
 from prefault.device import handover, protocol
-from prefault.device.driver import Access, Device, DeviceArea, FaultAround, Supplied
+from prefault.device.device_pool import Access
+from prefault.device.driver import Device, DeviceArea, FaultAround, Supplied
 from prefault.device.registry import Registry
 from prefault.sizes import MIB
 from support import oracle

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from prefault.device import protocol
-from prefault.device.driver import Access, Device, DeviceArea, Supplied
+from prefault.device.device_pool import Access
+from prefault.device.driver import Device, DeviceArea, Supplied
 from prefault.device.page_states import DevicePageState
 from prefault.device.registry import AreaRecord, ClientRecord
 from support import oracle

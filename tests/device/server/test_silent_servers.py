@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 
 import prefault.device
-from prefault.device.driver import Access, DeviceArea, Recipe, Supplied
+from prefault.device.device_pool import Access
+from prefault.device.driver import DeviceArea, Recipe, Supplied
 from prefault.device.process import startup
 from prefault.device.warden import supervisor
 from prefault.errors import DriverError

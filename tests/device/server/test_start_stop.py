@@ -10,7 +10,8 @@ import pytest
 
 import prefault
 import prefault.device
-from prefault.device.driver import Access, Device, DeviceArea, DevicePool, Recipe, Supplied
+from prefault.device.device_pool import Access, DevicePool
+from prefault.device.driver import Device, DeviceArea, Recipe, Supplied
 from prefault.errors import DeviceError
 from prefault.sizes import PAGE_SIZE
 from support import processes

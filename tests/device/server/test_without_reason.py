@@ -20,7 +20,8 @@ import pytest
 import prefault
 import prefault.device
 from prefault.device import handover, protocol
-from prefault.device.driver import Access, DeviceArea, Supplied
+from prefault.device.device_pool import Access
+from prefault.device.driver import DeviceArea, Supplied
 from prefault.device.page_states import DevicePageState
 from prefault.device.process import launching
 from prefault.device.process.launching import LaunchedWarden

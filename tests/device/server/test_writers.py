@@ -12,7 +12,8 @@ import numpy
 import pytest
 
 import prefault.device
-from prefault.device.driver import Access, Device, DeviceArea
+from prefault.device.device_pool import Access
+from prefault.device.driver import Device, DeviceArea
 from prefault.sizes import PAGE_SIZE
 from support.children import Child
 

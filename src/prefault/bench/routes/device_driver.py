@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from prefault.device.driver import Access, Device, DeviceArea, Recipe, Supplied
+from prefault.device.device_pool import Access
+from prefault.device.driver import Device, DeviceArea, Recipe, Supplied
 
 CONTENT = 0xA5
 """The value of every byte of the device. Not 0: pages that were never supplied would look right."""

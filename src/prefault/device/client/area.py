@@ -14,7 +14,7 @@ from prefault.device import protocol
 from prefault.device.access_log import AccessLog, LoggedRun
 from prefault.device.client.fault_descriptor import USER_MODE_ONLY_NOTE
 from prefault.device.client.page_provider import AreaPageProvider
-from prefault.device.driver import Access
+from prefault.device.device_pool import Access
 from prefault.engine.discarding import DiscardResult, discard
 from prefault.engine.locking import LockResult, lock, unlock
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate

@@ -13,7 +13,7 @@ from prefault.device import protocol
 from prefault.device.client.area import Area
 from prefault.device.client.connection import DeviceConnection
 from prefault.device.client.page_provider import AreaPageProvider
-from prefault.device.driver import Access, DeviceObject
+from prefault.device.device_pool import Access, DeviceObject
 from prefault.sizes import Size, parse_size
 
 PopulateChoice: TypeAlias = bool | Access

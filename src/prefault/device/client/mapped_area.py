@@ -15,7 +15,7 @@ from prefault._system import fork_hooks
 from prefault.device import protocol
 from prefault.device.client.connection import DeviceConnection
 from prefault.device.client.exchange import Exchange
-from prefault.device.driver import Access, DeviceObject
+from prefault.device.device_pool import Access, DeviceObject
 from prefault.errors import DeviceError
 from prefault.mapping.mapping import OwnedMemory
 from prefault.memory.backings import OpenedBacking

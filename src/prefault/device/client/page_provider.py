@@ -12,7 +12,7 @@ from prefault._kernel import mman
 from prefault.device import protocol
 from prefault.device.client.exchange import Exchange
 from prefault.device.client.mapped_area import MappedArea
-from prefault.device.driver import Access
+from prefault.device.device_pool import Access
 from prefault.errors import (
     DeviceGoneError,
     DiscardError,

@@ -6,7 +6,7 @@ import errno
 import threading
 from typing import TYPE_CHECKING, Final
 
-from prefault.device.driver import Access, ClientProcess, DeviceObject, DevicePool, Save
+from prefault.device.device_pool import Access, ClientProcess, DeviceObject, DevicePool, Save
 from prefault.device.page_states import DevicePageState
 from prefault.device.pages import fault_resolution
 from prefault.device.pages.shoot_down import ServedShootDown

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from prefault.device.driver import Access
+from prefault.device.device_pool import Access
 
 if TYPE_CHECKING:
     from prefault.device.pages.served_areas import ServedArea

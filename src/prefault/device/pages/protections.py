@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from prefault.device.page_states import DevicePageState, PageFlag
 
 if TYPE_CHECKING:
-    from prefault.device.driver import Access, Device
+    from prefault.device.device_pool import Access
+    from prefault.device.driver import Device
     from prefault.device.frames import Frames
 
 _SUPPLIED = (DevicePageState.READY, DevicePageState.EVICTING, DevicePageState.ASIDE)

@@ -13,7 +13,8 @@ from functools import cached_property, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from prefault.device.driver import Access, ClientProcess, Device, DeviceArea, DeviceObject
+from prefault.device.device_pool import Access, ClientProcess, DeviceObject
+from prefault.device.driver import Device, DeviceArea
 from prefault.device.frames import zeros
 from prefault.device.object_table import TABLE_BYTES, ObjectTable
 from prefault.device.page_states import DevicePageState

@@ -18,7 +18,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from prefault.device.driver import Access, ShootDown
+from prefault.device.device_pool import Access, ShootDown
 from prefault.device.page_states import UNSETTLED
 from prefault.device.pages.page_pool import append_run, subtract
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prefault._kernel.mman import EHWPOISON
 from prefault.device import protocol
-from prefault.device.driver import READ_ONLY, RETRY, ZERO, Access, Answer, ClientProcess, Device
+from prefault.device.device_pool import Access, ClientProcess
+from prefault.device.driver import READ_ONLY, RETRY, ZERO, Answer, Device
 from prefault.device.pages.fills import Fill, FillFailure
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from prefault.ipc.transport import ProtocolError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from prefault.device.driver import DeviceObject
+    from prefault.device.device_pool import DeviceObject
     from prefault.device.pages.eviction import Eviction
     from prefault.device.server.discards import Discards
     from prefault.device.server.fault_polling import FaultPolling

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, BinaryIO, Literal, TypeAlias
 
-from prefault.device.driver import Access, Device, DeviceArea, FaultAround, Recipe
+from prefault.device.device_pool import Access
+from prefault.device.driver import Device, DeviceArea, FaultAround, Recipe
 from prefault.drivers.remote.disk_cache import CachedSource, DiskCache, WriteWarning, cache_key, make_directory
 from prefault.drivers.remote.file_sources import CallableSource
 from prefault.drivers.remote.gzip_source import open_gzip

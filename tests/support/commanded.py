@@ -189,6 +189,7 @@ class Commanded(Device):
         until, rounds = time.monotonic() + seconds, 0
         while time.monotonic() < until:
             rounds += 1
+            time.sleep(0.001)  # as a driver would: one that never lets go of the lock starves the loop
             with contextlib.suppress(BlockingIOError):
                 if how == "shoot_down":
                     with self.pool.shoot_down(pages):

@@ -57,7 +57,10 @@ def test_the_page_cache_keeps_the_contract(tmp_path: Path) -> None:
         file.write_bytes(content)
         return _page_cache(file, 32)
 
-    check_device(make, expected=lambda page: content[page * PAGE_SIZE : (page + 1) * PAGE_SIZE], after_discard="any")
+    def expected(page: int) -> bytes:
+        return content[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+
+    check_device(make, expected=expected, after_discard="any", persistent=True)
 
 
 def test_the_page_cache_makes_room_wherever_its_hand_is(tmp_path: Path) -> None:

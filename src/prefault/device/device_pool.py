@@ -97,6 +97,14 @@ class DevicePool(abc.ABC):
     def pages(self) -> range:
         """Numbers of all pages of the device."""
 
+    @property
+    @abc.abstractmethod
+    def reclaiming_for(self) -> list[range]:
+        """Pages of the populate request that :meth:`Device.reclaim` makes room for, in order; empty if it is for a fault.
+
+        Evicting them would undo what the request did before. Valid inside of ``reclaim``.
+        """
+
     @abc.abstractmethod
     def ready(self, pages: range) -> list[range]:
         """Return the runs of these pages that are supplied now."""

@@ -44,6 +44,11 @@ class ServedPool(DevicePool):
         """Numbers of all pages of the device."""
         return range(self._frames.pages)
 
+    @property
+    def reclaiming_for(self) -> list[range]:
+        """Pages of the populate request that room is made for: see :meth:`DevicePool.reclaiming_for`."""
+        return self._state.reclaiming_for
+
     def ready(self, pages: range) -> list[range]:
         """Return the runs of these pages that are supplied now."""
         self._state.check_pages(pages)

@@ -256,6 +256,7 @@ class ServerState:
         parked: faults on pages that the driver could not supply yet.
         changes: incremented whenever a page leaves FILLING, EVICTING or ASIDE, or a hold ends; waiters compare it before
             they look again.
+        reclaiming_for: pages of the populate request that the driver makes room for, during its ``reclaim``.
         notify: wakes the loop, from any thread.
         gone_clients: clients that ended, or that broke their userfaultfd: the loop removes them between two events.
     """
@@ -278,6 +279,7 @@ class ServerState:
         self.held = HeldPages()
         self.parked: ParkedFaults[ServedArea] = ParkedFaults()
         self.changes = 0
+        self.reclaiming_for: list[range] = []
         self.notify = notify
         self.gone_clients: list[ServedClient] = []
         self._closed_totals: dict[str, tuple[int, ...]] = {}

@@ -205,6 +205,7 @@ class DriverCalls:
         with self._reclaim_lock:
             if self._take_room(fill):
                 return
+            state.reclaiming_for = fill.keep
             for _ in range(_RECLAIMS_MOST):
                 fill.changes = changes = state.changes
                 self._heartbeat[slot] = time.monotonic_ns()

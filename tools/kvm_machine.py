@@ -60,14 +60,15 @@ def _install_qemu() -> None:
 
 def _extract_packages(directory: Path, tree: Path) -> None:
     """Download Debian's kernel and busybox, and unpack them: nothing is installed."""
-    lists = directory / "lists"
-    (lists / "partial").mkdir(parents=True, exist_ok=True)
+    lists, cache = directory / "lists", directory / "cache"
+    for path in (lists / "partial", cache / "archives" / "partial"):
+        path.mkdir(parents=True, exist_ok=True)
     source = directory / "sources.list"
     key = "/usr/share/keyrings/debian-archive-keyring.gpg"
     source.write_text(f"deb [arch=amd64 signed-by={key}] http://deb.debian.org/debian {_SUITE} main\n")
     options = [
         f"-oDir::Etc::SourceList={source.resolve()}", "-oDir::Etc::SourceParts=/dev/null",
-        f"-oDir::State::Lists={lists.resolve()}", "-oAPT::Sandbox::User=root",
+        f"-oDir::State::Lists={lists.resolve()}", f"-oDir::Cache={cache.resolve()}", "-oAPT::Sandbox::User=root",
     ]  # fmt: skip
     subprocess.run(["apt-get", *options, "--quiet", "update"], check=True)
     shown = subprocess.run(

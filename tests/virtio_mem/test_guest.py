@@ -152,18 +152,22 @@ def test_unplug_while_the_guest_runs(machine: MakeMachine, kind: str) -> None:
         vm.ask(PLUG, 0, 4)
         assert guest.write(block(0), 4 * PAGES, 1) is None
         seen: list[int | Stopped] = []
+        enough = threading.Event()
 
         def run() -> None:
-            while not (seen and isinstance(seen[-1], Stopped)):
+            while not enough.is_set() and not (seen and isinstance(seen[-1], Stopped)):
                 seen.append(guest.sum(block(0), 4 * PAGES))
 
         thread = threading.Thread(target=run)
         thread.start()
-        while len(seen) < 3 and thread.is_alive():
-            time.sleep(0.001)
-        vm.ask(UNPLUG, 2)
-        thread.join(60)
-        assert not thread.is_alive()
+        try:
+            while len(seen) < 3 and thread.is_alive():
+                time.sleep(0.001)
+            vm.ask(UNPLUG, 2)
+            thread.join(10)
+        finally:
+            enough.set()
+            thread.join()
         *sums, stopped = seen
         assert set(sums) == {sum(range(1, 4 * PAGES + 1))}
         assert isinstance(stopped, Stopped)
@@ -224,7 +228,7 @@ def test_second_level_faults(machine: MakeMachine, kind: str, huge: str | None) 
         are_huge = "ht" in oracle.vma_flags(start) or oracle.smaps(start)["AnonHugePages"] >= blocks * BLOCK
         assert are_huge or huge != "advise"
         most = blocks if are_huge else blocks * PAGES
-        slack = 8  # the program's page, and what the kernel unmaps on its own
+        slack = blocks // 2  # the program's page, and what the kernel unmaps on its own
         # KVM may map a few neighbours of a page at one fault.
         assert most // 8 <= without <= most + slack
         assert again <= slack

@@ -2,8 +2,8 @@
 
 A task takes a *ticket* and reserves objects with it, in any order. Tickets are numbered: the smaller number is the older
 ticket. Where two want what the other has, the younger one *backs off*: it releases everything and begins again, with its old
-number, until it is the oldest and gets all (Documentation/locking/ww-mutex-design.rst, class Wait-Die, as
-``reservation_ww_class``).
+number, until it is the oldest and gets all: the class Wait-Die of Documentation/locking/ww-mutex-design.rst, to which
+``reservation_ww_class`` belongs.
 
 This is a state machine without a thread and without a clock. :meth:`Reservations.acquire` never blocks: a task that has to
 wait asks again.

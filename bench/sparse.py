@@ -1,6 +1,6 @@
 """Measure sparse memory. Prints text for docs/results/sparse.md, and asserts nothing: the reader judges the figures.
 
-python bench/sparse.py [many] [scaling] [islands] [protection] [cycles] [huge]
+python bench/sparse.py [many] [scaling] [islands] [protection] [cycles] [huge] [device]
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from pathlib import Path
 
 import numpy
 
+import prefault.device
 from measures import alternate
 from prefault._kernel import mman
+from prefault.drivers import VmPool, VmPoolControl
 from prefault.inspection.scan import residency
 from prefault.mapping.mapping import HugeAdvice, Mapping
 from prefault.sizes import GIB, KIB, MIB, PAGE_SIZE
@@ -215,7 +217,37 @@ def huge() -> None:
             print(f"block {block}: {(found.huge_bytes or 0) // KIB} KiB of huge pages")
 
 
-_MEASURES = {measure.__name__: measure for measure in (many, scaling, islands, protection, cycles, huge)}
+def device(rounds: int = 400) -> None:
+    """Measure plug and unplug of one 2 MiB block of a device against one of a memfd, in turn."""
+    for unpopulated in _UNPOPULATED:
+        with (
+            prefault.device.open(VmPool("64 MiB", address_space="1 TiB")) as client,
+            VmPoolControl(client).create("machine", "512 GiB", unpopulated=unpopulated) as of_device,
+            SparseMemory("512 GiB", backing="memfd", block=_BLOCK, huge="never", unpopulated=unpopulated) as of_memfd,
+        ):
+            frames = "shmem, collapsed" if client.notes else "hugetlb"
+            for verb in ("plug", "unplug", "plug + unplug"):
+                ours, theirs = alternate(
+                    functools.partial(_one, of_device, verb), functools.partial(_one, of_memfd, verb), rounds
+                )
+                ratio = statistics.median(ours) / statistics.median(theirs)
+                print(
+                    f"{verb} of 2 MiB, unpopulated={unpopulated}: device ({frames}) {_median_us(ours)} us, memfd"
+                    f" {_median_us(theirs)} us: {ratio:.2f}x (best against best {min(ours) / min(theirs):.2f}x)"
+                )
+
+
+def _one(memory: SparseMemory, verb: str) -> float:
+    """Return the seconds of a plug, an unplug or both, of a block that is unplugged before and afterwards."""
+    began = time.perf_counter()
+    memory.populate(64 * _BLOCK, _BLOCK)
+    plugged = time.perf_counter()
+    memory.discard(64 * _BLOCK, _BLOCK)
+    unplugged = time.perf_counter()
+    return {"plug": plugged - began, "unplug": unplugged - plugged}.get(verb, unplugged - began)
+
+
+_MEASURES = {measure.__name__: measure for measure in (many, scaling, islands, protection, cycles, huge, device)}
 
 
 def main() -> None:

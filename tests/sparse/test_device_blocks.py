@@ -73,6 +73,7 @@ def test_touching_an_unpopulated_block_asks_the_driver_or_is_a_segmentation_faul
             pytest.raises(NotPopulatedError),
         ):
             memory.read(0, 1)
+        assert client.path is not None
         # In a process of its own, since a child of fork has no such memory anyway.
         for offset, number in ((BLOCK, 0), (0, signal.SIGSEGV), (2 * BLOCK, signal.SIGSEGV), (3 * BLOCK, signal.SIGSEGV)):
             done = subprocess.run([sys.executable, "-c", _TOUCH, str(client.path), str(BLOCK), str(offset)], check=False)
@@ -338,6 +339,14 @@ def test_what_is_no_connected_device(tmp_path: Path) -> None:
         SparseMemory(PAGE, device=Blocks())  # type: ignore[arg-type]
     with opened(Pattern(), tmp_path) as client, pytest.raises(ValueError, match="read-only"):
         SparseMemory(PAGE, device=client)
+
+
+def test_blocks_of_a_private_server() -> None:
+    device = Blocks()
+    with prefault.device.open(device) as client, SparseMemory(None, device=client, unpopulated="fault") as memory:
+        memory.populate(PAGE, PAGE)
+        assert device.counts == (0, 1, 1, 0)
+        assert present_blocks(memory) == [1]
 
 
 def test_the_connection_stays_open_as_long_as_the_memory(tmp_path: Path) -> None:

@@ -214,10 +214,11 @@ class DeviceClient(Closing, DeviceSource):
         request = protocol.AskObjectStatistics(self._connection.next_id(), object)
         return AreaStatistics.of(self._connection.ask(request, protocol.Statistics))
 
-    def map_range(self, length: int, offset: int) -> DeviceRange:
+    def map_range(self, length: int | None, offset: int, name: str | None) -> DeviceRange:
         """Map a part of the device for :class:`~prefault.SparseMemory`, which takes care of access to it."""
-        memory = self.map(length, offset, access="write").release_memory()
-        return DeviceRange(memory, memory.connection.device_info.huge, memory.require_here)
+        area = self.map(length, offset, access="write", object=name)
+        memory = area.release_memory()
+        return DeviceRange(memory, len(area), memory.connection.device_info.huge, memory.require_here)
 
     @property
     def closed(self) -> bool:

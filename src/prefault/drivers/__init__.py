@@ -1,6 +1,7 @@
 """Devices that ship: drivers for :mod:`prefault.device`.
 
-``RemoteFile`` maps a file that is somewhere else, and ``open_remote`` gives it as an array.
+``RemoteFile`` maps a file that is somewhere else, and ``open_remote`` gives it as an array. ``VmPool`` is a pool of memory
+blocks for virtual machines, which ``VmPoolControl`` makes and limits.
 """
 
 from prefault.drivers.remote.area_arrays import area_of
@@ -9,6 +10,8 @@ from prefault.drivers.remote.remote_file import RemoteFile
 from prefault.drivers.remote.safetensors_files import SafeTensors
 from prefault.drivers.remote.sharded_safetensors import ShardedSafeTensors
 from prefault.drivers.remote.source import Patience, SourceChangedError, SourceError, SourceMissingError
+from prefault.drivers.vmpool.vm_pool import VmPool
+from prefault.drivers.vmpool.vm_pool_control import VmPoolControl
 
 __all__ = [
     "Patience",
@@ -18,6 +21,8 @@ __all__ = [
     "SourceChangedError",
     "SourceError",
     "SourceMissingError",
+    "VmPool",
+    "VmPoolControl",
     "area_of",
     "open_remote",
 ]

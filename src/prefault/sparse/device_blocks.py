@@ -14,11 +14,13 @@ class DeviceRange(NamedTuple):
 
     Attributes:
         memory: owner of the mapping; its addresses have a page provider, and a child of fork does not inherit them.
+        length: bytes that are mapped.
         huge: whether it is mapped in hugetlb pages, of which the kernel joins no neighbours (VM_DONTEXPAND).
         require_here: raises DeviceGoneError in a child of fork.
     """
 
     memory: OwnedMemory
+    length: int
     huge: bool
     require_here: Callable[[], None]
 
@@ -28,19 +30,17 @@ class DeviceSource(abc.ABC):
 
     Attributes:
         name: of the device.
-        length: of the device, in bytes.
         page_size: bytes that one fault brings in.
         writable: whether clients may write.
     """
 
     name: str
-    length: int
     page_size: int
     writable: bool
 
     @abc.abstractmethod
-    def map_range(self, length: int, offset: int) -> DeviceRange:
-        """Map a part of the device, readable and writable.
+    def map_range(self, length: int | None, offset: int, name: str | None) -> DeviceRange:
+        """Map ``length`` bytes of the device, or of the object of that name, readable and writable; None: to its end.
 
         Raises:
             ValueError: the device has no such part.

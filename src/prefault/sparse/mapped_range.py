@@ -76,14 +76,23 @@ def map_backing(source: BackingSource, shared: bool, requested: Requested, *, fa
         raise
 
 
-def map_device(device: DeviceSource, offset: int, requested: Requested, *, faults: bool) -> MappedRange:
-    """Map a reservation of a device's pages."""
-    opened = OpenedBacking(None, device.page_size, offset, size=max(0, device.length - offset))
-    layout = lay_out(device, opened, *requested)
-    memory, huge, require_here = device.map_range(layout.reservation, offset)
+def map_device(
+    device: DeviceSource, offset: int, name: str | None, requested: Requested, *, faults: bool
+) -> MappedRange:  # fmt: skip
+    """Map a reservation of a device's pages, or of those of the object of that name."""
+    opened = OpenedBacking(None, device.page_size, offset)
+    # Without a size it is all of the device or the object, whose length the mapping tells.
+    length = None if requested.size is None else lay_out(device, opened, *requested).reservation
+    memory, mapped, huge, require_here = device.map_range(length, offset, name)
     try:
+        layout = lay_out(device, opened._replace(size=mapped), *requested)
+        if layout.reservation > memory.mapped:
+            raise ValueError(
+                f"{device.name} has {memory.mapped} bytes from there on, which are fewer than the reservation, or not whole"
+                f" blocks of {layout.block} bytes: say how many bytes"
+            )
         if faults:
-            mman.mprotect(memory.address, layout.reservation, mman.PROT_NONE)
+            mman.mprotect(memory.address, memory.mapped, mman.PROT_NONE)
         return _hide_rest(MappedRange(memory, layout, device.page_size, True, faults, not huge, True, require_here))
     except BaseException:
         memory.unmap()

@@ -67,7 +67,8 @@ class SparseMemory(MappedMemory):
         device: a device that the blocks come from, in place of a backing: what :func:`prefault.device.open` and
             :func:`prefault.device.connect` return. One call of its driver's populate hook supplies a block, and a discard
             gives it back. A block is a multiple of the device's page size. A child of fork has no such memory.
-        offset: first byte of the device that the memory maps; what other memories map is theirs as well.
+        offset: first byte of the device, or of the object, that the memory maps; what other memories map is theirs as well.
+        object: name of an object of the device, which the memory maps in place of a part of the device.
 
     Raises:
         MappingError: the backing or the addresses are not available. Nothing is left behind.
@@ -88,6 +89,7 @@ class SparseMemory(MappedMemory):
         accounting: Accounting | None = None,
         device: DeviceSource | None = None,
         offset: Size = 0,
+        object: str | None = None,  # noqa: A002  as in prefault.device.map
     ) -> None:
         if huge not in ("auto", "advise", "never"):
             raise ValueError(f"huge is 'auto', 'advise' or 'never', not {huge!r}")
@@ -106,7 +108,7 @@ class SparseMemory(MappedMemory):
         else:
             check_device(device, backing=backing, shared=shared, huge=huge)
             self.backing, self.shared = None, True
-            mapped = map_device(device, parse_size(offset), requested, faults=faults)
+            mapped = map_device(device, parse_size(offset), object, requested, faults=faults)
         try:
             self._guard = make_guard(mapped, accounting)
         except BaseException:

@@ -1,0 +1,1 @@
+"""Memory of virtual machines from a dedicated pool of blocks."""

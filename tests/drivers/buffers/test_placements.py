@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from prefault.drivers.buffers.errors import BufferObjectError
+from prefault.drivers.buffers.buffer_errors import BufferObjectError
 from prefault.drivers.buffers.placements import Placement, Placements, Resource, Step
 from prefault.sizes import MIB, PAGE_SIZE
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from prefault.drivers.buffers.buddy import Block, BuddyAllocator, OutOfMemoryError, check_alignment
-from prefault.drivers.buffers.errors import BufferObjectError
+from prefault.drivers.buffers.buffer_errors import BufferObjectError
 from prefault.sizes import PAGE_SIZE, format_size
 
 PRIORITIES = 4

@@ -147,7 +147,7 @@ class PageTables:
         Returns:
             The first fault that could not be answered, if any; later ones were woken, to fault again.
         """
-        if self._state.parked:
+        if self._state.parked.by_page:
             self.answer_parked(range(fill.pages.start, fill.done))
         left = None
         for waiting in fill.waiting:

@@ -140,6 +140,7 @@ class _EventLoop:
         poll, handlers, spin, faults = self._epoll.poll, self._handlers, self._fault_polling, self._faults
         populate_requests = self._populate_requests
         discards = self._discards
+        parked = self._state.parked.by_page
         events: list[tuple[int, int]] = []
         more = False
         while True:
@@ -159,7 +160,7 @@ class _EventLoop:
                 return
             if discards.active:
                 discards.step()
-            if self._state.parked:
+            if parked:
                 self._expire_parked()
             more = bool(populate_requests) and populate_requests.step()
             client = faults.take_recent()

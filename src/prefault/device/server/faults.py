@@ -16,7 +16,7 @@ from prefault._kernel.userfaultfd import (
     ForkEvent,
     decode,
 )
-from prefault.device.driver import RETRY
+from prefault.device.driver import RETRY, Device
 from prefault.device.page_states import DevicePageState
 from prefault.device.pages import fault_resolution
 from prefault.device.pages.fills import Fill
@@ -59,6 +59,9 @@ class Faults:
         self._write_requests = WriteRequests(state, page_tables, jobs, isolation)
         self._held = state.held.active
         self._flags = state.frames.flags
+        self._parked = state.parked.by_page
+        # A driver that takes no pool has no other thread that could supply a page.
+        self._alone = type(state.device).start is Device.start
         self._lock = state.lock
         self._states = state.frames.states
         self._size = state.page_size
@@ -263,16 +266,19 @@ class Faults:
         counters.missing += 1
         counters.log.append(page)
         write = flags & UFFD_PAGEFAULT_FLAG_WRITE != 0
-        with self._lock:
-            if self._states[page] != _MISSING:  # another thread of the driver was faster
-                return self._page_tables.wake(area, page)
+        if self._alone:
             self._begin_one(page)
+        else:
+            with self._lock:
+                if self._states[page] != _MISSING:  # another thread of the driver was faster
+                    return self._page_tables.wake(area, page)
+                self._begin_one(page)
         failure = self._fill_one(area, page, "write" if write else "read", now)
         with self._lock:
             self._finish_one(page, failure is None)
             if failure is None:
                 self._map_one(area, page, write)
-                if self._state.parked:
+                if self._parked:
                     self._page_tables.answer_parked(range(page, page + 1))
         if failure is not None:
             fill = Fill(area, range(page, page + 1), access_of(write), single=True, keep=[], finished=self._filled)

@@ -11,7 +11,7 @@ from prefault.device.device_pool import Access, ClientProcess, DeviceObject, Dev
 from prefault.sizes import MIB, PAGE_SIZE
 
 
-class Answer(enum.Enum):
+class FaultAnswer(enum.Enum):
     """Answers of :meth:`Device.fault` and :meth:`Device.populate` besides None, which means: supplied."""
 
     ZERO = "zero"
@@ -19,20 +19,20 @@ class Answer(enum.Enum):
     RETRY = "retry"
 
 
-ZERO: Final = Answer.ZERO
+ZERO: Final = FaultAnswer.ZERO
 """The page is zeros; nothing was written into the frame."""
 
-READ_ONLY: Final = Answer.READ_ONLY
+READ_ONLY: Final = FaultAnswer.READ_ONLY
 """The page is supplied, and clients may not write to it: a store calls :meth:`Device.mkwrite`."""
 
-RETRY: Final = Answer.RETRY
+RETRY: Final = FaultAnswer.RETRY
 """The page cannot be supplied yet (VM_FAULT_RETRY): its thread waits, and the server does not.
 
 :meth:`DevicePool.supply` completes it, and after :meth:`DevicePool.retry` the driver is asked again. A page that is neither
 within :attr:`Device.timeout_s` fails, as if the driver had raised.
 """
 
-Supplied: TypeAlias = Answer | None
+Supplied: TypeAlias = FaultAnswer | None
 
 
 class Recipe(NamedTuple):
@@ -243,7 +243,7 @@ class Device(abc.ABC):
         """Clean up after an area: its client unmapped it or died, or the server is ending."""
 
     def control(self, client: ClientProcess, request: bytes) -> bytes:  # noqa: ARG002  for drivers
-        """Answer a request of a client that is not about memory, as a kernel driver answers ioctl(2).
+        """FaultAnswer a request of a client that is not about memory, as a kernel driver answers ioctl(2).
 
         The server passes the bytes on without a look at them: check all of them. Requests and replies have at most 64 512
         bytes. A request is delivered at most once: after a crash of the server in the middle, the client gets an error and

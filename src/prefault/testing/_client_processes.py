@@ -64,7 +64,7 @@ class ClientProcesses:
     def __init__(self, directory: Path, patience_s: float) -> None:
         self._directory = directory
         self._patience_s = patience_s
-        self._clients: list[ClientProcess] = []
+        self._clients: list[ChildClient] = []
         self._number = 0
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         import prefault
@@ -81,7 +81,7 @@ class ClientProcesses:
         self._socket = ours
         self._socket.settimeout(_START_S)
 
-    def client(self) -> ClientProcess:
+    def client(self) -> ChildClient:
         """Fork a client process."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -91,7 +91,7 @@ class ClientProcesses:
             ours.close()
             raise RuntimeError("the process that forks client processes has ended")
         self._number += 1
-        client = ClientProcess(self, int(answer), ours, self._directory / f"client-{self._number}", self._patience_s)
+        client = ChildClient(self, int(answer), ours, self._directory / f"client-{self._number}", self._patience_s)
         self._clients.append(client)
         return client
 
@@ -118,7 +118,7 @@ class ClientProcesses:
         self.close()
 
 
-class ClientProcess:
+class ChildClient:
     """The checking process' handle of a client process."""
 
     def __init__(

@@ -15,9 +15,9 @@ from prefault.device.recipes import check_device_attributes
 from prefault.errors import DeviceError
 from prefault.sizes import PAGE_SIZE
 from prefault.testing._client_processes import (
+    ChildClient,
     ClientDiedError,
     ClientHangsError,
-    ClientProcess,
     ClientProcesses,
     ClientRefusedError,
 )
@@ -275,13 +275,13 @@ class Scene:
     def __init__(self, processes: ClientProcesses, journal: Journal, path: str, what: str) -> None:
         self.journal = journal
         self.what = what
-        self.clients: list[ClientProcess] = []
+        self.clients: list[ChildClient] = []
         self.killed: set[int] = set()
         self.discarded: set[int] = set()
         self._processes = processes
         self._path = path
 
-    def client(self, **areas: dict[str, Any]) -> ClientProcess:
+    def client(self, **areas: dict[str, Any]) -> ChildClient:
         """Start a client process, connect it and map its areas."""
         client = self._processes.client()
         self.clients.append(client)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prefault.device.device_pool import Access, ClientProcess, DevicePool
-from prefault.device.driver import Answer, Device, DeviceArea, Supplied
+from prefault.device.driver import Device, DeviceArea, FaultAnswer, Supplied
 
 ATTRIBUTES = (
     "length", "page_size", "writable", "evicts", "tracks_writes", "populates", "workers", "batch", "fault_around", "capacity"
@@ -190,7 +190,7 @@ class RecordingDevice(Device):
         self._inject(pages)
         with self._call("fault", pages, supplies=True):
             supplied: object = self._inner.fault(self._recording(area), page, access)
-            if supplied is not None and not isinstance(supplied, Answer):
+            if supplied is not None and not isinstance(supplied, FaultAnswer):
                 self._journal.complain(
                     f"fault(page {page}) returned {supplied!r}, and is to return None, ZERO, READ_ONLY or RETRY"
                 )

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from prefault.device.driver import Device
 from prefault.sizes import PAGE_SIZE
 from prefault.testing._client_processes import (
+    ChildClient,
     ClientDiedError,
-    ClientProcess,
     ClientProcesses,
     ClientRefusedError,
 )
@@ -210,7 +210,7 @@ class _Check(PersistenceCheck):
             client = scene.client(area={})
             self._must_refuse(client, "NoPopulateError", area="area", first=self.good()[0], pages=1)
 
-    def _must_refuse(self, client: ClientProcess, kind: str, **what: Any) -> str:
+    def _must_refuse(self, client: ChildClient, kind: str, **what: Any) -> str:
         pages = f"page {what['first']}" if what["pages"] == 1 else f"pages {what['first']} and {what['pages'] - 1} more"
         try:
             client.ask("populate", **what)
@@ -265,12 +265,12 @@ class _Check(PersistenceCheck):
                     self._discard(client, scene, part)
                     self._compare_anew(scene, client, run, populate=False)
 
-    def _discard(self, client: ClientProcess, scene: Scene, run: range) -> None:
+    def _discard(self, client: ChildClient, scene: Scene, run: range) -> None:
         client.ask("discard", area="area", first=run.start, pages=len(run))
         # A last page that belongs to the device only in part stays: discarding rounds inward.
         scene.discarded.update(page for page in run if (page + 1) * self.size <= self.device.length)
 
-    def _compare_anew(self, scene: Scene, client: ClientProcess, run: range, *, populate: bool) -> None:
+    def _compare_anew(self, scene: Scene, client: ChildClient, run: range, *, populate: bool) -> None:
         if populate:
             client.ask("populate", area="area", first=run.start, pages=len(run))
         found = client.touch("area", list(run), self.size)

@@ -12,7 +12,7 @@ from prefault.device.page_states import DevicePageState
 
 if TYPE_CHECKING:
     from prefault.device.frames import Frames
-    from prefault.device.pages.protections import Protections
+    from prefault.device.pages.protections import PageProtections
 
 _ORDER_MOST = 1024
 _UNSEEN = re.compile(b"\x00+")
@@ -39,7 +39,7 @@ class PagePool:
     """
 
     def __init__(
-        self, frames: Frames, capacity: int | None, protections: Protections, *, reclaims: bool, restarted: bool
+        self, frames: Frames, capacity: int | None, protections: PageProtections, *, reclaims: bool, restarted: bool
     ) -> None:
         self._frames = frames
         self._protections = protections

@@ -15,7 +15,7 @@ _SUPPLIED = (DevicePageState.READY, DevicePageState.EVICTING, DevicePageState.AS
 _WHY = "the driver poisoned it"
 
 
-class Protections:
+class PageProtections:
     """The flags of a device's pages, and what they mean for entries; under the server's lock.
 
     Attributes:

@@ -22,7 +22,7 @@ from prefault.device.pages.counters import Counters, add_totals
 from prefault.device.pages.held_pages import HeldPages
 from prefault.device.pages.page_pool import PagePool
 from prefault.device.pages.parked_faults import ParkedFaults
-from prefault.device.pages.protections import Protections
+from prefault.device.pages.protections import PageProtections
 from prefault.device.registry import AreaRecord, ClientRecord, Registry
 
 if TYPE_CHECKING:
@@ -271,7 +271,7 @@ class ServerState:
         self.lock = threading.RLock()
         self.areas: dict[int, ServedArea] = {}
         self.clients: dict[int, ServedClient] = {}
-        self.protections = Protections(device, self.frames, restarted=registry.generation > 0)
+        self.protections = PageProtections(device, self.frames, restarted=registry.generation > 0)
         self.pool = PagePool(
             self.frames, None if device.capacity is None else device.capacity // self.page_size, self.protections,
             reclaims=not device.writable, restarted=registry.generation > 0,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from prefault._kernel.mman import EHWPOISON
 from prefault.device import protocol
 from prefault.device.device_pool import Access, ClientProcess
-from prefault.device.driver import READ_ONLY, RETRY, ZERO, Answer, Device
+from prefault.device.driver import READ_ONLY, RETRY, ZERO, Device, FaultAnswer
 from prefault.device.pages.fills import Fill, FillFailure
 
 if TYPE_CHECKING:
@@ -98,7 +98,9 @@ class DriverCalls:
             self._state.protections.set(pages, "read")
         return True
 
-    def fill_one(self, area: ServedArea, page: int, access: Access, now: int) -> FillFailure | Literal[Answer.RETRY] | None:
+    def fill_one(
+        self, area: ServedArea, page: int, access: Access, now: int
+    ) -> FillFailure | Literal[FaultAnswer.RETRY] | None:
         """Call the driver in the loop to supply one FILLING page of a device without a capacity; return its failure, if any.
 
         The caller counts the frame.

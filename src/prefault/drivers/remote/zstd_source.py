@@ -13,9 +13,10 @@ import itertools
 import struct
 import threading
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from prefault.drivers.remote.source import Attempts, DerivedSource, Source, SourceError, missing_package, runs_of
+from prefault.drivers.remote.source import Attempts, DerivedSource, Source, SourceError, runs_of
+from prefault.drivers.zstd_library import zstd_library
 
 _FOOTER = struct.Struct("<IBI")  # frames, descriptor, magic
 _SEEKABLE = 0x8F92EAB1
@@ -40,25 +41,12 @@ class _Frame(NamedTuple):
     content_stop: int
 
 
-def _library(name: str) -> Any:
-    try:
-        from compression import zstd  # type: ignore[import-not-found, unused-ignore]  # Python 3.14
-    except ImportError:
-        try:
-            from backports import zstd  # type: ignore[import-not-found, unused-ignore, no-redef]
-        except ImportError as error:
-            raise missing_package(
-                f"{name} is compressed with zstd, which needs", "backports.zstd", "'prefault[zstd]'"
-            ) from error
-    return zstd
-
-
 class ZstdSource(DerivedSource):
     """Unpacked content of a seekable zstd file."""
 
     def __init__(self, inner: Source) -> None:
         super().__init__(inner, inner.name)
-        self._zstd = _library(inner.name)
+        self._zstd = zstd_library(f"{inner.name} is compressed with zstd, which needs")
         self._frames = self._table()
         self._starts = [frame.content for frame in self._frames]
         length = self._frames[-1].content_stop if self._frames else 0

@@ -135,7 +135,9 @@ class Device(abc.ABC):
             the first write to each page. Needs ``evicts``.
         populates: False: population is meaningless for this device, and asking for it raises NoPopulateError.
         workers: number of threads that call the driver. 0: the server's own thread makes all calls, one after the other,
-            with the lowest latency; best for a driver that does not block.
+            with the lowest latency; best for a driver that does not block. Threads are started when calls need them.
+        object_workers: most workers that calls for the areas of one object may take at once, so that a store that hangs for
+            one object leaves workers for the others; None: all of them. Control requests are not counted.
         batch: most bytes that one call of :meth:`populate` gets.
         fault_around: read-ahead of faults, which calls :meth:`populate` for the window. None: a fault brings in its page
             only, with :meth:`fault`.
@@ -152,6 +154,7 @@ class Device(abc.ABC):
     tracks_writes: bool = False
     populates: bool = True
     workers: int = 0
+    object_workers: int | None = None
     batch: int = 4 * MIB
     fault_around: FaultAround | None = None
     capacity: int | None = None

@@ -128,6 +128,9 @@ def check_device_attributes(device: object) -> None:
         raise ValueError(f"{name}.page_size is {' or '.join(map(str, _PAGE_SIZES))}, not {device.page_size!r}")
     if type(device.workers) is not int or not 0 <= device.workers <= 256:
         raise ValueError(f"{name}.workers is 0 to 256 threads, not {device.workers!r}")
+    most = device.object_workers
+    if most is not None and (type(most) is not int or most < 1):
+        raise ValueError(f"{name}.object_workers is None or at least 1, not {most!r}")
     if type(device.batch) is not int or device.batch < 1:
         raise ValueError(f"{name}.batch is a number of bytes, not {device.batch!r}")
     if not isinstance(device.timeout_s, int | float) or not 0 < device.timeout_s < 1e6:

@@ -24,7 +24,7 @@ from prefault.device.driver import Device, DeviceArea, FaultAnswer, Supplied
 ATTRIBUTES = (
     "length", "page_size", "writable", "evicts", "tracks_writes", "populates", "workers", "batch", "fault_around", "capacity"
 )  # fmt: skip
-_COPIED = (*ATTRIBUTES, "timeout_s", "restartable")
+_COPIED = (*ATTRIBUTES, "object_workers", "timeout_s", "restartable")
 
 
 class Call(NamedTuple):

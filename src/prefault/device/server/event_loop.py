@@ -87,7 +87,7 @@ class _EventLoop:
             asked=lambda client, request: self._requests.handle(client, request), lost=self._connection_lost,
         )  # fmt: skip
         self._driver_calls = DriverCalls(state)
-        self._workers = Workers(state, min(device.workers, RESULTS - 1))
+        self._workers = Workers(state, min(device.workers, RESULTS - 1), device.object_workers)
         self._jobs = Jobs(state, self._driver_calls, self._workers)
         self._page_tables = PageTables(state)
         self._isolation = Isolation(state)

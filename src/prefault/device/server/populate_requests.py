@@ -198,7 +198,7 @@ class PopulateRequests:
             populate.deferred.append(range(run.start, stop))
             populate.deferred_at = changes
             return True
-        if self._workers.count and self._workers.idle <= 0:
+        if self._workers.count and self._workers.idle_for(populate.area) <= 0:
             return False
         stop = min(stop, run.start + self._batch_pages)
         pages = range(run.start, stop)

@@ -12,7 +12,7 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prefault.device import limit_messages
 from prefault.device.frames import RESULTS
@@ -37,73 +37,142 @@ class _FillWork(partial[Callable[[], None]]):
     """Work that supplies the pages of a fill: :meth:`Workers.stop` drops what has not begun, and keeps all other work."""
 
 
+class _Call(NamedTuple):
+    """Work, and the name of the object that it is for, if any."""
+
+    work: Work
+    name: str | None
+
+
 class Workers:
     """Threads that run only driver calls. Without threads, calls run at once in the calling thread, which is the loop.
 
-    Attributes:
+    They are started when there is work for them, except the first. Only the loop calls the methods.
+
+    Args:
         count: number of threads.
+        each: most calls for one object that are given to threads at once; the others wait, whatever is idle.
+
+    Attributes:
+        count: most threads: the limit on processes may leave fewer than were asked for.
 
     Raises:
-        DeviceError: the limit on processes leaves too few threads.
+        DeviceError: the limit on processes leaves no thread.
     """
 
-    def __init__(self, state: ServerState, count: int) -> None:
+    def __init__(self, state: ServerState, count: int, each: int | None = None) -> None:
         self.count = count
+        self._each = each
         self._state = state
         self._heartbeat = state.frames.heartbeat
-        self._given: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
-        self._waiting: deque[Work] = deque()
-        self._finished: deque[Callable[[], None]] = deque()
+        self._given: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._waiting: deque[_Call] = deque()
+        """Calls that wait for a thread."""
+        self._held: dict[str, deque[Work]] = {}
+        """Calls that wait for others of their object."""
+        self._admitted: dict[str, int] = {}
+        """Number of calls for an object that run or wait for a thread."""
+        self._finished: deque[tuple[_Call, Callable[[], None]]] = deque()
         self._busy = 0
-        self._threads = [
-            threading.Thread(target=self._run, args=(slot,), name=f"prefault-device-{slot}", daemon=True)
-            for slot in range(1, count + 1)
-        ]
-        try:
-            for thread in self._threads:
-                thread.start()
-        except RuntimeError as error:  # as the interpreter calls EAGAIN
-            raise DeviceError(
-                errno.EAGAIN, f"the {count} workers of {state.name} cannot be started: {limit_messages.no_process()}"
-            ) from error
+        self._threads: list[threading.Thread] = []
+        if count:
+            try:
+                self._start_thread()
+            except RuntimeError as error:  # as the interpreter calls EAGAIN
+                raise DeviceError(
+                    errno.EAGAIN, f"the workers of {state.name} cannot be started: {limit_messages.no_process()}"
+                ) from error
 
-    @property
-    def idle(self) -> int:
-        """Number of calls that would start at once."""
-        return self.count - self._busy - len(self._waiting)
+    def _start_thread(self) -> None:
+        slot = len(self._threads) + 1
+        thread = threading.Thread(target=self._run, args=(slot,), name=f"prefault-device-{slot}", daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def idle_for(self, area: ServedArea) -> int:
+        """Return the number of calls for an area that would start at once."""
+        idle = self.count - self._busy - len(self._waiting)
+        name = self._limited(area)
+        if name is None or self._each is None:
+            return idle
+        return min(idle, self._each - self._admitted.get(name, 0) - len(self._held.get(name, ())))
 
     @property
     def busy(self) -> bool:
         """True while any worker runs a call."""
         return self._busy > 0
 
-    def submit(self, work: Work) -> None:
-        """Run work in a worker, in order of submission; only in the loop."""
+    def submit(self, work: Work, area: ServedArea | None = None) -> None:
+        """Run work in a worker, for an area or for none, in order of submission as far as objects allow."""
         if not self.count:
-            work(0)()
-        elif self._busy < self.count:
+            return work(0)()
+        name = self._limited(area)
+        if name is not None:
+            if self._admitted.get(name, 0) == self._each:
+                self._held.setdefault(name, deque()).append(work)
+                return None
+            self._admitted[name] = self._admitted.get(name, 0) + 1
+        if self._busy < self.count and self._has_thread():
             self._busy += 1
-            self._given.put(work)
+            self._given.put(_Call(work, name))
         else:
-            self._waiting.append(work)
+            self._waiting.append(_Call(work, name))
+        return None
+
+    def _limited(self, area: ServedArea | None) -> str | None:
+        """Return the name of an area's object, if calls for it are limited."""
+        return None if area is None or area.object is None or self._each is None else area.object.name
+
+    def _has_thread(self) -> bool:
+        """Return whether a thread has nothing to do; start another one before there is none."""
+        if self._busy == len(self._threads):
+            try:
+                self._start_thread()
+            except RuntimeError:
+                _log.warning(
+                    "device %s: %d of its %d workers could be started: %s",
+                    self._state.name, len(self._threads), self.count, limit_messages.no_process(),
+                )  # fmt: skip
+                self.count = len(self._threads)
+                return False
+        return True
 
     def collect(self) -> None:
         """Continue with finished work in the loop."""
         self._heartbeat[RESULTS] = 0  # first: a result that comes from now on is collected below, or announced again
         while self._finished:
-            then = self._finished.popleft()
+            call, then = self._finished.popleft()
+            if call.name is not None:
+                self._admit_next(call.name)
             if self._waiting:
                 self._given.put(self._waiting.popleft())
             else:
                 self._busy -= 1
             then()
 
+    def _admit_next(self, name: str) -> None:
+        """Admit a call that waited for another one of its object to finish."""
+        held = self._held.get(name)
+        if held:
+            self._waiting.append(_Call(held.popleft(), name))
+            if not held:
+                del self._held[name]
+            return
+        self._admitted[name] -= 1
+        if not self._admitted[name]:
+            del self._admitted[name]
+
     def stop(self, wait: Callable[[], None]) -> None:
         """Finish calls under way, and start no more fills; ``wait`` returns when one may be finished.
 
         The warden ends a call that does not return, as at any time.
         """
-        self._waiting = deque(work for work in self._waiting if not isinstance(work, _FillWork))
+        for name, held in self._held.items():
+            self._waiting.extend(_Call(work, name) for work in held)
+            self._admitted[name] += len(held)
+        self._held.clear()
+        self._each = None
+        self._waiting = deque(call for call in self._waiting if not isinstance(call.work, _FillWork))
         while self._busy:
             wait()
             self.collect()
@@ -112,8 +181,8 @@ class Workers:
 
     def _run(self, slot: int) -> None:
         try:
-            while (work := self._given.get()) is not None:
-                self._finished.append(work(slot))
+            while (call := self._given.get()) is not None:
+                self._finished.append((call, call.work(slot)))
                 # Until the loop has it: the warden sees a loop that never takes it, or is stopped.
                 self._heartbeat[RESULTS] = time.monotonic_ns()
                 self._state.notify()
@@ -168,7 +237,7 @@ class Jobs:
             return
         insort(self._starts, fill.pages.start)
         self._fills[fill.pages.start] = fill
-        self._workers.submit(_FillWork(self._run, fill))
+        self._workers.submit(_FillWork(self._run, fill), fill.area)
 
     def failed(self, fill: Fill, failure: FillFailure | None) -> None:
         """Finish a fill whose page :meth:`DriverCalls.fill_one` could not supply, or not yet; its frame counts already."""
@@ -192,7 +261,7 @@ class Jobs:
                 return
             if fill.changes != self._state.changes:  # it became READY since
                 fill.failure = None
-                self._workers.submit(_FillWork(self._run, fill))
+                self._workers.submit(_FillWork(self._run, fill), fill.area)
                 return
         if listed:
             del self._fills[fill.pages.start]
@@ -210,7 +279,7 @@ class Jobs:
             self.start(again)
         starved, self._starved = self._starved, []
         for other in starved:
-            self._workers.submit(_FillWork(self._run, other))
+            self._workers.submit(_FillWork(self._run, other), other.area)
         self._release(fill.area)
 
     def _park(self, fill: Fill) -> None:
@@ -244,7 +313,7 @@ class Jobs:
 
             return finish
 
-        self._workers.submit(work)
+        self._workers.submit(work, area)
 
     def _release(self, area: ServedArea) -> None:
         area.calls -= 1

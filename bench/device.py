@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
-from device_areas import cycles, many
+from device_areas import crowd, cycles, many
 from device_common import Effort, Measure, Trivial, cpu_ns, helpers, spread, stat, warm
 from prefault import device as devices
 from prefault._kernel import mman
@@ -305,14 +305,16 @@ def idle(effort: Effort) -> Iterator[Measure]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=["populate", "touch", "latency", "idle", "many", "cycles"])
+    parser.add_argument(
+        "--only", action="append", choices=["populate", "touch", "latency", "idle", "many", "crowd", "cycles"]
+    )
     parser.add_argument("--quick", action="store_true", help="do a tenth of the work, as a trial")
     parser.add_argument("--rounds", type=int, help="rounds of each measure that is repeated")
     options = parser.parse_args()
     rounds = options.rounds or (3 if options.quick else 11)
-    effort = Effort(rounds, GIB, 2000, 10_000, 2.0)
+    effort = Effort(rounds, GIB, 2000, 10_000, 2.0, 500_000)
     if options.quick:
-        effort = Effort(rounds, 64 * MIB, 500, 500, 1.0)
+        effort = Effort(rounds, 64 * MIB, 500, 500, 1.0, 5000)
     cpus = len(os.sched_getaffinity(0))
     print(
         f"{date.today()}, Linux {platform.release()}, {cpus} CPUs, Python {platform.python_version()}"
@@ -327,6 +329,7 @@ def main() -> None:
             "latency": lambda: latency(program, effort),
             "idle": lambda: idle(effort),
             "many": lambda: many(effort),
+            "crowd": lambda: crowd(effort),
             "cycles": lambda: cycles(effort),
         }
         for name, part in parts.items():

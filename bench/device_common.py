@@ -47,13 +47,14 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much each measure does: rounds, bytes, loads per round, cycles of open and close, seconds of idleness."""
+    """How much each measure does: rounds, bytes, loads per round, cycles of open and close, seconds of idleness, areas."""
 
     rounds: int
     length: int
     loads: int
     cycles: int
     seconds: float
+    areas: int
 
 
 # --- processes

@@ -19,7 +19,7 @@ _SOURCE = Path(prefault.__file__).parent
 # A folder is a layer: it imports from the lines above its own, and from itself, in no circle. Folders of one line (a | b) do
 # not import each other; the modules that a line lists one by one may, in no circle.
 _LAYERS = """
-sizes ranges intervals errors _version  values: no memory is touched
+sizes ranges intervals interval_index errors _version  values: no memory is touched
 _kernel                                 one thin function per system call, with the kernel's names and structures
 _system                                 this machine and process: capabilities, CPUs, cgroups, files of /proc
 ipc | memory                            Unix sockets; any buffer -> addresses, what is mapped there, what backs it

@@ -2,7 +2,7 @@
 
 The folders are layers, lowest first; each imports only from those above it in this picture (``tests/test_layering.py``):
 
-    sizes ranges intervals errors _version  values: no memory is touched
+    sizes ranges intervals interval_index errors _version  values: no memory is touched
     _kernel                                 one thin function per system call, with the kernel's names and structures
     _system                                 this machine and process: capabilities, CPUs, cgroups, files of /proc
     ipc | memory                            Unix sockets; any buffer -> addresses, what is mapped there, what backs it

@@ -32,7 +32,7 @@ _POPULATE = mman.MADV_POPULATE_WRITE
 _STEP = 32 * MIB
 _AHEAD = 64 << 10
 """Bytes that are allocated ahead, at most, while faults go forward."""
-_TABLE_BYTES = 12 << 20
+_TABLE_BYTES = 48 << 20
 """Bytes of the table of areas, which :class:`~prefault.device.registry.AreaTable` lays out."""
 _SHARED_BYTES = PAGE_SIZE + _TABLE_BYTES + KEPT_TABLE_BYTES
 """Bytes behind the states and flags: the heartbeat, the table of areas, and the table of kept memory."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import abc
-import bisect
 import ctypes
 import math
 import os
 import re
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from operator import itemgetter
+from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, SupportsIndex
 
 from prefault._system import fork_hooks
+from prefault.interval_index import IntervalIndex
 from prefault.intervals import Intervals
 from prefault.ranges import RangeSet
 from prefault.sizes import Size, parse_size
@@ -185,35 +186,55 @@ class _PageProviders:
     """Page providers by address: a view of device memory, such as an ndarray, does not know its provider."""
 
     def __init__(self) -> None:
-        # Sorted, and replaced as a whole, so that it may be read without the lock.
-        self._all: tuple[tuple[int, int, weakref.ref[PageProvider]], ...] = ()
+        # By address, and asked without the lock.
+        self._index: IntervalIndex[int] = IntervalIndex()
+        self._references: dict[int, weakref.ref[PageProvider]] = {}
+        self._stops: dict[int, int] = {}
+        self._changes: deque[Callable[[], None]] = deque()
+        self._changing = False
         self._lock = threading.RLock()  # reentrant: a finalizer removes an entry
 
     def within(self, start: int, stop: int) -> tuple[ProvidedSpan, ...]:
-        everything = self._all
-        if not everything:
+        if not self._references:
             return ()
-        index = bisect.bisect_right(everything, start, key=itemgetter(0))
-        if index and everything[index - 1][1] > start:
-            index -= 1
         found = []
-        for first, last, reference in everything[index : bisect.bisect_left(everything, stop, key=itemgetter(0))]:
-            page_provider = reference()
+        for first, last, address in sorted(self._index.overlapping(start, stop)):
+            reference = self._references.get(address)
+            page_provider = None if reference is None else reference()
             if page_provider is not None:
                 found.append(ProvidedSpan(max(first, start), min(last, stop), page_provider))
         return tuple(found)
 
     def add(self, address: int, length: int, page_provider: PageProvider) -> None:
-        entry = (address, address + length, weakref.ref(page_provider))
-        with self._lock:
-            index = bisect.bisect_left(self._all, address, key=itemgetter(0))
-            self._all = (*self._all[:index], entry, *self._all[index:])
+        self._change(partial(self._add, address, address + length, weakref.ref(page_provider)))
 
     def remove(self, address: int) -> None:
+        self._change(partial(self._remove, address))
+
+    def _change(self, change: Callable[[], None]) -> None:
         with self._lock:
-            self._all = tuple(entry for entry in self._all if entry[0] != address)
+            self._changes.append(change)
+            if self._changing:
+                return  # a finalizer in the midst of another change, which this one follows
+            try:
+                self._changing = True
+                while self._changes:
+                    self._changes.popleft()()
+            finally:
+                self._changing = False
+
+    def _add(self, address: int, stop: int, reference: weakref.ref[PageProvider]) -> None:
+        self._references[address], self._stops[address] = reference, stop
+        self._index.add(address, stop, address)
+
+    def _remove(self, address: int) -> None:
+        stop = self._stops.pop(address, None)
+        if stop is not None:
+            del self._references[address]
+            self._index.remove(address, stop, address)
 
     def forget_threads(self) -> None:
+        self._changing = False
         self._lock = threading.RLock()
 
 

@@ -28,11 +28,20 @@ class Counters:
         "errors", "latency", "log", "minor", "missing", "populated_pages", "supplied_pages", "write_protect",
     )  # fmt: skip
 
+    latency: list[int]
+    log: deque[int | tuple[int, int]]
+
     def __init__(self) -> None:
         self.missing = self.minor = self.write_protect = 0
         self.populated_pages = self.supplied_pages = self.errors = 0
-        self.latency = [0] * 64  # any number of nanoseconds has its entry: no bound to be checked for each fault
-        self.log: deque[int | tuple[int, int]] = deque(maxlen=LOG_ENTRIES)
+
+    def __getattr__(self, name: str) -> object:
+        """Make the histogram and the log when they are first used: most of very many areas are never touched."""
+        if name == "latency":
+            self.latency = [0] * 64  # any number of nanoseconds has its entry: no bound to be checked for each fault
+        elif name == "log":
+            self.log = deque(maxlen=LOG_ENTRIES)
+        return object.__getattribute__(self, name)
 
     def record_latency(self, took_ns: int) -> None:
         """Add a fault that took so many nanoseconds to the histogram."""

@@ -126,7 +126,7 @@ class PageTables:
     def poison(self, area: ServedArea, page: int) -> None:
         """Poison a page in one area, so that touching it is SIGBUS, and wake the threads that wait; under the lock."""
         result = fault_resolution.poison_run(area.fd, area.address(page), self._frames.page_size, self._frames.unit)
-        area.poisoned.add(page)
+        area.mark_poisoned(page)
         if result.gone:
             self._state.schedule_removal(area.client)
 

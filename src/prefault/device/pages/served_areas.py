@@ -7,10 +7,8 @@ import itertools
 import re
 import socket
 import threading
-from bisect import bisect_right, insort
 from collections.abc import Callable
 from functools import cached_property, partial
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from prefault.device.device_pool import Access, ClientProcess, DeviceObject
@@ -24,15 +22,17 @@ from prefault.device.pages.page_pool import PagePool
 from prefault.device.pages.parked_faults import ParkedFaults
 from prefault.device.pages.protections import PageProtections
 from prefault.device.registry import AreaRecord, ClientRecord, Registry
+from prefault.interval_index import IntervalIndex
 
 if TYPE_CHECKING:
     from prefault.device.frames import Frames
 
-_start = attrgetter("start")
 _DIRTY = re.compile(b"\x01+")
 _FILLING = int(DevicePageState.FILLING)
 _OBJECTS = "prefault.objects"
 """Name under which the table of objects is kept."""
+_NOTHING = bytearray()
+_NO_PAGES: set[int] = set()
 _NUMBER_BITS = 40
 """Bits of the number of an area or a client; above them is the generation of the server that gave it."""
 
@@ -56,6 +56,15 @@ class ServedArea(DeviceArea):
         alive: False once it is released, or its client gone.
     """
 
+    # A server may have half a million areas. A driver may set other attributes: its DeviceArea has a dict, made when needed.
+    __slots__ = (
+        "_evict", "_state", "access", "alive", "base", "calls", "client", "counters", "dirty", "fd", "first", "had_entry",
+        "last", "length", "number", "object", "offset", "opened", "pid", "poisoned", "protectable", "record", "start",
+        "stop", "tracks", "uid", "windows",
+    )  # fmt: skip
+
+    windows: dict[int, tuple[int, int]]
+
     def __init__(
         self, record: AreaRecord, client: ServedClient, state: ServerState, evict: Callable[[range, Any], bytes]
     ) -> None:
@@ -71,18 +80,23 @@ class ServedArea(DeviceArea):
         self.last = (record.offset + record.length) // state.page_size
         self.tracks = record.track_dirty
         self.protectable = record.track_dirty or (state.device.evicts and record.access == "write")
-        self.dirty = zeros(self.last - self.first) if self.tracks else bytearray()
+        self.dirty = zeros(self.last - self.first) if self.tracks else _NOTHING
         # Where the kernel tracks alone, only the server knows that a page had an entry before.
-        self.had_entry = zeros(self.last - self.first) if self.tracks and not state.device.evicts else bytearray()
-        self.poisoned: set[int] = set()
+        self.had_entry = zeros(self.last - self.first) if self.tracks and not state.device.evicts else _NOTHING
+        self.poisoned = _NO_PAGES
         self.object = state.objects.at(self.first) if record.of_object else None
         self.counters = Counters()
-        self.windows: dict[int, tuple[int, int]] = {}
         self.calls = 0
         self.alive = True
         self.opened = False
         self._state = state
         self._evict = evict
+
+    def __getattr__(self, name: str) -> object:
+        """Make the windows of fault-around when they are first used."""
+        if name == "windows":
+            self.windows = {}
+        return object.__getattribute__(self, name)
 
     def address(self, page: int) -> int:
         """Return the address of a page of the device, in the client."""
@@ -106,6 +120,12 @@ class ServedArea(DeviceArea):
         """Return the pages that this area maps, out of these."""
         first, last = max(self.first, pages.start), min(self.last, pages.stop)
         return range(first, max(first, last))
+
+    def mark_poisoned(self, page: int) -> None:
+        """Record that the entry of a page is poison."""
+        if not self.poisoned:
+            self.poisoned = set()
+        self.poisoned.add(page)
 
     # --- dirty tracking, under the lock
 
@@ -166,7 +186,7 @@ class ServedClient:
     Attributes:
         connection: None once it is lost; the client may live on, and its faults are answered.
         areas: by number.
-        sorted: by address, without those that are not open yet.
+        by_address: areas by address, without those that are not open yet.
         last: the area of the last fault.
         read_into: reads from its userfaultfd into a buffer; the number of bytes, or None if there are none.
         opening: areas that the driver is opening.
@@ -183,8 +203,7 @@ class ServedClient:
         self.record = record
         self.connection = connection
         self.areas: dict[int, ServedArea] = {}
-        self.sorted: list[ServedArea] = []
-        self._starts: list[int] = []
+        self.by_address: IntervalIndex[ServedArea] = IntervalIndex()
         self.last: ServedArea | None = None
         # Returns None where os.readv would raise, which takes a microsecond.
         self.read_into = io.FileIO(record.userfaultfd, closefd=False).readinto
@@ -211,36 +230,27 @@ class ServedClient:
 
     def find(self, address: int) -> ServedArea | None:
         """Return the area that an address lies in."""
-        index = bisect_right(self._starts, address) - 1
-        if index < 0:
-            return None
-        area = self.sorted[index]
-        if address >= area.stop:
-            return None
-        self.last = area
+        area = self.by_address.at(address)
+        if area is not None:
+            self.last = area
         return area
 
     def add(self, area: ServedArea) -> None:
         """Serve an area: faults in it are answered from now on."""
         self.areas[area.number] = area
-        insort(self.sorted, area, key=_start)
-        insort(self._starts, area.start)
+        self.by_address.add(area.start, area.stop, area)
 
     def remove(self, area: ServedArea) -> None:
         """Stop serving an area."""
         area.alive = False
         del self.areas[area.number]
-        index = bisect_right(self._starts, area.start) - 1
-        del self.sorted[index], self._starts[index]
+        self.by_address.remove(area.start, area.stop, area)
         self.last = None
 
     def overlaps(self, record: AreaRecord) -> bool:
         """Return whether an area of the client, open or being opened, has some of the addresses of this one."""
         start, stop = record.address, record.address + record.length
-        index = bisect_right(self._starts, start)
-        if index and self.sorted[index - 1].stop > start:
-            return True
-        if index < len(self._starts) and self._starts[index] < stop:
+        if self.by_address.overlapping(start, stop):
             return True
         return any(start < other.address + other.length and other.address < stop for other in self.opening)
 
@@ -270,6 +280,7 @@ class ServerState:
         self.unit = registry.frames.unit
         self.lock = threading.RLock()
         self.areas: dict[int, ServedArea] = {}
+        self._by_page: IntervalIndex[ServedArea] = IntervalIndex()
         self.clients: dict[int, ServedClient] = {}
         self.protections = PageProtections(device, self.frames, restarted=registry.generation > 0)
         self.pool = PagePool(
@@ -311,10 +322,9 @@ class ServerState:
         """Return the areas that map some of the pages, each with the start and the length of these in the client."""
         first, stop, size = pages.start, pages.stop, self.page_size
         found = []
-        for area in self.areas.values():
-            if area.first < stop and first < area.last:
-                low, high = max(first, area.first), min(stop, area.last)
-                found.append((area, area.base + low * size, (high - low) * size))
+        for low, high, area in self._by_page.overlapping(first, stop):
+            low, high = max(first, low), min(stop, high)
+            found.append((area, area.base + low * size, (high - low) * size))
         return found
 
     def next_number(self) -> int:
@@ -336,6 +346,7 @@ class ServerState:
         client = area.client
         with self.lock:
             self.areas[area.number] = area
+            self._by_page.add(area.first, area.last, area)
             client.add(area)
         client.record.areas[area.number] = area.record
         self.registry.area_table.publish(client.record.number, area.record)
@@ -344,6 +355,7 @@ class ServerState:
         """Stop serving an area."""
         with self.lock:
             self.areas.pop(area.number, None)
+            self._by_page.remove(area.first, area.last, area)
             area.client.remove(area)
 
     # --- objects

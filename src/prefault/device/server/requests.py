@@ -51,7 +51,7 @@ class Requests:
         self._jobs = jobs
         self._populate_requests = populate_requests
         self._discards = discards
-        self._eviction = eviction
+        self._evict = eviction.evict
         self._fault_polling = fault_polling
         self._area_table = state.registry.area_table
         self._reply = reply
@@ -127,7 +127,7 @@ class Requests:
             message = f"object {placed.name!r} has been deleted, or made anew, since it was looked up"
             return self._reply(client, protocol.Refused(request.id, "stale", errno.ESTALE, message))
         record.number = state.next_number()
-        area = ServedArea(record, client, state, self._eviction.evict)
+        area = ServedArea(record, client, state, self._evict)
         client.opening.append(record)
         self._jobs.acquire_client(client)
 
@@ -270,7 +270,7 @@ class Requests:
 
     def restore(self, client: ServedClient, record: AreaRecord) -> ServedArea:
         """Return an area of the last server, open: the driver is new, and all its READY pages count as dirty."""
-        area = ServedArea(record, client, self._state, self._eviction.evict)
+        area = ServedArea(record, client, self._state, self._evict)
         for run in self._frames.runs(area.pages, DevicePageState.READY) if area.tracks else ():
             area.mark_dirty(run)
             area.mark_entries(run)

@@ -13,7 +13,8 @@ from prefault._kernel import userfaultfd
 from prefault.device import protocol
 from prefault.device.page_states import DevicePageState
 from prefault.device.pages import fault_resolution
-from prefault.device.registry import AreaRecord, ClientRecord, Registry
+from prefault.device.registry import ClientRecord, Registry
+from prefault.interval_index import IntervalIndex
 from prefault.ipc.transport import ProtocolError, receive
 
 _WP = userfaultfd.UFFD_PAGEFAULT_FLAG_WP
@@ -51,6 +52,8 @@ class FallbackServer:
         self._registry = registry
         self._selector = selector
         self._refusal = f"the device's server is gone: {reason}"
+        self._areas: dict[int, IntervalIndex[int]] = {}
+        """Numbers of the areas of each client, by address."""
         first = registry.first
         for client in registry.clients.values():
             self._take_over(client, reason)
@@ -69,7 +72,10 @@ class FallbackServer:
         self._watch(client.pidfd, lambda: self._remove_client(client))
         if client.connection >= 0:
             self._watch(client.connection, lambda: self._receive(client))
+        index: IntervalIndex[int] = IntervalIndex()
+        self._areas[client.number] = index
         for area in client.areas.values():
+            index.add(area.address, area.address + area.length, area.number)
             # Waiting threads fault again: faults that the server had read and not answered are lost.
             fault_resolution.unprotect(client.userfaultfd, area.address, area.length)
             fault_resolution.wake(client.userfaultfd, area.address, area.length)
@@ -86,6 +92,7 @@ class FallbackServer:
 
     def _remove_client(self, client: ClientRecord) -> None:
         if self._registry.clients.pop(client.number, None) is not None:
+            del self._areas[client.number]
             if fault_resolution.is_another_program(client):
                 fault_resolution.disarm(client.lifeline_read)
             for fd in client.descriptors.values():
@@ -111,7 +118,8 @@ class FallbackServer:
     def _resolve(self, client: ClientRecord, address: int, protected: bool) -> bool:
         """Answer a fault; return False if the process is gone."""
         frames, fd = self._registry.frames, client.userfaultfd
-        area = _area_at(client, address)
+        number = self._areas[client.number].at(address)
+        area = None if number is None else client.areas[number]
         if area is None:  # unmapped, or mapped after the last message of the server
             start = address - address % frames.unit
             return not fault_resolution.poison_run(fd, start, frames.unit, frames.unit).gone
@@ -138,7 +146,9 @@ class FallbackServer:
             if fault_resolution.is_another_program(client):
                 self._remove_client(client)
         elif isinstance(request, protocol.Unmap):
-            client.areas.pop(request.area, None)
+            area = client.areas.pop(request.area, None)
+            if area is not None:
+                self._areas[client.number].remove(area.address, area.address + area.length, area.number)
             send_if_possible(client.connection, protocol.Done(request.id))
         elif not isinstance(request, protocol.Cancel):
             send_if_possible(client.connection, protocol.Refused(request.id, "gone", errno.ECONNRESET, self._refusal))
@@ -165,10 +175,3 @@ class FallbackServer:
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
-
-
-def _area_at(client: ClientRecord, address: int) -> AreaRecord | None:
-    for area in client.areas.values():
-        if area.address <= address < area.address + area.length:
-            return area
-    return None

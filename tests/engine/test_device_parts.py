@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 import prefault
+import prefault.device
 from prefault.errors import DriverError, HeadroomError, PopulateError
 from prefault.sizes import PAGE_SIZE as PAGE
 from prefault.sparse import SparseMemory
 from support import oracle
+from support.block_devices import opened
 from support.devices import expected
 from support.placed_areas import Counted, buffer_at, placed, room
 
@@ -198,7 +201,27 @@ def test_device_pages_that_came_before_another_device_failed_go_back(kind: str) 
         assert device.counts[2] == 2 * COUNT, "a page stayed with the device's server"
 
 
-def test_undo_leaves_pages_that_were_supplied_before_or_that_another_area_maps() -> None:
+def test_undo_leaves_pages_that_another_client_maps(tmp_path: Path) -> None:
+    device, bad = Counted(), Counted(bad=(0,))
+    with (
+        opened(device, tmp_path) as client,
+        prefault.device.connect(str(client.path)) as stranger,
+        stranger.map(PAGE, offset=PAGE) as theirs,
+        room(8) as address,
+        placed(client, address, 4 * PAGE),
+        placed(bad, address + 4 * PAGE, PAGE),
+    ):
+        with pytest.raises(DriverError):
+            prefault.populate(buffer_at(address, 8 * PAGE), rollback=True)
+        assert device.counts[:3] == (0, 1, 4)
+        assert not any(oracle.present(address, 4 * PAGE))
+        prefault.populate(theirs)
+        assert device.counts[2] == 4, "the page that another client may have written to was taken back"
+        prefault.populate(buffer_at(address, 4 * PAGE))
+        assert device.counts[2] == 4 + 3
+
+
+def test_undo_leaves_pages_that_were_supplied_before() -> None:
     device = Counted()
     with ExitStack() as stack:
         mixed = _in_anonymous(stack, device)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from prefault._kernel import mman
-from prefault.device import opening
+from prefault.device import DeviceClient, opening
 from prefault.device.client.page_provider import AreaPageProvider
 from prefault.device.device_pool import Access
 from prefault.device.driver import Device, DeviceArea
@@ -71,10 +71,14 @@ class _PlacedArea(AreaPageProvider):
 
 @contextmanager
 def placed(
-    device: Device, address: int, length: int, offset: int = 0, access: Access = "write"
+    device: Device | DeviceClient, address: int, length: int, offset: int = 0, access: Access = "write"
 ) -> Iterator[AreaPageProvider]:
     """Map a part of a device at an address, over what lies there; the addresses stay reserved afterwards."""
-    connection = opening._acquire_private(device)
+    if isinstance(device, DeviceClient):
+        connection = device._connection
+        assert connection.acquire()
+    else:
+        connection = opening._acquire_private(device)
     area = _PlacedArea(connection, offset, access, track_dirty=False, at_end=connection.release)
     area.place = address
     try:

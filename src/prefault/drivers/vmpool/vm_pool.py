@@ -162,8 +162,7 @@ class VmPool(Device):
             case CreateMachine():
                 self._create(client, asked)
             case RemoveMachine():
-                self._owned(client, asked.name)
-                self._pool.delete_object(asked.name)
+                self._remove(self._owned(client, asked.name), client)
             case SetLimit():
                 self._set(self._owned(client, asked.name), _LIMIT, asked.limit)
             case AskUsage():
@@ -179,6 +178,15 @@ class VmPool(Device):
         # Until it has an owner, which is the last store, the next disconnect removes it: the server may die in between.
         self._set(machine, _LIMIT, asked.limit)
         self._set(machine, _OWNER, client.number)
+
+    def _remove(self, machine: DeviceObject, client: ClientProcess) -> None:
+        # The owner first: a machine that is made at this place next must not have it, should the server die in between.
+        self._set(machine, _OWNER, 0)
+        try:
+            self._pool.delete_object(machine.name)
+        except BaseException:
+            self._set(machine, _OWNER, client.number)
+            raise
 
     def _owned(self, client: ClientProcess, name: str) -> DeviceObject:
         machine = self._pool.object(name)

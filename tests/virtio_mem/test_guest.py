@@ -25,6 +25,7 @@ from prefault.sizes import GIB, MIB
 from prefault.sparse import SparseMemory
 from prefault.virtio_mem import Request, RequestType, Response, ResponseType, VirtioMem
 from support import kvm, oracle
+from support.block_devices import Blocks, opened
 from support.kvm import Guest, Stopped
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -191,6 +192,30 @@ def test_a_plug_drops_what_the_guest_wrote_to_the_unplugged_block(machine: MakeM
         vm.ask(UNPLUG_ALL)
         assert (vm.present_bytes(), vm.file_bytes()) == (0, 0)
         assert guest.sum(block(0), 3 * PAGES) == 0
+
+
+def test_a_guest_on_blocks_of_a_device(tmp_path: Path) -> None:
+    """The pages come from a driver by userfaultfd. A plug brings all of them in, so the guest waits for no fault of it."""
+    kvm.needed()
+    device = Blocks(4 * PAGES)
+    with (
+        opened(device, tmp_path) as client,
+        SparseMemory(4 * BLOCK, device=client, block=BLOCK, unpopulated="fault") as memory,
+        kvm.guest(memory, ADDR) as guest,
+    ):
+        vm = Machine(memory, guest)
+        vm.ask(PLUG, 1, 2)
+        supplied = device.counts
+        assert guest.write(block(1), 2 * PAGES, 1) is None
+        assert vm.numbers(1, 2) == list(range(1, 1 + 2 * PAGES))
+        assert guest.sum(block(0), 1) == Stopped(block(0), 0)
+        assert device.counts == supplied
+        vm.ask(UNPLUG, 1)
+        assert guest.sum(block(1), 1) == Stopped(block(1), 0)
+        assert vm.present_bytes(0, 4) == BLOCK
+        vm.ask(PLUG, 1)
+        assert guest.sum(block(1), PAGES) == 0
+        assert guest.sum(block(2), 1) == 1 + PAGES
 
 
 @pytest.mark.parametrize(

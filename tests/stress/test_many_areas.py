@@ -15,7 +15,7 @@ import pytest
 
 import prefault.device
 from prefault.device import ClientProcess, DeviceArea, DevicePool, Recipe
-from prefault.device.driver import Access
+from prefault.device.device_pool import Access
 from prefault.sizes import PAGE_SIZE
 from support import processes
 

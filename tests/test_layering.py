@@ -73,6 +73,7 @@ _BY_NAME = {
     "prefault": "loads sparse memory and what stands on it when they are first named",
     "prefault.cli": "loads a command, which is inside it, when that is asked for",
     "prefault.device": "loads what is heavy when it is first named",
+    "prefault.drivers": "loads a driver when it is first named",
     "prefault.device.recipes": "imports the factory of a device",
 }
 

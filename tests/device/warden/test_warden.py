@@ -146,6 +146,7 @@ def test_a_killed_warden_is_replaced_once() -> None:
         finally:
             os.kill(before["server"], signal.SIGCONT)
         unmapping.join()
+        assert processes.eventually(lambda: processes.children(before["server"]) != set())
         assert area.stats().errors == 0  # an answer that the server gave after all that
         assert len(processes.children(before["server"])) == 1
 
@@ -311,3 +312,23 @@ def test_a_stopped_warden_does_not_stop_the_server() -> None:
             prefault.populate(area)
         finally:
             os.kill(found["warden"], signal.SIGCONT)
+
+
+def test_the_end_of_the_server_and_the_request_to_end_come_at_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = prefault.device.serve(Pattern(PAGES), tmp_path / "socket")
+    with prefault.device.connect(tmp_path / "socket") as client, client.map() as area:
+        _used.append(frames_of(area))
+        found = roles()
+        os.kill(found["warden"], signal.SIGSTOP)
+        try:
+            os.kill(found["server"], signal.SIGTERM)
+            assert processes.eventually(lambda: not processes.alive(found["server"]))
+            closing = threading.Thread(target=server.close)
+            closing.start()
+            time.sleep(0.1)
+        finally:
+            os.kill(found["warden"], signal.SIGCONT)
+        closing.join()
+    assert "a warden failed" not in capfd.readouterr().err

@@ -97,7 +97,8 @@ class Warden:
         """Run until the end of the device."""
         while not self._over:
             for key, _ in self._selector.select(self._timeout()):
-                if self._selector.get_map().get(key.fileobj) == key:  # else an earlier event of the same round ended it
+                # An earlier event of the same round may have ended it, or the device.
+                if not self._over and self._selector.get_map().get(key.fileobj) == key:
                     key.data()
             self._check_deadlines()
         self._selector.close()

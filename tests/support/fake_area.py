@@ -59,4 +59,5 @@ class FakeArea(DeviceArea):
 
     def __exit__(self, *_: object) -> None:
         self.device.close(self)
+        self.device.stop()
         self._memory.close()  # refuses if the driver kept a view

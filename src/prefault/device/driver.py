@@ -60,6 +60,24 @@ class FaultAround(NamedTuple):
     most: int
 
 
+class SharedObject(NamedTuple):
+    """A device that is served as an object of another one, so that many such devices share one server.
+
+    Attributes:
+        device: has the server. Its driver knows the two requests.
+        name: of the object.
+        open_request: control request that opens a handle of the object, and makes the object if it is not there; sent
+            again if the server dies meanwhile.
+        close_request: control request that closes a handle, sent when the object is mapped, or cannot be. The driver deletes
+            an object without handles and areas.
+    """
+
+    device: Device
+    name: str
+    open_request: bytes
+    close_request: bytes
+
+
 class DeviceArea(abc.ABC):
     """A client's mapping of the device, as the driver sees it in the server.
 
@@ -166,6 +184,13 @@ class Device(abc.ABC):
 
         A server by fork is a copy of the process that maps the device first: it has the device as it is, whatever it refers
         to, but also a copy of all other memory of that process.
+        """
+        return None
+
+    def shared_server(self) -> SharedObject | None:
+        """Return the object of another device that :func:`prefault.device.map` maps in place of this device.
+
+        None, the default: this device has a server of its own.
         """
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import itertools
 import os
@@ -20,7 +21,7 @@ from prefault.device.client.area_mapping import MapOptions, PopulateChoice, chec
 from prefault.device.client.connection import DeviceConnection
 from prefault.device.client.fault_descriptor import open_userfaultfd
 from prefault.device.device_pool import Access
-from prefault.device.driver import Device
+from prefault.device.driver import Device, SharedObject
 from prefault.device.recipes import check_device_attributes
 from prefault.errors import DeviceError, DeviceGoneError
 from prefault.ipc.connecting import check_server, connect_to_server
@@ -29,6 +30,8 @@ from prefault.sparse.device_blocks import DeviceRange, DeviceSource
 
 _starting = threading.RLock()
 _tokens = itertools.count()
+_OPEN_TRIES = 5
+"""Requests to open a shared object, of which a server that dies and its successor may lose one each."""
 _running: weakref.WeakValueDictionary[int, DeviceConnection] = weakref.WeakValueDictionary()
 """Connections to private servers, by the id of the device object, which the connection keeps alive."""
 
@@ -80,10 +83,37 @@ def map(  # noqa: A001  mmap(2) for devices; used as prefault.device.map
     if object is None:
         checked_extent(type(device).__name__, device.length, device.page_size, length, offset)
     checked_access(type(device).__name__, device.writable, access)
+    options = MapOptions(length, offset, populate, access, track_dirty, colocate, object)
+    shared = device.shared_server() if object is None else None
+    if shared is not None:
+        return _map_shared(device, shared, options)
     connection = _acquire_private(device)
-    return map_area(
-        connection, MapOptions(length, offset, populate, access, track_dirty, colocate, object), connection.release
-    )
+    return map_area(connection, options, connection.release)
+
+
+def _map_shared(device: Device, shared: SharedObject, options: MapOptions) -> Area:
+    """Map a device that is an object of another one."""
+    connection = _acquire_private(shared.device)
+    try:
+        for left in reversed(range(_OPEN_TRIES)):
+            try:
+                connection.control(shared.open_request, None)
+                break
+            except DeviceGoneError:  # the server died, before or after it made the object: ask the next one
+                if not left or not connection.usable:
+                    raise
+    except BaseException:
+        connection.release()
+        raise
+    connection.acquire()  # for the last request
+    try:
+        return map_area(
+            connection, options._replace(object=shared.name, stands_for=type(device).__name__), connection.release
+        )
+    finally:
+        with contextlib.suppress(DeviceError):  # the server died: so did what the request is about
+            connection.control(shared.close_request, None)
+        connection.release()
 
 
 def open(device: Device) -> DeviceClient:  # noqa: A001  open(2) for devices; used as prefault.device.open

@@ -67,7 +67,7 @@ def test_making_the_device_moves_one_byte(server: HttpServer, file: Served) -> N
     assert made is not None
     from prefault.drivers.remote import remote_file
 
-    again = remote_file._from_recipe(**made.arguments)
+    again = remote_file.make_remote_file(**made.arguments)
     assert (again.length, again.version) == (device.length, device.version)
     assert again.recipe() == made
     assert server.sent() == 1  # what is in the recipe is not asked for again
@@ -174,7 +174,7 @@ def test_a_server_that_is_gone(file: Served, server: HttpServer, tmp_path: Path)
         device.open(area)
     with pytest.raises(SourceError, match=r"given up .*Connection"):
         area.fill()
-    device.close(area)
+    device.stop()
     with pytest.raises(SourceError, match="Connection refused"):
         RemoteFile(other.url("a"), patience=QUICK)
 
@@ -210,7 +210,7 @@ def test_a_source_that_changes(server: HttpServer, file: Served, how: object, le
     assert made is not None
     from prefault.drivers.remote import remote_file
 
-    with FakeArea(remote_file._from_recipe(**made.arguments)) as area, pytest.raises(SourceChangedError):
+    with FakeArea(remote_file.make_remote_file(**made.arguments)) as area, pytest.raises(SourceChangedError):
         area.fill(range(1))
 
 

@@ -425,7 +425,7 @@ def test_a_stream_that_broke_is_not_used_again(content: Content) -> None:
 
     with FakeArea(_remote(opener)) as area:
         made[:] = []
-        area.device.close(area)
+        area.device.stop()
         area.device.open(area)
         assert area.get(0, len(expected)) == expected
     assert all(stream.closed for stream in made)
@@ -450,7 +450,7 @@ def test_a_source_that_comes_back_after_it_could_not_be_opened(tmp_path: Path, c
     device.open(second)
     device.close(first)
     assert second.get(0, len(expected)) == expected
-    device.close(second)
+    device.stop()
     with first as area:
         assert area.get(0, len(expected)) == expected
 

@@ -101,8 +101,9 @@ class Area(MappedMemory):
         self._length = length
         self.populated: PopulateResult | None = None
         self._connection = connection = memory.connection
-        self.device = connection.device_info.name
+        self.device = memory.device_name
         self.object = memory.object
+        self._stands_for = memory.stands_for
         self.offset = memory.offset - self._base
         self.page_size = connection.device_info.page_size
         self.access: Access = memory.access
@@ -334,7 +335,7 @@ class Area(MappedMemory):
         """Name and length in bytes of what an access log of this area is about."""
         if self.object is None:
             return self.device, self._connection.device_info.length
-        return self.object.name, self.object.length
+        return self._stands_for or self.object.name, self.object.length
 
     def replay(self, log: AccessLog) -> PopulateResult:
         """Populate the pages that an access log names, in its order, as far as they lie in this area.
@@ -377,5 +378,5 @@ class Area(MappedMemory):
             state = "of the process that this one is a fork of"
         else:
             state = f"at {memory.address:#x}"
-        what = self.device if self.object is None else f"object {self.object.name!r} of {self.device}"
+        what = self.device if self.object is None or self._stands_for else f"object {self.object.name!r} of {self.device}"
         return f"<Area of {what}, {format_size(self._length)} from {self.offset} on, {self.access}, {state}>"

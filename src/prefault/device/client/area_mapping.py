@@ -29,6 +29,8 @@ class MapOptions(NamedTuple):
     track_dirty: bool
     colocate: bool
     object: str | None = None
+    stands_for: str | None = None
+    """Name of the device that the object stands for."""
 
 
 _LOOKUPS_MOST = 100
@@ -66,7 +68,9 @@ def map_area(connection: DeviceConnection, options: MapOptions, release: Callabl
             cpu, undo = _pin_thread()
         for left in reversed(range(_LOOKUPS_MOST)):
             placed, start, count = _place(connection, options)
-            memory = AreaPageProvider(connection, start, chosen, placed, track_dirty=track_dirty, at_end=at_end)
+            memory = AreaPageProvider(
+                connection, start, chosen, placed, track_dirty=track_dirty, at_end=at_end, stands_for=options.stands_for
+            )
             try:
                 memory.attach(count, cpu)
                 break

@@ -33,6 +33,7 @@ class MappedArea(OwnedMemory, PageProvider):
         connection: the connection to the server.
         offset: offset of its first page in the device, bytes.
         object: the object that it maps; None: a part of the device.
+        stands_for: name of the device that the object stands for, see :meth:`Device.shared_server`; None: it does not.
         length: bytes that were asked for; ``mapped`` is that in whole pages of the device.
         number: the area's number at the server; None before it is attached and after it is closed.
         access: the access that it was mapped with, the most that :meth:`Area.protect` may grant.
@@ -41,12 +42,13 @@ class MappedArea(OwnedMemory, PageProvider):
 
     def __init__(
         self, connection: DeviceConnection, offset: int, access: Access, placed: DeviceObject | None = None, *,
-        track_dirty: bool, at_end: Callable[[], None],
+        track_dirty: bool, at_end: Callable[[], None], stands_for: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.connection = connection
         self.offset = offset
         self.object = placed
+        self.stands_for = stands_for
         self.length = 0
         self.number: int | None = None
         self.access: Access = access
@@ -57,6 +59,11 @@ class MappedArea(OwnedMemory, PageProvider):
         """The exchange of the Map request, from its sending until the memory is unmapped."""
         self._at_end: Callable[[], None] | None = at_end
         _all_areas.add(self)
+
+    @property
+    def device_name(self) -> str:
+        """Name of the device for people: of that which the object stands for, if any."""
+        return self.stands_for or self.connection.device_info.name
 
     @property
     def write_protects(self) -> bool:

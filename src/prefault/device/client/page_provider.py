@@ -160,7 +160,7 @@ class _PopulateCall:
 
     def _check_permitted(self) -> None:
         """Refuse what this process knows to be impossible, without a request."""
-        name = self._connection.device_info.name
+        name = self._memory.device_name
         needed = mman.PROT_WRITE if self._access == "write" else mman.PROT_READ
         if not self._memory.prot & needed:
             how = "writable" if self._access == "write" else "readable"
@@ -262,9 +262,10 @@ class _PopulateCall:
         return kind(number, message, address=address, offset=self._offset(page), populated=kept)
 
     def _message(self, page: int, what: str, kept: RangeSet) -> str:
-        name = self._connection.device_info.name
-        where = f"offset {self._offset(page)} (page {page} of the device)"
-        return f"{name} cannot supply the page at {where}: {what}; {self._outcome(kept)}"
+        memory = self._memory
+        first = memory.object.offset // self._unit if memory.stands_for and memory.object else 0
+        where = f"offset {self._offset(page)} (page {page - first} of the device)"
+        return f"{memory.device_name} cannot supply the page at {where}: {what}; {self._outcome(kept)}"
 
     def _offset(self, page: int) -> int:
         """Return the offset in the caller's buffer of its first byte on that page."""

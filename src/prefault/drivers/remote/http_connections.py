@@ -203,7 +203,7 @@ class DeadlineResponse(http.client.HTTPResponse):
             super().begin()
 
 
-class Answer:
+class HttpAnswer:
     """A response whose head was read, with its connection: the body is read from here."""
 
     def __init__(self, response: http.client.HTTPResponse, connection: http.client.HTTPConnection, origin: Origin) -> None:

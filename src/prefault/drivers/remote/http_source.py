@@ -18,8 +18,8 @@ from typing import NamedTuple, NoReturn
 
 from prefault._version import __version__
 from prefault.drivers.remote.http_connections import (
-    Answer,
     DeadlineResponse,
+    HttpAnswer,
     Origin,
     acquire_pool,
     authorization,
@@ -137,7 +137,7 @@ class HttpSource(Source):
 
     # --- one request
 
-    def _send(self, attempts: Attempts, extra: dict[str, str]) -> Answer:
+    def _send(self, attempts: Attempts, extra: dict[str, str]) -> HttpAnswer:
         """Send a request, follow redirects, and return the answer, whose body is not read yet."""
         url = self._target
         remembered = url != self._url
@@ -177,7 +177,7 @@ class HttpSource(Source):
             )
         return target
 
-    def _send_to(self, url: str, attempts: Attempts, extra: dict[str, str]) -> Answer:
+    def _send_to(self, url: str, attempts: Attempts, extra: dict[str, str]) -> HttpAnswer:
         parts = urllib.parse.urlsplit(url)
         origin = _origin(parts)
         host = parts.netloc.rpartition("@")[2]
@@ -196,7 +196,7 @@ class HttpSource(Source):
         connection.response_class = functools.partial(DeadlineResponse, lambda: attempts.timeout_s)  # type: ignore[assignment]
         try:
             connection.request("GET", path, headers=headers)
-            return Answer(connection.getresponse(), connection, origin)
+            return HttpAnswer(connection.getresponse(), connection, origin)
         except (http.client.HTTPException, OSError) as error:
             connection.close()
             if isinstance(error, SourceError):
@@ -210,7 +210,7 @@ class HttpSource(Source):
             connection.close()
             raise
 
-    def _refuse(self, answer: Answer, what: str) -> NoReturn:
+    def _refuse(self, answer: HttpAnswer, what: str) -> NoReturn:
         """Raise the error of an answer whose status is neither 200 nor 206."""
         response = answer.response
         status, reason = response.status, f"HTTP {response.status} {response.reason}".strip()
@@ -286,7 +286,7 @@ class HttpSource(Source):
             )
         return self._refuse(answer, "the whole file")
 
-    def _has_body(self, answer: Answer, attempts: Attempts) -> bool:
+    def _has_body(self, answer: HttpAnswer, attempts: Attempts) -> bool:
         """Return whether the body has at least one byte, and close the connection."""
         try:
             if answer.response.length is not None:
@@ -304,7 +304,7 @@ class HttpSource(Source):
             " server that supports them",
         )
 
-    def _check_encoding(self, answer: Answer) -> None:
+    def _check_encoding(self, answer: HttpAnswer) -> None:
         encoding = answer.response.headers.get("Content-Encoding", "")
         if encoding.strip().lower() not in ("", "identity"):
             answer.drop()
@@ -313,7 +313,7 @@ class HttpSource(Source):
                 f"{self.name}: the server answers with Content-Encoding {encoding!r} though identity was requested",
             )
 
-    def _finish(self, answer: Answer) -> bool:
+    def _finish(self, answer: HttpAnswer) -> bool:
         """Keep the connection after the body was read; return False if the body was longer than announced."""
         # Only a further read shows a byte too many; after Content-Length bytes http.client returns none.
         more = (
@@ -357,7 +357,7 @@ class HttpSource(Source):
             answer.drop()
             raise
 
-    def _check(self, answer: Answer, first: int, last: int) -> None:
+    def _check(self, answer: HttpAnswer, first: int, last: int) -> None:
         """Check that the answer is these bytes of the mapped version; raise before a byte is read if it is not."""
         response = answer.response
         if response.status not in (200, 206):

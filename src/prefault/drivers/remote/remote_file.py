@@ -8,11 +8,11 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 from prefault.device.device_pool import Access
-from prefault.device.driver import Device, DeviceArea, FaultAround, Recipe
+from prefault.device.driver import Device, DeviceArea, FaultAround, Recipe, SharedObject
 from prefault.drivers.remote.disk_cache import CachedSource, DiskCache, WriteWarning, cache_key, make_directory
 from prefault.drivers.remote.file_sources import CallableSource
 from prefault.drivers.remote.gzip_source import open_gzip
@@ -103,9 +103,10 @@ class RemoteFile(Device):
         self._patience = patience
         self._version = None if version is None else Version(*version)
         self._opened: Source | CachedSource | None = None
-        self._areas: set[int] = set()
         self._given_up: deque[tuple[range, float, GivenUpError]] = deque(maxlen=self.workers)
         self._lock = threading.Lock()
+        self._token = os.urandom(8).hex()
+        self._capacity_group: int | None = None
         if self._version is None:
             if self._index is not None and not os.path.isdir(os.path.dirname(self._index)):
                 raise SourceMissingError(errno.ENOENT, f"{self._index}: there is no directory to keep the index in")
@@ -136,7 +137,7 @@ class RemoteFile(Device):
         around = self.fault_around or FaultAround(self.page_size, self.page_size)
         patience = self._patience
         return Recipe(
-            "prefault.drivers.remote.remote_file:_from_recipe",
+            "prefault.drivers.remote.remote_file:make_remote_file",
             {
                 "source": _sendable(self.source), "compression": self._compression, "headers": self._headers,
                 "storage_options": self._options, "capacity": self.capacity,
@@ -148,44 +149,60 @@ class RemoteFile(Device):
             },
         )  # fmt: skip
 
+    def shared_server(self) -> SharedObject | None:
+        """Return the server that this process shares among its remote files; None if this file needs one of its own."""
+        from prefault.drivers.remote.sharing import share
+
+        return share(self, self._token, self._capacity_group)
+
+    def share_capacity(self, group: int) -> None:
+        """Count the capacity for all files of a group together, on one server; before the file is mapped."""
+        self._capacity_group = group
+
     # --- in the server
 
-    def open(self, area: DeviceArea) -> None:
-        """Open the source, for the first area; it must still have the mapped version."""
-        self._source(area)
+    def open(self, area: DeviceArea) -> None:  # noqa: ARG002
+        """Open the source; it must still have the mapped version."""
+        self._source()
 
-    def _source(self, area: DeviceArea) -> Source | CachedSource:
+    def _source(self) -> Source | CachedSource:
         # Not in open() alone: a new server calls open() once for each area, and goes on if it raises.
         with time_limit(self._patience.total_s), self._lock:  # includes the wait for another thread that opens it
             if self._opened is None:
                 self._opened = self._open_all()
-            self._areas.add(id(area))
             return self._opened
 
-    def close(self, area: DeviceArea) -> None:
-        """Close the source, with the last area."""
+    def stop(self) -> None:
+        """Close the source. Idempotent."""
         with self._lock:
-            self._areas.discard(id(area))
-            opened, self._opened = (None, self._opened) if self._areas else (self._opened, None)
+            opened, self._opened = self._opened, None
         if opened is not None:
             opened.close()
 
-    def fault(self, area: DeviceArea, page: int, access: Access) -> None:
+    def fault(self, area: DeviceArea, page: int, access: Access) -> None:  # noqa: ARG002  it is read-only
         """Supply one page, after :meth:`populate` of the window around it has failed."""
+        self.supply_one(area, page, 0)
+
+    def populate(self, area: DeviceArea, pages: range, access: Access) -> None:  # noqa: ARG002  it is read-only
+        """Supply all of the pages with one request, straight into their frames."""
+        self.supply(area, pages, 0)
+
+    def supply_one(self, area: DeviceArea, page: int, first: int) -> None:
+        """Supply one page of a device in which this file begins at page ``first``; fail at once where a read just failed."""
         for pages, when, error in list(self._given_up):
             if page in pages and time.monotonic() - when < _GIVEN_UP_S:
                 # The thread that touches it has waited for all of the patience already.
                 raise GivenUpError(error.errno, error.strerror)
-        self.populate(area, range(page, page + 1), access)
+        self.supply(area, range(page, page + 1), first)
 
-    def populate(self, area: DeviceArea, pages: range, access: Access) -> None:  # noqa: ARG002  it is read-only
-        """Supply all of the pages with one request, straight into their frames."""
-        start = pages.start * self.page_size
-        stop = min(pages.stop * self.page_size, self.length)
+    def supply(self, area: DeviceArea, pages: range, first: int) -> None:
+        """Supply pages of a device in which this file begins at page ``first``."""
+        start = (pages.start - first) * self.page_size
+        stop = min((pages.stop - first) * self.page_size, self.length)
         if start < stop:
             try:
                 with time_limit(self._patience.total_s), area.frames(pages)[: stop - start] as target:
-                    self._source(area).read_into(start, target)
+                    self._source().read_into(start, target)
             except GivenUpError as error:
                 # A copy: the traceback of the original holds views of the frames.
                 self._given_up.append((pages, time.monotonic(), GivenUpError(error.errno, error.strerror)))
@@ -271,9 +288,10 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str | bytes)
 
 
-def _from_recipe(
-    patience: list[Any], fault_around: list[int], version: list[Any], cache_warned: bool, **arguments: Any
+def make_remote_file(
+    patience: Sequence[Any], fault_around: Sequence[int], version: Sequence[Any], cache_warned: bool, **arguments: Any
 ) -> RemoteFile:
+    """Make a RemoteFile from the arguments of its recipe."""
     first, most = fault_around
     length, tag, modified = version
     device = RemoteFile(

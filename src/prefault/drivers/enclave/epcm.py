@@ -152,6 +152,11 @@ def format_permissions(bits: int) -> str:
     return "".join(letter for letter, bit in (("r", READ), ("w", WRITE), ("x", EXECUTE)) if bits & bit)
 
 
+def type_of(entry: Entry) -> int:
+    """Return the page type of an entry; 0: not added."""
+    return entry >> _TYPE_SHIFT
+
+
 # --- the instructions, each as a rule for one entry
 
 

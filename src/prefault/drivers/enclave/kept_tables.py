@@ -49,6 +49,12 @@ class EnclaveRow(NamedTuple):
     overcommit: bool
     max_permissions: int
 
+    @property
+    def pages(self) -> range:
+        """Its pages, numbered from the start of the device."""
+        first = self.offset // PAGE_SIZE
+        return range(first, first + -(-self.length // PAGE_SIZE))
+
 
 class KeptTables:
     """Memory that outlives the server, for a device of ``pages`` pages.
@@ -91,13 +97,18 @@ class KeptTables:
                 for run in _WRITTEN.finditer(entries):
                     yield range(start + run.start(), start + run.end()), run.group()
 
-    def clear(self, pages: range) -> None:
-        """Forget pages: they are free, and their sealed copies and versions are gone."""
+    def forget(self, pages: range) -> None:
+        """Drop the sealed copies and the versions of pages that were added; their entries stay."""
         for run, _ in self.added(pages):
             _free(self._version_bytes, 8 * run.start, 8 * run.stop)
             _free(self.tags, TAG * run.start, TAG * run.stop)
             _free(self.sealed, PAGE_SIZE * run.start, PAGE_SIZE * run.stop)
-            # Last: after a crash in between, a free page has no version, and nothing of the old content is ever loaded.
+
+    def clear(self, pages: range) -> None:
+        """Make pages free, without sealed copies and versions."""
+        # In this order: after a crash in between, a free page has no version, and nothing of its old content is ever loaded.
+        self.forget(pages)
+        for run, _ in self.added(pages):
             self.entries[run.start : run.stop] = bytes([FREE]) * len(run)
 
     # --- the enclaves

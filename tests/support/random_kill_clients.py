@@ -20,13 +20,17 @@ import prefault
 import prefault.device
 import prefault.device.opening
 import prefault.device.process.launching  # a fork in the middle of another thread's import would wait for it for ever
-from prefault.device.device_pool import Access
+from prefault.device.device_pool import Access, DevicePool
 from prefault.device.driver import Device, DeviceArea, Recipe
 from prefault.errors import DeviceError, PopulateError
 from prefault.sizes import PAGE_SIZE
 from support.devices import Saved, content
 
 PAGES = 48
+"""Pages of the device, or of each of its objects."""
+OBJECTS = 32
+OBJECT_PAGES = 512
+"""Pages from the start of an object to the next one's: 2 MiB."""
 THREADS = 3
 ALARM_S = 5
 """Seconds for a fork of a client to touch one page."""
@@ -94,6 +98,36 @@ class Sluggish(Saved):
         view = area.frames(pages)[(part.start - pages.start) * PAGE_SIZE : (part.stop - pages.start) * PAGE_SIZE]
         with open(self._path, "rb", buffering=0) as file:
             assert os.preadv(file.fileno(), [view], part.start * PAGE_SIZE) == len(view)
+
+
+class SluggishObjects(Sluggish):
+    """A sluggish driver with many objects of :data:`PAGES` pages each, which the first server makes."""
+
+    def __init__(self, path: str, **options: Any) -> None:
+        super().__init__(path, **options)
+        self.length = OBJECTS * OBJECT_PAGES * PAGE_SIZE
+        self.capacity = OBJECTS * PAGES * PAGE_SIZE // 2
+
+    def recipe(self) -> Recipe | None:
+        return Recipe("support.random_kill_clients:SluggishObjects", self._all) if self._named else None
+
+    def start(self, pool: DevicePool) -> None:
+        super().start(pool)
+        for number in range(OBJECTS):
+            if object_name(number) not in {made.name for made in pool.objects()}:
+                made = pool.create_object(object_name(number), PAGES * PAGE_SIZE)
+                assert made.offset == number * OBJECT_PAGES * PAGE_SIZE
+
+    def _evict_some(self, area: DeviceArea, ends: threading.Event) -> None:
+        chance = random.Random(area.pid)
+        while not ends.wait(self._delay_s * 4):
+            first = chance.randrange(OBJECTS) * OBJECT_PAGES + chance.randrange(PAGES)
+            area.evict(range(first, first + 4), self._save)
+
+
+def object_name(number: int) -> str:
+    """Return the name of an object of :class:`SluggishObjects`."""
+    return f"object {number}"
 
 
 class Board:
@@ -181,7 +215,8 @@ class _Thread:
             return
         offset = self._random.randrange(PAGES // 2) * PAGE_SIZE
         populate = self._random.random() < 0.3
-        self._areas.append(self._source.map(offset, PAGES // 2 * PAGE_SIZE, populate))
+        name = object_name(self._random.randrange(OBJECTS)) if self._source.objects else None
+        self._areas.append(self._source.map(offset, PAGES // 2 * PAGE_SIZE, populate, name))
 
     def _unmap(self) -> None:
         self._areas.pop(self._random.randrange(len(self._areas))).close()
@@ -190,7 +225,8 @@ class _Thread:
         """Choose an area and a page of it; return both, with the page's number in the device."""
         area = self._random.choice(self._areas)
         index = self._random.randrange(len(area) // PAGE_SIZE)
-        return area, index, index + area.offset // PAGE_SIZE
+        first = 0 if area.object is None else area.object.offset // PAGE_SIZE
+        return area, index, first + index + area.offset // PAGE_SIZE
 
     def _touch(self) -> None:
         area, index, page = self._pick()
@@ -253,7 +289,8 @@ def _be_grandchild(board: Board, source: _Source, view: memoryview, index: int, 
         faulthandler.dump_traceback_later(limit_s - 1, file=board.writer)
         if anew:
             try:
-                with source.map(0, PAGES * PAGE_SIZE, False, fresh=True) as own:
+                name = object_name(0) if source.objects else None
+                with source.map(0, PAGES * PAGE_SIZE, False, name, fresh=True) as own:
                     status = 2 if _wrong(own, 5, 5) else 0
             except _REFUSALS:
                 status = 3
@@ -275,16 +312,17 @@ class _Source:
         self._client: Any = None
         self._lock = threading.Lock()
         self.starts = path is None
+        self.objects = isinstance(device, SluggishObjects)
 
-    def map(self, offset: int, length: int, populate: bool, *, fresh: bool = False) -> Any:
+    def map(self, offset: int, length: int, populate: bool, name: str | None, *, fresh: bool = False) -> Any:
         if self._path is None:
-            return prefault.device.map(self._device, length, offset, populate=populate)
+            return prefault.device.map(self._device, length, offset, populate=populate, object=name)
         if fresh:
-            return prefault.device.connect(self._path).map(length, offset, populate=populate)
+            return prefault.device.connect(self._path).map(length, offset, populate=populate, object=name)
         with self._lock:
             if self._client is None:
                 self._client = prefault.device.connect(self._path)
-        return self._client.map(length, offset, populate=populate)
+        return self._client.map(length, offset, populate=populate, object=name)
 
 
 def be_client(board: Board, number: int, device: Device, path: str | None, seed: int, directory: str) -> NoReturn:

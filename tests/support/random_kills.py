@@ -26,9 +26,23 @@ from typing import NamedTuple
 
 import prefault.device
 from prefault.device.driver import Device
+from prefault.sizes import PAGE_SIZE
 from support import processes
 from support.devices import content
-from support.random_kill_clients import ALARM_S, KILLED, PAGES, START_S, STOP, THREADS, Board, Sluggish, be_client
+from support.random_kill_clients import (
+    ALARM_S,
+    KILLED,
+    OBJECT_PAGES,
+    OBJECTS,
+    PAGES,
+    START_S,
+    STOP,
+    THREADS,
+    Board,
+    Sluggish,
+    SluggishObjects,
+    be_client,
+)
 
 _MOST_CLIENTS = 3
 _LEFTOVERS_S = START_S + 5.0
@@ -45,6 +59,7 @@ class _Plan(NamedTuple):
     delay_s: float
     clients: int
     kills: list[tuple[float, str]]
+    objects: bool
 
 
 def _plan(chance: random.Random) -> _Plan:
@@ -57,6 +72,7 @@ def _plan(chance: random.Random) -> _Plan:
         delay_s=chance.choice((0.0, 0.0005, 0.003)),
         clients=chance.randint(1, _MOST_CLIENTS),
         kills=[(chance.random() * 0.12, chance.choice(victims)) for _ in range(chance.randint(1, 3))],
+        objects=chance.random() < 0.4,
     )
 
 
@@ -75,9 +91,15 @@ class _Round:
 
     def run(self) -> None:
         path = f"{self._directory}/file"
-        Path(path).write_bytes(b"".join(content(page) for page in range(PAGES)))
         plan = self.plan
-        device = Sluggish(path, workers=plan.workers, restartable=plan.restartable, named=plan.named, delay_s=plan.delay_s)
+        with open(path, "wb") as file:
+            for number in range(OBJECTS if plan.objects else 1):
+                first = number * OBJECT_PAGES
+                file.seek(first * PAGE_SIZE)
+                file.write(b"".join(content(page) for page in range(first, first + PAGES)))
+        kind = SluggishObjects if plan.objects else Sluggish
+        device = kind(path, workers=plan.workers, restartable=plan.restartable, named=plan.named, delay_s=plan.delay_s)
+        self._counts["rounds with objects"] += plan.objects
         try:
             with contextlib.ExitStack() as stack:
                 socket = None

@@ -51,7 +51,7 @@ def _content(chance: random.Random) -> bytes:
     if kind == 1:
         return chance.randbytes(PAGE_SIZE)
     words = [chance.randbytes(chance.randrange(1, 200)) for _ in range(4)]
-    return b"".join(chance.choice(words) for _ in range(PAGE_SIZE))[:PAGE_SIZE]
+    return b"".join(chance.choices(words, k=400)).ljust(PAGE_SIZE, b"x")[:PAGE_SIZE]
 
 
 def _write(area: Area, page: int, content: bytes) -> None:
@@ -84,6 +84,9 @@ def _kill(frames: int, role: str) -> None:
 
 
 def _kill_at_random(frames: int, seed: int) -> None:
+    import faulthandler
+
+    faulthandler.dump_traceback_later(25, repeat=True)
     chance = random.Random(seed)
     for role in ("server", "server", "warden", "server", "server"):
         time.sleep(chance.random() * 0.2)

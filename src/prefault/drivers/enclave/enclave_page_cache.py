@@ -373,11 +373,7 @@ class EnclavePageCache(Device):
         self._pool.delete_object(name)
 
     def _free(self, pages: range) -> None:
-        """Make pages free: the next touch adds them anew, writable."""
-        for run, entries in self._tables.added(pages):
-            for piece, entry in _pieces(run, entries):
-                if not entry & WRITE:
-                    self._pool.protect(piece, "write")
+        """Make pages free: the next touch adds them anew. A write protection that is left ends with the first store."""
         self._tables.clear(pages)
         self._order.remove(pages)
 

@@ -80,31 +80,36 @@ def discard(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> Dis
 
 def _discard(memory: Borrowed, span: Span, began: float) -> DiscardResult:
     provided = provided_spans(*span)
-    by_part = [_parts(memory, part) for part in other_spans(*span, provided)]
-    total, freed = 0, list[int | None]()
-    used: dict[str, None] = {}
+    if not provided:
+        return _discard_parts(*_parts(memory, span), memory.fd, began)
+    others = [_parts(memory, part) for part in other_spans(*span, provided)]
     # First the devices: they may refuse, and then nothing of the kernel's memory is lost.
-    for start, stop, page_provider in provided:
-        whole_bytes, supplied_bytes = page_provider.discard(Span(start, stop))
-        total += whole_bytes
-        freed.append(supplied_bytes)
-        used["device"] = None
-    notes: dict[str, None] = {}
-    for parts, holes in by_part:
-        if holes:
-            notes["a part of the range is not mapped"] = None
-        if not parts:
-            continue
-        freed.append(_allocated(parts))
-        for together in _runs(parts):
-            used.update(_discard_run(together, memory.fd))
-        if any(vma.shared and vma.backing is Backing.FILE for vma in {vma for _, vma in parts}):
-            notes["the file's pages stay in the page cache until the kernel wants the memory"] = None
-        total += sum(part.length for part, _ in parts)
-    if not used:
+    results = [
+        DiscardResult(*page_provider.discard(Span(start, stop)), 0.0, "device") for start, stop, page_provider in provided
+    ]
+    results += (_discard_parts(parts, holes, memory.fd, began) for parts, holes in others)
+    freed = [result.freed_bytes for result in results]
+    return DiscardResult(
+        sum(result.bytes for result in results),
+        None if None in freed else sum(count or 0 for count in freed),
+        perf_counter() - began,
+        ", ".join(dict.fromkeys(name for result in results if result.bytes for name in result.method.split(", "))) or "none",
+        tuple(dict.fromkeys(note for result in results for note in result.notes)),
+    )
+
+
+def _discard_parts(parts: list[_Part], holes: bool, fd: int | None, began: float) -> DiscardResult:
+    notes: dict[str, None] = {"a part of the range is not mapped": None} if holes else {}
+    if not parts:
         return DiscardResult(0, 0, 0.0, "none", tuple(notes))
-    freed_bytes = None if None in freed else sum(count or 0 for count in freed)
-    return DiscardResult(total, freed_bytes, perf_counter() - began, ", ".join(used), tuple(notes))
+    freed = _allocated(parts)
+    used: dict[str, None] = {}
+    for together in _runs(parts):
+        used.update(_discard_run(together, fd))
+    if any(vma.shared and vma.backing is Backing.FILE for vma in {vma for _, vma in parts}):
+        notes["the file's pages stay in the page cache until the kernel wants the memory"] = None
+    total = sum(part.length for part, _ in parts)
+    return DiscardResult(total, freed, perf_counter() - began, ", ".join(used), tuple(notes))
 
 
 _Part: TypeAlias = tuple[PageRange, Vma]

@@ -60,13 +60,18 @@ def residency(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> R
     with borrow(buffer) as memory:
         span = memory.select(offset, length)
         pages = PageRange.outward(span.start, span.stop)
-        provided = provided_spans(*pages) if pages else ()
-        others = other_spans(*pages, provided)
+        provided = provided_spans(*pages)
+        if not provided:
+            found = residency_of(pages, page_cache_of(memory, buffer, pages))
+            if found.page_cache is None:
+                found.cached_bytes = cached_bytes(pages)
+            return found
         # The page cache of memory that is a device's in part is that of the other parts.
-        found = residency_of(pages, None if provided and others else page_cache_of(memory, buffer, pages))
-        if found.page_cache is None:
-            counts = [count for part in others if (count := cached_bytes(PageRange(*part))) is not None]
-            found.cached_bytes = sum(counts) if counts else None
+        others = other_spans(*pages, provided)
+        found = residency_of(pages, None if others else page_cache_of(memory, buffer, pages))
+        counts = [count for part in others if (count := cached_bytes(PageRange(*part))) is not None]
+        if counts:
+            found.cached_bytes = sum(counts)
         return found
 
 

@@ -102,7 +102,7 @@ def test_a_socket_may_have_such_a_name_also_for_the_next_warden(tmp_path: Path) 
     "message",
     [
         protocol.Failed(1, "driver", 5, NAME, 3, ((1, 2),), NAME, 0, 0),
-        protocol.Welcome(1, NAME, 1, 1, True, True, False, False, (NAME, "a note")),
+        protocol.Welcome(1, NAME, 1, 1, True, True, False, False, False, (NAME, "a note")),
         protocol.Gone(0, NAME + "\ud800"),
     ],
 )

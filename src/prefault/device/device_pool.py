@@ -157,6 +157,21 @@ class DevicePool(abc.ABC):
         """
 
     @abc.abstractmethod
+    def prefer_huge(self, pages: range, huge: bool = True) -> None:
+        """Have the whole, aligned 2 MiB chunks of these pages be huge pages, or not any more; for this server's life.
+
+        A fault in such a chunk asks :meth:`Device.populate` for all of it, and clients map it with one entry of 2 MiB.
+        Where that cannot be, small entries do the same: the kernel has no huge page left, a page of the chunk is read-only
+        or missing, the area does not map all of it, or the client tracks its writes. Entries that exist stay as they are.
+
+        Frames are huge pages from the start if ``/sys/kernel/mm/transparent_hugepage/shmem_enabled`` is ``advise``,
+        ``within_size`` or ``always``; else the kernel copies each chunk into one when it is mapped first.
+
+        Raises:
+            RuntimeError: the device does not declare :attr:`Device.huge_faults`.
+        """
+
+    @abc.abstractmethod
     def poison(self, pages: range, reason: str = "") -> None:
         """Drop the content of pages, and make each touch an error until they are supplied by :meth:`supply` or discarded.
 

@@ -157,6 +157,7 @@ class Device(abc.ABC):
         object_workers: most workers that calls for the areas of one object may take at once, so that a store that hangs for
             one object leaves workers for the others; None: all of them. Control requests are not counted.
         batch: most bytes that one call of :meth:`populate` gets.
+        huge_faults: whether the driver has huge pages mapped with one entry: see :meth:`DevicePool.prefer_huge`.
         fault_around: read-ahead of faults, which calls :meth:`populate` for the window. None: a fault brings in its page
             only, with :meth:`fault`.
         capacity: most bytes of frames that may be supplied at once; None: limited by memory only. See :meth:`reclaim`.
@@ -174,6 +175,7 @@ class Device(abc.ABC):
     workers: int = 0
     object_workers: int | None = None
     batch: int = 4 * MIB
+    huge_faults: bool = False
     fault_around: FaultAround | None = None
     capacity: int | None = None
     timeout_s: float = 30.0

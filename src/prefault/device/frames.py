@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -86,6 +87,7 @@ class Frames(PageStates):
         self._ahead = 0
         """Pages from ``_next`` to here are allocated already."""
         self._step = 1
+        self._advised: set[int] = set()
         self._most = max(1, _AHEAD // page_size)
         heartbeat = len(everything) - _SHARED_BYTES
         self.heartbeat = everything[heartbeat : heartbeat + PAGE_SIZE].cast("Q")
@@ -225,6 +227,23 @@ class Frames(PageStates):
                 raise
             return False
 
+    def advise_huge(self, pages: range, huge: bool) -> None:
+        """Have frames of whole chunks of 2 MiB that are allocated from now on be huge pages where the kernel can, or not."""
+        chunk = HUGE_PAGE // self.page_size
+        for number in range(pages.start // chunk, pages.stop // chunk):
+            (self._advised.add if huge else self._advised.discard)(number)
+        advice = mman.MADV_HUGEPAGE if huge else mman.MADV_NOHUGEPAGE
+        # EINVAL: a kernel without transparent huge pages. ENOMEM: too many mappings. Small frames do the same.
+        with contextlib.suppress(OSError):
+            mman.madvise(self._address + pages.start * self.page_size, len(pages) * self.page_size, advice)
+
+    def _is_huge(self, pages: range) -> bool:
+        """Return whether pages are whole chunks that shall be huge pages."""
+        chunk = HUGE_PAGE // self.page_size
+        if not self._advised or pages.start % chunk or pages.stop % chunk:
+            return False
+        return all(number in self._advised for number in range(pages.start // chunk, pages.stop // chunk))
+
     def punch(self, pages: range) -> None:
         """Free the frames, which removes them from every process's page tables as well."""
         size = self.page_size
@@ -236,6 +255,12 @@ class Frames(PageStates):
 
     def copy_aside(self, pages: range) -> None:
         """Copy frames to the room behind the table; OSError (ENOSPC) if there is no memory."""
+        if self._is_huge(pages):
+            with self.aside(pages) as memory, self.view(pages) as content:
+                memory.madvise(mman.MADV_HUGEPAGE)
+                _populate(memory)
+                memory[:] = content
+            return
         # write(2) does not clear the new pages first, as a store would have the kernel do: 2.5 times as fast.
         at, content = self._aside_offset(pages.start), self.view(pages)
         while len(content):
@@ -252,7 +277,7 @@ class Frames(PageStates):
     def copy_back(self, pages: range) -> None:
         """Copy the copies of pages back to their frames, which were punched; OSError (ENOSPC) if there is no memory."""
         with self.aside(pages) as memory, memoryview(memory) as content:
-            if self.huge:  # hugetlbfs has no write(2)
+            if self.huge or self._is_huge(pages):  # hugetlbfs has no write(2), and with it there are no huge pages of shmem
                 self.secure(pages)
                 self.view(pages)[:] = content
                 return
@@ -291,9 +316,18 @@ class Frames(PageStates):
             self.heartbeat[slot] = 0
 
 
+def _populate(memory: mmap.mmap) -> None:
+    """Allocate all pages of a mapping; OSError (ENOSPC) if there is no memory."""
+    try:
+        memory.madvise(mman.MADV_POPULATE_WRITE)
+    except OSError as error:
+        raise OSError(errno.ENOSPC, "no memory for a copy of the pages") from error
+
+
 def _states_bytes(pages: int) -> int:
     """Return the bytes of states, flags, heartbeat and tables."""
-    return PageStates.size(pages) + _SHARED_BYTES
+    used = PageStates.size(pages) + _SHARED_BYTES
+    return used + -used % HUGE_PAGE  # so that copies of huge pages are huge
 
 
 def _has_huge_pages(wanted: int) -> tuple[bool, tuple[str, ...]]:

@@ -154,6 +154,7 @@ class Welcome(NumberedMessage, frozen=True):
     writable: bool
     populates: bool
     evicts: bool
+    huge_faults: bool
     huge: bool
     """True if the frames are huge pages (hugetlb)."""
     notes: tuple[str, ...]

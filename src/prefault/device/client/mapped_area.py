@@ -92,7 +92,8 @@ class MappedArea(OwnedMemory, PageProvider):
         # A child of fork would have it unregistered: a touch there would put zeros into the frames of all clients.
         mman.madvise(self.address, self.mapped, mman.MADV_DONTFORK)
         mode = kernel.UFFDIO_REGISTER_MODE_MISSING | kernel.UFFDIO_REGISTER_MODE_MINOR
-        if self.write_protects:
+        # The server adds it where it is needed: with it there are no huge entries.
+        if self.track_dirty or (self.write_protects and not device_info.huge_faults):
             mode |= kernel.UFFDIO_REGISTER_MODE_WP
         kernel.register(self.connection.userfaultfd.fd, self.address, self.mapped, mode)
         if self.track_dirty and self.connection.kernel_tracks_writes:

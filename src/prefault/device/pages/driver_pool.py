@@ -149,6 +149,11 @@ class ServedPool(DevicePool):
                 else:
                     self._isolation.unprotect(run)
 
+    def prefer_huge(self, pages: range, huge: bool = True) -> None:
+        """Have chunks be huge pages: see :meth:`DevicePool.prefer_huge`."""
+        self._state.check_pages(pages)
+        self._page_tables.huge.prefer(pages, huge)
+
     def poison(self, pages: range, reason: str = "") -> None:
         """Drop the content of pages, and fail each touch: see :meth:`DevicePool.poison`."""
         self._state.check_pages(pages)

@@ -14,6 +14,7 @@ from prefault.device.page_states import DevicePageState
 from prefault.device.pages import fault_resolution
 
 if TYPE_CHECKING:
+    from prefault.device.pages.huge_pages import HugePages
     from prefault.device.pages.served_areas import ServedArea, ServerState
 
 _log = logging.getLogger("prefault.device")
@@ -24,8 +25,9 @@ _CHUNK_BYTES = 4 << 20
 class Isolation:
     """The steps; :class:`Eviction` and :class:`ShootDown` are made of them. All but the copying hold the server's lock."""
 
-    def __init__(self, state: ServerState) -> None:
+    def __init__(self, state: ServerState, huge: HugePages) -> None:
         self._state = state
+        self._huge = huge
         self._frames = state.frames
         self._pool = state.pool
 
@@ -51,7 +53,7 @@ class Isolation:
     def write_protect(self, run: range) -> None:
         """Write-protect the entries of all clients; under the lock. OSError (EBUSY): one keeps changing its mappings."""
         for area, start, length in self._state.areas_over(run):
-            if area.protectable and not fault_resolution.protect(area.fd, start, length, self._state.unit):
+            if area.protectable and not self._huge.protect(area, start, length):
                 raise OSError(
                     errno.EBUSY,
                     f"process {area.pid} keeps changing its mappings: pages {run.start} to {run.stop - 1} were not"
@@ -79,15 +81,17 @@ class Isolation:
         if self._state.protections.in_use:
             pieces = [part for piece in pieces for part in self._state.protections.writable_runs(piece)]
         for piece in pieces:
-            fault_resolution.unprotect(area.fd, area.address(piece.start), len(piece) * self._frames.page_size)
+            self._huge.unprotect(area, area.address(piece.start), len(piece) * self._frames.page_size)
 
     def resume(self, area: ServedArea) -> None:
         """Remove the write protection that a server which died between protecting and unprotecting left in an area.
 
         Threads that wait are woken by the caller.
         """
+        if area.protectable:
+            self._huge.arm(area, area.start, area.length)  # some of it may be so already, none may not be registered
         if not self._state.protections.in_use:
-            fault_resolution.unprotect(area.fd, area.start, area.length)
+            self._huge.unprotect(area, area.start, area.length)
         elif area.protectable:
             with self._state.lock:
                 for run in self._frames.runs(area.pages, DevicePageState.READY):
@@ -102,7 +106,7 @@ class Isolation:
     def _wake(self, run: range) -> None:
         for area, start, length in self._state.areas_over(run):
             if area.protectable:
-                fault_resolution.unprotect(area.fd, start, length)  # markers in page tables, where there was no entry
+                self._huge.unprotect(area, start, length)  # markers in page tables, where there was no entry
             fault_resolution.wake(area.fd, start, length)
 
     # --- the copy aside

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from prefault._kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_RUN_ARGUMENT
 from prefault.device.page_states import DevicePageState
 from prefault.device.pages import fault_resolution
-from prefault.device.pages.page_pool import with_gaps
+from prefault.device.pages.page_pool import subtract, with_gaps
 
 if TYPE_CHECKING:
     from prefault.device.pages.fills import Fill
+    from prefault.device.pages.huge_pages import HugePages
     from prefault.device.pages.served_areas import ServedArea, ServerState
 
 
@@ -22,10 +23,15 @@ _pack_into = UFFDIO_RUN_ARGUMENT.pack_into
 
 
 class PageTables:
-    """Maps and poisons pages in areas."""
+    """Maps and poisons pages in areas.
 
-    def __init__(self, state: ServerState) -> None:
+    Attributes:
+        huge: maker of huge entries.
+    """
+
+    def __init__(self, state: ServerState, huge: HugePages) -> None:
         self._state = state
+        self.huge = huge
         self._frames = state.frames
         self._size = state.page_size
         self._evicts = state.device.evicts
@@ -37,6 +43,16 @@ class PageTables:
         Pages whose writes are tracked get write-protected entries, unless ``write`` says that the pages are written at once.
         Pages that clients may not write to get such entries in any case: the thread faults again.
         """
+        huge = self.huge.map(area, pages)
+        if huge:
+            result = fault_resolution.Result()
+            result.mapped += [(area.address(run.start), area.address(run.stop)) for run in huge]
+            for piece in subtract(pages, huge):
+                result.add(self._map_small(area, piece, write=write))
+            return result
+        return self._map_small(area, pages, write=write)
+
+    def _map_small(self, area: ServedArea, pages: range, *, write: bool) -> fault_resolution.Result:
         protections = self._state.protections
         if self._evicts and protections.in_use and area.protectable:
             if write:
@@ -61,6 +77,8 @@ class PageTables:
         size = self._frames.page_size
         if write:
             area.mark_dirty(pages)
+        if protect:
+            self.huge.arm(area, area.address(pages.start), len(pages) * size)
         result = fault_resolution.map_run(area.fd, area.address(pages.start), len(pages) * size, self._frames.unit, protect)
         if result.present and area.tracks and write:
             fault_resolution.unprotect(area.fd, area.address(pages.start), len(pages) * size)

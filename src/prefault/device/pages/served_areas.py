@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefault.device.device_pool import Access, ClientProcess, DeviceObject
 from prefault.device.driver import Device, DeviceArea
-from prefault.device.frames import zeros
+from prefault.device.frames import HUGE_PAGE, zeros
 from prefault.device.object_table import TABLE_BYTES, ObjectTable
 from prefault.device.page_states import DevicePageState
 from prefault.device.pages.counters import Counters, add_totals
@@ -49,6 +49,9 @@ class ServedArea(DeviceArea):
         dirty: a byte per page, 1 after a write to it; empty unless the area tracks writes.
         had_entry: a byte per page, 1 once it was mapped; empty unless the kernel alone tracks writes: see
             :meth:`PageTables.map`.
+        armed: a byte per aligned 2 MiB of addresses, 1 where they are registered for write protection; for devices with huge
+            faults, see :class:`HugePages`.
+        collapse_fails: the server may not make huge entries in this client.
         poisoned: pages whose entries are poison.
         object: the object that the client mapped by its name, if any.
         counters: statistics and log.
@@ -83,6 +86,9 @@ class ServedArea(DeviceArea):
         self.dirty = zeros(self.last - self.first) if self.tracks else _NOTHING
         # Where the kernel tracks alone, only the server knows that a page had an entry before.
         self.had_entry = zeros(self.last - self.first) if self.tracks and not state.device.evicts else _NOTHING
+        chunks = -(-self.stop // HUGE_PAGE) - self.start // HUGE_PAGE if state.device.huge_faults else 0
+        self.armed = bytearray(b"\x01" if self.tracks else b"\x00") * chunks if chunks else _NOTHING
+        self.collapse_fails = False
         self.poisoned = _NO_PAGES
         self.object = state.objects.at(self.first) if record.of_object else None
         self.counters = Counters()

@@ -20,6 +20,7 @@ from prefault.device.pages import fault_resolution
 from prefault.device.pages.driver_pool import ServedPool
 from prefault.device.pages.eviction import Eviction
 from prefault.device.pages.fault_around import FaultAroundWindows
+from prefault.device.pages.huge_pages import HugePages
 from prefault.device.pages.isolation import Isolation
 from prefault.device.pages.page_tables import PageTables
 from prefault.device.pages.served_areas import ServedArea, ServedClient, ServerState
@@ -89,8 +90,9 @@ class _EventLoop:
         self._driver_calls = DriverCalls(state)
         self._workers = Workers(state, min(device.workers, RESULTS - 1), device.object_workers)
         self._jobs = Jobs(state, self._driver_calls, self._workers)
-        self._page_tables = PageTables(state)
-        self._isolation = Isolation(state)
+        huge = HugePages(state)
+        self._page_tables = PageTables(state, huge)
+        self._isolation = Isolation(state, huge)
         self._discards = Discards(state, self._page_tables, self._jobs)
         self._faults = Faults(
             state, self._page_tables, self._driver_calls, self._jobs, self._discards, FaultAroundWindows(state),
@@ -253,7 +255,7 @@ class _EventLoop:
             link,
             protocol.Welcome(
                 request.id, facts.name[:1000], facts.length, facts.page_size, facts.writable, device.populates,
-                device.evicts, facts.huge, facts.notes,
+                device.evicts, device.huge_faults, facts.huge, facts.notes,
             ),
             (state.frames.fd,),
         )  # fmt: skip

@@ -66,7 +66,8 @@ class Faults:
         self._states = state.frames.states
         self._size = state.page_size
         self._shift = state.page_size.bit_length() - 1
-        self._around = windows.wanted
+        self._huge = page_tables.huge
+        self._around = windows.wanted or state.device.huge_faults
         self._buffer = bytearray(_BATCH * MESSAGE_BYTES)
         self._heartbeat = state.frames.heartbeat
         self._recent: ServedClient | None = None
@@ -206,9 +207,12 @@ class Faults:
         """Map a READY page, and the other READY pages of its window."""
         first, stop = page, page + 1
         if self._around:
-            window, frames = self._windows.window_of(area, page, thread), self._state.frames
+            window, frames = self._window(area, page, thread), self._state.frames
             first, stop = frames.run_before(page, window.start), frames.run_at(page, window.stop)[1]
         area.counters.log.append((first, stop))
+        if self._huge.in_use and self._huge.chunk_at(area, page) == range(first, stop):
+            self._page_tables.map(area, range(first, stop))
+            return
         if stop - first > 1:
             self._page_tables.map(area, range(first, page))
             self._page_tables.map(area, range(page + 1, stop))
@@ -241,6 +245,11 @@ class Faults:
             fault_resolution.unprotect(area.fd, area.address(page), self._size)
         area.counters.record_latency(monotonic_ns() - now)
 
+    def _window(self, area: ServedArea, page: int, thread: int) -> range:
+        """Return the pages that a fault shall bring in, its own among them."""
+        chunk = self._huge.chunk_at(area, page) if self._huge.in_use else None
+        return self._windows.window_of(area, page, thread) if chunk is None else chunk
+
     # --- not under the lock
 
     def _supply(self, area: ServedArea, page: int, write: bool, thread: int, now: int) -> None:
@@ -248,7 +257,7 @@ class Faults:
         area.counters.missing += 1
         pages = range(page, page + 1)
         if self._around:
-            window, frames = self._windows.window_of(area, page, thread), self._state.frames
+            window, frames = self._window(area, page, thread), self._state.frames
             with self._lock:
                 pages = range(frames.run_before(page, window.start), frames.run_at(page, window.stop)[1])
             _, pages = self._discards.split_at(page, pages)

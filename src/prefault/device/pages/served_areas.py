@@ -61,9 +61,9 @@ class ServedArea(DeviceArea):
 
     # A server may have half a million areas. A driver may set other attributes: its DeviceArea has a dict, made when needed.
     __slots__ = (
-        "_evict", "_state", "access", "alive", "base", "calls", "client", "counters", "dirty", "fd", "first", "had_entry",
-        "last", "length", "number", "object", "offset", "opened", "pid", "poisoned", "protectable", "record", "start",
-        "stop", "tracks", "uid", "windows",
+        "_evict", "_state", "access", "alive", "armed", "base", "calls", "client", "collapse_fails", "counters", "dirty",
+        "fd", "first", "had_entry", "last", "length", "number", "object", "offset", "opened", "pid", "poisoned",
+        "protectable", "record", "start", "stop", "tracks", "uid", "windows",
     )  # fmt: skip
 
     windows: dict[int, tuple[int, int]]

@@ -22,7 +22,8 @@ from prefault.device.device_pool import Access, ClientProcess, DevicePool
 from prefault.device.driver import Device, DeviceArea, FaultAnswer, Supplied
 
 ATTRIBUTES = (
-    "length", "page_size", "writable", "evicts", "tracks_writes", "populates", "workers", "batch", "fault_around", "capacity"
+    "length", "page_size", "writable", "evicts", "tracks_writes", "populates", "workers", "batch", "fault_around",
+    "huge_faults", "capacity"
 )  # fmt: skip
 _COPIED = (*ATTRIBUTES, "object_workers", "timeout_s", "restartable")
 

@@ -21,6 +21,7 @@ from datetime import date
 from pathlib import Path
 
 from device_areas import crowd, cycles, many
+from device_buffers import buffers
 from device_common import Effort, Measure, Trivial, cpu_ns, helpers, spread, stat, warm
 from prefault import device as devices
 from prefault._kernel import mman
@@ -306,7 +307,9 @@ def idle(effort: Effort) -> Iterator[Measure]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", action="append", choices=["populate", "touch", "latency", "idle", "many", "crowd", "cycles"]
+        "--only",
+        action="append",
+        choices=["populate", "touch", "latency", "idle", "many", "crowd", "cycles", "buffers"],
     )
     parser.add_argument("--quick", action="store_true", help="do a tenth of the work, as a trial")
     parser.add_argument("--rounds", type=int, help="rounds of each measure that is repeated")
@@ -331,6 +334,7 @@ def main() -> None:
             "many": lambda: many(effort),
             "crowd": lambda: crowd(effort),
             "cycles": lambda: cycles(effort),
+            "buffers": lambda: buffers(effort),
         }
         for name, part in parts.items():
             if not options.only or name in options.only:

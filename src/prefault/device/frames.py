@@ -276,11 +276,14 @@ class Frames(PageStates):
 
     def copy_back(self, pages: range) -> None:
         """Copy the copies of pages back to their frames, which were punched; OSError (ENOSPC) if there is no memory."""
+        if self.huge or self._is_huge(pages):  # hugetlbfs has no write(2), and with it there are no huge pages of shmem
+            self.secure(pages)
+            done = 0
+            while done < len(pages) * self.page_size:
+                with self.view(pages) as frames, frames[done:] as rest:
+                    done += os.preadv(self.states_fd, [rest], self._aside_offset(pages.start) + done)
+            return
         with self.aside(pages) as memory, memoryview(memory) as content:
-            if self.huge or self._is_huge(pages):  # hugetlbfs has no write(2), and with it there are no huge pages of shmem
-                self.secure(pages)
-                self.view(pages)[:] = content
-                return
             at, done = pages.start * self.page_size, 0
             while done < len(content):
                 with content[done:] as rest:

@@ -43,4 +43,4 @@ def test_a_scan_between_that_finds_little_begins_anew() -> None:
     assert _method(tracking) == "page"
     tracking.mark_all()
     assert tracking.scan() == [range(100)]
-    assert _method(tracking) == "page"
+    assert _method(tracking) == "chunk"

@@ -68,6 +68,7 @@ def _number(area: prefault.device.Area) -> int:
         return int.from_bytes(view[:8], "little")
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", [3000, pytest.param(500_000, marks=pytest.mark.stress)])
 def test_many_areas(tmp_path: Path, count: int) -> None:
     fork = multiprocessing.get_context("fork")

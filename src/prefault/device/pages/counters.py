@@ -35,14 +35,6 @@ class Counters:
         self.missing = self.minor = self.write_protect = 0
         self.populated_pages = self.supplied_pages = self.errors = 0
 
-    def __getattr__(self, name: str) -> object:
-        """Make the histogram and the log when they are first used: most of very many areas are never touched."""
-        if name == "latency":
-            self.latency = [0] * 64  # any number of nanoseconds has its entry: no bound to be checked for each fault
-        elif name == "log":
-            self.log = deque(maxlen=LOG_ENTRIES)
-        return object.__getattribute__(self, name)
-
     def record_latency(self, took_ns: int) -> None:
         """Add a fault that took so many nanoseconds to the histogram."""
         self.latency[(took_ns // 1000).bit_length()] += 1
@@ -68,6 +60,23 @@ class Counters:
             else:
                 runs.append((first, stop))
         return runs
+
+
+class UnusedCounters(Counters):
+    """Counters of an area that was not touched yet: log and histogram, a kilobyte, are made when they are first used.
+
+    A class of its own, which the object leaves then: ``__getattr__`` makes every access to an attribute slower.
+    """
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> object:
+        if name not in ("latency", "log"):
+            raise AttributeError(f"counters have no {name}")
+        self.latency = [0] * 64  # any number of nanoseconds has its entry: no bound to be checked for each fault
+        self.log = deque(maxlen=LOG_ENTRIES)
+        self.__class__ = Counters  # type: ignore[assignment]
+        return getattr(self, name)
 
 
 def add_totals(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:

@@ -37,6 +37,8 @@ class FaultAroundWindows:
             size = self._first
             start = page - page % size
         stop = min(start + size, area.last)
+        if not area.windows:
+            area.windows = {}
         area.windows[thread] = (stop, size)  # the latest is the last of the dict
         if len(area.windows) > _THREADS:
             del area.windows[next(iter(area.windows))]

@@ -16,7 +16,7 @@ from prefault.device.driver import Device, DeviceArea
 from prefault.device.frames import HUGE_PAGE, zeros
 from prefault.device.object_table import TABLE_BYTES, ObjectTable
 from prefault.device.page_states import DevicePageState
-from prefault.device.pages.counters import Counters, add_totals
+from prefault.device.pages.counters import Counters, UnusedCounters, add_totals
 from prefault.device.pages.held_pages import HeldPages
 from prefault.device.pages.page_pool import PagePool
 from prefault.device.pages.parked_faults import ParkedFaults
@@ -33,6 +33,7 @@ _OBJECTS = "prefault.objects"
 """Name under which the table of objects is kept."""
 _NOTHING = bytearray()
 _NO_PAGES: set[int] = set()
+_NO_WINDOWS: dict[int, tuple[int, int]] = {}
 _NUMBER_BITS = 40
 """Bits of the number of an area or a client; above them is the generation of the server that gave it."""
 
@@ -66,8 +67,6 @@ class ServedArea(DeviceArea):
         "protectable", "record", "start", "stop", "tracks", "uid", "windows",
     )  # fmt: skip
 
-    windows: dict[int, tuple[int, int]]
-
     def __init__(
         self, record: AreaRecord, client: ServedClient, state: ServerState, evict: Callable[[range, Any], bytes]
     ) -> None:
@@ -91,18 +90,13 @@ class ServedArea(DeviceArea):
         self.collapse_fails = False
         self.poisoned = _NO_PAGES
         self.object = state.objects.at(self.first) if record.of_object else None
-        self.counters = Counters()
+        self.counters: Counters = UnusedCounters()
+        self.windows = _NO_WINDOWS
         self.calls = 0
         self.alive = True
         self.opened = False
         self._state = state
         self._evict = evict
-
-    def __getattr__(self, name: str) -> object:
-        """Make the windows of fault-around when they are first used."""
-        if name == "windows":
-            self.windows = {}
-        return object.__getattribute__(self, name)
 
     def address(self, page: int) -> int:
         """Return the address of a page of the device, in the client."""
@@ -385,7 +379,7 @@ class ServerState:
         """Return the totals of the counters of all areas of an object; FileNotFoundError if there is none of that name."""
         with self.lock:
             found = self.objects.find(name)
-            totals = self._closed_totals.get(name, Counters().totals())
+            totals = self._closed_totals.get(name, UnusedCounters().totals())
             for area, _, _ in self.areas_over(found.pages(self.page_size)):
                 if area.object == found:
                     totals = add_totals(totals, area.counters.totals())

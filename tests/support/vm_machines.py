@@ -80,7 +80,7 @@ def run(path: str, name: str, size: int, seed: int, steps: int) -> None:
             try:
                 memory = VmPoolControl(client).create(name, size)
                 break
-            except DeviceError:  # the server was killed in the middle of it
+            except (DeviceError, DeviceGoneError):  # the server was killed in the middle of it
                 if attempt == 19:
                     raise
                 name += "'"

@@ -11,7 +11,8 @@ import pytest
 
 import prefault
 import prefault.device
-from prefault.errors import DriverError, HeadroomError, PopulateError
+from prefault.device import DeviceArea
+from prefault.errors import DiscardError, DriverError, HeadroomError, PopulateError
 from prefault.sizes import PAGE_SIZE as PAGE
 from prefault.sparse import SparseMemory
 from support import oracle
@@ -117,6 +118,29 @@ def test_discard_of_device_pages_alone_leaves_the_file_of_the_sparse_memory(mixe
     assert (result.bytes, result.method) == (COUNT * PAGE, "device")
     for page in (*range(FIRST), *range(FIRST + COUNT, PAGES)):
         assert ctypes.string_at(mixed.address + page * PAGE, PAGE) == b"\7" * PAGE
+
+
+class _Pinned(Counted):
+    """Refuses to take pages back."""
+
+    def discard(self, area: DeviceArea, pages: range) -> None:
+        raise PermissionError("the pages are pinned")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_driver_that_refuses_a_discard_loses_no_byte_of_the_other_parts(kind: str) -> None:
+    with ExitStack() as stack:
+        mixed = KINDS[kind](stack, _Pinned())  # type: ignore[operator]
+        prefault.populate(mixed.buffer)
+        ctypes.memset(mixed.address, 7, PAGES * PAGE)
+        with pytest.raises(DiscardError, match="the pages are pinned"):
+            prefault.discard(mixed.buffer)
+        assert mixed.content() == b"\7" * (PAGES * PAGE)
+        if isinstance(mixed.buffer, SparseMemory):
+            with pytest.raises(DiscardError, match="the pages are pinned"):
+                mixed.buffer.discard_many([(2 * PAGE, 4 * PAGE)])
+            for page in range(FIRST, FIRST + COUNT):
+                assert mixed.buffer.read(page * PAGE, PAGE) == b"\7" * PAGE
 
 
 def test_lock_and_residency(mixed: Mixed) -> None:

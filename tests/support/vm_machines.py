@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import struct
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import prefault.device
 from prefault.drivers import VmPoolControl
-from prefault.errors import DeviceError, PopulateError
+from prefault.errors import DeviceError, DeviceGoneError, PopulateError
 from prefault.sparse import SparseMemory
 
 _HEADER = struct.Struct("<16sQQI")
@@ -73,9 +74,17 @@ class Guest:
         assert found == described(self.name, block, self.versions[block], size), f"{self.name}: block {block} has changed"
 
 
+def _connected(path: str) -> prefault.device.DeviceClient:
+    """Connect; again where the server was killed between accepting the connection and its answer."""
+    for _ in range(20):
+        with contextlib.suppress(DeviceGoneError):
+            return prefault.device.connect(path, timeout=20)
+    return prefault.device.connect(path, timeout=20)
+
+
 def run(path: str, name: str, size: int, seed: int, steps: int) -> None:
     """Be a machine for some steps; for ever with 0. Prints the number of plugs and refusals."""
-    with prefault.device.connect(path, timeout=20) as client:
+    with _connected(path) as client:
         for attempt in range(20):
             try:
                 memory = VmPoolControl(client).create(name, size)

@@ -206,12 +206,18 @@ def discard_many(memory: Borrowed, guard: BlockGuard, blocks: Intervals) -> Disc
     kernel = pages - _pages_of(provided)
     freed = _allocated(kernel) if kernel else 0
     used: list[str] = []
-    with DiscardingMany(guard, blocks, punches=bool(provided)):
-        for start, stop, page_provider in provided:
-            for part in pages.clipped(start, stop):
-                supplied_bytes = page_provider.discard(Span(*part))[1]
-                freed = None if freed is None else freed + supplied_bytes
-                used[:] = ["device"]
+    operation = DiscardingMany(guard, blocks, punches=bool(provided))
+    with operation:
+        at = 0
+        try:
+            for start, stop, page_provider in provided:
+                for at, end in pages.clipped(start, stop):
+                    supplied_bytes = page_provider.discard(Span(at, end))[1]
+                    freed = None if freed is None else freed + supplied_bytes
+                    used[:] = ["device"]
+        except BaseException:
+            operation.refused = (pages - kernel).clipped(at, pages.span[1]).shifted(-memory.address)
+            raise
         if kernel:
             used.append(_discard_kernel(kernel, guard))
     return DiscardResult(blocks.length, freed, perf_counter() - began, ", ".join(used))

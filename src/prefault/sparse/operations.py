@@ -178,6 +178,17 @@ class DiscardingMany(Discarding):
     def __init__(self, guard: BlockGuard, blocks: Intervals, *, punches: bool) -> None:
         super().__init__(guard, blocks)
         self._punches = punches or guard.memory_file is not None
+        self.refused = Intervals()
+        """Blocks that a device has not taken back when the operation ends early: they become accessible again."""
+
+    def _undo(self) -> None:
+        self._finish(_without_pages(self._guard, self.blocks) - self.refused)
+        protection = self._guard.protection
+        if protection is not None and self.refused:
+            self._guard.require_unlocked()
+            with self._guard.lock:
+                # Without page-table entries by now: the next touch maps the page that the device still has.
+                protection.unprotect(protection.protected_among(protection.by_extent(self.refused)))
 
     def _protect_first(self, protection: BlockProtection) -> None:
         # Giving back much takes long, so not while holding the lock.

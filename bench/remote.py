@@ -2,7 +2,7 @@
 
 Prints text for docs/results/device.md, and asserts nothing: the reader judges the figures.
 
-python bench/remote.py [populate] [random] [--mib 512] [--rounds 5]
+python bench/remote.py [populate] [random] [files] [model] [--mib 512] [--rounds 5] [--files 1000]
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ import argparse
 import asyncio
 import gc
 import http.client
+import json
 import os
 import platform
 import random
 import statistics
+import struct
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -33,7 +36,8 @@ from prefault.drivers import RemoteFile
 from prefault.sizes import KIB, MIB, PAGE_SIZE
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from support.http_server import HttpServer
+from support import processes
+from support.http_server import HttpServer, Request
 
 _LATENCY_S = 0.02
 _TOUCHED_PAGES = 400
@@ -180,7 +184,127 @@ def random_access(server: HttpServer, length: int, rounds: int) -> None:  # noqa
         )
 
 
-_MEASURES = {"populate": populate, "random": random_access}
+def _processes() -> list[int]:
+    """Return the pids of this process's servers and wardens."""
+    return [pid for pid in processes.descendants(os.getpid()) if processes.name(pid).startswith("prefault")]
+
+
+def _private_kib(pids: list[int]) -> int:
+    """Return the KiB of memory that only these processes have, all together."""
+    found = 0
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith(("Private_Clean:", "Private_Dirty:")):
+                found += int(line.split()[1])
+    return found
+
+
+def files(server: HttpServer, count: int, rounds: int) -> None:
+    """Map many files of 10 KB, and read a page of each; alternate with files that have a server each (a capacity)."""
+    names = [f"many-{number}" for number in range(count)]
+    for name in names:
+        (server.directory / name).write_bytes(os.urandom(10_000))
+    server.set_latency(0)
+    own, further, first, memory, taken = [], [], [], [], []
+    for number in range(rounds):
+        devices = [RemoteFile(server.url(name)) for name in names]
+        gc.collect()
+        began = time.perf_counter()
+        areas = [prefault.device.map(devices[0])]
+        mapped = time.perf_counter()
+        before = _private_kib([os.getpid(), *_processes()])
+        then = time.perf_counter()
+        areas += [prefault.device.map(device) for device in devices[1:]]
+        took = time.perf_counter() - then
+        for area in areas:
+            assert len(area.read(0, 10)) == 10
+        pids = _processes()
+        memory.append((_private_kib([os.getpid(), *pids]) - before) / (count - 1))
+        taken.append(len(pids))
+        first.append(mapped - began)
+        further.append(took / (count - 1))
+        for area in areas:
+            area.close()
+        began = time.perf_counter()
+        alone = [prefault.device.map(RemoteFile(server.url(name), capacity=MIB)) for name in names[:5]]
+        own.append((time.perf_counter() - began) / len(alone))
+        for area in alone:
+            area.close()
+        print(
+            f"round {number + 1}, load {os.getloadavg()[0]:.1f}: {count} files in {taken[-1]} processes; the first"
+            f" {first[-1]:.3f} s, each further one {further[-1] * 1e3:.2f} ms and {memory[-1]:.1f} KiB of private memory"
+            f" (with a page read); a file with a server of its own {own[-1] * 1e3:.0f} ms, {own[-1] / further[-1]:.0f}x that"
+        )
+    print(
+        f"median: {statistics.median(further) * 1e3:.2f} ms and {statistics.median(memory):.1f} KiB a file, against"
+        f" {statistics.median(own) * 1e3:.0f} ms with a server each"
+    )
+
+
+def _write_model(directory: Path, shards: int, tensors: int) -> None:
+    shard_of: dict[str, str] = {}
+    for number in range(shards):
+        name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        header: dict[str, Any] = {}
+        for index in range(tensors):
+            header[f"model.layers.{number}.block.{index}.weight"] = {
+                "dtype": "F32", "shape": [64, 64], "data_offsets": [index * 16384, (index + 1) * 16384],
+            }  # fmt: skip
+        text = json.dumps(header).encode()
+        (directory / name).write_bytes(struct.pack("<Q", len(text)) + text + bytes(tensors * 16384))
+        shard_of |= dict.fromkeys(header, name)
+    content = {"metadata": {"total_size": shards * tensors * 16384}, "weight_map": shard_of}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def _same_requests(server: HttpServer, log: list[Request], shards: int) -> float:
+    """Return seconds of the requests of a log, bare: first those for the index, then those of each shard in a thread."""
+    by_path: dict[str, list[Request]] = {}
+    for request in log:
+        by_path.setdefault(request.path, []).append(request)
+
+    def work(path: str) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        for request in by_path[path]:
+            connection.request("GET", path, headers={"Range": f"bytes={request.first}-{request.last}"})
+            connection.getresponse().read()
+        connection.close()
+
+    began = time.perf_counter()
+    index, *others = by_path
+    work(index)
+    with ThreadPoolExecutor(shards) as threads:
+        list(threads.map(work, others))
+    return time.perf_counter() - began
+
+
+def model(server: HttpServer, shards: int, rounds: int) -> None:
+    """Map a safetensors model by its index, against the same requests alone, in turn."""
+    _write_model(server.directory, shards, 100)
+    server.set_latency(_LATENCY_S)
+    beyond, all_of_it = [], []
+    for number in range(-1, rounds):
+        server.requests(clear=True)
+        began = time.perf_counter()
+        tensors = prefault.open_remote(server.url("model.safetensors.index.json"))
+        took = time.perf_counter() - began
+        log = server.requests()
+        pids = _processes()
+        assert len(tensors) == shards * 100
+        del tensors
+        gc.collect()
+        bare = _same_requests(server, log, shards)
+        if number >= 0:
+            beyond.append(took - bare)
+            all_of_it.append(took)
+            print(
+                f"round {number + 1}, load {os.getloadavg()[0]:.1f}: {shards} shards, {len(pids)} processes: mapped in"
+                f" {took:.3f} s; its {len(log)} requests alone {bare:.3f} s; {took - bare:.3f} s beyond them"
+            )
+    print(f"median: {statistics.median(all_of_it):.3f} s, {statistics.median(beyond):.3f} s beyond its requests")
+
+
+_MEASURES = {"populate": populate, "random": random_access, "files": files, "model": model}
 
 
 def main() -> None:
@@ -188,6 +312,8 @@ def main() -> None:
     parser.add_argument("measures", nargs="*", choices=[*_MEASURES, []], default=[])
     parser.add_argument("--mib", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--files", type=int, default=1000)
+    parser.add_argument("--shards", type=int, default=20)
     options = parser.parse_args()
     print(
         f"{date.today()}, Linux {platform.release()}, Python {platform.python_version()}, {os.cpu_count()} CPUs,"
@@ -201,7 +327,8 @@ def main() -> None:
                 file.write(generator.bytes(MIB))
         with HttpServer(Path(directory), latency_s=_LATENCY_S) as server:
             for name in options.measures or _MEASURES:
-                _MEASURES[name](server, length, options.rounds)
+                size = {"files": options.files, "model": options.shards}.get(name, length)
+                _MEASURES[name](server, size, options.rounds)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import prefault
 from drivers.remote.conftest import QUICK
 from prefault.drivers import SafeTensors, ShardedSafeTensors, SourceError, SourceMissingError, area_of, open_remote
 from prefault.drivers.remote.locations import sibling
+from prefault.sizes import MIB
 from support import processes
 from support.http_server import HttpServer
 
@@ -157,6 +158,16 @@ def test_the_whole_model_is_populated(server: HttpServer) -> None:
     _check(model, tensors)
     assert server.requests() == []
     assert all(prefault.residency(content).present_bytes >= content.nbytes for content in model.shards.values())
+
+
+def test_the_shards_of_a_model_share_a_server_and_a_capacity(server: HttpServer) -> None:
+    tensors = _write_model(server.directory, 4, rows=5000)
+    model = _open(server, capacity=MIB, fault_around=("64 KiB", "64 KiB"))
+    assert len([pid for pid in processes.descendants(os.getpid()) if processes.name(pid) == "prefault-server"]) == 1
+    _check(model, tensors)
+    (area, *others) = map(area_of, model.shards.values())
+    assert {other.fd for other in others} == {area.fd}
+    assert os.stat(f"/proc/self/fd/{area.fd}").st_blocks * 512 <= MIB < sum(map(len, model.shards.values()))
 
 
 def test_tensors_keep_their_shard_mapped(server: HttpServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import numpy
     import numpy.typing
 
+_groups = itertools.count()
+"""Numbers of models, whose shards share a capacity."""
 _PACKED = (".gz", ".gzip", ".zst", ".zstd")
 
 
@@ -46,7 +49,8 @@ def open_remote(
         populate: download the whole file now, in parallel; of a model of several shards, all of them.
         plan: a file with the access log of an earlier run (``area_of(array).access_log().save(plan)``): its pages are
             populated first. A missing file is ignored.
-        options: see :class:`RemoteFile`; with an index of shards, they are those of each shard.
+        options: see :class:`RemoteFile`; with an index of shards, they are those of each shard, but ``capacity`` is that of
+            all shards together.
 
     Returns:
         An array; with ``"safetensors"`` a mapping from names to arrays.
@@ -99,9 +103,16 @@ def _open_model(url: str, *, populate: bool, **options: Any) -> SafeTensors:
     for name in ("index", "version"):
         if options.get(name) is not None:
             raise ValueError(f"{name} is that of one file, and not of a model of several shards")
+    group = next(_groups)
+
+    def open_shard(shard: str) -> numpy.ndarray[Any, Any]:
+        file = RemoteFile(shard, **options)
+        file.share_capacity(group)
+        return open_remote(file, format="raw")
+
     model = open_sharded(
         url,
-        lambda shard: open_remote(shard, format="raw", **options),
+        open_shard,
         dict(options.get("headers") or {}),
         dict(options.get("storage_options") or {}),
         options.get("patience", Patience()),

@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 # run takes half as long again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test check stress guest coverage bench-measures bench-cliffs bench-sparse bench-device bench-remote format clean
+.PHONY: quickstart test check stress guest coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote format clean
 
 ## Install into .venv, with what device memory and remote files need, and measure how fast this machine populates memory.
 quickstart: $(VENV)/.installed
@@ -54,6 +54,10 @@ bench-sparse: $(VENV)/.test-installed
 ## Measure device memory against a page-fault handler in C: docs/results/device.md.
 bench-device: $(VENV)/.test-installed
 	$(BIN)/python bench/device.py
+
+## Measure the enclave page cache: docs/results/enclave.md.
+bench-enclave: $(VENV)/.test-installed
+	$(BIN)/python bench/enclave.py
 
 ## Measure remote files against fsspec and bare range requests: docs/results/device.md.
 bench-remote: $(VENV)/.test-installed

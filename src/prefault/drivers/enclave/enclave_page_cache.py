@@ -52,7 +52,7 @@ class EnclavePageCache(Device):
 
     evicts = True
     restartable = True
-    batch = MIB  # the loop makes all calls: one that evicts as much as it brings in takes some 5 ms
+    batch = MIB  # the loop makes all calls, and a fault waits for the one under way: up to 10 ms if it evicts
 
     def __init__(
         self,
@@ -274,20 +274,21 @@ class EnclavePageCache(Device):
             case requests.AskPages():
                 return self._list_pages(row, self._checked(row, request.pages))
             case requests.Augment():
-                self._augmented += len(self._execute(row, request.pages, epcm.eaug()))
+                self._augmented += len(self._execute(row, request.pages, epcm.instruction(epcm.eaug)))
             case requests.Accept():
-                self._execute(row, request.pages, epcm.eaccept(request.expected))
+                self._execute(row, request.pages, epcm.instruction(epcm.eaccept, request.expected))
             case requests.RestrictPermissions():
-                self._execute(row, request.pages, epcm.emodpr(epcm.parse_permissions(request.permissions)))
+                permissions = epcm.parse_permissions(request.permissions)
+                self._execute(row, request.pages, epcm.instruction(epcm.emodpr, permissions))
             case requests.ExtendPermissions():
                 permissions = epcm.parse_permissions(request.permissions)
-                self._execute(row, request.pages, epcm.emodpe(permissions, row.max_permissions))
+                self._execute(row, request.pages, epcm.instruction(epcm.emodpe, permissions, row.max_permissions))
             case requests.ChangeType():
-                pages = self._execute(row, request.pages, epcm.emodt(request.page_type))
+                pages = self._execute(row, request.pages, epcm.instruction(epcm.emodt, request.page_type))
                 if request.page_type is PageType.TRIM:
                     self._tables.forget(pages)
             case requests.RemovePages():
-                self._execute(row, request.pages, epcm.remove(), free=True)
+                self._execute(row, request.pages, epcm.instruction(epcm.remove), free=True)
         return requests.InstructionDone()
 
     def _checked(self, row: EnclaveRow, pages: range) -> range:
@@ -301,7 +302,7 @@ class EnclavePageCache(Device):
             )
         return range(own.start + pages.start, own.start + pages.stop)
 
-    def _execute(self, row: EnclaveRow, pages: range, rule: epcm.Rule, *, free: bool = False) -> range:
+    def _execute(self, row: EnclaveRow, pages: range, instruction: epcm.Translation, *, free: bool = False) -> range:
         """Carry an instruction out on all of these pages of an enclave, or on none; return their numbers in the device.
 
         ``free``: the instruction makes the pages free.
@@ -312,7 +313,7 @@ class EnclavePageCache(Device):
             )
         run = self._checked(row, pages)
         before = bytes(self._tables.entries[run.start : run.stop])
-        after = epcm.translation(rule).apply(before, pages.start)
+        after = instruction.apply(before, pages.start)
         if free:
             self._free(run)
             return run

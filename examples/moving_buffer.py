@@ -47,8 +47,8 @@ def main() -> None:
             child.start()
             ready.wait(30)
             while child.is_alive():
-                for move in (lambda: buffers.move("frame", "system"), lambda: buffers.move("frame", "vram")):
-                    move()
+                buffers.move("frame", "system")
+                buffers.move("frame", "vram")
                 buffers.swap_out("frame")
                 child.join(0.01)
             with buffers.map("frame") as area:

@@ -7,6 +7,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -120,16 +121,17 @@ def test_two_hung_objects_leave_workers_for_others() -> None:
 
 
 def test_faults_of_a_hung_object_wait_their_turn() -> None:
-    def touch() -> int:
+    def touch(first: int) -> int:
         with prefault.device.connect(path) as client, client.map(object="hung") as area, area.memoryview() as view:
-            return sum(view[page * PAGE_SIZE] for page in range(_PAGES))
+            return sum(view[page * PAGE_SIZE] for page in (*range(first, _PAGES), *range(first)))
 
     device = Hanging(3, 1, fault_around=FaultAround(4 * PAGE_SIZE, 4 * PAGE_SIZE))
     with tempfile.TemporaryDirectory() as directory:
         path = f"{directory}/s"
         with prefault.device.serve(device, path), prefault.device.connect(path) as client, client.map(object="free") as free:
-            with Child(touch) as one, Child(touch) as two:
+            with Child(lambda: touch(0)) as one, Child(lambda: touch(_PAGES // 2)) as two:
                 assert processes.eventually(lambda: _asked(client, b"inside").get("hung") == 1)
+                time.sleep(0.2)  # for the second one to touch its page
                 with free.memoryview() as view:
                     assert sum(view[page * PAGE_SIZE] for page in range(_PAGES))
                 client.control(b"release")

@@ -1,4 +1,4 @@
-"""What drivers act on: the pages of a device, whichever clients map them."""
+"""Handle of a driver on the pages of its device, whichever clients map them."""
 
 from __future__ import annotations
 

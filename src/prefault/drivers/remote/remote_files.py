@@ -32,6 +32,8 @@ ADDRESS_SPACE = 65536 * GIB
 """Bytes of the device: the sum of all files, each in whole pieces of 2 MiB. Half of what a process can map."""
 _FILES_OF_WORKERS = 8
 _WORKERS_MOST = 256
+_DROPPED_PAGES = 4096
+"""Pages of a closed file that are dropped at a time: faults of other files wait meanwhile."""
 
 
 class FileDriver(Protocol):
@@ -72,6 +74,10 @@ class _OpenedFile:
         self.areas = 0
         self.handles: Counter[int] = Counter()
         self.restored = restored
+
+
+def _drop(run: range, content: memoryview) -> None:
+    """Save nothing: the source has the content."""
 
 
 def _make(asked: OpenFile) -> FileDriver:
@@ -220,6 +226,9 @@ class RemoteFiles(Device):
     def _close_if_unused(self, file: _OpenedFile) -> None:
         if file.areas or file.handles:
             return
+        for run in self._pool.ready(file.extent.pages(self.page_size)):
+            for start in range(run.start, run.stop, _DROPPED_PAGES):
+                self._pool.evict(range(start, min(start + _DROPPED_PAGES, run.stop)), _drop)
         self._pool.delete_object(file.extent.name)  # first: the record is of no use without it
         del self._files[file.extent.name]
         self._table.remove(file.slot)

@@ -26,12 +26,14 @@ from prefault.errors import DeviceGoneError
 from prefault.sizes import MIB, PAGE_SIZE
 from prefault.testing import check_device
 from support import processes
+from support.cgroups import Group, groups
 
 _PAGE = struct.Struct("<QQQI")
 _OBJECTS = 5
 _KILL_EACH_S = 3.0
 """Seconds between two deaths of the server: a driver that dies more often is given up by its warden."""
 _SIZE = 2 * MIB + 4 * PAGE_SIZE
+_LIMIT = 120 * MIB
 
 
 class OneBuffer(BufferManager):
@@ -193,6 +195,24 @@ def run(directory: Path, seconds: float, seed: int, *, kills: bool) -> dict[str,
 def test_d5_no_write_is_lost_whatever_happens_to_the_buffers(tmp_path: Path, kills: bool) -> None:
     done = run(tmp_path, 4, 1, kills=kills)
     assert done["moves"] > 10
+
+
+def test_d5_no_write_is_lost_in_a_tight_memory_cgroup(tmp_path: Path) -> None:
+    """All processes and the frames share the limit; what is beyond it has to leave: page cache of the swap file first."""
+    with groups() as make:
+        group = make(_LIMIT)
+        process = multiprocessing.get_context("fork").Process(target=_run_inside, args=(group, tmp_path))
+        process.start()
+        process.join(90)
+        assert process.exitcode == 0
+        assert group.killed == 0
+        assert int((group.directory / "memory.max_usage_in_bytes").read_text()) > 0.7 * _LIMIT
+
+
+def _run_inside(group: Group, directory: Path) -> None:
+    group.enter()
+    done = run(directory, 3, 2, kills=True)
+    sys.exit(done["moves"] < 5)
 
 
 @pytest.mark.stress

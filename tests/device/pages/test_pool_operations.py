@@ -321,6 +321,29 @@ def test_poison_survives_the_server() -> None:
             prefault.populate(area)
 
 
+def test_a_discard_ends_the_poison_also_where_the_page_was_touched() -> None:
+    with mapped() as (area, view), a_pipe() as (reader, writer):
+        page = view[2 * PAGE_SIZE : 2 * PAGE_SIZE + 8]
+        assert word(view, 2) == 3
+        command(area, "poison", 2, 3)
+        with pytest.raises(OSError, match="Bad address"):  # the kernel touches the page for us, and nobody dies
+            os.write(writer, page)
+        prefault.discard(area, offset=2 * PAGE_SIZE, length=PAGE_SIZE)
+        os.write(writer, page)
+        assert os.read(reader, 8) == (3).to_bytes(8, "little")
+        page.release()
+
+
+@contextlib.contextmanager
+def a_pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    try:
+        yield ends
+    finally:
+        for end in ends:
+            os.close(end)
+
+
 def test_a_touch_of_a_poisoned_page_is_sigbus() -> None:
     def touch(say: Any) -> None:
         with mapped() as (area, view):

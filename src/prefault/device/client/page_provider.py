@@ -110,7 +110,10 @@ class AreaPageProvider(MappedArea):
             return 0, 0
         request = protocol.Discard(self.connection.next_id(), self.require_number(), self.page_at(start), self.page_at(stop))
         try:
-            return stop - start, self.connection.ask(request, protocol.Discarded).pages * unit
+            pages = self.connection.ask(request, protocol.Discarded).pages
+            if not (self.track_dirty and self.connection.kernel_tracks_writes):  # whose marks would go as well
+                mman.madvise(start, stop - start, mman.MADV_DONTNEED)  # entries of poisoned pages, which punching leaves
+            return stop - start, pages * unit
         except DeviceGoneError:
             raise
         except (OSError, ValueError) as error:

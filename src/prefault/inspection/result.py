@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
 from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,17 +74,28 @@ class Residency:
         self.page_cache = page_cache
         self.cached_bytes = None if page_cache is None else page_cache.cached * PAGE_SIZE
         self._words = words
+        # Not functools.cached_property: before Python 3.12 it has a lock for all objects, which another thread may hold at
+        # the moment of a fork, and which stays locked in the child.
+        self._runs: list[PageRun] | None = None
+        self._sums: dict[int, int] | None = None
 
-    @functools.cached_property
+    @property
     def runs(self) -> list[PageRun]:
         """Neighbouring pages of equal state, in order of address."""
-        words, make = self._words, tuple.__new__
-        rows = zip(words[::3], words[1::3], map(_PAGE_STATES.__getitem__, words[2::3]), strict=True)
-        return [make(PageRun, row) for row in rows]
+        if self._runs is None:
+            words, make = self._words, tuple.__new__
+            rows = zip(words[::3], words[1::3], map(_PAGE_STATES.__getitem__, words[2::3]), strict=True)
+            self._runs = [make(PageRun, row) for row in rows]
+        return self._runs
 
-    @functools.cached_property
+    @property
     def _bytes_by_state(self) -> dict[int, int]:
         """Bytes of the pages of each state; distinct states are few."""
+        if self._sums is None:
+            self._sums = self._sum_by_state()
+        return self._sums
+
+    def _sum_by_state(self) -> dict[int, int]:
         words = self._words
         found: dict[int, int] = {}
         if len(words) >= 3 * _MANY:

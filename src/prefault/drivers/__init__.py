@@ -2,7 +2,7 @@
 
 ``CompressedMemory`` is memory whose cold pages are packed. ``RemoteFile`` maps a file that is somewhere else, and
 ``open_remote`` gives it as an array. ``VmPool`` is a pool of memory blocks for virtual machines, which ``VmPoolControl``
-makes and limits.
+makes and limits. ``prefault.drivers.enclave`` and ``prefault.drivers.buffers`` are an enclave page cache and buffer objects.
 """
 
 import typing as _typing

@@ -45,7 +45,7 @@ class Fill:
         reserved: True once the frames count against the capacity.
         retry: the driver could not supply the pages from ``done`` on yet.
         rounds: ``ParkedFaults.rounds`` when it began.
-        overtaken: another thread of the driver supplies some of the pages: the fill did not begin.
+        overtaken: another thread of the driver supplies or shoots down some of the pages: the fill did not begin.
         finished: called in the loop, under the lock, after the pages' states are set; the fill that it returns is started.
     """
 

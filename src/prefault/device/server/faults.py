@@ -232,18 +232,19 @@ class Faults:
         """Answer a write to a write-protected page: the first one in an area that tracks, or one during an eviction."""
         with self._lock:
             if self._states[page] in _TAKEN:
-                return  # the eviction or shoot-down wakes it
+                return None  # the eviction or shoot-down wakes it
             area.counters.write_protect += 1
             protections = self._state.protections
-            if protections.in_use:
-                if protections.is_read_only(page):
-                    self._write_requests.ask(area, page, now)
-                    return
+            asks = protections.in_use and protections.is_read_only(page)
+            if not asks:
                 protections.mark_written(range(page, page + 1))
-            if area.tracks:
-                area.dirty[page - area.first] = 1
-            fault_resolution.unprotect(area.fd, area.address(page), self._size)
+                if area.tracks:
+                    area.dirty[page - area.first] = 1
+                fault_resolution.unprotect(area.fd, area.address(page), self._size)
+        if asks:  # not under the lock: another thread of the driver may act on pages while this one waits for it
+            return self._write_requests.ask(area, page, now)
         area.counters.record_latency(monotonic_ns() - now)
+        return None
 
     def _window(self, area: ServedArea, page: int, thread: int) -> range:
         """Return the pages that a fault shall bring in, its own among them."""
@@ -275,13 +276,17 @@ class Faults:
         counters.missing += 1
         counters.log.append(page)
         write = flags & UFFD_PAGEFAULT_FLAG_WRITE != 0
+        rounds = 0
         if self._alone:
             self._begin_one(page)
         else:
-            with self._lock:
-                if self._states[page] != _MISSING:  # another thread of the driver was faster
+            with self._lock:  # another thread of the driver may have been faster
+                if self._states[page] != _MISSING:
                     return self._page_tables.wake(area, page)
+                if self._held and self._state.held.defer(page, partial(self._page_tables.wake, area, page)):
+                    return None
                 self._begin_one(page)
+                rounds = self._state.parked.rounds
         failure = self._fill_one(area, page, "write" if write else "read", now)
         with self._lock:
             self._finish_one(page, failure is None)
@@ -292,6 +297,7 @@ class Faults:
         if failure is not None:
             fill = Fill(area, range(page, page + 1), access_of(write), single=True, keep=[], finished=self._filled)
             fill.waiting.append((area, page, write, now))
+            fill.rounds = rounds
             return self._jobs.failed(fill, None if failure is RETRY else failure)
         counters.supplied_pages += 1
         counters.latency[((monotonic_ns() - now) // 1000).bit_length()] += 1

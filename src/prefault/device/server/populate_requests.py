@@ -251,8 +251,10 @@ class PopulateRequests:
             populate.runs.appendleft(left)
             return None
         if fill.retry:
+            # The oldest round counts: one that came after it may have been for a batch that was parked before this one.
+            populate.parked_at = min(populate.parked_at, fill.rounds) if populate.parked else fill.rounds
             populate.parked.append(left)
-            populate.parked_at, populate.parked_ns = fill.rounds, time.monotonic_ns()
+            populate.parked_ns = time.monotonic_ns()
         if len(ready):
             append_run(populate.supplied, ready)
             if not cancelled and populate.area.alive:

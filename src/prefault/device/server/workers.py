@@ -223,7 +223,8 @@ class Jobs:
         with state.lock:
             fill.rounds = state.parked.rounds
             fill.overtaken = state.frames.run_at(fill.pages.start, fill.pages.stop) != (_MISSING, fill.pages.stop)
-            if fill.overtaken:  # since the caller looked: DevicePool.supply, in another thread
+            fill.overtaken |= bool(state.held.active) and state.held.overlaps(fill.pages)
+            if fill.overtaken:  # since the caller looked: DevicePool.supply or shoot_down, in another thread
                 self._fault_again(fill)
                 fill.finished(fill)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prefault.device.page_states import DevicePageState, PageFlag
+from prefault.device.pages.page_pool import subtract
 
 if TYPE_CHECKING:
     from prefault.device.device_pool import Access
@@ -20,13 +21,16 @@ class PageProtections:
 
     Attributes:
         in_use: some page has, or may get, a flag; without any, faults are answered in fewer steps.
+        allowing: pages for which the driver is being asked whether a store is allowed; a protection that comes meanwhile
+            takes them out.
     """
 
     def __init__(self, device: Device, frames: Frames, *, restarted: bool) -> None:
         self._device = device
         self._frames = frames
         self.in_use = device.tracks_writes or (restarted and frames.has_flags())
-        self._reasons: dict[int, tuple[range, str]] = {}
+        self.allowing: set[int] = set()
+        self._reasons: list[tuple[range, str]] = []
 
     def writable_runs(self, pages: range) -> list[range]:
         """Return the runs of these pages that clients may write to without a fault."""
@@ -61,6 +65,8 @@ class PageProtections:
         if access == "read":
             self.in_use = True
             self._frames.set_flag(pages, PageFlag.READ_ONLY)
+            if self.allowing:
+                self.allowing.difference_update([page for page in self.allowing if page in pages])
         elif self.in_use:
             self._frames.clear_flag(pages, PageFlag.READ_ONLY)
 
@@ -72,12 +78,22 @@ class PageProtections:
         """Poison pages, with a reason for people."""
         self.in_use = True
         self._frames.set_flag(pages, PageFlag.POISONED)
-        self._reasons[pages.start] = pages, reason or _WHY
+        self._forget_reasons(pages)
+        self._reasons.append((pages, reason or _WHY))
 
-    def cure(self, pages: range) -> None:
-        """End the poison of pages."""
-        if self.in_use:
+    def cure(self, pages: range) -> list[tuple[range, str]]:
+        """End the poison of pages; return the runs that were poisoned, each with its reason."""
+        cured = [(run, self._reason_of(run.start)) for run in self.poisoned_runs(pages)]
+        if cured:
             self._frames.clear_flag(pages, PageFlag.POISONED)
+            self._forget_reasons(pages)
+        return cured
+
+    def _forget_reasons(self, pages: range) -> None:
+        self._reasons = [(part, why) for where, why in self._reasons for part in subtract(where, [pages])]
+
+    def _reason_of(self, page: int) -> str:
+        return next((why for where, why in self._reasons if page in where), _WHY)
 
     def poisoned_runs(self, pages: range) -> list[range]:
         """Return the poisoned ones of these pages, in runs."""
@@ -86,11 +102,7 @@ class PageProtections:
     def poisoned(self, pages: range) -> tuple[int, str] | None:
         """Return the first poisoned one of these pages, and the reason; None if there is none."""
         for run in self.poisoned_runs(pages):
-            page = run.start
-            for where, reason in self._reasons.values():
-                if page in where:
-                    return page, reason
-            return page, _WHY
+            return run.start, self._reason_of(run.start)
         return None
 
     def _with(self, pages: range, flag: PageFlag) -> list[range]:

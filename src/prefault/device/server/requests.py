@@ -236,8 +236,8 @@ class Requests:
             for run in runs if request.clear else ():
                 # Protected first: a thread that writes from now on waits until the page is marked again.
                 size = len(run) * self._frames.page_size
-                fault_resolution.protect(area.fd, area.address(run.start), size, self._state.unit)
-                area.dirty[run.start - area.first : run.stop - area.first] = bytes(len(run))
+                if fault_resolution.protect(area.fd, area.address(run.start), size, self._state.unit):
+                    area.dirty[run.start - area.first : run.stop - area.first] = bytes(len(run))
         self._list(client, request.id, [(run.start, run.stop) for run in runs])
 
     def _list(self, client: ServedClient, number: int, runs: Sequence[tuple[int, int]]) -> None:

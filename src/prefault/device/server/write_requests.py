@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from time import monotonic_ns
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from prefault.device.server.workers import Jobs
 
 
+_log = logging.getLogger("prefault.device")
+
+
 class WriteRequests:
     """Calls of the driver's ``mkwrite`` under way; used by the loop only."""
 
@@ -26,6 +30,7 @@ class WriteRequests:
         self._isolation = isolation
         self._waiting: dict[int, list[tuple[ServedArea, int]]] = {}
         """Areas of the threads that wait for each page, and when their faults were read (ns)."""
+        self._allowing = state.protections.allowing
 
     def ask(self, area: ServedArea, page: int, now: int) -> None:
         """Ask the driver whether clients may write to a page, unless it is being asked already."""
@@ -34,6 +39,7 @@ class WriteRequests:
             waiting.append((area, now))
             return
         self._waiting[page] = [(area, now)]
+        self._allowing.add(page)
         self._jobs.call(area, "mkwrite", page, then=lambda failure: self._answered(page, failure))
 
     def _answered(self, page: int, failure: FillFailure | None) -> None:
@@ -41,9 +47,11 @@ class WriteRequests:
         pages = range(page, page + 1)
         with self._state.lock:
             alive = [(area, now) for area, now in waiting if area.alive]
-            if failure is None:
+            protected = page not in self._allowing  # meanwhile: the driver is asked again
+            self._allowing.discard(page)
+            if failure is None and not protected:
                 self._state.protections.set(pages, "write")
-            elif self._state.frames.states[page] == DevicePageState.READY:
+            elif failure is not None and self._state.frames.states[page] == DevicePageState.READY:
                 self._refuse([area for area, _ in alive], pages)
             for area, now in alive:
                 if failure is not None:
@@ -56,7 +64,12 @@ class WriteRequests:
 
         UFFDIO_POISON makes entries where there is none, so the page is shot down for that moment.
         """
-        for run in self._isolation.isolate(pages):
+        try:
+            isolated = self._isolation.isolate(pages)
+        except OSError as error:  # a client is changing its mappings: the store faults again, and the driver is asked again
+            _log.warning("device %s: a store to page %d could not be refused yet: %s", self._state.name, pages.start, error)
+            return
+        for run in isolated:
             try:
                 self._isolation.move_aside(run)
             except OSError as error:

@@ -137,11 +137,13 @@ class DevicePool(abc.ABC):
         """Bring the missing ones of these pages in, unasked or after :data:`RETRY`; return their number.
 
         ``write(run, frames)`` fills each run of missing pages (``range``, writable ``memoryview`` of zeros); None: zeros.
-        Poisoned pages are cured. Pages that another call is supplying are left to that. If ``write`` raises, the pages of
-        its run stay missing.
+        Poisoned pages are cured. Pages that another call is supplying are left to that, and pages that another thread shoots
+        down are waited for. If ``write`` raises, the pages of its run stay missing, and poisoned if they were.
 
         Raises:
             OSError: ENOSPC: there is no memory for the frames, or the capacity has no room; make it with :meth:`evict`.
+                EBUSY: a shoot-down of some of the pages does not end in half of :attr:`Device.timeout_s`.
+            RuntimeError: this thread shoots some of the pages down.
         """
 
     @abc.abstractmethod

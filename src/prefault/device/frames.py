@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import mmap
 import os
 
@@ -14,10 +15,12 @@ from prefault._kernel.memfd import MFD_ALLOW_SEALING, MFD_CLOEXEC, MFD_HUGETLB, 
 from prefault._system import hugetlb
 from prefault.device import limit_messages
 from prefault.device.kept_memory import KEPT_TABLE_BYTES, KeptMemory
-from prefault.device.page_states import DevicePageState, PageStates
+from prefault.device.page_states import DevicePageState, PageFlag, PageStates
 from prefault.errors import DeviceError
 from prefault.memory.borrowing import borrow
 from prefault.sizes import MIB, PAGE_SIZE, format_size
+
+_log = logging.getLogger("prefault.device")
 
 HUGE_PAGE = 2 * MIB
 
@@ -37,6 +40,8 @@ _TABLE_BYTES = 48 << 20
 """Bytes of the table of areas, which :class:`~prefault.device.registry.AreaTable` lays out."""
 _SHARED_BYTES = PAGE_SIZE + _TABLE_BYTES + KEPT_TABLE_BYTES
 """Bytes behind the states and flags: the heartbeat, the table of areas, and the table of kept memory."""
+_CHUNK_BYTES = 4 << 20
+"""Bytes that are copied aside, or back, before the originals are given back."""
 _LARGE = 1 << 20
 """Bytes from which on zeros are mapped, and not allocated."""
 
@@ -289,6 +294,11 @@ class Frames(PageStates):
                 with content[done:] as rest:
                     done += os.pwrite(self.fd, rest, at + done)
 
+    def chunks(self, pages: range) -> list[range]:
+        """Split pages into pieces that are copied one after the other, so that the copies need little memory besides."""
+        step = max(1, _CHUNK_BYTES // self.page_size)
+        return [range(at, min(at + step, pages.stop)) for at in range(pages.start, pages.stop, step)]
+
     def forget_aside(self, pages: range) -> None:
         """Free the copies of pages."""
         flags = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -312,9 +322,22 @@ class Frames(PageStates):
             self.mark(run, DevicePageState.READY)
         for run in self.runs(everything, DevicePageState.ASIDE):
             self.punch(run)  # new content that was not committed
-            self.copy_back(run)
-            self.mark(run, DevicePageState.READY)
-            self.forget_aside(run)
+            for piece in self.chunks(run):
+                try:
+                    self.copy_back(piece)
+                except OSError as error:
+                    _log.error(
+                        "pages %d to %d are lost: there was no memory to put their content back after a crash: %s",
+                        piece.start, piece.stop - 1, error.strerror,
+                    )  # fmt: skip
+                    self.set_flag(piece, PageFlag.POISONED)
+                self.mark(piece, DevicePageState.READY)
+                self.forget_aside(piece)
+        for run in self.runs(everything, DevicePageState.READY):
+            for poisoned, flagged in self.flag_runs(run, PageFlag.POISONED):
+                if flagged:  # the flag comes first, and pages that are taken are punched at the end only
+                    self.punch(poisoned)
+                    self.mark(poisoned, DevicePageState.MISSING)
         for slot in range(SLOTS):
             self.heartbeat[slot] = 0
 

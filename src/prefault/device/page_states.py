@@ -170,21 +170,35 @@ class PageStates:
         self._map_flags(pages, _CLEAR[flag])
 
     def _map_flags(self, pages: range, table: bytes) -> None:
-        start, stop = pages.start, pages.stop
-        if stop - start == 1:
-            self.flags[start] = table[self.flags[start]]
+        if pages.stop - pages.start == 1:
+            self.flags[pages.start] = table[self.flags[pages.start]]
+            return
+        for piece, written in self._flag_pieces(pages):
+            if written or table[0]:  # reading flags that were never written would allocate them
+                before = bytes(self.flags[piece.start : piece.stop])
+                after = before.translate(table)
+                if after != before:  # a write allocates memory for flags that are all 0
+                    self.flags[piece.start : piece.stop] = after
+
+    def _flag_pieces(self, pages: range) -> Iterator[tuple[range, bool]]:
+        """Split a large range into pieces whose flags were ever written, and others, which have none."""
+        if len(pages) <= _SPARSE:
+            yield pages, True
         else:
-            before = bytes(self.flags[start:stop])
-            after = before.translate(table)
-            if after != before:  # a write allocates memory for flags that are all 0
-                self.flags[start:stop] = after
+            yield from self._pieces(pages, self._flags_at)
 
     def flag_runs(self, pages: range, flag: PageFlag) -> list[tuple[range, bool]]:
         """Split pages into runs with and without a flag."""
-        return [
-            (range(found.start(), found.end()), bool(self.flags[found.start()] & flag))
-            for found in _FLAG_RUNS[flag].finditer(self.flags, pages.start, pages.stop)
-        ]
+        runs: list[tuple[range, bool]] = []
+        for piece, written in self._flag_pieces(pages):
+            if not written:
+                runs.append((piece, False))
+                continue
+            runs += [
+                (range(found.start(), found.end()), bool(self.flags[found.start()] & flag))
+                for found in _FLAG_RUNS[flag].finditer(self.flags, piece.start, piece.stop)
+            ]
+        return runs
 
     def has_flags(self) -> bool:
         """Return whether a page has a flag."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 from typing import TYPE_CHECKING, Final
 
 from prefault.device.device_pool import Access, ClientProcess, DeviceObject, DevicePool, Save
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 RESERVED_NAMES: Final = "prefault."
 """Beginning of the names of kept memory that are the framework's."""
+_LOOK_S: Final = 0.0005
 _BUSY: Final = (DevicePageState.FILLING, DevicePageState.EVICTING, DevicePageState.ASIDE)
 """States of pages that a thread of the driver has at the moment."""
 
@@ -74,14 +76,21 @@ class ServedPool(DevicePool):
         """Bring missing pages in: see :meth:`DevicePool.supply`."""
         self._state.check_pages(pages)
         with self._state.lock:
-            self._state.protections.cure(pages)
+            cured = self._state.protections.cure(pages)
             runs = self._frames.runs(pages, DevicePageState.MISSING)
+        try:
+            return self._supply_runs(runs, write)
+        except BaseException:
+            with self._state.lock:
+                for poisoned, reason in cured:
+                    for run in self._frames.runs(poisoned, DevicePageState.MISSING):
+                        self._state.protections.poison(run, reason)
+            raise
+
+    def _supply_runs(self, runs: list[range], write: Save | None) -> int:
         supplied = 0
         for run in runs:
-            with self._state.lock:  # the loop may have been faster with some of them
-                left = self._frames.runs(run, DevicePageState.MISSING)
-                for piece in left:
-                    self._state.pool.begin_fill(piece)
+            left = self._begin_fills(run)
             try:
                 while left:
                     self._supply(left[0], write)
@@ -91,6 +100,23 @@ class ServedPool(DevicePool):
                     for piece in left[1:]:  # the first one is finished
                         self._finish(piece, piece.start, reserved=False)
         return supplied
+
+    def _begin_fills(self, run: range) -> list[range]:
+        """Mark the missing pages of a run as FILLING, once nobody shoots them down; return them in runs."""
+        until = time.monotonic() + self._state.device.timeout_s / 2
+        while True:
+            with self._state.lock:
+                holders = self._state.held.holders(run)
+                if not holders:
+                    left = self._frames.runs(run, DevicePageState.MISSING)  # the loop may have been faster with some
+                    for piece in left:
+                        self._state.pool.begin_fill(piece)
+                    return left
+            if threading.get_ident() in holders:
+                raise RuntimeError(f"this thread shoots some of {run} down: they can be supplied before or after")
+            if time.monotonic() > until:
+                raise OSError(errno.EBUSY, f"some of {run} are being shot down, and that does not end")
+            time.sleep(_LOOK_S)
 
     def _supply(self, run: range, write: Save | None) -> None:
         """Supply a run of pages that are FILLING."""

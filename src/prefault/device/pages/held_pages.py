@@ -49,9 +49,13 @@ class HeldPages:
         older = self.active[: self.active.index(held)]
         return [other for other in older if other.pages.start < held.pages.stop and held.pages.start < other.pages.stop]
 
+    def holders(self, pages: range) -> set[int]:
+        """Return the identifiers of the threads that hold some of these pages."""
+        return {held.thread for held in self.active if held.pages.start < pages.stop and pages.start < held.pages.stop}
+
     def overlaps(self, pages: range) -> bool:
         """Return whether some of these pages are held."""
-        return any(held.pages.start < pages.stop and pages.start < held.pages.stop for held in self.active)
+        return bool(self.holders(pages))
 
     def defer(self, page: int, wake: Callable[[], None]) -> bool:
         """Return whether a page is held; ``wake`` is called at the end of the hold then."""

@@ -8,7 +8,7 @@ from collections.abc import MutableSequence
 from typing import TYPE_CHECKING
 
 from prefault.device.frames import zeros
-from prefault.device.page_states import DevicePageState
+from prefault.device.page_states import DevicePageState, PageFlag
 
 if TYPE_CHECKING:
     from prefault.device.frames import Frames
@@ -18,6 +18,7 @@ _ORDER_MOST = 1024
 _UNSEEN = re.compile(b"\x00+")
 _FILLING = int(DevicePageState.FILLING)
 _READY = int(DevicePageState.READY)
+_POISONED = int(PageFlag.POISONED)
 
 
 class PagePool:
@@ -44,6 +45,7 @@ class PagePool:
         self._frames = frames
         self._protections = protections
         self._states = frames.states
+        self._flags = frames.flags
         self.capacity = capacity
         self.used = 0
         self.evicting = 0
@@ -98,6 +100,8 @@ class PagePool:
         self.used += 1
         if supplied:
             self._states[page] = _READY
+            if self._flags[page] & _POISONED:  # meanwhile, by another thread of the driver
+                self.punch(range(page, page + 1))
 
     # --- giving frames back
 

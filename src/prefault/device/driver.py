@@ -273,7 +273,7 @@ class Device(abc.ABC):
         """Clean up after an area: its client unmapped it or died, or the server is ending."""
 
     def control(self, client: ClientProcess, request: bytes) -> bytes:  # noqa: ARG002  for drivers
-        """FaultAnswer a request of a client that is not about memory, as a kernel driver answers ioctl(2).
+        """Answer a request of a client that is not about memory, as a kernel driver answers ioctl(2).
 
         The server passes the bytes on without a look at them: check all of them. Requests and replies have at most 64 512
         bytes. A request is delivered at most once: after a crash of the server in the middle, the client gets an error and

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from prefault.device.page_states import DevicePageState
 from prefault.device.pages import fault_resolution
+from prefault.device.pages.page_pool import subtract
 
 if TYPE_CHECKING:
     from prefault.device.pages.huge_pages import HugePages
     from prefault.device.pages.served_areas import ServedArea, ServerState
 
 _log = logging.getLogger("prefault.device")
-_CHUNK_BYTES = 4 << 20
-"""Bytes that are copied before their frames are given back: the most memory that shooting down needs besides."""
+_LOOK_S = 0.0005
 
 
 class Isolation:
@@ -30,6 +31,8 @@ class Isolation:
         self._huge = huge
         self._frames = state.frames
         self._pool = state.pool
+        self._copying = 0
+        """Threads that are copying content back, outside of the lock."""
 
     def check(self) -> None:
         """Raise RuntimeError unless the device may act on pages that clients write."""
@@ -84,7 +87,7 @@ class Isolation:
             self._huge.unprotect(area, area.address(piece.start), len(piece) * self._frames.page_size)
 
     def resume(self, area: ServedArea) -> None:
-        """Remove the write protection that a server which died between protecting and unprotecting left in an area.
+        """Settle the write protection of an area that a server left which died in the middle of changing it.
 
         Threads that wait are woken by the caller.
         """
@@ -95,6 +98,10 @@ class Isolation:
         elif area.protectable:
             with self._state.lock:
                 for run in self._frames.runs(area.pages, DevicePageState.READY):
+                    # Flags come before entries: a server may have died between them.
+                    for piece in subtract(run, self._state.protections.writable_runs(run)):
+                        size = len(piece) * self._frames.page_size
+                        fault_resolution.protect(area.fd, area.address(piece.start), size, self._state.unit)
                     self._unprotect(area, run)
 
     def drop(self, run: range) -> None:
@@ -117,27 +124,39 @@ class Isolation:
         Raises:
             OSError: ENOSPC: there is no memory for the copy. Pages up to the failing one are moved.
         """
-        for piece in self._chunks(run):
+        for piece in self._frames.chunks(run):
             self._frames.copy_aside(piece)
             with self._state.lock:
                 self._frames.mark(piece, DevicePageState.ASIDE)
                 self._frames.punch(piece)
 
-    def move_back(self, run: range) -> bool:
-        """Copy the content of ASIDE pages back to their frames; return False if there is no memory, and it is lost.
+    def move_back(self, run: range) -> range:
+        """Copy the content of ASIDE pages back to their frames, and return them: EVICTING, until :meth:`end_aside`.
 
-        They are not READY yet.
+        Pages from the first one on for which there is no memory are lost, and not among them.
         """
-        try:
-            for piece in self._chunks(run):
+        state = self._state
+        for piece in self._frames.chunks(run):
+            with state.lock:
+                self._copying += 1
+            try:
                 self._frames.copy_back(piece)
-        except OSError as error:
-            self.lose(run, f"there was no memory to put their content back: {error.strerror}")
-            return False
-        return True
+            except OSError as error:
+                self.lose(range(piece.start, run.stop), f"there was no memory to put their content back: {error.strerror}")
+                return range(run.start, piece.start)
+            else:
+                with state.lock:
+                    self._frames.mark(piece, DevicePageState.EVICTING)  # which a crash leaves as they are
+                    self._frames.forget_aside(piece)
+            finally:
+                with state.lock:
+                    self._copying -= 1
+        return run
 
     def end_aside(self, run: range, *, ready: bool) -> None:
         """End ASIDE: the pages are READY, with what their frames hold, or MISSING. Then wake the threads that wait."""
+        if not len(run):
+            return
         with self._state.lock:
             if ready:
                 self._pool.make_ready(run)
@@ -146,17 +165,26 @@ class Isolation:
             self._frames.forget_aside(run)
             self._wake(run)
 
-    def _chunks(self, run: range) -> list[range]:
-        step = max(1, _CHUNK_BYTES // self._frames.page_size)
-        return [range(at, min(at + step, run.stop)) for at in range(run.start, run.stop, step)]
-
     def restore(self, run: range) -> None:
         """Return ASIDE and EVICTING pages of a run to READY with the content that they had."""
         for piece in self._frames.runs(run, DevicePageState.EVICTING):
             self.put_back(piece)
         for piece in self._frames.runs(run, DevicePageState.ASIDE):
-            if self.move_back(piece):
-                self.end_aside(piece, ready=True)
+            self.end_aside(self.move_back(piece), ready=True)
+
+    def stop(self) -> None:
+        """Take the server's lock for good, and restore all pages, at the end.
+
+        Threads of the driver that act on pages stop at the lock. One that is copying content back is waited for: it would
+        write into pages which clients have by then.
+        """
+        while True:
+            self._state.lock.acquire()
+            if not self._copying:
+                break
+            self._state.lock.release()
+            time.sleep(_LOOK_S)
+        self.restore(range(self._frames.pages))
 
     def lose(self, run: range, why: str) -> None:
         """Poison isolated pages for which there is no memory any more: their content is lost, and touching them says so."""

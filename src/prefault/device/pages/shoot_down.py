@@ -104,7 +104,9 @@ class ServedShootDown(ShootDown):
 
     def _commit(self) -> None:
         kept = [piece for run in self.runs for piece in subtract(run, self._replaced + self._dropped)]
-        moved = [run for run in kept if self._isolation.move_back(run)]
+        moved = [self._isolation.move_back(run) for run in kept]
+        for replaced in self._replaced:
+            self._frames.clear_tail(replaced)
         with self._state.lock:
             for pages, access in self._protections:
                 self._state.protections.set(pages, access)

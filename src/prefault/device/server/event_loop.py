@@ -371,9 +371,8 @@ class _EventLoop:
                 self._driver_calls.call(0, "close", area)
             self._driver_calls.call(0, "disconnect", client.process)
         self._driver_calls.call(0, "stop")
-        # For good: a thread of the driver that evicts from now on would take pages that are never supplied again.
-        self._state.lock.acquire()
-        self._isolation.restore(range(self._state.frames.pages))
+        # A thread of the driver that evicts from now on would take pages that are never supplied again.
+        self._isolation.stop()
         for client in clients:
             fault_resolution.resolve_all(self._state.frames, client.record)
             self._connections.reply(client, protocol.Gone(0, f"the server of device {self._state.name} was ended"))

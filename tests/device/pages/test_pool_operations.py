@@ -215,6 +215,30 @@ def area_device(area: prefault.device.Area) -> Any:
     return device
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("supplied", [False, True])
+def test_a_populate_for_writing_asks_for_read_only_pages(supplied: bool, workers: int) -> None:
+    device = Commanded(read_only=[2, 3, 9], allows=True, workers=workers)
+    with prefault.device.map(device) as other, prefault.device.map(device) as area, area.memoryview() as view:
+        if supplied:
+            prefault.populate(other, access="read")
+        assert command(area, "written") == []
+        prefault.populate(area, access="write")
+        assert sorted(command(area, "written")) == [2, 3, 9]
+        faults = area.stats().faults
+        for page in range(16):
+            view[page * PAGE_SIZE + 8] = page
+        assert area.stats().faults == faults, "every page is writable without a fault"
+
+
+def test_a_populate_for_writing_fails_where_the_driver_refuses() -> None:
+    with mapped(read_only=[2]) as (area, view):
+        with pytest.raises(DriverError, match="page 2 is read-only"):
+            prefault.populate(area, access="write")
+        assert word(view, 2) == 3
+        prefault.populate(area, access="read")
+
+
 def test_protection_applies_to_entries_that_exist_and_ends_again() -> None:
     with mapped(allows=True) as (area, view):
         view[0] = 50

@@ -32,6 +32,7 @@ from prefault.device.server.faults import Faults
 from prefault.device.server.populate_requests import PopulateRequests
 from prefault.device.server.requests import Requests
 from prefault.device.server.workers import Jobs, Workers
+from prefault.device.server.write_requests import WriteRequests
 from prefault.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -94,13 +95,15 @@ class _EventLoop:
         self._page_tables = PageTables(state, huge)
         self._isolation = Isolation(state, huge)
         self._discards = Discards(state, self._page_tables, self._jobs)
+        self._write_requests = WriteRequests(state, self._page_tables, self._jobs, self._isolation)
         self._faults = Faults(
             state, self._page_tables, self._driver_calls, self._jobs, self._discards, FaultAroundWindows(state),
-            self._isolation,
+            self._write_requests,
         )  # fmt: skip
         self._populate_requests = PopulateRequests(
             state, self._page_tables, self._jobs, self._discards, self._workers,
-            page_by_page=self._driver_calls.page_by_page, reply=self._connections.reply,
+            write_requests=self._write_requests, page_by_page=self._driver_calls.page_by_page,
+            reply=self._connections.reply,
         )  # fmt: skip
         self._fault_polling = FaultPolling()
         eviction = Eviction(state, self._isolation)

@@ -22,14 +22,13 @@ from prefault.device.pages import fault_resolution
 from prefault.device.pages.fills import Fill
 from prefault.device.pages.served_areas import ServedArea, ServedClient, ServerState, access_of
 from prefault.device.server.driver_calls import DriverCalls
-from prefault.device.server.write_requests import WriteRequests
 
 if TYPE_CHECKING:
     from prefault.device.pages.fault_around import FaultAroundWindows
-    from prefault.device.pages.isolation import Isolation
     from prefault.device.pages.page_tables import PageTables
     from prefault.device.server.discards import Discards
     from prefault.device.server.workers import Jobs
+    from prefault.device.server.write_requests import WriteRequests
 
 _BATCH = 64
 _AGAIN_NS = 500_000
@@ -48,7 +47,7 @@ class Faults:
 
     def __init__(
         self, state: ServerState, page_tables: PageTables, calls: DriverCalls, jobs: Jobs, discards: Discards,
-        windows: FaultAroundWindows, isolation: Isolation,
+        windows: FaultAroundWindows, write_requests: WriteRequests,
     ) -> None:  # fmt: skip
         self._state = state
         self._page_tables = page_tables
@@ -56,7 +55,7 @@ class Faults:
         self._discards = discards
         self._discarding = discards.active
         self._windows = windows
-        self._write_requests = WriteRequests(state, page_tables, jobs, isolation)
+        self._write_requests = write_requests
         self._held = state.held.active
         self._flags = state.frames.flags
         self._parked = state.parked.by_page

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prefault.device.pages.served_areas import ServedArea, ServedClient, ServerState
     from prefault.device.server.discards import Discards
     from prefault.device.server.workers import Jobs, Workers
+    from prefault.device.server.write_requests import WriteRequests
 
 PIECE = 4096
 """Entries that one UFFDIO_CONTINUE makes: about a millisecond, after which faults and Cancel are handled."""
@@ -73,7 +74,7 @@ class PopulateRequests:
 
     def __init__(
         self, state: ServerState, page_tables: PageTables, jobs: Jobs, discards: Discards, workers: Workers, *,
-        page_by_page: bool, reply: Callable[[ServedClient, protocol.Reply], None],
+        write_requests: WriteRequests, page_by_page: bool, reply: Callable[[ServedClient, protocol.Reply], None],
     ) -> None:  # fmt: skip
         self._state = state
         self._frames = state.frames
@@ -81,6 +82,7 @@ class PopulateRequests:
         self._jobs = jobs
         self._discards = discards
         self._workers = workers
+        self._write_requests = write_requests
         self._headroom = FrameHeadroom(state)
         self._active: deque[_PopulateRequest] = deque()
         self._piece_pages = max(1, PIECE * state.unit // state.page_size)
@@ -186,9 +188,18 @@ class PopulateRequests:
             changes = self._state.changes
             state, stop = self._frames.run_at(run.start, min(run.stop, run.start + self._piece_pages))
             if state == DevicePageState.READY:
-                self._advance(populate, stop)
-                self._map(populate, range(run.start, stop))
-                return True
+                ready = self._not_read_only(populate, range(run.start, stop))
+                if len(ready):
+                    self._advance(populate, ready.stop)
+                    self._map(populate, ready)
+                    return True
+        if state == DevicePageState.READY:
+            self._advance(populate, run.start + 1)
+            populate.filling += 1
+            self._write_requests.ask_first(
+                populate.area, run.start, lambda failure: self._allowed(populate, run.start, failure)
+            )
+            return True
         discarded, piece = self._discards.split_at(run.start, range(run.start, stop))
         with self._state.lock:
             held, piece = self._state.held.split_at(run.start, piece)
@@ -218,6 +229,22 @@ class PopulateRequests:
             )
         )  # fmt: skip
         return True
+
+    def _not_read_only(self, populate: _PopulateRequest, pages: range) -> range:
+        """Return the first of these pages, as far as the populate need not ask the driver whether they may be written."""
+        protections = self._state.protections
+        if populate.request.access == "read" or not protections.in_use or not self._state.device.evicts:
+            return pages
+        runs = protections.not_read_only_runs(pages)
+        return runs[0] if runs and runs[0].start == pages.start else range(pages.start, pages.start)
+
+    def _allowed(self, populate: _PopulateRequest, page: int, failure: FillFailure | None) -> None:
+        """Take the driver's answer whether a page may be written."""
+        populate.filling -= 1
+        if failure is None:
+            populate.runs.appendleft(range(page, page + 1))
+        elif populate.failed is None:
+            populate.failed = failure._replace(page=page)
 
     def wait_until(self) -> float | None:
         """Return when the first request fails whose driver cannot supply pages yet (CLOCK_MONOTONIC); None without one."""
@@ -258,7 +285,10 @@ class PopulateRequests:
         if len(ready):
             append_run(populate.supplied, ready)
             if not cancelled and populate.area.alive:
-                self._map(populate, ready)
+                if ready == self._not_read_only(populate, ready):
+                    self._map(populate, ready)
+                else:
+                    populate.runs.appendleft(ready)  # READY by the next step
         self._answer_waiting(fill, mapped=not cancelled)
         failure, before = fill.failure, populate.failed
         # Several may fail at once, in workers: the first page is reported.

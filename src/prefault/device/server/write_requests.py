@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from time import monotonic_ns
 from typing import TYPE_CHECKING
 
@@ -30,15 +31,26 @@ class WriteRequests:
         self._isolation = isolation
         self._waiting: dict[int, list[tuple[ServedArea, int]]] = {}
         """Areas of the threads that wait for each page, and when their faults were read (ns)."""
+        self._then: dict[int, list[Callable[[FillFailure | None], None]]] = {}
+        """Functions of the populates that wait for each page."""
         self._allowing = state.protections.allowing
 
     def ask(self, area: ServedArea, page: int, now: int) -> None:
-        """Ask the driver whether clients may write to a page, unless it is being asked already."""
-        waiting = self._waiting.get(page)
-        if waiting is not None:
-            waiting.append((area, now))
-            return
-        self._waiting[page] = [(area, now)]
+        """Ask the driver for a thread that stored to a page, unless it is being asked already."""
+        asked = page in self._waiting
+        self._waiting.setdefault(page, []).append((area, now))
+        if not asked:
+            self._ask(area, page)
+
+    def ask_first(self, area: ServedArea, page: int, then: Callable[[FillFailure | None], None]) -> None:
+        """Ask the driver before anybody stores to a page, for a populate; ``then`` gets its failure in the loop."""
+        asked = page in self._waiting
+        self._waiting.setdefault(page, [])
+        self._then.setdefault(page, []).append(then)
+        if not asked:
+            self._ask(area, page)
+
+    def _ask(self, area: ServedArea, page: int) -> None:
         self._allowing.add(page)
         self._jobs.call(area, "mkwrite", page, then=lambda failure: self._answered(page, failure))
 
@@ -51,6 +63,8 @@ class WriteRequests:
             self._allowing.discard(page)
             if failure is None and not protected:
                 self._state.protections.set(pages, "write")
+                if self._state.frames.states[page] == DevicePageState.READY:
+                    self._isolation.unprotect(pages)
             elif failure is not None and self._state.frames.states[page] == DevicePageState.READY:
                 self._refuse([area for area, _ in alive], pages)
             for area, now in alive:
@@ -58,6 +72,8 @@ class WriteRequests:
                     area.counters.errors += 1
                 fault_resolution.wake(area.fd, area.address(page), self._state.page_size)  # to fault again
                 area.counters.record_latency(monotonic_ns() - now)
+        for then in self._then.pop(page, ()):
+            then(failure)
 
     def _refuse(self, areas: list[ServedArea], pages: range) -> None:
         """Poison a page in the areas of those who wrote to it; under the lock.

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefault.drivers.buffers.buddy import CHUNK, Block, BuddyAllocator, Fragmentation, OutOfMemoryError
+from prefault.drivers.buffers.buddy import CHUNK, Block, BuddyAllocator, Fragmentation, NoRoomError
 from prefault.sizes import MIB, PAGE_SIZE
 
 _CAPACITY = 2 * CHUNK + 5 * PAGE_SIZE  # no power of two
@@ -56,7 +56,7 @@ def test_d1_the_allocator_agrees_with_a_bitmap(requests: list[tuple[str, int, in
             room = _fits(bitmap, number, alignment, contiguous)
             try:
                 blocks = memory.allocate(number, alignment, contiguous=contiguous)
-            except OutOfMemoryError:
+            except NoRoomError:
                 assert not room
                 continue
             assert room
@@ -89,7 +89,7 @@ def test_allocations_are_taken_again_after_a_restart(sizes: list[int], chance: o
     for size in sizes:
         try:
             held.append((memory.allocate(size), size))
-        except OutOfMemoryError:
+        except NoRoomError:
             break
     for blocks, _ in held[::2]:
         memory.release(blocks)
@@ -136,7 +136,7 @@ def test_an_object_of_scattered_memory_is_allocated_in_small_blocks() -> None:
         memory.release(half)
     blocks = memory.allocate(CHUNK)
     assert [block.size for block in blocks] == [CHUNK // 2] * 2
-    with pytest.raises(OutOfMemoryError, match="in one piece"):
+    with pytest.raises(NoRoomError, match="in one piece"):
         memory.allocate(CHUNK, contiguous=True)
 
 
@@ -153,7 +153,7 @@ def test_what_is_too_large_is_refused_and_takes_nothing(contiguous: bool) -> Non
     memory = BuddyAllocator(3 * MIB)
     memory.allocate(MIB)
     for size, alignment in ((3 * MIB, PAGE_SIZE), (PAGE_SIZE, 4 * MIB), (1 << 60, PAGE_SIZE), (PAGE_SIZE, 1 << 60)):
-        with pytest.raises(OutOfMemoryError, match=r"2.0 MiB of 3.0 MiB are free, the largest block has"):
+        with pytest.raises(NoRoomError, match=r"2.0 MiB of 3.0 MiB are free, the largest block has"):
             memory.allocate(size, alignment, contiguous=contiguous)
         assert memory.free == 2 * MIB
 

@@ -414,14 +414,14 @@ def test_requests_that_are_refused_change_nothing(buffers: Buffers) -> None:
             (lambda: buffers.describe("c"), "no buffer object 'c'", errno.ENOENT),
             (lambda: buffers.move("a", "vram", ticket=999), "no ticket 999", errno.EALREADY),
             (lambda: _reserve(buffers, reserved.ticket, "b"), "reserved already", errno.EALREADY),
-            (lambda: buffers.ask(_messages.Release(other, "b"), _messages.Done), "does not have b", errno.EALREADY),
+            (lambda: buffers.ask(_messages.Release(other, "b"), _messages.RequestDone), "does not have b", errno.EALREADY),
         ]
         for call, message, number in wrong:
             with pytest.raises(BufferObjectError, match=message) as caught:
                 call()
             assert caught.value.errno == number, message
             assert buffers.describe("b") == reserved
-        buffers.ask(_messages.EndTicket(other), _messages.Done)
+        buffers.ask(_messages.EndTicket(other), _messages.RequestDone)
         assert len(area) == 4 * MIB
     assert (buffers.statistics(), buffers.describe("a"), buffers.describe("b")) == before
     with pytest.raises(BufferObjectError, match="no buffer object"):

@@ -47,7 +47,7 @@ class Fragmentation(NamedTuple):
         return 1 - self.free_in_chunks / self.free if self.free else 0.0
 
 
-class OutOfMemoryError(MemoryError):
+class NoRoomError(MemoryError):
     """No block of the size and alignment is free."""
 
 
@@ -101,7 +101,7 @@ class BuddyAllocator:
 
         Raises:
             ValueError: the size is not positive, or the alignment is not a power of two from a page up.
-            OutOfMemoryError: there is not enough free memory in blocks of that alignment; nothing was allocated.
+            NoRoomError: there is not enough free memory in blocks of that alignment; nothing was allocated.
         """
         check_alignment(alignment)
         if size <= 0:
@@ -110,7 +110,7 @@ class BuddyAllocator:
         blocks = self._allocate_run(rounded, alignment) if contiguous else self._allocate_blocks(rounded, alignment)
         if blocks is None:
             adjoining = " in one piece" if contiguous else ""
-            raise OutOfMemoryError(
+            raise NoRoomError(
                 f"no room for {format_size(rounded)}{adjoining} at multiples of {format_size(alignment)}:"
                 f" {format_size(self.free)} of {format_size(self.capacity)} are free, the largest block has"
                 f" {format_size(self._largest())}"

@@ -12,7 +12,14 @@ from typing import Any, Literal, TypeVar
 from prefault.device import Area, DeviceClient
 from prefault.drivers.buffers import buffer_messages as messages
 from prefault.drivers.buffers.buffer_errors import BufferObjectError
-from prefault.drivers.buffers.buffer_messages import AnyReply, BufferStatistics, Caching, Description, DirtyRuns, Request
+from prefault.drivers.buffers.buffer_messages import (
+    AnyReply,
+    BufferRequest,
+    BufferStatistics,
+    Caching,
+    Description,
+    DirtyRuns,
+)
 from prefault.drivers.buffers.placements import Placement
 from prefault.errors import DeviceError, DeviceGoneError
 from prefault.ipc.messages import encode
@@ -61,7 +68,7 @@ class Buffers:
         self.client = client
         self.timeout = timeout
 
-    def ask(self, request: Request, kind: type[_Reply]) -> _Reply:
+    def ask(self, request: BufferRequest, kind: type[_Reply]) -> _Reply:
         """Send a request, and return its reply."""
         try:
             reply = messages.decode_reply(self.client.control(encode(request), timeout=self.timeout))
@@ -90,7 +97,7 @@ class Buffers:
             priority: 0 to 3; a lower one is evicted earlier.
             caching: "cached", "write-combined", "uncached" or "encrypted": recorded, not enforced.
         """
-        request = messages.Create(
+        request = messages.CreateBuffer(
             name, parse_size(size), tuple(Placement(place) for place in placements), parse_size(alignment), contiguous,
             priority, Caching(caching),
         )  # fmt: skip
@@ -98,7 +105,7 @@ class Buffers:
 
     def delete(self, name: str) -> None:
         """Delete an object that no client maps."""
-        self.ask(messages.Delete(name), messages.Done)
+        self.ask(messages.Delete(name), messages.RequestDone)
 
     def describe(self, name: str) -> Description:
         """Return the facts about an object."""
@@ -119,31 +126,31 @@ class Buffers:
 
     def move(self, name: str, placement: str, *, ticket: int = 0) -> None:
         """Bring an object into a placement; others leave it in the order of their last use."""
-        self.ask(messages.Move(name, Placement(placement), ticket), messages.Done)
+        self.ask(messages.Move(name, Placement(placement), ticket), messages.RequestDone)
 
     def evict(self, name: str, *, ticket: int = 0) -> None:
         """Have an object leave VRAM for SYSTEM, or SYSTEM for the swap file."""
-        self.ask(messages.Evict(name, False, ticket), messages.Done)
+        self.ask(messages.Evict(name, False, ticket), messages.RequestDone)
 
     def swap_out(self, name: str, *, ticket: int = 0) -> None:
         """Have an object leave for the swap file; the next touch brings it back."""
-        self.ask(messages.Evict(name, True, ticket), messages.Done)
+        self.ask(messages.Evict(name, True, ticket), messages.RequestDone)
 
     def pin(self, name: str) -> None:
         """Have an object stay where it is, until it is unpinned as often."""
-        self.ask(messages.Pin(name, True), messages.Done)
+        self.ask(messages.PinBuffer(name, True), messages.RequestDone)
 
     def unpin(self, name: str) -> None:
         """Remove a pin."""
-        self.ask(messages.Pin(name, False), messages.Done)
+        self.ask(messages.PinBuffer(name, False), messages.RequestDone)
 
     def set_caching(self, name: str, caching: str, *, ticket: int = 0) -> None:
         """Change the caching attribute while no client has an entry for the object."""
-        self.ask(messages.SetCaching(name, Caching(caching), ticket), messages.Done)
+        self.ask(messages.SetCaching(name, Caching(caching), ticket), messages.RequestDone)
 
     def protect(self, name: str, access: Literal["read", "write"], *, ticket: int = 0) -> None:
         """Change the protection of all mappings while no client has an entry: a store to a "read" object is SIGBUS."""
-        self.ask(messages.Protect(name, access, ticket), messages.Done)
+        self.ask(messages.Protect(name, access, ticket), messages.RequestDone)
 
     # --- content
 
@@ -160,7 +167,7 @@ class Buffers:
 
     def track_dirty(self, name: str, tracked: bool = True) -> None:
         """Begin or end dirty tracking of an object."""
-        self.ask(messages.TrackDirty(name, tracked), messages.Done)
+        self.ask(messages.TrackDirty(name, tracked), messages.RequestDone)
 
     def take_dirty(self, name: str) -> DirtyRuns:
         """Return the pages that were written since the last call, and make them clean."""
@@ -182,7 +189,7 @@ class Buffers:
         finally:
             with suppress(BufferObjectError, DeviceGoneError):  # the object was deleted, or the server is gone for good
                 self._release(found)
-                self.ask(messages.EndTicket(found.ticket), messages.Done)
+                self.ask(messages.EndTicket(found.ticket), messages.RequestDone)
 
     def _acquire(self, found: Reservation, names: list[str], until: float) -> None:
         while left := [name for name in names if name not in found.held]:
@@ -200,14 +207,14 @@ class Buffers:
 
     def _release(self, found: Reservation) -> None:
         while found.held:
-            self.ask(messages.Release(found.ticket, found.held.pop()), messages.Done)
+            self.ask(messages.Release(found.ticket, found.held.pop()), messages.RequestDone)
 
     # --- the device
 
     def unplug(self, policy: Literal["dummy", "poison"]) -> None:
         """Unplug the device: each touch of an object gets a page of zeros ("dummy"), or SIGBUS ("poison")."""
-        self.ask(messages.Unplug(policy), messages.Done)
+        self.ask(messages.Unplug(policy), messages.RequestDone)
 
     def statistics(self) -> BufferStatistics:
         """Return counters, and the state of the memory."""
-        return self.ask(messages.AskStatistics(), BufferStatistics)
+        return self.ask(messages.AskBufferStatistics(), BufferStatistics)

@@ -23,11 +23,11 @@ class Caching(enum.StrEnum):
     ENCRYPTED = "encrypted"
 
 
-class Request(TaggedMessage, frozen=True):
+class BufferRequest(TaggedMessage, frozen=True):
     """Base of requests."""
 
 
-class Create(Request, frozen=True):
+class CreateBuffer(BufferRequest, frozen=True):
     """Make an object. The reply is a Description."""
 
     name: Name
@@ -39,19 +39,19 @@ class Create(Request, frozen=True):
     caching: Caching
 
 
-class Delete(Request, frozen=True):
+class Delete(BufferRequest, frozen=True):
     """Delete an object."""
 
     name: Name
 
 
-class Describe(Request, frozen=True):
+class Describe(BufferRequest, frozen=True):
     """Ask for the Description of an object."""
 
     name: Name
 
 
-class Move(Request, frozen=True):
+class Move(BufferRequest, frozen=True):
     """Bring an object into one placement (ttm_bo_validate())."""
 
     name: Name
@@ -59,7 +59,7 @@ class Move(Request, frozen=True):
     ticket: TicketNumber
 
 
-class Evict(Request, frozen=True):
+class Evict(BufferRequest, frozen=True):
     """Have an object leave VRAM for SYSTEM, or SYSTEM for the swap file; ``swap``: for the swap file at once."""
 
     name: Name
@@ -67,14 +67,14 @@ class Evict(Request, frozen=True):
     ticket: TicketNumber
 
 
-class Pin(Request, frozen=True):
+class PinBuffer(BufferRequest, frozen=True):
     """Pin an object where it is, or remove a pin."""
 
     name: Name
     pinned: bool
 
 
-class SetCaching(Request, frozen=True):
+class SetCaching(BufferRequest, frozen=True):
     """Change the caching attribute of an object."""
 
     name: Name
@@ -82,7 +82,7 @@ class SetCaching(Request, frozen=True):
     ticket: TicketNumber
 
 
-class Protect(Request, frozen=True):
+class Protect(BufferRequest, frozen=True):
     """Change the protection of an object: enforced for all mappings."""
 
     name: Name
@@ -90,73 +90,73 @@ class Protect(Request, frozen=True):
     ticket: TicketNumber
 
 
-class Advise(Request, frozen=True):
+class Advise(BufferRequest, frozen=True):
     """Say whether the content of an object is needed. The reply is Retained."""
 
     name: Name
     advice: Literal["dontneed", "willneed"]
 
 
-class Purge(Request, frozen=True):
+class Purge(BufferRequest, frozen=True):
     """Drop the content of an object that is not needed."""
 
     name: Name
 
 
-class TrackDirty(Request, frozen=True):
+class TrackDirty(BufferRequest, frozen=True):
     """Begin or end dirty tracking of an object."""
 
     name: Name
     tracked: bool
 
 
-class TakeDirty(Request, frozen=True):
+class TakeDirty(BufferRequest, frozen=True):
     """Ask which pages of an object were written since the last time. The reply is DirtyRuns."""
 
     name: Name
 
 
-class BeginTicket(Request, frozen=True):
+class BeginTicket(BufferRequest, frozen=True):
     """Ask for a ticket. The reply is TicketState."""
 
 
-class Reserve(Request, frozen=True):
+class Reserve(BufferRequest, frozen=True):
     """Reserve an object. The reply is TicketState."""
 
     ticket: TicketNumber
     name: Name
 
 
-class Release(Request, frozen=True):
+class Release(BufferRequest, frozen=True):
     """Release a reservation."""
 
     ticket: TicketNumber
     name: Name
 
 
-class TicketDone(Request, frozen=True):
+class TicketDone(BufferRequest, frozen=True):
     """Declare that a ticket reserves nothing more."""
 
     ticket: TicketNumber
 
 
-class EndTicket(Request, frozen=True):
+class EndTicket(BufferRequest, frozen=True):
     """Give a ticket back."""
 
     ticket: TicketNumber
 
 
-class Unplug(Request, frozen=True):
+class Unplug(BufferRequest, frozen=True):
     """Unplug the device (drm_dev_unplug()): its memory is gone."""
 
     policy: Literal["dummy", "poison"]
 
 
-class AskStatistics(Request, frozen=True):
+class AskBufferStatistics(BufferRequest, frozen=True):
     """Ask for BufferStatistics."""
 
 
-class Done(TaggedMessage, frozen=True):
+class RequestDone(TaggedMessage, frozen=True):
     """The request was carried out."""
 
 
@@ -193,7 +193,7 @@ class Description(TaggedMessage, frozen=True):
 
 
 class Retained(TaggedMessage, frozen=True):
-    """Whether an object still has its content."""
+    """Reply to advice: True if the object still has its content."""
 
     retained: bool
 
@@ -241,10 +241,10 @@ class BufferStatistics(TaggedMessage, frozen=True):
 
 
 AnyRequest: TypeAlias = (
-    Create | Delete | Describe | Move | Evict | Pin | SetCaching | Protect | Advise | Purge | TrackDirty | TakeDirty
-    | BeginTicket | Reserve | Release | TicketDone | EndTicket | Unplug | AskStatistics
+    CreateBuffer | Delete | Describe | Move | Evict | PinBuffer | SetCaching | Protect | Advise | Purge | TrackDirty
+    | TakeDirty | BeginTicket | Reserve | Release | TicketDone | EndTicket | Unplug | AskBufferStatistics
 )  # fmt: skip
-AnyReply: TypeAlias = Done | Description | Retained | DirtyRuns | TicketState | BufferStatistics
+AnyReply: TypeAlias = RequestDone | Description | Retained | DirtyRuns | TicketState | BufferStatistics
 
 decode_request: Decoder[AnyRequest] = Decoder(AnyRequest)
 decode_reply: Decoder[AnyReply] = Decoder(AnyReply)

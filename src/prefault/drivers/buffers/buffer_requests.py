@@ -13,7 +13,7 @@ from prefault.drivers.buffers.reservations import Outcome, ReservationError, Tic
 from prefault.ipc.transport import ProtocolError
 from prefault.sizes import format_size
 
-_DONE = messages.Done()
+_DONE = messages.RequestDone()
 
 
 class BufferRequests:
@@ -44,7 +44,7 @@ class BufferRequests:
     def _handle(self, client: int, request: messages.AnyRequest) -> AnyReply:
         device = self._device
         match request:
-            case messages.Create():
+            case messages.CreateBuffer():
                 return self._describe(self._create(request))
             case messages.Delete():
                 with device.reserved(self._buffer(request.name)):
@@ -52,7 +52,7 @@ class BufferRequests:
                 device.delete(self._buffer(request.name))
             case messages.Describe():
                 return self._describe(self._buffer(request.name))
-            case messages.Pin():
+            case messages.PinBuffer():
                 self._pin(self._buffer(request.name), request.pinned)
             case messages.Move() | messages.Evict() | messages.SetCaching() | messages.Protect():
                 buffer = self._buffer(request.name, usable=True)
@@ -66,7 +66,7 @@ class BufferRequests:
                 return device.take_dirty(self._buffer(request.name))
             case messages.Unplug():
                 device.unplug(request.policy)
-            case messages.AskStatistics():
+            case messages.AskBufferStatistics():
                 return self._statistics()
             case _:
                 return self._reservation(client, request)
@@ -82,7 +82,7 @@ class BufferRequests:
             raise BufferObjectError(errno.ENODATA, f"{name!r} was purged: delete it, and make it anew")
         return buffer
 
-    def _create(self, request: messages.Create) -> Buffer:
+    def _create(self, request: messages.CreateBuffer) -> Buffer:
         resource = Resource(
             request.name, request.size, request.placements, request.alignment, request.contiguous, request.priority
         )
@@ -197,5 +197,5 @@ class BufferRequests:
 
 
 _AFTER_UNPLUG = (
-    messages.Delete, messages.Describe, messages.Release, messages.EndTicket, messages.AskStatistics, messages.Unplug,
+    messages.Delete, messages.Describe, messages.Release, messages.EndTicket, messages.AskBufferStatistics, messages.Unplug,
 )  # fmt: skip

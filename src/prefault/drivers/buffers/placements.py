@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from prefault.drivers.buffers.buddy import Block, BuddyAllocator, OutOfMemoryError, check_alignment
+from prefault.drivers.buffers.buddy import Block, BuddyAllocator, NoRoomError, check_alignment
 from prefault.drivers.buffers.buffer_errors import BufferObjectError
 from prefault.sizes import PAGE_SIZE, format_size
 
@@ -281,7 +281,7 @@ class Placements:
                 if self.vram is None:
                     return False
                 blocks = self.vram.allocate(resource.size, resource.alignment, contiguous=resource.contiguous)
-            except OutOfMemoryError:
+            except NoRoomError:
                 return False
         elif target is not None and self.used[target] + resource.charge > self.capacity[target]:
             return False

@@ -11,9 +11,9 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from prefault.device.page_runs import subtract
 from prefault.device.page_states import DevicePageState
 from prefault.device.pages import fault_resolution
-from prefault.device.pages.page_pool import subtract
 
 if TYPE_CHECKING:
     from prefault.device.pages.huge_pages import HugePages

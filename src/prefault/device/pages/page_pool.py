@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import MutableSequence
 from typing import TYPE_CHECKING
 
 from prefault.device.frames import zeros
+from prefault.device.page_runs import append_run, subtract
 from prefault.device.page_states import DevicePageState, PageFlag
 
 if TYPE_CHECKING:
@@ -175,37 +175,3 @@ class PagePool:
             kept += self._frames.runs(oldest, DevicePageState.READY, DevicePageState.EVICTING)
         self._order.extendleft(reversed(kept))
         self._listed += sum(map(len, kept))
-
-
-def append_run(runs: MutableSequence[range], run: range) -> None:
-    """Append a run, or join it to the last one if it continues that."""
-    if runs and runs[-1].stop == run.start:
-        runs[-1] = range(runs[-1].start, run.stop)
-    else:
-        runs.append(run)
-
-
-def subtract(run: range, keep: list[range]) -> list[range]:
-    """Return the pieces of a run that lie in none of the runs in ``keep``."""
-    pieces = [run]
-    for other in keep:
-        pieces = [
-            part
-            for piece in pieces
-            for part in (range(piece.start, min(piece.stop, other.start)), range(max(piece.start, other.stop), piece.stop))
-            if len(part)
-        ]
-    return pieces
-
-
-def with_gaps(runs: list[range], pages: range) -> list[tuple[range, bool]]:
-    """Split pages at sorted runs of them: each piece, and whether it is one of the runs."""
-    pieces, at = [], pages.start
-    for run in runs:
-        if at < run.start:
-            pieces.append((range(at, run.start), False))
-        pieces.append((run, True))
-        at = run.stop
-    if at < pages.stop:
-        pieces.append((range(at, pages.stop), False))
-    return pieces

@@ -8,9 +8,9 @@ from fcntl import ioctl
 from typing import TYPE_CHECKING
 
 from prefault._kernel.userfaultfd import UFFDIO_CONTINUE, UFFDIO_RUN_ARGUMENT
+from prefault.device.page_runs import subtract, with_gaps
 from prefault.device.page_states import DevicePageState
 from prefault.device.pages import fault_resolution
-from prefault.device.pages.page_pool import subtract, with_gaps
 
 if TYPE_CHECKING:
     from prefault.device.pages.fills import Fill

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from prefault.device.page_runs import subtract
 from prefault.device.page_states import DevicePageState, PageFlag
-from prefault.device.pages.page_pool import subtract
 
 if TYPE_CHECKING:
     from prefault.device.device_pool import Access

@@ -19,8 +19,8 @@ import time
 from typing import TYPE_CHECKING
 
 from prefault.device.device_pool import Access, ShootDown
+from prefault.device.page_runs import append_run, subtract
 from prefault.device.page_states import UNSETTLED
-from prefault.device.pages.page_pool import append_run, subtract
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prefault.device import protocol
+from prefault.device.page_runs import append_run, subtract
 from prefault.device.page_states import DevicePageState
 from prefault.device.pages.fills import Fill, FillFailure
 from prefault.device.pages.frame_headroom import FrameHeadroom, FrameShortfall
-from prefault.device.pages.page_pool import append_run, subtract
 from prefault.intervals import Intervals
 
 if TYPE_CHECKING:

@@ -261,10 +261,13 @@ class Frames(PageStates):
     def copy_aside(self, pages: range) -> None:
         """Copy frames to the room behind the table; OSError (ENOSPC) if there is no memory."""
         if self._is_huge(pages):
-            with self.aside(pages) as memory, self.view(pages) as content:
+            with self.aside(pages) as memory, memoryview(memory) as copy:
                 memory.madvise(mman.MADV_HUGEPAGE)
                 _populate(memory)
-                memory[:] = content
+                done = 0
+                while done < len(copy):
+                    with copy[done:] as rest:
+                        done += os.preadv(self.fd, [rest], pages.start * self.page_size + done)
             return
         # write(2) does not clear the new pages first, as a store would have the kernel do: 2.5 times as fast.
         at, content = self._aside_offset(pages.start), self.view(pages)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from prefault.device.page_runs import subtract
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from prefault.device.pages.huge_pages import HugePages
     from prefault.device.pages.served_areas import ServedArea, ServerState
 
+_PIECES_FOR_THREADS = 8
+"""Pieces from which on two threads copy them."""
 _log = logging.getLogger("prefault.device")
 _LOOK_S = 0.0005
 
@@ -122,13 +126,22 @@ class Isolation:
         """Move the content of EVICTING pages to the copy aside: no client has an entry any more.
 
         Raises:
-            OSError: ENOSPC: there is no memory for the copy. Pages up to the failing one are moved.
+            OSError: ENOSPC: there is no memory for the copy. Some of the pages are moved.
         """
-        for piece in self._frames.chunks(run):
-            self._frames.copy_aside(piece)
-            with self._state.lock:
-                self._frames.mark(piece, DevicePageState.ASIDE)
-                self._frames.punch(piece)
+        pieces = self._frames.chunks(run)
+        if len(pieces) < _PIECES_FOR_THREADS or len(os.sched_getaffinity(0)) < 2:
+            for piece in pieces:
+                self._move_aside(piece)
+            return
+        with ThreadPoolExecutor(2) as threads:
+            for moved in [threads.submit(self._move_aside, piece) for piece in pieces]:
+                moved.result()
+
+    def _move_aside(self, piece: range) -> None:
+        self._frames.copy_aside(piece)
+        with self._state.lock:
+            self._frames.mark(piece, DevicePageState.ASIDE)
+            self._frames.punch(piece)
 
     def move_back(self, run: range) -> range:
         """Copy the content of ASIDE pages back to their frames, and return them: EVICTING, until :meth:`end_aside`.

@@ -208,3 +208,10 @@ class Commanded(Device):
                 else:
                     self.pool.protect(pages, "read")
         return rounds
+
+
+class LocalCommanded(Commanded):
+    """A commanded device of a test's own class: its server is a fork, which needs no recipe."""
+
+    def recipe(self) -> None:  # type: ignore[override]
+        return None

@@ -156,6 +156,9 @@ class DevicePool(abc.ABC):
 
         "read": a store waits, and calls :meth:`Device.mkwrite`. A write that began before is in the pages when this returns.
         "write": the protection ends, and ``mkwrite`` is not called any more.
+
+        Raises:
+            OSError: EBUSY: a client keeps changing its mappings; the protection is as before.
         """
 
     @abc.abstractmethod

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import resource
 import signal
 import threading
 import time
@@ -19,12 +18,12 @@ import pytest
 
 import prefault
 import prefault.device
-from prefault.device.device_pool import Access, DevicePool
-from prefault.device.driver import DeviceArea, Supplied
+from prefault.device.device_pool import Access
+from prefault.device.driver import RETRY, DeviceArea, Supplied
 from prefault.errors import DeviceError, DeviceGoneError, DriverError
 from prefault.sizes import PAGE_SIZE
 from support.children import Child
-from support.commanded import Commanded, command
+from support.commanded import Commanded, LocalCommanded, command
 from support.device_server import ends_by
 from support.pools import wait_until
 from support.wardens import roles
@@ -41,13 +40,6 @@ libc.mremap.restype = ctypes.c_void_p
 def remap_last_page(address: int) -> None:
     """Move a page of an area elsewhere, by mremap(2)."""
     libc.mremap(address, PAGE_SIZE, 2 * PAGE_SIZE, 1)  # MREMAP_MAYMOVE; it has no room to grow where it is
-
-
-class Local(Commanded):
-    """A commanded device of the test's own: its server is a fork, which needs no recipe."""
-
-    def recipe(self) -> None:  # type: ignore[override]
-        return None
 
 
 @contextlib.contextmanager
@@ -84,10 +76,31 @@ def test_a_driver_that_answers_retry_is_asked_once_also_after_other_pages_were_r
             assert child.result() == 0x0101010101010101
 
 
+class AsksInTurn(LocalCommanded):
+    """Page 130 can be supplied after page 5, which is ready when page 70 is asked for; each is of another batch."""
+
+    ready = False
+
+    def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
+        if page == 5:
+            self.ready = self.asked.count((5, access)) > 0
+            self.pool.retry(range(130, 131))
+        if page == 70:
+            self.pool.retry(range(5, 6))
+        answer = super().fault(area, page, access)
+        return RETRY if page in (5, 130) and not self.ready else answer
+
+
+def test_a_populate_that_waits_for_several_batches_misses_no_retry() -> None:
+    with mapped(AsksInTurn(pages=192, timeout_s=3.0)) as (area, view):
+        assert prefault.populate(area, headroom="ignore").bytes == 192 * PAGE_SIZE
+        assert (word(view, 5), word(view, 130)) == (6, 131)
+
+
 # --- poison
 
 
-class PoisonsInTheMiddle(Local):
+class PoisonsInTheMiddle(LocalCommanded):
     """Poisons a page where its client says, and dies there if it is told to."""
 
     def do_poison_while_shot_down(self, pages: range, die: bool) -> None:
@@ -117,7 +130,7 @@ def test_pages_that_are_poisoned_while_they_are_taken_stay_poisoned(what: str, d
             prefault.populate(area)
 
 
-class PoisonsWhatItSupplies(Local):
+class PoisonsWhatItSupplies(LocalCommanded):
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
         answer = super().fault(area, page, access)
         if page == 2:
@@ -160,7 +173,7 @@ def test_a_supply_that_fails_leaves_poison() -> None:
 # --- the device's partial last page
 
 
-class Partial(Local):
+class Partial(LocalCommanded):
     def __init__(self) -> None:
         super().__init__(pages=4)
         self.length = 3 * PAGE_SIZE + 100
@@ -184,7 +197,7 @@ def test_the_rest_of_the_last_page_stays_zeros_when_it_is_shot_down() -> None:
 # --- mkwrite
 
 
-class ProtectsMeanwhile(Local):
+class ProtectsMeanwhile(LocalCommanded):
     def mkwrite(self, area: DeviceArea, page: int) -> None:
         super().mkwrite(area, page)
         if len(self.written) == 1:
@@ -201,7 +214,7 @@ def test_a_protection_that_comes_while_a_store_is_allowed_counts(workers: int) -
         assert (word(view, 2), view[2 * PAGE_SIZE + 100]) == (3, 77)
 
 
-class DiesInTheMiddleOfProtecting(Local):
+class DiesInTheMiddleOfProtecting(LocalCommanded):
     def do_protect_and_die(self, pages: range) -> None:
         self.pool._isolation.write_protect = lambda run: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[attr-defined]
         self.pool.protect(pages, "read")
@@ -219,7 +232,7 @@ def test_a_server_killed_while_it_protects_leaves_pages_whose_protection_holds()
 # --- clients that change their mappings
 
 
-class RefusesSlowly(Local):
+class RefusesSlowly(LocalCommanded):
     def mkwrite(self, area: DeviceArea, page: int) -> None:
         time.sleep(0.5)
         self.written.append(page)
@@ -243,161 +256,24 @@ def test_a_refusal_while_the_client_moves_its_memory_does_not_end_the_server() -
     assert said == "7 True [2, 2]"
 
 
-# --- shoot-downs beside faults and populates
+class ProtectsSlowly(LocalCommanded):
+    def do_protect_slowly(self, pages: range) -> None:
+        time.sleep(0.5)
+        self.pool.protect(pages, "read")
 
 
-class ShootsDownAllTheTime(Local):
-    """Shoots its pages down, and drops them, again and again; notes pages that it is asked for meanwhile."""
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.inside = self.over = False
-        self.asked_inside: list[int] = []
-        self.rounds = 0
-
-    def start(self, pool: DevicePool) -> None:
-        super().start(pool)
-        self.thread = threading.Thread(target=self._shoot, daemon=True)
-        self.thread.start()
-
-    def _shoot(self) -> None:
-        while not self.over:
-            with contextlib.suppress(OSError), self.pool.shoot_down(self.pool.pages) as move:
-                self.inside = True
-                time.sleep(0.001)
-                move.drop(self.pool.pages)
-                self.rounds += 1
-                self.inside = False
-            time.sleep(0.0005)
-
-    def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
-        if self.inside:
-            self.asked_inside.append(page)
-        return super().fault(area, page, access)
-
-    def do_asked_inside(self, pages: range) -> Any:
-        return [self.rounds, self.asked_inside]
-
-    def stop(self) -> None:
-        self.over = True
-        self.thread.join()
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_driver_is_not_asked_for_pages_that_are_shot_down(workers: int) -> None:
-    with mapped(ShootsDownAllTheTime(pages=4, workers=workers)) as (area, view):
-        until = time.monotonic() + 3
-        while time.monotonic() < until:
+def test_a_protection_that_fails_since_a_client_moves_its_memory_changes_nothing() -> None:
+    def store(say: Any) -> None:
+        with mapped(ProtectsSlowly()) as (area, view):
             prefault.populate(area)
-            assert word(view, 2) in (0, 3)
-        rounds, asked = command(area, "asked_inside")
-        assert rounds > 20
-        assert asked == []
+            mover = threading.Timer(0.2, remap_last_page, (area.address + 15 * PAGE_SIZE,))
+            mover.start()
+            with pytest.raises(DeviceError, match="keeps changing its mappings") as caught:
+                command(area, "protect_slowly", 0, 8)
+            mover.join()
+            command(area, "evict", 2, 3)  # its entry is made anew, with the protection that the page has
+            view[2 * PAGE_SIZE + 100] = 7
+            say(f"{caught.value.errno == errno.EBUSY} {view[2 * PAGE_SIZE + 100]} {command(area, 'written')}")
 
-
-def test_pages_are_not_supplied_while_another_thread_shoots_them_down() -> None:
-    with mapped(Commanded(workers=2)) as (area, view):
-        assert word(view, 2) == 3
-        shooting = threading.Thread(target=command, args=(area, "shoot_down", 0, 8), kwargs={"sleep_s": 1.0})
-        shooting.start()
-        time.sleep(0.4)
-        began = time.monotonic()
-        assert command(area, "supply", 4, 5, byte=1) == 1
-        assert time.monotonic() - began > 0.2
-        shooting.join()
-        assert word(view, 4) == 0x0101010101010101
-
-
-class SuppliesWhatItShootsDown(Local):
-    def do_supply_inside(self, pages: range) -> None:
-        with self.pool.shoot_down(pages):
-            self.pool.supply(pages)
-
-
-def test_a_thread_that_shoots_pages_down_cannot_supply_them() -> None:
-    with mapped(SuppliesWhatItShootsDown()) as (area, view):
-        with pytest.raises(DeviceError, match="this thread shoots some of"):
-            command(area, "supply_inside", 0, 8)
-        assert word(view, 2) == 3
-
-
-class MovesBackSlowly(Local):
-    """Another thread of the driver is in the middle of copying content back while the device ends."""
-
-    def start(self, pool: DevicePool) -> None:
-        super().start(pool)
-        frames = pool._frames  # type: ignore[attr-defined]
-        copy_back, forget_aside = frames.copy_back, frames.forget_aside
-        main = threading.main_thread()
-        self.copying, self.forgotten = threading.Event(), threading.Event()
-
-        def slowly(pages: range) -> None:
-            if threading.current_thread() is not main:
-                self.copying.set()
-                self.forgotten.wait(1.0)
-            copy_back(pages)
-
-        def forget(pages: range) -> None:
-            forget_aside(pages)
-            if threading.current_thread() is main:
-                self.forgotten.set()
-                time.sleep(0.3)
-
-        frames.copy_back, frames.forget_aside = slowly, forget
-
-    def do_shoot_down_in_a_thread(self, pages: range) -> None:
-        def shoot() -> None:
-            with self.pool.shoot_down(pages):
-                pass
-
-        threading.Thread(target=shoot, daemon=True).start()
-        self.copying.wait()
-
-
-def test_the_end_of_a_device_waits_for_content_that_is_being_put_back(tmp_path: Path) -> None:
-    path = str(tmp_path / "socket")
-    server = prefault.device.serve(MovesBackSlowly(), path)
-    with prefault.device.connect(path) as device, device.map() as area, area.memoryview() as view:
-        prefault.populate(area)
-        view[2 * PAGE_SIZE + 8] = 77
-        command(area, "shoot_down_in_a_thread", 0, 16)
-        server.close()
-        view[3 * PAGE_SIZE + 8] = 78
-        assert [word(view, page) for page in range(16)] == list(range(1, 17))
-        assert (view[2 * PAGE_SIZE + 8], view[3 * PAGE_SIZE + 8]) == (77, 78)
-
-
-# --- many pages
-
-
-class Counts(Local):
-    def do_memory_of_flags(self, pages: range) -> int:
-        return os.fstat(self.pool._frames.states_fd).st_blocks * 512  # type: ignore[attr-defined]
-
-
-def test_flags_of_pages_that_were_never_touched_take_no_memory() -> None:
-    with mapped(Counts(pages=1 << 28, tracks_writes=True)) as (area, view):
-        view[8] = 1
-        command(area, "poison", 5, 6)
-        before = command(area, "memory_of_flags")
-        prefault.discard(area)
-        command(area, "protect", 0, 1 << 28, access="write")
-        assert command(area, "memory_of_flags") <= before
-        assert word(view, 0) == 1
-
-
-# --- a warden without memory
-
-
-def test_pages_for_which_there_is_no_memory_after_a_crash_are_poisoned_and_all_else_goes_on() -> None:
-    with mapped(Commanded()) as (area, view):
-        prefault.populate(area)
-        view[9 * PAGE_SIZE + 8] = 77
-        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.prlimit(roles()["warden"], resource.RLIMIT_FSIZE, (PAGE_SIZE, most))
-        with pytest.raises(DeviceGoneError):
-            command(area, "shoot_down", 4, 8, die=True)
-        assert command(area, "ready", 0, 16) == [[0, 4], [8, 16]]
-        assert (word(view, 9), view[9 * PAGE_SIZE + 8]) == (10, 77)
-        with pytest.raises(DriverError, match="page 4 is poisoned"):
-            prefault.populate(area)
+    said, _ = ends_by(store)
+    assert said == "True 7 []"

@@ -167,13 +167,24 @@ class ServedPool(DevicePool):
         self._isolation.check()
         state = self._state
         with state.lock:
+            if access == "write":
+                return self._allow_writes(pages)
+            before = state.protections.not_read_only_runs(pages)
             # First: an entry that is made from now on has the new protection.
-            state.protections.set(pages, access)
-            for run in self._frames.runs(pages, DevicePageState.READY):
-                if access == "read":
+            state.protections.set(pages, "read")
+            try:
+                for run in self._frames.runs(pages, DevicePageState.READY):
                     self._isolation.write_protect(run)
-                else:
-                    self._isolation.unprotect(run)
+            except OSError:
+                for run in before:
+                    self._allow_writes(run)
+                raise
+            return None
+
+    def _allow_writes(self, pages: range) -> None:
+        self._state.protections.set(pages, "write")
+        for run in self._frames.runs(pages, DevicePageState.READY):
+            self._isolation.unprotect(run)
 
     def prefer_huge(self, pages: range, huge: bool = True) -> None:
         """Have chunks be huge pages: see :meth:`DevicePool.prefer_huge`."""

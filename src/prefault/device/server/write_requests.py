@@ -65,7 +65,7 @@ class WriteRequests:
                 self._state.protections.set(pages, "write")
                 if self._state.frames.states[page] == DevicePageState.READY:
                     self._isolation.unprotect(pages)
-            elif failure is not None and self._state.frames.states[page] == DevicePageState.READY:
+            elif failure is not None and alive and self._state.frames.states[page] == DevicePageState.READY:
                 self._refuse([area for area, _ in alive], pages)
             for area, now in alive:
                 if failure is not None:

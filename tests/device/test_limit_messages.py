@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -68,9 +69,8 @@ def _pids(most: int) -> Iterator[Path]:
         (1, Remade(4)),
         (2, Remade(4)),
         (3, Pattern(4, workers=4)),
-        (6, Pattern(4, workers=4)),
     ],
-    ids=["warden", "server", "warden, by recipe", "server, by recipe", "first worker", "last worker"],
+    ids=["warden", "server", "warden, by recipe", "server, by recipe", "first worker"],
 )
 def test_a_limit_of_processes_is_named(most: int, device: Device) -> None:
     with _pids(most) as directory:
@@ -82,6 +82,20 @@ def test_a_limit_of_processes_is_named(most: int, device: Device) -> None:
         number, message = in_child(limited)
     assert number == errno.EAGAIN
     assert f"{directory}/pids.max allows {most} processes and threads, and there are {most}: raise that" in message
+
+
+def test_a_device_goes_on_with_the_workers_that_can_be_started(capfd: pytest.CaptureFixture[str]) -> None:
+    """Workers start when there is work for them."""
+    with _pids(6) as directory:
+
+        def limited() -> int:
+            (directory / "cgroup.procs").write_text(str(os.getpid()))
+            with prefault.device.map(Pattern(64, workers=8, batch_pages=1)) as area:
+                return prefault.populate(area).bytes
+
+        assert in_child(limited) == 64 * PAGE_SIZE
+        named = f"{directory}/pids.max allows 6 processes and threads, and there are 6: raise that"
+    assert re.search(r"\d of its 8 workers could be started: .*" + re.escape(named), capfd.readouterr().err)
 
 
 def test_the_users_own_limit_of_processes_is_named() -> None:

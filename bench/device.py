@@ -22,10 +22,12 @@ from pathlib import Path
 
 from device_areas import crowd, cycles, many
 from device_buffers import buffers
-from device_common import Effort, Measure, Trivial, cpu_ns, helpers, spread, stat, warm
+from device_common import Effort, Measure, Trivial, spread
 from prefault import device as devices
 from prefault._kernel import mman
 from prefault._system import hugetlb
+from prefault.bench.routes.device_processes import cpu_ns, helpers, stat
+from prefault.bench.routes.shipped_routes import warm
 from prefault.device import Area
 from prefault.device.server.populate_requests import PIECE
 from prefault.sizes import GIB, MIB, PAGE_SIZE, format_size

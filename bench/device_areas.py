@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from device_common import Effort, Holdings, Measure, Trivial, helpers, spread, warm
+from device_common import Effort, Holdings, Measure, Trivial, spread
 from prefault import device as devices
+from prefault.bench.routes.device_processes import helpers
+from prefault.bench.routes.shipped_routes import warm
 from prefault.sizes import KIB, PAGE_SIZE
 
 

@@ -1,4 +1,4 @@
-"""Shared parts of the measures of device memory: the driver, rows of the report, figures of processes."""
+"""Shared parts of the measures of device memory: the driver, rows of the report, what a process holds."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import prefault
+from prefault.bench.routes.device_processes import anonymous_bytes
 from prefault.device import Device, DeviceArea
 from prefault.device.device_pool import Access
-from prefault.sizes import MIB, PAGE_SIZE
+from prefault.sizes import KIB, PAGE_SIZE
 
 
 class Trivial(Device):
@@ -57,37 +57,6 @@ class Effort:
     areas: int
 
 
-# --- processes
-
-
-def stat(pid: int) -> tuple[str, int, int]:
-    """Return name, parent pid and CPU ticks of a process: proc_pidstat(5)."""
-    name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
-    fields = rest.split()
-    return name, int(fields[1]), int(fields[11]) + int(fields[12])
-
-
-def helpers() -> dict[str, int]:
-    """Return the pids of warden and server, by role, of the device that was mapped last."""
-    found: dict[str, int] = {}
-    parent = os.getpid()
-    for role in ("warden", "server"):
-        children = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and stat(int(entry.name))[:2] == (f"prefault-{role}", parent):
-                    children.append(int(entry.name))
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-        found[role] = parent = max(children)
-    return found
-
-
-def cpu_ns(pid: int) -> int:
-    """Return CPU ns of all threads by the scheduler's count, since ticks of 10 ms are coarse."""
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
-
-
 @dataclass(frozen=True, slots=True)
 class Holdings:
     """A process's open descriptors, mappings, and resident anonymous memory in KiB."""
@@ -98,16 +67,8 @@ class Holdings:
 
     @classmethod
     def of(cls, pid: int) -> Holdings:
-        status = Path(f"/proc/{pid}/status").read_text().splitlines()
-        rss = next(int(line.split()[1]) for line in status if line.startswith("RssAnon:"))
         maps = Path(f"/proc/{pid}/maps").read_text()
-        return cls(len(os.listdir(f"/proc/{pid}/fd")), maps.count("\n"), rss)
-
-
-def warm(length: int = 256 * MIB) -> None:
-    """Make the host back free memory: the first touch of a page that the host took back costs 9 us more here."""
-    with prefault.Mapping(length) as memory:
-        prefault.populate(memory)
+        return cls(len(os.listdir(f"/proc/{pid}/fd")), maps.count("\n"), anonymous_bytes(pid) // KIB)
 
 
 def spread(values: list[int]) -> str:

@@ -10,109 +10,56 @@ import argparse
 import mmap
 import os
 import platform
-import random
 import statistics
 import struct
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
 
 import prefault
-from device_common import Measure, cpu_ns, helpers, warm
+from device_common import Measure
 from prefault import device as devices
-from prefault.device import DeviceArea, DeviceClient
+from prefault.bench.routes.enclave_routes import repetition
+from prefault.bench.routes.shipped_results import INSTRUCTION_BYTES, EnclaveRoute, Taken
+from prefault.bench.routes.shipped_routes import warm
+from prefault.device import DeviceArea
 from prefault.device.device_pool import Access
 from prefault.device.driver import Supplied
 from prefault.drivers.enclave import Enclave, EnclavePageCache
 from prefault.sizes import MIB, PAGE_SIZE
 
 _SIZE = 64 * MIB
-_EXPLICIT = 512
-"""Pages that are added by two instructions each: all would take too long."""
 
 
 class Timings:
-    """Times of a route: wall clock of the client, CPU of the server, in seconds."""
+    """Times of each route for the whole enclave: wall clock of the client, CPU of the server, in seconds."""
 
     def __init__(self) -> None:
-        self.wall: dict[str, list[float]] = {}
-        self.cpu: dict[str, list[float]] = {}
+        self._taken: dict[EnclaveRoute, list[Taken]] = {route: [] for route in EnclaveRoute}
 
-    @contextmanager
-    def of(self, name: str, share: float = 1.0) -> Iterator[None]:
-        """Time a block, which does so much of the work of the route."""
-        server = helpers()["server"]
-        cpu, wall = cpu_ns(server), time.perf_counter()
-        yield
-        self.wall.setdefault(name, []).append((time.perf_counter() - wall) / share)
-        self.cpu.setdefault(name, []).append((cpu_ns(server) - cpu) / 1e9 / share)
+    def round(self, client: devices.DeviceClient) -> None:
+        for route, each in self._taken.items():
+            each.append(repetition(client, route, _SIZE))
 
-    def median(self, name: str) -> float:
-        return statistics.median(self.wall[name])
+    def median(self, route: EnclaveRoute) -> float:
+        return statistics.median(one.total_ns * _SIZE / PAGE_SIZE / one.pages / 1e9 for one in self._taken[route])
 
-    def cpu_median(self, name: str) -> float:
-        return statistics.median(self.cpu[name])
-
-
-def _touch(memory: memoryview, offsets: range | list[int]) -> None:
-    for offset in offsets:
-        memory[offset] = 1
-
-
-@contextmanager
-def _mapped(
-    client: DeviceClient, *, victims: int = 0, scattered: bool = False, **options: bool | str
-) -> Iterator[devices.Area]:
-    """Yield the mapping of a new enclave of the size of the EPC; another one fills the EPC before, by ``victims`` bytes."""
-    with ExitStack() as stack:
-        if victims:
-            other = Enclave.create(client, "other", victims, overcommit=True)
-            stack.callback(other.delete)
-            area = stack.enter_context(other.map())
-            memory = stack.enter_context(area.memoryview())
-            offsets = list(range(0, victims, victims // _SIZE * PAGE_SIZE))
-            if scattered:
-                random.Random(1).shuffle(offsets)
-            _touch(memory, offsets)
-        enclave = Enclave.create(client, "measured", _SIZE, **options)  # type: ignore[arg-type]
-        stack.callback(enclave.delete)
-        yield stack.enter_context(enclave.map())
+    def cpu_median(self, route: EnclaveRoute) -> float:
+        return statistics.median(one.server_cpu_ns / 1e9 for one in self._taken[route])
 
 
 def routes(rounds: int) -> Iterator[Measure]:
     """Measure the ways in which pages come in."""
     timings = Timings()
-    everything = range(0, _SIZE, PAGE_SIZE)
     with devices.open(EnclavePageCache(_SIZE)) as client:
         for _ in range(rounds):
             warm()
-            with _mapped(client) as area, area.memoryview() as memory, timings.of("touch"):
-                _touch(memory, everything)
-            with _mapped(client) as area, timings.of("populate"):
-                prefault.populate(area)
-            with _mapped(client, accept="explicit") as area, area.memoryview() as memory:
-                enclave = Enclave(client, "measured")
-                with timings.of("explicit", _EXPLICIT / len(everything)):
-                    for offset in everything[:_EXPLICIT]:
-                        enclave.eaug(offset, PAGE_SIZE)
-                        enclave.eaccept(offset, PAGE_SIZE, pending=True)
-                        memory[offset] = 1
-            with _mapped(client, victims=_SIZE) as area, area.memoryview() as memory, timings.of("touch, reclaim"):
-                _touch(memory, everything)
-            with _mapped(client, victims=_SIZE, overcommit=True) as area, timings.of("populate, reclaim"):
-                prefault.populate(area)
-            with _mapped(client, victims=2 * _SIZE, scattered=True, overcommit=True) as area, timings.of("scattered"):
-                prefault.populate(area)
-            with _mapped(client, victims=_SIZE, overcommit=True) as area:
-                prefault.populate(area)
-                with Enclave(client, "other").map() as other, timings.of("load"):
-                    prefault.populate(other)
+            timings.round(client)
 
-    def ratio(slow: str, fast: str, limit: float | None, name: str) -> Measure:
+    def ratio(slow: EnclaveRoute, fast: EnclaveRoute, limit: float | None, name: str) -> Measure:
         value = timings.median(slow) / timings.median(fast)
         return Measure(
             name, "(none)" if limit is None else f"at least {limit:.0f}x", f"{value:.0f}x",
@@ -120,32 +67,35 @@ def routes(rounds: int) -> Iterator[Measure]:
             f"{timings.median(slow) * 1e3:.0f} and {timings.median(fast) * 1e3:.0f} ms; {rounds} of each",
         )  # fmt: skip
 
-    yield ratio("touch", "populate", 50, "64 MiB, EAUG page by page on fault, against populate")
+    yield ratio(EnclaveRoute.FAULTS, EnclaveRoute.POPULATE, 50, "64 MiB, EAUG page by page on fault, against populate")
     yield ratio(
-        "explicit",
-        "populate",
+        EnclaveRoute.INSTRUCTIONS,
+        EnclaveRoute.POPULATE,
         None,
-        f"the same with explicit EAUG, EACCEPT and touch ({_EXPLICIT} pages, the rest extrapolated)",
+        f"the same with explicit EAUG, EACCEPT and touch ({INSTRUCTION_BYTES // PAGE_SIZE} pages, the rest extrapolated)",
     )
     yield ratio(
-        "touch, reclaim", "populate, reclaim", None, "64 MiB with reclaim, EAUG page by page on fault, against populate"
+        EnclaveRoute.FAULTS_RECLAIM,
+        EnclaveRoute.POPULATE_RECLAIM,
+        None,
+        "64 MiB with reclaim, EAUG page by page on fault, against populate",
     )
     size_mb = _SIZE / 1e6
     for name, route, limit in (
-        ("reclaim with encryption, pages in runs", "populate, reclaim", 300),
-        ("reclaim with encryption, single pages scattered over 128 MiB", "scattered", None),
+        ("reclaim with encryption, pages in runs", EnclaveRoute.POPULATE_RECLAIM, 300),
+        ("reclaim with encryption, single pages scattered over 128 MiB", EnclaveRoute.SCATTERED_RECLAIM, None),
     ):
-        rate = size_mb / (timings.cpu_median(route) - timings.cpu_median("populate"))
+        rate = size_mb / (timings.cpu_median(route) - timings.cpu_median(EnclaveRoute.POPULATE))
         yield Measure(
             name, "(none)" if limit is None else f"at least {limit} MB/s on one core", f"{rate:.0f} MB/s",
             None if limit is None else rate >= limit,
             f"CPU of the server: {timings.cpu_median(route) * 1e3:.0f} ms for populating 64 MiB,"
-            f" {timings.cpu_median('populate') * 1e3:.0f} without reclaim",
+            f" {timings.cpu_median(EnclaveRoute.POPULATE) * 1e3:.0f} without reclaim",
         )  # fmt: skip
     yield Measure(
         "64 MiB loaded (ELDU) by populate, while as much is evicted", "(none)",
-        f"{size_mb / timings.cpu_median('load'):.0f} MB/s", None,
-        f"CPU of the server: {timings.cpu_median('load') * 1e3:.0f} ms",
+        f"{size_mb / timings.cpu_median(EnclaveRoute.LOAD):.0f} MB/s", None,
+        f"CPU of the server: {timings.cpu_median(EnclaveRoute.LOAD) * 1e3:.0f} ms",
     )  # fmt: skip
 
 

@@ -269,12 +269,12 @@ def test_another_document_is_refused(damage: dict[str, Any]) -> None:
 
 def test_ratios_only_where_both_are_measured() -> None:
     run = example()
-    found = ratios(run.results)
-    first, kernel = run.results[0].cell, run.results[4].cell
+    found = ratios(run.routes)
+    first, kernel = run.routes[0].cell, run.routes[4].cell
     assert kernel not in found
     assert found[first].to_touch == 1
-    failed = [replace(result, status=Status.FAILED) for result in run.results[:1]]
-    assert ratios([*failed, *run.results[1:]])[run.results[1].cell].to_touch is None
+    failed = [replace(result, status=Status.FAILED) for result in run.routes[:1]]
+    assert ratios([*failed, *run.routes[1:]])[run.routes[1].cell].to_touch is None
 
 
 def test_system_calls_by_design() -> None:

@@ -11,10 +11,16 @@ Modules, lowest first:
     ratios, findings           comparison with the published figures; in words
     grid_report, live_display  the table; the display while the grid runs
 
-prefault bench device (in ``routes``): five routes to populated device memory, on one device.
+prefault bench device (in ``routes``): routes to populated device memory, five on one device and those of devices that ship.
 
     device_driver              the device
     device_results, device_json  cells and records; the file format
     device_routes, device_runner one repetition of one route; all routes
-    device_report              the table
+    device_processes           processes of a device in /proc
+    shipped_results            cells and records of devices that ship
+    shipped_routes             a timed step and its check
+    enclave_routes             one repetition on an enclave page cache
+    buffer_driver, buffer_routes  one repetition on a buffer object
+    shipped_runner             all of them
+    device_report              the tables
 """

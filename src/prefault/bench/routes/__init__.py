@@ -1,1 +1,1 @@
-"""The benchmark of device memory: five routes to populated pages."""
+"""The benchmark of device memory: routes to populated pages, on a device of one byte value and on devices that ship."""

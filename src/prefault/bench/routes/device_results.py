@@ -5,10 +5,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 from prefault.bench.results import Run, Timed
+from prefault.bench.routes.shipped_results import ShippedResult
 from prefault.sizes import MIB, PAGE_SIZE, format_size
+
+PATTERN: Final = "pattern"
+"""The name of the device of one byte value, on which the routes of :class:`Route` are compared."""
 
 Frames: TypeAlias = Literal["ready", "cold"]
 """``ready``: the driver supplied the pages before, for other clients. Else it supplies them during the measurement."""
@@ -108,8 +112,8 @@ class RouteResult(Timed[RouteCell]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceRun(Run[RouteResult]):
-    """A run of ``prefault bench device``.
+class DeviceRun(Run[RouteResult | ShippedResult]):
+    """A run of ``prefault bench device``: results on the device of one byte value, then those on devices that ship.
 
     Attributes:
         colocate: True if areas were mapped with ``colocate=True``.
@@ -118,6 +122,16 @@ class DeviceRun(Run[RouteResult]):
 
     colocate: bool
     user_mode_only: bool | None
+
+    @property
+    def routes(self) -> tuple[RouteResult, ...]:
+        """The results on the device of one byte value."""
+        return tuple(result for result in self.results if isinstance(result, RouteResult))
+
+    @property
+    def shipped(self) -> tuple[ShippedResult, ...]:
+        """The results on devices that ship."""
+        return tuple(result for result in self.results if isinstance(result, ShippedResult))
 
 
 def cells(sizes: Iterable[int], page_sizes: Iterable[int], frames: Iterable[Frames]) -> list[RouteCell]:

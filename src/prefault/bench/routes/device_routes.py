@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import os
 import resource
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +14,10 @@ from prefault import device as devices
 from prefault._kernel import mman
 from prefault._system import capabilities
 from prefault.bench.routes.device_driver import CONTENT, BenchDevice
+from prefault.bench.routes.device_processes import helpers
 from prefault.bench.routes.device_results import Counts, Route, RouteCell, system_calls
 from prefault.bench.stopping import StoppedError
 from prefault.device.client.area import Area
-from prefault.device.daemon import SERVER
 from prefault.device.server.populate_requests import PIECE
 from prefault.inspection.scan import residency
 from prefault.sizes import MIB, format_size
@@ -51,7 +49,7 @@ class Bed:
         self.device = BenchDevice(size_bytes, page_size)
         self._colocate = colocate
         self.keeper = devices.map(self.device)
-        self.server_pid = _server_pid()
+        self.server_pid = helpers().get("server")
 
     @property
     def user_mode_only(self) -> bool:
@@ -186,22 +184,6 @@ def _wrong(area: Area) -> Exception | None:
     if area.ndarray()[:: 64 * 1024].min() != CONTENT:
         return WrongError("the memory does not hold what the device does")
     return None
-
-
-def _server_pid() -> int | None:
-    """Find the server that this process started: a child of the warden, which is a child of this process."""
-    parents: dict[int, int] = {}
-    servers = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with suppress(OSError):  # a process that has just ended
-            name, _, rest = (entry / "stat").read_text().partition(" (")[2].rpartition(") ")
-            parents[int(entry.name)] = int(rest.split()[1])
-            if name == SERVER:
-                servers.append(int(entry.name))
-    ours = os.getpid()
-    return next((pid for pid in servers if parents.get(parents[pid]) == ours), None)
 
 
 def _server_reads(pid: int | None) -> int | None:

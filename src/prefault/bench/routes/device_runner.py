@@ -11,6 +11,7 @@ from prefault.bench.kinds import HUGE_PAGE_BYTES
 from prefault.bench.obstacles import memory_obstacle
 from prefault.bench.places import hugetlb_pool
 from prefault.bench.results import Status
+from prefault.bench.routes import shipped_runner
 from prefault.bench.routes.device_results import DeviceRun, RouteCell, RouteResult
 from prefault.bench.routes.device_routes import (
     Bed,
@@ -19,17 +20,18 @@ from prefault.bench.routes.device_routes import (
     WrongError,
     repetition,
 )
+from prefault.bench.routes.shipped_results import ShippedCell, ShippedResult
 from prefault.bench.runner import NOT_REACHED, follow
 from prefault.bench.stopping import StoppedError, StopRequest
 from prefault.device.client.fault_descriptor import USER_MODE_ONLY_NOTE
 
-Event: TypeAlias = RouteCell | RouteResult
+Event: TypeAlias = RouteCell | RouteResult | ShippedCell | ShippedResult
 """A cell that begins, or the result of one that ended."""
 
 
 def run(
     cells: Sequence[RouteCell], *, repeats: int, colocate: bool, stopping: Callable[[], bool]
-) -> Generator[Event, None, None]:
+) -> Generator[RouteCell | RouteResult, None, None]:
     """Measure the cells and yield an event at the beginning and the end of each.
 
     Cells in 2 MiB pages come last: the hugetlb pool is grown for them where that is allowed, and gets its old size back
@@ -51,12 +53,22 @@ def run(
 
 
 def measure_all(
-    cells: Sequence[RouteCell], *, repeats: int, colocate: bool, stop: StopRequest, show: Callable[[Event], None]
-) -> DeviceRun:
+    cells: Sequence[RouteCell | ShippedCell], *, repeats: int, colocate: bool, stop: StopRequest,
+    show: Callable[[Event], None],
+) -> DeviceRun:  # fmt: skip
     """Measure the cells and return the run with their results, in the order of ``cells``. ``show`` takes each event."""
-    events = run(cells, repeats=repeats, colocate=colocate, stopping=lambda: stop.requested)
-    fields = follow(cells, events, stop, show)
-    notes = [result.note or "" for result in fields["results"] if result.counts is not None]
+
+    def stopping() -> bool:
+        return stop.requested
+
+    def events() -> Generator[Event, None, None]:
+        routes = [cell for cell in cells if isinstance(cell, RouteCell)]
+        yield from run(routes, repeats=repeats, colocate=colocate, stopping=stopping)
+        shipped = [cell for cell in cells if isinstance(cell, ShippedCell)]
+        yield from shipped_runner.run(shipped, repeats=repeats, stopping=stopping)
+
+    fields = follow(cells, events(), stop, show)
+    notes = [result.note or "" for result in fields["results"] if result.values_ns]
     user_mode_only = any(USER_MODE_ONLY_NOTE in note for note in notes) if notes else None
     return DeviceRun(**fields, repeats=repeats, colocate=colocate, user_mode_only=user_mode_only)
 
@@ -67,12 +79,14 @@ class _RouteSession:
         self._colocate = colocate
         self._stopping = stopping
 
-    def run(self, cells: Sequence[RouteCell], no_pool: str | None) -> Iterator[Event]:
+    def run(self, cells: Sequence[RouteCell], no_pool: str | None) -> Iterator[RouteCell | RouteResult]:
         """Measure the cells. ``no_pool`` says why the hugetlb pool is too small for 2 MiB pages; None if it is not."""
         for (size, page_size), group in itertools.groupby(cells, key=lambda cell: (cell.size_bytes, cell.page_size)):
             yield from self._group(size, page_size, list(group), no_pool)
 
-    def _group(self, size: int, page_size: int, cells: list[RouteCell], no_pool: str | None) -> Iterator[Event]:
+    def _group(
+        self, size: int, page_size: int, cells: list[RouteCell], no_pool: str | None
+    ) -> Iterator[RouteCell | RouteResult]:
         if self._stopping():
             yield from (RouteResult(cell, Status.STOPPED, reason=NOT_REACHED) for cell in cells)
             return

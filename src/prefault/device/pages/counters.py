@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections import deque
+from array import array
 
 BUCKETS = 32
 LOG_ENTRIES = 1 << 16
+LOG_MOST = 2 * LOG_ENTRIES
+_PAGE_BITS = 40  # more than addresses have
+_PAGES = (1 << _PAGE_BITS) - 1
+_RUN_MOST = 1 << 64 - _PAGE_BITS
 
 
 class Counters:
@@ -21,7 +25,8 @@ class Counters:
         errors: calls in which the driver raised.
         latency: histogram of fault latencies: entry ``n`` counts faults that took less than ``2**n`` microseconds, and at
             least half of it, from reading the message to answering it.
-        log: pages and runs that were asked for, in order; the oldest entries are dropped.
+        log: pages and runs that were asked for, in order: the first page of each, and above it the number of the others. At
+            least the latest :data:`LOG_ENTRIES` are kept.
     """
 
     __slots__ = (
@@ -29,11 +34,24 @@ class Counters:
     )  # fmt: skip
 
     latency: list[int]
-    log: deque[int | tuple[int, int]]
+    log: array[int]
 
     def __init__(self) -> None:
         self.missing = self.minor = self.write_protect = 0
         self.populated_pages = self.supplied_pages = self.errors = 0
+
+    def log_run(self, first: int, stop: int) -> None:
+        """Add a run of pages to the log. A single page may be appended as it is; see :meth:`trim_log` for who does."""
+        while first < stop:
+            count = min(stop - first, _RUN_MOST)
+            self.log.append(first | (count - 1) << _PAGE_BITS)
+            first += count
+        if len(self.log) > LOG_MOST:
+            self.trim_log()
+
+    def trim_log(self) -> None:
+        """Drop the oldest entries of the log; to be called when it has more than :data:`LOG_MOST`."""
+        del self.log[:-LOG_ENTRIES]
 
     def record_latency(self, took_ns: int) -> None:
         """Add a fault that took so many nanoseconds to the histogram."""
@@ -53,8 +71,9 @@ class Counters:
     def access_runs(self) -> list[tuple[int, int]]:
         """Return the log as runs of pages, first and stop, in the order of asking; adjacent entries are merged."""
         runs: list[tuple[int, int]] = []
-        for entry in list(self.log):
-            first, stop = entry if isinstance(entry, tuple) else (entry, entry + 1)
+        for entry in self.log[-LOG_ENTRIES:]:
+            first = entry & _PAGES
+            stop = first + (entry >> _PAGE_BITS) + 1
             if runs and runs[-1][1] == first:
                 runs[-1] = (runs[-1][0], stop)
             else:
@@ -74,7 +93,7 @@ class UnusedCounters(Counters):
         if name not in ("latency", "log"):
             raise AttributeError(f"counters have no {name}")
         self.latency = [0] * 64  # any number of nanoseconds has its entry: no bound to be checked for each fault
-        self.log = deque(maxlen=LOG_ENTRIES)
+        self.log = array("Q")
         self.__class__ = Counters  # type: ignore[assignment]
         return getattr(self, name)
 

@@ -19,6 +19,7 @@ from prefault._kernel.userfaultfd import (
 from prefault.device.driver import RETRY, Device
 from prefault.device.page_states import DevicePageState
 from prefault.device.pages import fault_resolution
+from prefault.device.pages.counters import LOG_MOST
 from prefault.device.pages.fills import Fill
 from prefault.device.pages.served_areas import ServedArea, ServedClient, ServerState, access_of
 from prefault.device.server.driver_calls import DriverCalls
@@ -139,7 +140,10 @@ class Faults:
                     if self._around:
                         self._map(area, page, flags & UFFD_PAGEFAULT_FLAG_WRITE != 0, thread)
                     else:
-                        counters.log.append(page)
+                        log = counters.log
+                        log.append(page)
+                        if len(log) > LOG_MOST:
+                            counters.trim_log()
                         self._map_one(area, page, flags & UFFD_PAGEFAULT_FLAG_WRITE != 0)
                     counters.latency[((monotonic_ns() - now) // 1000).bit_length()] += 1
                     return None
@@ -187,7 +191,7 @@ class Faults:
                     rest.append((area, page, flags, thread))
                     continue
                 area.counters.minor += 1
-                area.counters.log.append(page)
+                area.counters.log_run(page, page + 1)
                 if runs and runs[-1][0] is area and runs[-1][2] == page:
                     runs[-1] = (area, runs[-1][1], page + 1)
                 else:
@@ -208,7 +212,7 @@ class Faults:
         if self._around:
             window, frames = self._window(area, page, thread), self._state.frames
             first, stop = frames.run_before(page, window.start), frames.run_at(page, window.stop)[1]
-        area.counters.log.append((first, stop))
+        area.counters.log_run(first, stop)
         if self._huge.in_use and self._huge.chunk_at(area, page) == range(first, stop):
             self._page_tables.map(area, range(first, stop))
             return
@@ -220,7 +224,7 @@ class Faults:
 
     def _wait(self, area: ServedArea, page: int, write: bool, now: int) -> None:
         area.counters.missing += 1
-        area.counters.log.append(page)
+        area.counters.log_run(page, page + 1)
         fill = self._jobs.fill_of(page)
         if fill is None:
             self._state.parked.park(area, page, write, now)
@@ -263,7 +267,7 @@ class Faults:
             _, pages = self._discards.split_at(page, pages)
             with self._lock:
                 _, pages = self._state.held.split_at(page, pages)
-        area.counters.log.append((pages.start, pages.stop) if self._around else page)
+        area.counters.log_run(pages.start, pages.stop)
         alone = len(pages) == 1
         fill = Fill(area, pages, access_of(write), single=alone, keep=[], finished=self._filled, around=not alone)
         fill.waiting.append((area, page, write, now))
@@ -273,7 +277,10 @@ class Faults:
         """Have the driver supply one MISSING page in the loop at once: a third of the time of a :class:`Fill`."""
         counters = area.counters
         counters.missing += 1
-        counters.log.append(page)
+        log = counters.log
+        log.append(page)
+        if len(log) > LOG_MOST:
+            counters.trim_log()
         write = flags & UFFD_PAGEFAULT_FLAG_WRITE != 0
         rounds = 0
         if self._alone:

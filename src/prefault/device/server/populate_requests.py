@@ -220,8 +220,7 @@ class PopulateRequests:
         self._advance(populate, stop)
         populate.filling += 1
         populate.most_filling = max(populate.most_filling, populate.filling)
-        if populate.area.counters.log.maxlen:
-            populate.area.counters.log.append((pages.start, pages.stop))
+        populate.area.counters.log_run(pages.start, pages.stop)
         self._jobs.start(
             Fill(
                 populate.area, pages, populate.request.access, single=False, keep=populate.all,

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ class Isolation:
         self._frames = state.frames
         self._pool = state.pool
         self._copying = 0
+        self._stopped = False
         """Threads that are copying content back, outside of the lock."""
 
     def check(self) -> None:
@@ -128,43 +130,47 @@ class Isolation:
         Raises:
             OSError: ENOSPC: there is no memory for the copy. Some of the pages are moved.
         """
-        pieces = self._frames.chunks(run)
-        if len(pieces) < _PIECES_FOR_THREADS or len(os.sched_getaffinity(0)) < 2:
-            for piece in pieces:
-                self._move_aside(piece)
-            return
-        with ThreadPoolExecutor(2) as threads:
-            for moved in [threads.submit(self._move_aside, piece) for piece in pieces]:
-                moved.result()
+        self._for_pieces(run, self._move_piece_aside)
 
-    def _move_aside(self, piece: range) -> None:
+    def _move_piece_aside(self, piece: range) -> None:
         self._frames.copy_aside(piece)
         with self._state.lock:
             self._frames.mark(piece, DevicePageState.ASIDE)
             self._frames.punch(piece)
 
-    def move_back(self, run: range) -> range:
+    def move_back(self, run: range) -> list[range]:
         """Copy the content of ASIDE pages back to their frames, and return them: EVICTING, until :meth:`end_aside`.
 
-        Pages from the first one on for which there is no memory are lost, and not among them.
+        Pages for which there is no memory are lost, and not among them.
         """
-        state = self._state
-        for piece in self._frames.chunks(run):
-            with state.lock:
-                self._copying += 1
-            try:
-                self._frames.copy_back(piece)
-            except OSError as error:
-                self.lose(range(piece.start, run.stop), f"there was no memory to put their content back: {error.strerror}")
-                return range(run.start, piece.start)
-            else:
-                with state.lock:
-                    self._frames.mark(piece, DevicePageState.EVICTING)  # which a crash leaves as they are
-                    self._frames.forget_aside(piece)
-            finally:
-                with state.lock:
-                    self._copying -= 1
-        return run
+        self._for_pieces(run, self._move_piece_back)
+        return self._frames.runs(run, DevicePageState.EVICTING)
+
+    def _move_piece_back(self, piece: range) -> None:
+        with self._state.lock:
+            self._copying += 1
+        try:
+            self._frames.copy_back(piece)
+        except OSError as error:
+            self.lose(piece, f"there was no memory to put their content back: {error.strerror}")
+        else:
+            with self._state.lock:
+                self._frames.mark(piece, DevicePageState.EVICTING)  # which a crash leaves as they are
+                self._frames.forget_aside(piece)
+        finally:
+            with self._state.lock:
+                self._copying -= 1
+
+    def _for_pieces(self, run: range, act: Callable[[range], None]) -> None:
+        """Act on the pieces of a run, in two threads if there are many: copying keeps neither the GIL nor the lock."""
+        pieces = self._frames.chunks(run)
+        if self._stopped or len(pieces) < _PIECES_FOR_THREADS or len(os.sched_getaffinity(0)) < 2:
+            for piece in pieces:
+                act(piece)
+            return
+        with ThreadPoolExecutor(2) as threads:
+            for done in [threads.submit(act, piece) for piece in pieces]:
+                done.result()
 
     def end_aside(self, run: range, *, ready: bool) -> None:
         """End ASIDE: the pages are READY, with what their frames hold, or MISSING. Then wake the threads that wait."""
@@ -183,7 +189,8 @@ class Isolation:
         for piece in self._frames.runs(run, DevicePageState.EVICTING):
             self.put_back(piece)
         for piece in self._frames.runs(run, DevicePageState.ASIDE):
-            self.end_aside(self.move_back(piece), ready=True)
+            for moved in self.move_back(piece):
+                self.end_aside(moved, ready=True)
 
     def stop(self) -> None:
         """Take the server's lock for good, and restore all pages, at the end.
@@ -197,6 +204,7 @@ class Isolation:
                 break
             self._state.lock.release()
             time.sleep(_LOOK_S)
+        self._stopped = True  # this thread has the lock from now on: others would wait for it
         self.restore(range(self._frames.pages))
 
     def lose(self, run: range, why: str) -> None:

@@ -104,7 +104,7 @@ class ServedShootDown(ShootDown):
 
     def _commit(self) -> None:
         kept = [piece for run in self.runs for piece in subtract(run, self._replaced + self._dropped)]
-        moved = [self._isolation.move_back(run) for run in kept]
+        moved = [piece for run in kept for piece in self._isolation.move_back(run)]
         for replaced in self._replaced:
             self._frames.clear_tail(replaced)
         with self._state.lock:

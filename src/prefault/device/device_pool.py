@@ -100,14 +100,14 @@ class DevicePool(abc.ABC):
     @property
     @abc.abstractmethod
     def reclaiming_for(self) -> list[range]:
-        """Pages of the populate request that :meth:`Device.reclaim` makes room for, in order; empty if it is for a fault.
+        """Pages of the populate call that :meth:`Device.reclaim` makes room for, in order; empty if it is for a fault.
 
-        Evicting them would undo what the request did before. Valid inside of ``reclaim``.
+        Those that were there before are among them. Evicting one would undo the call. Valid inside of ``reclaim``.
         """
 
     @abc.abstractmethod
     def ready(self, pages: range) -> list[range]:
-        """Return the runs of these pages that are supplied now."""
+        """Return the runs of these pages that are supplied now; inside of ``reclaim``, without :attr:`reclaiming_for`."""
 
     @abc.abstractmethod
     def dirty(self, pages: range) -> list[range]:

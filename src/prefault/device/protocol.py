@@ -103,6 +103,8 @@ class Populate(AreaRequest, frozen=True):
     rollback: bool
     progress: bool
     check_headroom: bool
+    beside: RunList = ()
+    """Other pages of the call: present, or asked for by another request. Room for these runs is not made at their cost."""
 
 
 class Cancel(NumberedMessage, frozen=True):

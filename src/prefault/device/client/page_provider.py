@@ -112,7 +112,7 @@ class AreaPageProvider(MappedArea):
         try:
             pages = self.connection.ask(request, protocol.Discarded).pages
             if not (self.track_dirty and self.connection.kernel_tracks_writes):  # whose marks would go as well
-                mman.madvise(start, stop - start, mman.MADV_DONTNEED)  # entries of poisoned pages, which punching leaves
+                self._drop_entries(start, stop - start)
             return stop - start, pages * unit
         except DeviceGoneError:
             raise
@@ -120,6 +120,16 @@ class AreaPageProvider(MappedArea):
             number = (error.errno if isinstance(error, OSError) else None) or errno.EINVAL
             text = (error.strerror if isinstance(error, OSError) else None) or str(error)
             raise DiscardError(number, text, address=start) from error
+
+    def _drop_entries(self, start: int, length: int) -> None:
+        """Drop the entries of poisoned pages, which punching leaves."""
+        try:
+            mman.madvise(start, length, mman.MADV_DONTNEED)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # locked
+                raise
+            with contextlib.suppress(OSError):  # before Linux 5.18 they stay
+                mman.madvise(start, length, mman.MADV_DONTNEED_LOCKED)
 
 
 class _PopulateCall:
@@ -142,14 +152,19 @@ class _PopulateCall:
         self._done_bytes = 0
         self._total = 0
         self._threads = 1
+        self._whole: tuple[protocol.Run, ...] = ()
 
     def run(self, spans: Iterable[tuple[int, int]], most_runs: int = protocol.MAX_RUNS) -> ProvidedPages:
         self._connection.check()
         self._check_permitted()
         wanted: list[protocol.Run] = []
+        whole: list[protocol.Run] = []
         for start, stop in spans:
             self._total += stop - start
             wanted += self._lacking(start, stop)
+            whole.append((self._memory.page_at(start), self._memory.page_at(stop)))
+        if most_runs == protocol.MAX_RUNS >= len(whole):  # else they are scattered, or replayed in their order
+            self._whole = tuple(whole)
         lacking = sum(last - first for first, last in wanted) * self._unit
         self._done_bytes = present = max(0, self._total - lacking)
         for index in range(0, len(wanted), most_runs):
@@ -212,7 +227,7 @@ class _PopulateCall:
     def _ask(self, runs: list[protocol.Run]) -> protocol.Populated | protocol.Failed:
         request = protocol.Populate(
             self._connection.next_id(), self._memory.require_number(), tuple(runs), self._access, self._rollback,
-            self._progress is not None, self._headroom,
+            self._progress is not None, self._headroom, self._whole,
         )  # fmt: skip
         try:
             with self._connection.asking(request) as exchange:

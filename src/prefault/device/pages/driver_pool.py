@@ -52,9 +52,9 @@ class ServedPool(DevicePool):
         return self._state.reclaiming_for
 
     def ready(self, pages: range) -> list[range]:
-        """Return the runs of these pages that are supplied now."""
+        """Return the runs of these pages that are supplied now: see :meth:`DevicePool.ready`."""
         self._state.check_pages(pages)
-        return self._frames.runs(pages, DevicePageState.READY)
+        return self._state.reclaimable(pages)
 
     def dirty(self, pages: range) -> list[range]:
         """Return the runs of pages that clients may have written to: see :meth:`DevicePool.dirty`."""

@@ -15,6 +15,7 @@ from prefault.device.device_pool import Access, ClientProcess, DeviceObject
 from prefault.device.driver import Device, DeviceArea
 from prefault.device.frames import HUGE_PAGE, zeros
 from prefault.device.object_table import TABLE_BYTES, ObjectTable
+from prefault.device.page_runs import subtract
 from prefault.device.page_states import DevicePageState
 from prefault.device.pages.counters import Counters, UnusedCounters, add_totals
 from prefault.device.pages.held_pages import HeldPages
@@ -168,7 +169,7 @@ class ServedArea(DeviceArea):
     def ready(self, pages: range) -> list[range]:
         """Return the runs of these pages that are supplied now."""
         self._state.check_pages(pages)
-        return self._state.frames.runs(pages, DevicePageState.READY)
+        return self._state.reclaimable(pages)
 
     def evict(self, pages: range, save: Any = None) -> bytes:
         """Evict supplied pages: see :meth:`DeviceArea.evict`."""
@@ -326,6 +327,12 @@ class ServerState:
             low, high = max(first, low), min(stop, high)
             found.append((area, area.base + low * size, (high - low) * size))
         return found
+
+    def reclaimable(self, pages: range) -> list[range]:
+        """Return the READY ones of these pages, but for those that room is being made for, in runs."""
+        runs = self.frames.runs(pages, DevicePageState.READY)
+        spared = self.reclaiming_for
+        return [piece for run in runs for piece in subtract(run, spared)] if spared else runs
 
     def next_number(self) -> int:
         """Return the number of a new area."""

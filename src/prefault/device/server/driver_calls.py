@@ -140,8 +140,8 @@ class DriverCalls:
             if not isinstance(reply, bytes):
                 raise TypeError(f"control() returns bytes, not {_describe(reply)}")
         except OSError as error:
-            number: Any = error.errno
-            if not isinstance(number, int) or not 0 < number <= _MAX_ERRNO:
+            number = _number_of(error)
+            if number != error.errno:
                 return self._driver_failure("control", error, None)
             # A refusal, which is part of any conversation: the client gets it as the driver worded it, and the log nothing.
             where = "" if error.filename is None else f": {_describe(error.filename)}"
@@ -165,7 +165,7 @@ class DriverCalls:
         where = "" if pages is None or area is None else f" ({area.describe(pages)})"
         message = f"the driver raised in {name}(){where}: {reason}"[:_MESSAGE_MOST] + _raising_line(error)
         _log.error("device %s: %s", self._state.name, message)
-        return FillFailure("driver", errno.EIO, message, pages[0] if pages else 0)
+        return FillFailure("driver", _number_of(error), message, pages[0] if pages else 0)
 
     # --- checks before a call
 
@@ -207,11 +207,14 @@ class DriverCalls:
         with self._reclaim_lock:
             if self._take_room(fill):
                 return
-            state.reclaiming_for = fill.keep
             for _ in range(_RECLAIMS_MOST):
                 fill.changes = changes = state.changes
                 self._heartbeat[slot] = time.monotonic_ns()
-                self._device.reclaim(fill.area, len(fill.pages))
+                state.reclaiming_for = fill.keep
+                try:
+                    self._device.reclaim(fill.area, len(fill.pages))
+                finally:
+                    state.reclaiming_for = []
                 self._heartbeat[slot] = 0
                 if self._take_room(fill):
                     return
@@ -238,6 +241,12 @@ class _FillError(Exception):
     def __init__(self, failure: FillFailure) -> None:
         super().__init__(failure.message)
         self.failure = failure
+
+
+def _number_of(error: BaseException) -> int:
+    """Return the errno of what a driver raised: its own, if it has one, else EIO."""
+    number: Any = error.errno if isinstance(error, OSError) else None
+    return number if isinstance(number, int) and 0 < number <= _MAX_ERRNO else errno.EIO
 
 
 def _raising_line(error: BaseException) -> str:

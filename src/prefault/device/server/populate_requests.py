@@ -34,6 +34,7 @@ class _PopulateRequest:
 
     Attributes:
         runs: pages that are left to be examined.
+        keep: pages of the whole call.
         deferred: runs that are filled, evicted or discarded on behalf of others at the moment.
         deferred_at: ``ServerState.changes`` when that was seen.
         parked: runs that the driver could not supply yet.
@@ -48,6 +49,7 @@ class _PopulateRequest:
         self.area = area
         self.request = request
         self.all = runs
+        self.keep = [range(*run) for run in Intervals([*request.runs, *request.beside])]
         self.runs = deque(runs)
         self.deferred: list[range] = []
         self.deferred_at = -1
@@ -101,6 +103,8 @@ class PopulateRequests:
     def start(self, area: ServedArea, request: protocol.Populate) -> None:
         """Begin a request, or refuse it by its first reply. ValueError: it makes no sense."""
         runs = self._checked(area, request)
+        for first, stop in request.beside:
+            area.checked(first, stop)
         populate = _PopulateRequest(area, request, runs)
         populate.failed = self._refusal(populate)
         self._active.append(populate)
@@ -141,7 +145,7 @@ class PopulateRequests:
         state = self._state
         if not state.device.populates:
             return ("no populate", errno.EOPNOTSUPP, f"device {state.name} declares population as meaningless")
-        pages = sum(map(len, populate.all))
+        pages = sum(map(len, populate.keep))
         if state.pool.capacity is not None and pages > state.pool.capacity:
             return (
                 "full", errno.ENOSPC,
@@ -223,7 +227,7 @@ class PopulateRequests:
         populate.area.counters.log_run(pages.start, pages.stop)
         self._jobs.start(
             Fill(
-                populate.area, pages, populate.request.access, single=False, keep=populate.all,
+                populate.area, pages, populate.request.access, single=False, keep=populate.keep,
                 finished=lambda fill: self._filled(populate, fill),
             )
         )  # fmt: skip

@@ -326,6 +326,18 @@ def test_two_reserve_in_opposite_order_and_the_backoff_is_seen(buffers: Buffers)
     assert sum(backoffs) == buffers.statistics().backoffs > 0
 
 
+def test_an_eviction_leaves_reserved_objects_where_they_are() -> None:
+    with open_device(BufferObjects(vram=4 * MIB, system=4 * MIB, space="64 MiB")) as client:
+        buffers = Buffers(client, timeout=30)
+        buffers.create("reserved", 4 * MIB, placements=["system"])
+        buffers.create("frame", 4 * MIB)
+        buffers.madvise("reserved", "dontneed")
+        with buffers.reserve("reserved"), pytest.raises(BufferObjectError, match=r"no room for the 4\.0 MiB of 'frame'"):
+            buffers.evict("frame")
+        assert buffers.madvise("reserved", "willneed"), "it was not purged"
+        assert (buffers.describe("reserved").placement, buffers.describe("frame").placement) == ("system", "vram")
+
+
 def test_state_survives_the_death_of_the_server(buffers: Buffers) -> None:
     buffers.create("frame", 5 * MIB, caching="encrypted")
     buffers.create("gone", MIB)

@@ -242,8 +242,15 @@ class BufferManager(Device):
 
     def validate(self, buffer: Buffer, wanted: tuple[Placement, ...] | None = None) -> None:
         """Bring an object into a placement that it allows, or into one of those wanted; others leave for it."""
-        busy = [name for name in self.buffers if self.reservations.holder(name) is not None]
-        self.take(self.placements.plan(buffer.resource.name, wanted, busy))
+        self.take(self.placements.plan(buffer.resource.name, wanted, self.busy()))
+
+    def leave(self, buffer: Buffer) -> None:
+        """Have an object leave VRAM for SYSTEM, or SYSTEM for the swap file; others leave for it."""
+        self.take(self.placements.plan_leave(buffer.resource.name, self.busy()))
+
+    def busy(self) -> list[str]:
+        """Return the names of the objects that are reserved."""
+        return [name for name in self.buffers if self.reservations.holder(name) is not None]
 
     def take(self, steps: list[Step]) -> None:
         """Take the steps of a plan. Each is complete, and kept, before the next begins."""

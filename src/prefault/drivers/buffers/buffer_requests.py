@@ -97,7 +97,7 @@ class BufferRequests:
                 device.validate(buffer, (request.placement,))
             case messages.Evict(swap=False):
                 if resource.placement not in (None, Placement.SWAP):
-                    device.take(device.placements.plan_leave(resource.name))
+                    device.leave(buffer)
             case messages.Evict():
                 self._swap_out(buffer)
             case messages.SetCaching():

@@ -210,8 +210,12 @@ class Placements:
                     return steps
         raise BufferObjectError(errno.ENOSPC, self._no_room(resource, targets, busy))
 
-    def plan_leave(self, name: str) -> list[Step]:
+    def plan_leave(self, name: str, busy: Collection[str] = ()) -> list[Step]:
         """Return the steps that bring an object from VRAM to SYSTEM, or from SYSTEM into the swap file.
+
+        Args:
+            name: of the object.
+            busy: objects that may not be moved now, since they are reserved.
 
         Raises:
             BufferObjectError: EBUSY: it is pinned. ENOSPC: there is no room.
@@ -220,9 +224,13 @@ class Placements:
         if resource.pins:
             raise BufferObjectError(errno.EBUSY, f"{name!r} is pinned in {resource.placement}: it cannot be evicted")
         trial = copy.deepcopy(self)
-        steps = trial._leave(name, {name}, purge=False)
+        steps = trial._leave(name, {*busy, name}, purge=False)
         if steps is None:
-            raise BufferObjectError(errno.ENOSPC, f"no room for {name!r} elsewhere: {self._rooms(tuple(Placement))}")
+            raise BufferObjectError(
+                errno.ENOSPC,
+                f"no room for the {format_size(resource.charge)} of {name!r} elsewhere: {self._rooms(tuple(Placement))};"
+                f" {len({*busy} - {name})} of the other objects are reserved, which stay where they are",
+            )
         return steps
 
     def commit(self, step: Step) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from prefault._kernel import mman
 from prefault.device import Area, DeviceClient
 from prefault.device import open as open_device
 from prefault.drivers.buffers import BufferObjectError, BufferObjects, Buffers
@@ -389,6 +391,23 @@ def test_unplug_gives_zeros_or_an_error(buffers: Buffers) -> None:
         with pytest.raises(DriverError, match="unplugged"):
             area.read(0, 1)
     buffers.delete("frame")
+
+
+def test_d5_writes_beside_foreign_memory_are_tracked(buffers: Buffers) -> None:
+    buffers.create("frame", 8 * MIB)
+    with buffers.map("frame") as area, open("/proc/self/exe", "rb") as file:
+        fill(area)
+        assert huge_bytes(area) == 8 * MIB
+        # The kernel refuses to register a range for write protection in which a page is of such a file.
+        protection, flags = mmap.PROT_READ, mmap.MAP_PRIVATE | mman.MAP_FIXED
+        assert mman.mmap(area.address + PAGE_SIZE, PAGE_SIZE, protection, flags, file.fileno()) == area.address + PAGE_SIZE
+        buffers.track_dirty("frame")
+        with area.memoryview() as memory:
+            for page in (700, 2047):
+                memory[page * PAGE_SIZE] = 7
+            assert buffers.take_dirty("frame").runs == ((700, 701), (2047, 2048))
+            memory[2 * PAGE_SIZE] = 7  # of the chunk with the foreign page
+        assert buffers.take_dirty("frame").runs == ((2, 3),)
 
 
 @pytest.mark.parametrize(

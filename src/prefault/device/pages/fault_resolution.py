@@ -149,6 +149,26 @@ def wake(fd: int, start: int, length: int) -> None:
             raise
 
 
+def register(fd: int, start: int, length: int, mode: int, unit: int) -> None:
+    """Register addresses by UFFDIO_REGISTER, but for what the client has mapped there by itself.
+
+    Raises:
+        OSError: ENOMEM: no more mappings.
+    """
+    pending = [(start, start + length)]
+    while pending:
+        at, stop = pending.pop()
+        try:
+            userfaultfd.register(fd, at, stop - at, mode)
+        except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise
+            # EINVAL, EBUSY, EPERM: memory of another kind. The kernel registers all of a range or nothing.
+            if error.errno in (errno.EINVAL, errno.EBUSY, errno.EPERM) and stop - at > unit:
+                middle = at + (stop - at) // (2 * unit) * unit
+                pending += ((middle, stop), (at, middle))
+
+
 def protect(fd: int, start: int, length: int, unit: int) -> bool:
     """Write-protect addresses by UFFDIO_WRITEPROTECT; pages without an entry are marked as well.
 

@@ -142,20 +142,23 @@ class HugePages:
             userfaultfd.unregister(area.fd, area.address(run.start), len(run) * self._state.page_size)
         except OSError:
             return  # the client mapped something else there, or is gone
-        self._register(area, first, last, _NOT_ARMED)
-        area.armed[first:last] = bytes(last - first)
+        if self._register(area, first, last, _NOT_ARMED):
+            area.armed[first:last] = bytes(last - first)
 
-    def _register(self, area: ServedArea, first: int, last: int, mode: int) -> None:
+    def _register(self, area: ServedArea, first: int, last: int, mode: int) -> bool:
+        """Register chunks; False: all of the area is registered for write protection instead."""
         start = max(area.start, (area.start // HUGE_PAGE + first) * HUGE_PAGE)
         stop = min(area.stop, (area.start // HUGE_PAGE + last) * HUGE_PAGE)
         try:
-            userfaultfd.register(area.fd, start, stop - start, mode)
+            fault_resolution.register(area.fd, start, stop - start, mode, self._state.unit)
         except OSError as error:
             # Not the client's doing: no more mappings (vm.max_map_count). One mode for all of it needs no more.
             if error.errno != errno.ENOMEM:
-                return
-            userfaultfd.register(area.fd, area.start, area.stop - area.start, _ARMED)
+                raise
+            fault_resolution.register(area.fd, area.start, area.stop - area.start, _ARMED, self._state.unit)
             area.armed[:] = b"\x01" * len(area.armed)
+            return False
+        return True
 
     def _chunks(self, area: ServedArea, start: int, stop: int) -> tuple[int, int]:
         """Return the indexes into ``area.armed`` of addresses."""

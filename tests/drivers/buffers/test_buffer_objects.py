@@ -366,6 +366,18 @@ def test_state_survives_the_death_of_the_server(buffers: Buffers) -> None:
             buffers.swap_out("frame")
 
 
+def test_a_release_that_the_server_dies_of_is_made_at_the_next_one(buffers: Buffers) -> None:
+    buffers.create("a", MIB)
+    server = roles()["server"]
+    with buffers.reserve("a"):
+        os.kill(server, signal.SIGSTOP)  # so that the release is on its way when it dies
+        killer = threading.Timer(0.3, os.kill, (server, signal.SIGKILL))
+        killer.start()
+    killer.join(10)
+    with buffers.reserve("a", timeout=5) as reservation:
+        assert _again(buffers, "a").ticket == reservation.ticket
+
+
 def _again(buffers: Buffers, name: str) -> _messages.Description:
     """Describe an object; a request that the server died of is asked again."""
     until = time.monotonic() + 30

@@ -27,6 +27,8 @@ from prefault.sizes import PAGE_SIZE, Size, parse_size
 
 _Reply = TypeVar("_Reply", bound=AnyReply)
 _PAUSE_S = 0.0005
+_SERVERS = 3
+"""Servers that are asked to end a ticket, each after the death of the one before."""
 
 
 @dataclass(slots=True)
@@ -187,9 +189,19 @@ class Buffers:
             self._acquire(found, list(names), time.monotonic() + timeout)
             yield found
         finally:
-            with suppress(BufferObjectError, DeviceGoneError):  # the object was deleted, or the server is gone for good
-                self._release(found)
-                self.ask(messages.EndTicket(found.ticket), messages.RequestDone)
+            self._give_back(found.ticket, names)
+
+    def _give_back(self, ticket: int, names: Iterable[str]) -> None:
+        """Release those of these objects that a ticket has, and end it."""
+        # A request that the server's death interrupts may not have been carried out: the next server is told again.
+        for _ in range(_SERVERS):
+            with suppress(DeviceGoneError):
+                for name in dict.fromkeys(names):
+                    with suppress(BufferObjectError):  # the ticket does not have it
+                        self.ask(messages.Release(ticket, name), messages.RequestDone)
+                with suppress(BufferObjectError):
+                    self.ask(messages.EndTicket(ticket), messages.RequestDone)
+                return
 
     def _acquire(self, found: Reservation, names: list[str], until: float) -> None:
         while left := [name for name in names if name not in found.held]:

@@ -209,12 +209,25 @@ class EnclavePageCache(Device):
                 " or create the enclave with overcommit=True",
             )
         wanted = self._evicted + (pages if spared else max(pages, _RECLAIM))
-        while self._evicted < wanted:
-            runs = self._order.take(wanted - self._evicted, spared, self._names)
-            if not runs:
-                return
-            for run in runs:
-                self._pool.evict(run, self._save)
+        left: list[range] = []
+        busy: set[EnclaveRow] = set()
+        try:
+            while self._evicted < wanted:
+                runs = self._order.take(wanted - self._evicted, spared, self._names)
+                if not runs:
+                    return
+                for run in runs:
+                    of = self._row(run.start)
+                    try:
+                        if of not in busy:
+                            self._pool.evict(run, self._save)
+                            continue
+                    except OSError:  # EBUSY: a client keeps changing its mappings. Other enclaves have pages, too
+                        busy.add(of)
+                    left.append(run)
+        finally:
+            for run in left:
+                self._order.add_run(run)
 
     def _adds_pages(self, runs: list[range]) -> bool:
         """Return whether some of these pages were not added yet, or not accepted: loading sealed ones is no overcommit."""
@@ -319,13 +332,31 @@ class EnclavePageCache(Device):
             return run
         self._tables.set_entries(run, after)
         # From here on no fault brings a page in that is not to be accessed; the entries that clients have follow.
-        refused = epcm.touching("read").refused
-        for piece, (was, entry) in _pieces(run, list(zip(before, after, strict=True))):
-            if was not in refused and entry in refused:
-                self._pool.evict(piece, self._drop if epcm.type_of(entry) == PageType.TRIM else self._save)
-            if (entry ^ was) & WRITE and epcm.type_of(entry) == PageType.REG:
-                self._pool.protect(piece, "write" if entry & WRITE else "read")
+        try:
+            self._withdraw(list(_pieces(run, list(zip(before, after, strict=True)))))
+        except OSError:  # EBUSY: a client keeps changing its mappings
+            self._tables.set_entries(run, before)
+            raise
         return run
+
+    def _withdraw(self, changes: list[tuple[range, tuple[epcm.Entry, epcm.Entry]]]) -> None:
+        """Take from clients what pages are not any more, by their entries before and after; OSError: as it was."""
+        refused = epcm.touching("read").refused
+        gone = [(piece, entry) for piece, (was, entry) in changes if was not in refused and entry in refused]
+        if gone:  # one call, which takes all pages or none; all have one type
+            save = self._drop if epcm.type_of(gone[0][1]) == PageType.TRIM else self._save
+            self._pool.evict(range(gone[0][0].start, gone[-1][0].stop), save)
+        restricted: list[range] = []
+        try:
+            for piece, (was, entry) in changes:
+                if (entry ^ was) & WRITE and epcm.type_of(entry) == PageType.REG:
+                    self._pool.protect(piece, "write" if entry & WRITE else "read")
+                    if was & WRITE:
+                        restricted.append(piece)
+        except OSError:
+            for piece in restricted:
+                self._pool.protect(piece, "write")
+            raise
 
     def _list_pages(self, row: EnclaveRow, pages: range) -> requests.PageRuns:
         first = row.pages.start

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import prefault.device
+from prefault.device import DeviceObject, DevicePool
 from prefault.drivers import VmPool, VmPoolControl
 from prefault.drivers.vmpool.machine_requests import CreateMachine, SetLimit
-from prefault.errors import BackingFullError, DeviceError, DriverError, NotPopulatedError
+from prefault.errors import BackingFullError, DeviceError, DeviceGoneError, DriverError, NotPopulatedError
 from prefault.ipc.messages import encode
 from prefault.sizes import MIB
 from prefault.sparse import SparseMemory
@@ -148,6 +149,63 @@ def test_machines_survive_the_server(tmp_path: Path) -> None:
         control.remove("one")
 
 
+class MortalPool(VmPool):
+    """Dies where it next calls the method that is named in a file."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(8 * BLOCK, address_space="1 GiB")
+        self._file = file
+
+    def recipe(self) -> None:  # type: ignore[override]
+        return None
+
+    def start(self, pool: DevicePool) -> None:
+        super().start(pool)
+        real = pool.delete_object
+
+        def delete_object(name: str) -> None:
+            self._die("delete_object")
+            real(name)
+
+        pool.delete_object = delete_object  # type: ignore[method-assign]
+
+    def _die(self, name: str) -> None:
+        if self._file.exists() and self._file.read_text() == name:
+            self._file.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _set(self, machine: DeviceObject, field: int, value: int) -> None:
+        self._die("_set")
+        super()._set(machine, field, value)
+
+
+@pytest.mark.parametrize("operation", ["_set", "delete_object"])
+def test_a_machine_that_a_dead_server_left_half_made_or_half_removed_is_in_nobodys_way(
+    tmp_path: Path, operation: str
+) -> None:
+    file = tmp_path / "method"
+    with (
+        prefault.device.serve(MortalPool(file), tmp_path / "pool") as server,
+        prefault.device.connect(server.path) as client,
+    ):
+        control = VmPoolControl(client)
+        if operation == "delete_object":  # all of the pool, which an area without a name mapped
+            with client.map(BLOCK) as area:
+                with area.memoryview() as view:
+                    view[:4] = b"left"
+                file.write_text(operation)
+        else:
+            file.write_text(operation)
+            with pytest.raises(DeviceGoneError):
+                control.create("one", BLOCK)
+        assert processes.eventually(lambda: not file.exists())
+        with control.create("one", BLOCK) as memory:
+            memory.populate()
+            assert memory.read(0, 4) == bytes(4)
+        control.remove("one")
+        client.map(BLOCK).close()
+
+
 def test_virtio_mem_over_the_pool(path: str) -> None:
     with prefault.device.connect(path) as client, VmPoolControl(client).create("guest", 32 * BLOCK) as memory:
         device = VirtioMem(memory, addr=1 << 32, requested_size=32 * BLOCK)
@@ -202,6 +260,9 @@ def test_requests_that_make_no_sense_change_nothing(path: str) -> None:
                 (lambda: control.create("huge", "2 GiB"), "ENOSPC"),
                 (lambda: control.create("", BLOCK), "EINVAL"),
                 (lambda: control.create("x" * 101, BLOCK), "EINVAL"),
+                (lambda: control.create("\u00e9" * 101, BLOCK), "EINVAL"),
+                (lambda: control.create("\u20ac" * 100, BLOCK), "EINVAL"),
+                (lambda: control.create("x\0", BLOCK), "EINVAL"),
                 (lambda: control.remove("one"), "EBUSY"),
                 (lambda: control.remove("two"), "ENOENT"),
                 (lambda: control.set_limit("two", 0), "ENOENT"),

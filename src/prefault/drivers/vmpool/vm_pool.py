@@ -111,6 +111,8 @@ class VmPool(Device):
 
     def open(self, area: DeviceArea) -> None:
         """See :class:`~prefault.device.Device`."""
+        if area.object is None:
+            self._remove_unowned()
         if area.object is None and self._pool.objects():
             raise PermissionError(errno.EACCES, "the pool has machines: map one by its name (object=)")
         name = "" if area.object is None else area.object.name
@@ -132,10 +134,15 @@ class VmPool(Device):
     def disconnect(self, client: ClientProcess) -> None:
         """See :class:`~prefault.device.Device`. The machines of the process are gone, and their blocks are free."""
         for machine in self._pool.objects():
-            if self._owner(machine) in (0, client.number):
+            if self._owner(machine) == client.number:
                 self._set(machine, _OWNER, 0)
-                if machine.name not in self._areas:
-                    self._pool.delete_object(machine.name)
+        self._remove_unowned()
+
+    def _remove_unowned(self) -> None:
+        """Remove machines that nobody owns or maps: a process ended, or a server while it made or removed one."""
+        for machine in self._pool.objects():
+            if not self._owner(machine) and machine.name not in self._areas:
+                self._pool.delete_object(machine.name)
 
     def _owner(self, machine: DeviceObject) -> int:
         return self._field(machine, _OWNER)
@@ -174,8 +181,12 @@ class VmPool(Device):
             raise OSError(errno.EINVAL, f"a machine has whole blocks of {self.page_size} bytes, not {asked.size} bytes")
         if "" in self._areas:
             raise OSError(errno.EBUSY, "an area without a name maps the pool, and would see the blocks of the machine")
-        machine = self._pool.create_object(asked.name, asked.size)
-        # Until it has an owner, which is the last store, the next disconnect removes it: the server may die in between.
+        self._remove_unowned()
+        try:
+            machine = self._pool.create_object(asked.name, asked.size)
+        except ValueError as error:
+            raise OSError(errno.EINVAL, str(error)) from None
+        # The owner is the last store: a server that dies before it leaves a machine that goes before the next one is made.
         self._set(machine, _LIMIT, asked.limit)
         self._set(machine, _OWNER, client.number)
 

@@ -224,7 +224,7 @@ def test_c5_a_tampered_page_is_poisoned_and_reported_and_never_served(path: Path
             def reported() -> bool:  # by the server's process, in its own time
                 nonlocal said
                 said += capfd.readouterr().err
-                return "enclave a: page 5: its sealed copy fails" in said
+                return "enclave 'a': page 5: its sealed copy fails" in said
 
             assert processes.eventually(reported)
             memory.write(5, good)  # too late

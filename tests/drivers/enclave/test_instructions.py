@@ -298,6 +298,8 @@ def test_c5_enclaves_that_cannot_be(client: DeviceClient) -> None:
             (errno.ENOSPC, lambda: Enclave.create(client, "b", "1 PiB")),
             (errno.EINVAL, lambda: Enclave.create(client, "b" * 1000, _LENGTH)),
             (errno.EINVAL, lambda: Enclave.create(client, "", _LENGTH)),
+            (errno.EINVAL, lambda: Enclave.create(client, "\u00e9" * 200, _LENGTH)),
+            (errno.EINVAL, lambda: Enclave.create(client, "b\0", _LENGTH)),
             (errno.EINVAL, lambda: Enclave.create(client, "b", _LENGTH, accept="never")),  # type: ignore[arg-type]
             (errno.ENOENT, lambda: Enclave(client, "b")),
             (errno.EBUSY, lambda: Enclave(client, "a").delete()),

@@ -84,18 +84,17 @@ class Enclave:
 
         Args:
             client: a connection to the page cache.
-            name: for all processes that are to map it; up to 200 characters.
+            name: for all processes that are to map it; 1 to 200 bytes in UTF-8, without NUL.
             length: in bytes, whole pages of 4 KiB, or as ``"1 TiB"``.
             accept: ``"auto"``: a touch adds the page and accepts it, as a runtime does that answers the #PF of a pending
-            page by
-                EACCEPT. ``"explicit"``: a touch adds the page and is an error (SIGBUS) until :meth:`eaccept`. Populate
-                accepts always.
+                page by EACCEPT. ``"explicit"``: a touch adds the page and is an error (SIGBUS) until :meth:`eaccept`.
+                Populate accepts always.
             overcommit: True: populate evicts pages, of other enclaves too, where the EPC is full. False: it fails.
             max_permissions: those that :meth:`emodpe` may give to pages.
 
         Raises:
             DeviceError: there is such an enclave (EEXIST), the address space of the page cache is full, or the length is not
-                a positive number of whole pages (EINVAL).
+                a positive number of whole pages, or the name none (EINVAL).
         """
         _ask(client, requests.CreateEnclave(name, parse_size(length), accept, overcommit, max_permissions))
         return cls(client, name)

@@ -183,7 +183,7 @@ class EnclavePageCache(Device):
         except SealError:
             self._rejected += 1
             message = f"page {offset}: its sealed copy fails the authentication: it was changed, exchanged or replayed"
-            _log.error("enclave %s: %s; the page is poisoned", self._names[row.pages.start], message)
+            _log.error("enclave %r: %s; the page is poisoned", self._names[row.pages.start], message)
             raise EnclaveError(Code.POISONED, message, offset) from None
         self._loaded += 1
 
@@ -377,7 +377,10 @@ class EnclavePageCache(Device):
                 errno.EINVAL,
                 f"the length of an enclave is a multiple of {PAGE_SIZE} bytes, and at least one, not {request.length}",
             )
-        extent = self._pool.create_object(request.name, request.length)
+        try:
+            extent = self._pool.create_object(request.name, request.length)
+        except ValueError as error:
+            raise OSError(errno.EINVAL, str(error)) from None
         row = self._tables.add(
             extent.offset,
             extent.length,

@@ -175,6 +175,8 @@ class _EventLoop:
 
     def _timeout(self) -> float | None:
         """Return the seconds until something is to be done without an event; None: nothing."""
+        if not self._state.parked.by_page and not self._populate_requests:
+            return self._connections.hello_timeout()
         waits = [self._connections.hello_timeout()]
         parked, populates = self._state.parked.oldest_ns(), self._populate_requests.wait_until()
         if parked is not None:

@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from prefault.device import open as open_device
+from prefault.drivers.buffers import BufferObjectError, BufferObjects, Buffers
+from prefault.drivers.buffers.buffer_manager import Buffer
+from prefault.drivers.buffers.buffer_messages import DirtyRuns
 from prefault.drivers.buffers.dirty_tracking import DirtyTracking
+from prefault.sizes import MIB, PAGE_SIZE
+from support.device_server import ends_by
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
 
 
 def _method(tracking: DirtyTracking) -> str:
@@ -44,3 +61,35 @@ def test_a_scan_between_that_finds_little_begins_anew() -> None:
     tracking.mark_all()
     assert tracking.scan() == [range(100)]
     assert _method(tracking) == "chunk"
+
+
+class ScansSlowly(BufferObjects):
+    """Buffer objects whose server is a fork, so that the test's own class is at hand there."""
+
+    def recipe(self) -> None:  # type: ignore[override]
+        return None
+
+    def take_dirty(self, buffer: Buffer) -> DirtyRuns:
+        time.sleep(0.5)
+        return super().take_dirty(buffer)
+
+
+def test_d5_a_scan_that_fails_since_a_client_moves_its_memory_forgets_no_page() -> None:
+    def store(say: Any) -> None:
+        with open_device(ScansSlowly(vram=4 * MIB, system=4 * MIB, space="64 MiB")) as client:
+            buffers = Buffers(client, timeout=30)
+            buffers.create("frame", 16 * PAGE_SIZE)
+            buffers.track_dirty("frame")
+            with buffers.map("frame") as area, area.memoryview() as memory:
+                memory[3 * PAGE_SIZE] = memory[5 * PAGE_SIZE] = 7
+                # The kernel lets nobody change the page tables of the process until the server has read of the move.
+                last = area.address + 15 * PAGE_SIZE
+                mover = threading.Timer(0.2, _libc.mremap, (last, PAGE_SIZE, 2 * PAGE_SIZE, 1))
+                mover.start()
+                with pytest.raises(BufferObjectError, match="keeps changing its mappings") as caught:
+                    buffers.take_dirty("frame")
+                mover.join()
+                say(f"{caught.value.errno == errno.EBUSY} {buffers.take_dirty('frame').runs}")
+
+    said, _ = ends_by(store)
+    assert said == "True ((3, 4), (5, 6))"

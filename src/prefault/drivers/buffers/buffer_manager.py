@@ -352,9 +352,9 @@ class BufferManager(Device):
     def track(self, buffer: Buffer, tracked: bool) -> None:
         """Begin or end dirty tracking of an object."""
         if tracked != (buffer.tracking is not None):
-            buffer.tracking = DirtyTracking(len(buffer.pages), _CHUNK_PAGES) if tracked else None
             if buffer.access == "write":
                 self.pool.protect(buffer.pages, "read" if tracked else "write")
+            buffer.tracking = DirtyTracking(len(buffer.pages), _CHUNK_PAGES) if tracked else None
             self.save(buffer)
 
     def take_dirty(self, buffer: Buffer) -> messages.DirtyRuns:
@@ -364,9 +364,14 @@ class BufferManager(Device):
             raise BufferObjectError(errno.EINVAL, f"{buffer.resource.name!r} is not tracked: begin with TrackDirty")
         method = tracking.method
         runs = tracking.scan()
-        for run in runs:
-            first = buffer.pages.start
-            self.pool.protect(range(first + run.start, first + run.stop), "read")
+        first = buffer.pages.start
+        try:
+            for run in runs:
+                self.pool.protect(range(first + run.start, first + run.stop), "read")
+        except BaseException:
+            # Some can be written to without a fault: they are reported again, by the next call.
+            tracking.restore(runs)
+            raise
         return messages.DirtyRuns(tuple((run.start, run.stop) for run in runs), method)
 
     def fault_again(self, buffer: Buffer) -> None:

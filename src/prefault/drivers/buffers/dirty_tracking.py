@@ -9,6 +9,7 @@ a chunk of 2 MiB, which dirties all of it: 1/512 of the faults, and pages that a
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 Method: TypeAlias = Literal["page", "chunk"]
@@ -51,6 +52,11 @@ class DirtyTracking:
     def mark_all(self) -> None:
         """Note that any page may have been written: the process that tracked them died."""
         self._written[:] = b"\x01" * self._pages
+
+    def restore(self, runs: Iterable[range]) -> None:
+        """Note again that pages were written, which a scan returned: they did not become clean."""
+        for run in runs:
+            self._written[run.start : run.stop] = b"\x01" * len(run)
 
     def scan(self) -> list[range]:
         """Return the runs of pages that were written since the last scan, which are clean now; perhaps change the method."""

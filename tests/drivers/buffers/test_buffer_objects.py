@@ -20,8 +20,10 @@ from prefault.device import Area, DeviceClient
 from prefault.device import open as open_device
 from prefault.drivers.buffers import BufferObjectError, BufferObjects, Buffers
 from prefault.drivers.buffers import buffer_messages as _messages
+from prefault.drivers.buffers.buffer_manager import Buffer
 from prefault.errors import DeviceError, DeviceGoneError, DriverError
 from prefault.sizes import MIB, PAGE_SIZE
+from support.device_server import ends_by
 from support.userfaultfd import Toucher
 from support.wardens import roles
 
@@ -376,6 +378,34 @@ def test_a_release_that_the_server_dies_of_is_made_at_the_next_one(buffers: Buff
     killer.join(10)
     with buffers.reserve("a", timeout=5) as reservation:
         assert _again(buffers, "a").ticket == reservation.ticket
+
+
+class DiesOfProtecting(BufferObjects):
+    """Buffer objects whose server dies when it has entered a protection into its table, before pages have it."""
+
+    def recipe(self) -> None:  # type: ignore[override]
+        return None
+
+    def save(self, buffer: Buffer) -> None:
+        super().save(buffer)
+        if buffer.access == "read":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_protection_that_the_server_died_of_is_enforced_by_the_next_one() -> None:
+    def store(say: Any) -> None:
+        with open_device(DiesOfProtecting(vram=4 * MIB, system=4 * MIB, space="64 MiB")) as client:
+            buffers = Buffers(client, timeout=30)
+            buffers.create("frame", MIB)
+            with buffers.map("frame") as area, area.memoryview() as memory:
+                memory[0] = 7
+                with pytest.raises(DeviceGoneError):
+                    buffers.protect("frame", "read")
+                say(f"{_again(buffers, 'frame').access} {memory[0]}")
+                memory[0] = 8
+
+    said, status = ends_by(store)
+    assert (said, status) == ("read 7", -signal.SIGBUS)
 
 
 def _again(buffers: Buffers, name: str) -> _messages.Description:

@@ -139,6 +139,8 @@ class BufferManager(Device):
             buffer.tracking.mark_all()
         for chunk in buffer.chunks():
             self.pool.prefer_huge(chunk)
+        if record.access == "read":
+            self.pool.protect(pages, "read")  # the last server may have died before that
         if record.purged:
             self.pool.poison(pages, f"{name!r} was purged")
 

@@ -251,6 +251,13 @@ def test_an_object_that_was_swapped_out_comes_back_with_its_content(buffers: Buf
     assert os.stat(swap_file).st_blocks == 0
 
 
+def test_two_devices_do_not_share_a_swap_file(buffers: Buffers, swap_file: str) -> None:
+    buffers.create("frame", MIB)
+    device = BufferObjects(vram=MIB, system=MIB, swap_file=swap_file, swap=MIB, space="64 MiB")
+    with pytest.raises(DeviceError, match="belongs to another device: give each device one of its own"):
+        open_device(device)
+
+
 def test_the_least_recently_used_object_makes_room(buffers: Buffers) -> None:
     for name in ("a", "b", "c", "d"):
         buffers.create(name, 4 * MIB)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 
 from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from prefault.drivers.buffers.buffer_errors import BufferObjectError
 from prefault.sizes import PAGE_SIZE
 
 
@@ -21,9 +23,21 @@ class SwapFile:
         self._fd = -1
 
     def open(self) -> None:
-        """Open the file, and make it if it does not exist."""
-        if self._path is not None:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """Open the file, and make it if it does not exist.
+
+        Raises:
+            BufferObjectError: EBUSY: another device has it, at the same offsets.
+        """
+        if self._path is None:
+            return
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise BufferObjectError(
+                errno.EBUSY, f"the swap file {self._path} belongs to another device: give each device one of its own"
+            ) from None
 
     def close(self) -> None:
         """Close the file; idempotent."""

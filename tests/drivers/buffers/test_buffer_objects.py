@@ -122,6 +122,13 @@ def test_d3_copy_on_write_mappings_are_refused(buffers: Buffers) -> None:
         assert "s" in flags[0].split()[1]
 
 
+def test_d3_a_mapping_is_of_one_object(buffers: Buffers) -> None:
+    for name in "ab":
+        buffers.create(name, _CHUNK)
+    with pytest.raises(DeviceError, match="map one by its name"):
+        buffers.client.map(length=2 * _CHUNK)
+
+
 def test_d4_an_object_moves_while_it_is_mapped(buffers: Buffers) -> None:
     buffers.create("frame", 4 * MIB + PAGE_SIZE)
     with buffers.map("frame") as area, buffers.map("frame", access="read") as reader:

@@ -176,6 +176,11 @@ class BufferManager(Device):
 
     # --- faults
 
+    def open(self, area: DeviceArea) -> None:
+        """Refuse an area that may span several objects: a fault is a matter of one, its placement and its reservation."""
+        if area.object is None:
+            raise BufferObjectError(errno.EINVAL, "buffer objects are mapped one by one: map one by its name")
+
     def fault(self, area: DeviceArea, page: int, access: Access) -> Supplied:
         """Supply a page: see :meth:`populate`."""
         return self.populate(area, range(page, page + 1), access)

@@ -29,6 +29,7 @@ from prefault.drivers.remote.sharing import share
 from prefault.errors import DeviceError
 from prefault.sizes import KIB, MIB, PAGE_SIZE
 from support import processes
+from support.device_server import ends_by
 from support.http_server import HttpServer
 
 Content = Callable[[int], bytes]
@@ -463,3 +464,24 @@ def test_the_name_of_a_long_url_fits(tmp_path: Path) -> None:
     assert shared is not None
     assert len(shared.name.encode()) <= 200
     assert area_of(open_remote(name)).read() == b"content"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="setgroups(2) needs CAP_SETGID")
+def test_a_program_that_drops_groups_does_not_read_with_them(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+
+    def drop(say: Callable[[str], None]) -> None:
+        file = RemoteFile(tmp_path / "file")
+
+        def server() -> object:
+            shared = share(file, "0" * 16, None)
+            assert shared is not None
+            return shared.device
+
+        os.setgroups([12345])
+        before = server()
+        say(f"{server() is before} ")
+        os.setgroups([])
+        say(f"{server() is before}")
+
+    assert ends_by(drop) == ("True False", 0)

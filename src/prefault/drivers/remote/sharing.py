@@ -28,8 +28,8 @@ def share(file: Device, token: str, group: int | None) -> SharedObject | None:
     """Return the object that a file is on a server that it shares; None if it needs a server of its own.
 
     Files share a server if all that is the same for a whole server is the same: the number of workers, the size of batches,
-    read-ahead, the limit of time, the environment, and the user. The server inherits environment and user from this process
-    when it starts, and reads files and finds credentials by them.
+    read-ahead, the limit of time, the environment, and the user with its groups. The server inherits environment, user and
+    groups from this process when it starts, and reads files and finds credentials by them.
 
     Args:
         file: a :class:`RemoteFile`.
@@ -64,6 +64,7 @@ def share(file: Device, token: str, group: int | None) -> SharedObject | None:
         tuple(sorted(os.environb.items())),
         os.geteuid(),
         os.getegid(),
+        tuple(sorted(os.getgroups())),
     )
     with _lock:
         server = _servers.get(key)

@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -279,6 +280,21 @@ def test_requests_that_make_no_sense_change_nothing(path: str) -> None:
             (machine,) = control.usage().machines
             assert _fields(machine)[:4] == ("one", BLOCK, BLOCK, 0)
         control.remove("one")
+
+
+@pytest.mark.parametrize("wrong", [{"bogus": 1}, {"unpopulated": "zero"}, {"block": "4 KiB"}], ids=str)
+def test_a_machine_whose_memory_cannot_be_made_is_not_left_behind(path: str, wrong: dict[str, Any]) -> None:
+    with prefault.device.connect(path) as client:
+        control = VmPoolControl(client)
+        with pytest.raises((TypeError, ValueError)):
+            control.create("one", 2 * BLOCK, **wrong)
+        assert control.usage().machines == ()
+        with control.create("one", 2 * BLOCK) as memory:
+            memory.populate()
+        # Closed, the memory is still the machine's, until the machine is removed.
+        assert control.usage().plugged == 2 * BLOCK
+        control.remove("one")
+        assert control.usage().plugged == 0
 
 
 def test_a_machine_belongs_to_the_process_that_made_it(path: str) -> None:

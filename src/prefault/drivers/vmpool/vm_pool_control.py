@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefault.drivers.vmpool.machine_requests import (
@@ -15,6 +16,7 @@ from prefault.drivers.vmpool.machine_requests import (
     SetLimit,
     decode_reply,
 )
+from prefault.errors import DeviceError
 from prefault.ipc.messages import encode
 from prefault.sizes import Size, parse_size
 from prefault.sparse import SparseMemory
@@ -45,7 +47,8 @@ class VmPoolControl:
     def create(self, name: str, size: Size, *, limit: Size | None = None, **options: Any) -> SparseMemory:
         """Make a machine, and return its memory, of which nothing is plugged; touching it is a SIGSEGV.
 
-        The machine is removed, and its blocks go back to the pool, by :meth:`remove` or when this process has ended.
+        Closing the memory keeps the machine: it is removed, and its blocks go back to the pool, by :meth:`remove` or when
+        this process has ended. If this fails there is no such machine.
 
         Args:
             name: 1 to 100 characters.
@@ -59,7 +62,12 @@ class VmPoolControl:
         """
         length = parse_size(size)
         self._ask(CreateMachine(name, length, length if limit is None else parse_size(limit)), Carried)
-        return SparseMemory(None, **{"device": self._client, "object": name, "unpopulated": "fault", **options})
+        try:
+            return SparseMemory(None, **{"device": self._client, "object": name, "unpopulated": "fault", **options})
+        except BaseException:
+            with suppress(DeviceError):  # the error above is the one that tells
+                self.remove(name)
+            raise
 
     def remove(self, name: str) -> None:
         """Remove a machine, whose memory is closed; its blocks go back to the pool.

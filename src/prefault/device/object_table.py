@@ -106,7 +106,7 @@ class ObjectTable:
             FileExistsError: there is an object of that name.
             OSError: ENOSPC: no free extent has that length, or the table is full.
         """
-        _encode(name)
+        encode_name(name)
         if not isinstance(length, int) or isinstance(length, bool):
             raise TypeError(f"the length of an object is an int, not {type(length).__name__}")
         if length <= 0:
@@ -133,7 +133,7 @@ class ObjectTable:
             row = self._words[0] + 1
             self._words[0] = row
         start = row * _ROW.size
-        self._memory[start + 16 : start + 16 + NAME_MOST] = _encode(placed.name).ljust(NAME_MOST, b"\0")
+        self._memory[start + 16 : start + 16 + NAME_MOST] = encode_name(placed.name).ljust(NAME_MOST, b"\0")
         self._words[row * _ROW_WORDS + 1] = placed.offset
         self._words[row * _ROW_WORDS] = placed.length
         self._by_name[placed.name] = placed, row
@@ -167,7 +167,8 @@ class ObjectTable:
             del self._users[used.name]
 
 
-def _encode(name: str) -> bytes:
+def encode_name(name: str) -> bytes:
+    """Return the name of an object in UTF-8; TypeError or ValueError if it cannot be one."""
     if not isinstance(name, str):
         raise TypeError(f"the name of an object is a str, not {type(name).__name__}")
     try:

@@ -520,6 +520,33 @@ def test_requests_that_are_refused_change_nothing(buffers: Buffers) -> None:
         buffers.map("b")
 
 
+def test_arguments_that_cannot_be_are_not_sent(buffers: Buffers) -> None:
+    buffers.create("frame", MIB)
+    before = buffers.describe("frame"), buffers.statistics()
+    wrong: Any = buffers  # for arguments of another type
+    name = "name of an object"
+    for kind, message, call in (
+        (TypeError, f"{name} is a str, not NoneType", lambda: wrong.map(None)),  # the whole device, with every object
+        (TypeError, f"{name} is a str, not int", lambda: wrong.describe(7)),
+        (ValueError, "1 to 200 bytes in UTF-8 and no NUL, not 0", lambda: buffers.create("", MIB)),
+        (ValueError, "1 to 200 bytes in UTF-8 and no NUL, not 402", lambda: buffers.create("é" * 201, MIB)),
+        (ValueError, "no NUL", lambda: buffers.delete("a\0b")),
+        (ValueError, "access is 'read' or 'write', not 'rw'", lambda: wrong.protect("frame", "rw")),
+        (ValueError, "advice is 'dontneed' or 'willneed', not 'maybe'", lambda: wrong.madvise("frame", "maybe")),
+        (ValueError, "policy is 'dummy' or 'poison', not 'x'", lambda: wrong.unplug("x")),
+        (ValueError, "placement is 'vram' or 'system', not 'moon'", lambda: buffers.create("b", MIB, placements=["moon"])),
+        (ValueError, "placement is 'vram' or 'system', not 'moon'", lambda: buffers.move("frame", "moon")),
+        (TypeError, r"such as \['vram'\], not the str 'vram'", lambda: buffers.create("b", MIB, placements="vram")),
+        (TypeError, "priority is an int, 0 to 3, not 'x'", lambda: wrong.create("b", MIB, priority="x")),
+        (ValueError, "caching is 'cached', .* or 'encrypted', not 'x'", lambda: buffers.create("b", MIB, caching="x")),
+        (ValueError, "caching is 'cached', .* or 'encrypted', not 'x'", lambda: buffers.set_caching("frame", "x")),
+        (TypeError, "Buffers takes a DeviceClient, .* not None", lambda: Buffers(None)),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(kind, match=message):
+            call()
+    assert (buffers.describe("frame"), buffers.statistics()) == before
+
+
 def _reserve(buffers: Buffers, ticket: int, name: str) -> object:
     return buffers.ask(_messages.Reserve(ticket, name), _messages.TicketState)
 

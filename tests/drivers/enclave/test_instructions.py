@@ -296,11 +296,6 @@ def test_c5_enclaves_that_cannot_be(client: DeviceClient) -> None:
             (errno.EINVAL, lambda: Enclave.create(client, "b", 0)),
             (errno.EINVAL, lambda: Enclave.create(client, "b", PAGE_SIZE + 1)),
             (errno.ENOSPC, lambda: Enclave.create(client, "b", "1 PiB")),
-            (errno.EINVAL, lambda: Enclave.create(client, "b" * 1000, _LENGTH)),
-            (errno.EINVAL, lambda: Enclave.create(client, "", _LENGTH)),
-            (errno.EINVAL, lambda: Enclave.create(client, "\u00e9" * 200, _LENGTH)),
-            (errno.EINVAL, lambda: Enclave.create(client, "b\0", _LENGTH)),
-            (errno.EINVAL, lambda: Enclave.create(client, "b", _LENGTH, accept="never")),  # type: ignore[arg-type]
             (errno.ENOENT, lambda: Enclave(client, "b")),
             (errno.EBUSY, lambda: Enclave(client, "a").delete()),
         ):
@@ -317,6 +312,37 @@ def test_c5_enclaves_that_cannot_be(client: DeviceClient) -> None:
     Enclave(client, "a").delete()
     with pytest.raises(DeviceError, match="no enclave 'a': there are none"):
         Enclave(client, "a")
+
+
+def test_c5_arguments_that_cannot_be_are_not_sent(client: DeviceClient) -> None:
+    anything: Any = Enclave  # for arguments of another type
+    enclave = Enclave.create(client, "a", _LENGTH)
+    wrong: Any = enclave
+    assert enclave.pages() == []
+    for kind, message, call in (
+        (
+            ValueError,
+            "accept is 'auto' or 'explicit', not 'maybe'",
+            lambda: anything.create(client, "b", 8192, accept="maybe"),
+        ),
+        (ValueError, "1 to 200 bytes in UTF-8 and no NUL, not 0", lambda: Enclave.create(client, "", _LENGTH)),
+        (ValueError, "1 to 200 bytes in UTF-8 and no NUL, not 1000", lambda: Enclave.create(client, "b" * 1000, _LENGTH)),
+        (ValueError, "no NUL", lambda: Enclave.create(client, "a\0b", _LENGTH)),
+        (TypeError, "is a str, not NoneType", lambda: anything.create(client, None, _LENGTH)),
+        (TypeError, "is a str, not NoneType", lambda: anything(client, None)),
+        (TypeError, "Enclave takes a DeviceClient, .* not None", lambda: anything(None, "a")),
+        (TypeError, r"Enclave.create takes a DeviceClient", lambda: anything.create(None, "b", _LENGTH)),
+        (TypeError, "statistics takes a DeviceClient", lambda: statistics(None)),  # type: ignore[arg-type]
+        (TypeError, "PageType.REG, PageType.TCS, PageType.TRIM, not 'TRIM'", lambda: wrong.emodt(0, 4096, "TRIM")),
+        (TypeError, "not 'TRIM'", lambda: wrong.eaccept(0, 4096, page_type="TRIM")),
+        (EnclaveError, "letters r, w and x, not 'read'", lambda: enclave.emodpr(0, 4096, "read")),
+        (EnclaveError, "letters r, w and x, not 'execute'", lambda: enclave.emodpe(0, 4096, "execute")),
+        (EnclaveError, "letters r, w and x, not None", lambda: wrong.emodpe(0, 4096, None)),
+        (EnclaveError, "letters r, w and x, not 'read'", lambda: Enclave.create(client, "b", 8192, max_permissions="read")),
+    ):
+        with pytest.raises(kind, match=message):
+            call()
+    assert statistics(client).enclaves == 1
 
 
 def test_c5_ranges_that_are_none(client: DeviceClient) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from prefault.device import Area, DeviceClient
+from prefault.device.object_table import encode_name
 from prefault.drivers.buffers import buffer_messages as messages
 from prefault.drivers.buffers.buffer_errors import BufferObjectError
 from prefault.drivers.buffers.buffer_messages import (
@@ -21,6 +22,7 @@ from prefault.drivers.buffers.buffer_messages import (
     DirtyRuns,
 )
 from prefault.drivers.buffers.placements import Placement
+from prefault.drivers.client_checks import check_choice, check_client, check_request
 from prefault.errors import DeviceError, DeviceGoneError
 from prefault.ipc.messages import encode
 from prefault.sizes import PAGE_SIZE, Size, parse_size
@@ -67,11 +69,17 @@ class Buffers:
     """
 
     def __init__(self, client: DeviceClient, timeout: float | None = None) -> None:
+        check_client("Buffers", client)
         self.client = client
         self.timeout = timeout
 
     def ask(self, request: BufferRequest, kind: type[_Reply]) -> _Reply:
-        """Send a request, and return its reply."""
+        """Send a request, and return its reply.
+
+        Raises:
+            TypeError, ValueError: the name in it cannot be one; nothing is sent.
+        """
+        check_request(request)
         try:
             reply = messages.decode_reply(self.client.control(encode(request), timeout=self.timeout))
         except DeviceGoneError:
@@ -91,16 +99,24 @@ class Buffers:
         """Make an object of zeros.
 
         Args:
-            name: one to 200 bytes in UTF-8.
+            name: one to 200 bytes in UTF-8, without NUL.
             size: bytes or text.
             placements: "vram" and "system" in the order of preference, or one of them.
             alignment: power of two from a page up: of each of its blocks in VRAM.
             contiguous: its memory in VRAM is one piece.
             priority: 0 to 3; a lower one is evicted earlier.
             caching: "cached", "write-combined", "uncached" or "encrypted": recorded, not enforced.
+
+        Raises:
+            TypeError, ValueError: an argument is of another type, or none of the choices; nothing is sent.
         """
+        if isinstance(placements, str):
+            raise TypeError(f"placements is a list of placements, such as [{placements!r}], not the str {placements!r}")
+        if not isinstance(priority, int):
+            raise TypeError(f"priority is an int, 0 to 3, not {priority!r}")
+        check_choice("caching", caching, Caching)
         request = messages.CreateBuffer(
-            name, parse_size(size), tuple(Placement(place) for place in placements), parse_size(alignment), contiguous,
+            name, parse_size(size), tuple(map(_placement, placements)), parse_size(alignment), contiguous,
             priority, Caching(caching),
         )  # fmt: skip
         return self.ask(request, Description)
@@ -117,9 +133,11 @@ class Buffers:
         """Map an object; ``options`` are those of :meth:`DeviceClient.map`.
 
         Raises:
+            TypeError: ``name`` is None, which would be the whole device.
             ValueError: ``shared=False``: a copy-on-write mapping of an object is refused, as TTM does. A private copy of a
                 page would not follow the object to where it moves.
         """
+        encode_name(name)
         if not shared:
             raise ValueError(f"{name!r} is mapped shared only: a copy-on-write mapping would not follow it when it moves")
         return self.client.map(object=name, **options)
@@ -128,7 +146,7 @@ class Buffers:
 
     def move(self, name: str, placement: str, *, ticket: int = 0) -> None:
         """Bring an object into a placement; others leave it in the order of their last use."""
-        self.ask(messages.Move(name, Placement(placement), ticket), messages.RequestDone)
+        self.ask(messages.Move(name, _placement(placement), ticket), messages.RequestDone)
 
     def evict(self, name: str, *, ticket: int = 0) -> None:
         """Have an object leave VRAM for SYSTEM, or SYSTEM for the swap file."""
@@ -148,10 +166,12 @@ class Buffers:
 
     def set_caching(self, name: str, caching: str, *, ticket: int = 0) -> None:
         """Change the caching attribute while no client has an entry for the object."""
+        check_choice("caching", caching, Caching)
         self.ask(messages.SetCaching(name, Caching(caching), ticket), messages.RequestDone)
 
     def protect(self, name: str, access: Literal["read", "write"], *, ticket: int = 0) -> None:
         """Change the protection of all mappings while no client has an entry: a store to a "read" object is SIGBUS."""
+        check_choice("access", access, ("read", "write"))
         self.ask(messages.Protect(name, access, ticket), messages.RequestDone)
 
     # --- content
@@ -161,6 +181,7 @@ class Buffers:
 
         An object that is not needed is purged when memory is short. A purged one stays so: touching it is SIGBUS.
         """
+        check_choice("advice", advice, ("dontneed", "willneed"))
         return self.ask(messages.Advise(name, advice), messages.Retained).retained
 
     def purge(self, name: str) -> None:
@@ -225,8 +246,14 @@ class Buffers:
 
     def unplug(self, policy: Literal["dummy", "poison"]) -> None:
         """Unplug the device: each touch of an object gets a page of zeros ("dummy"), or SIGBUS ("poison")."""
+        check_choice("policy", policy, ("dummy", "poison"))
         self.ask(messages.Unplug(policy), messages.RequestDone)
 
     def statistics(self) -> BufferStatistics:
         """Return counters, and the state of the memory."""
         return self.ask(messages.AskBufferStatistics(), BufferStatistics)
+
+
+def _placement(place: str) -> Placement:
+    check_choice("a placement", place, (Placement.VRAM, Placement.SYSTEM))
+    return Placement(place)

@@ -7,6 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefault._kernel import mman
+from prefault.drivers.client_checks import check_choice, check_client, check_request
 from prefault.drivers.enclave import enclave_requests as requests
 from prefault.drivers.enclave import epcm
 from prefault.drivers.enclave.enclave_requests import Acceptance, EnclaveStatistics
@@ -49,6 +50,7 @@ class Enclave:
         name: of an enclave that was created before, by any process.
 
     Raises:
+        TypeError, ValueError: ``client`` is not a connection, or ``name`` cannot be a name.
         DeviceError: there is no such enclave (ENOENT).
 
     Attributes:
@@ -60,6 +62,7 @@ class Enclave:
     """
 
     def __init__(self, client: DeviceClient, name: str) -> None:
+        check_client("Enclave", client)
         self._client = client
         self.name = name
         facts = _ask(client, requests.AskEnclave(name))
@@ -93,9 +96,14 @@ class Enclave:
             max_permissions: those that :meth:`emodpe` may give to pages.
 
         Raises:
+            TypeError, ValueError: ``client``, ``name`` or ``accept`` is not what it can be; nothing is sent.
+            EnclaveError: ``max_permissions`` has other letters than r, w and x.
             DeviceError: there is such an enclave (EEXIST), the address space of the page cache is full, or the length is not
                 a positive number of whole pages, or the name none (EINVAL).
         """
+        check_client("Enclave.create", client)
+        check_choice("accept", accept, ("auto", "explicit"))
+        epcm.parse_permissions(max_permissions)
         _ask(client, requests.CreateEnclave(name, parse_size(length), accept, overcommit, max_permissions))
         return cls(client, name)
 
@@ -147,6 +155,7 @@ class Enclave:
         Raises:
             EnclaveError: ATTRIBUTES_MISMATCH, NOT_ADDED, INVALID_REQUEST.
         """
+        _check_type(page_type)
         expected = PageInfo(page_type, epcm.format_permissions(epcm.parse_permissions(permissions)), pending, modified)
         for first, stop in _split(offset, length):
             _ask(self._client, requests.Accept(self.name, first, stop, expected))
@@ -159,6 +168,7 @@ class Enclave:
         When this returns no client can write to pages that lost the permission. Permissions that a page does not have are
         not added.
         """
+        epcm.parse_permissions(permissions)
         for first, stop in _split(offset, length):
             _ask(self._client, requests.RestrictPermissions(self.name, first, stop, permissions))
             if "x" not in permissions:
@@ -173,6 +183,7 @@ class Enclave:
         Raises:
             EnclaveError: NOT_PERMITTED: beyond :attr:`max_permissions`.
         """
+        epcm.parse_permissions(permissions)
         for first, stop in _split(offset, length):
             _ask(self._client, requests.ExtendPermissions(self.name, first, stop, permissions))
             if "x" in permissions:
@@ -183,6 +194,7 @@ class Enclave:
 
         The pages lose their permissions, and are not accessible any more.
         """
+        _check_type(page_type)
         for first, stop in _split(offset, length):
             _ask(self._client, requests.ChangeType(self.name, first, stop, page_type))
             self._set_executable(first * PAGE_SIZE, (stop - first) * PAGE_SIZE, False)
@@ -241,13 +253,15 @@ class Enclave:
 
 
 def statistics(client: DeviceClient) -> EnclaveStatistics:
-    """Return the statistics of an enclave page cache."""
+    """Return the statistics of an enclave page cache; ``client``: a connection to it."""
+    check_client("statistics", client)
     reply = _ask(client, requests.AskCacheStatistics())
     assert isinstance(reply, EnclaveStatistics)
     return reply
 
 
 def _ask(client: DeviceClient, request: requests.Request) -> requests.Reply:
+    check_request(request)
     repeatable = isinstance(request, requests.AskPages | requests.AskEnclave | requests.AskCacheStatistics)
     for left in reversed(range(_QUESTIONS)):
         try:
@@ -260,6 +274,12 @@ def _ask(client: DeviceClient, request: requests.Request) -> requests.Reply:
     if isinstance(reply, requests.InstructionRefused):
         raise EnclaveError(Code[reply.code], reply.message, reply.page)
     return reply
+
+
+def _check_type(page_type: object) -> None:
+    if not isinstance(page_type, PageType):
+        choices = ", ".join(f"PageType.{each.name}" for each in PageType)
+        raise TypeError(f"page_type is one of {choices}, not {page_type!r}")
 
 
 def _ranges(offset: Size, length: Size) -> list[tuple[int, int]]:

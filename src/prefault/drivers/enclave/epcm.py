@@ -142,7 +142,7 @@ def parse_permissions(text: str) -> int:
     Raises:
         EnclaveError: not of the letters r, w and x, each at most once.
     """
-    if len(set(text)) != len(text) or not set(text) <= set("rwx"):
+    if not isinstance(text, str) or len(set(text)) != len(text) or not set(text) <= set("rwx"):
         raise EnclaveError(Code.INVALID_REQUEST, f"permissions are made of the letters r, w and x, not {text!r}")
     return sum({"r": READ, "w": WRITE, "x": EXECUTE}[letter] for letter in text)
 

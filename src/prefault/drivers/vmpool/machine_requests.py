@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, TypeAlias
 
+from prefault.device.object_table import NAME_MOST
 from prefault.ipc.messages import Decoder, Number, TaggedMessage, msgspec
 
-Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
+Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=NAME_MOST)]
 
 
 class CreateMachine(TaggedMessage, frozen=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from prefault.drivers.client_checks import check_client, check_request
 from prefault.drivers.vmpool.machine_requests import (
     AskUsage,
     Carried,
@@ -42,6 +43,7 @@ class VmPoolControl:
     """
 
     def __init__(self, client: DeviceClient) -> None:
+        check_client("VmPoolControl", client)
         self._client = client
 
     def create(self, name: str, size: Size, *, limit: Size | None = None, **options: Any) -> SparseMemory:
@@ -51,12 +53,13 @@ class VmPoolControl:
         this process has ended. If this fails there is no such machine.
 
         Args:
-            name: 1 to 100 characters.
+            name: 1 to 200 bytes in UTF-8, without NUL.
             size: bytes of its address range, whole blocks.
             limit: bytes that it may have plugged; None: all of its range.
             options: further arguments of :class:`~prefault.SparseMemory`.
 
         Raises:
+            TypeError, ValueError: ``name`` or an option cannot be one.
             DeviceError: a machine has that name (EEXIST), the pool has no such range of addresses left (ENOSPC), or the size
                 is not whole blocks (EINVAL).
         """
@@ -92,6 +95,7 @@ class VmPoolControl:
         return PoolUsage(part.capacity, part.plugged, part.block, tuple(machines), False)
 
     def _ask(self, request: MachineRequest, kind: type[_Reply]) -> _Reply:
+        check_request(request)
         reply = decode_reply(self._client.control(encode(request)))
         assert isinstance(reply, kind)
         return reply

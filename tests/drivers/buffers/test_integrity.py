@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import prefault.device
-from prefault.device import DevicePool
+from prefault.device import DeviceArea, DevicePool
 from prefault.drivers.buffers import BufferObjectError, BufferObjects, Buffers
 from prefault.drivers.buffers.buffer_manager import BufferManager
 from prefault.drivers.buffers.buffer_messages import Caching
@@ -48,6 +48,9 @@ class OneBuffer(BufferManager):
         if not self.buffers:
             resource = Resource("all", self.length, (Placement.VRAM, Placement.SYSTEM))
             self.create(resource, Caching.CACHED)
+
+    def open(self, area: DeviceArea) -> None:
+        """Accept parts of the device, which are parts of the one object."""
 
 
 @pytest.mark.parametrize("swaps", [False, True])

@@ -97,7 +97,7 @@ class HugePages:
         try:
             done = mman.process_madvise(area.client.record.pidfd, [(start, length)], mman.MADV_COLLAPSE)
         except OSError as error:
-            # EPERM: another user's process, or no CAP_SYS_NICE. EINVAL: foreign memory there, or no huge pages at all.
+            # EPERM: no CAP_SYS_NICE. EACCES: no right to ptrace. EINVAL: foreign memory there, or no huge pages at all.
             area.collapse_fails = error.errno == errno.EPERM
             done = 0
         fault_resolution.wake(area.fd, start, length)

@@ -13,7 +13,7 @@ import pytest
 import prefault
 import prefault.device
 from prefault.device import DeviceClient, DevicePool
-from prefault.drivers.enclave import Enclave, EnclavePageCache, PageInfo, PageType, statistics
+from prefault.drivers.enclave import Enclave, EnclavePageCache, PageInfo, PageType, kept_tables, statistics
 from prefault.errors import DeviceError
 from prefault.sizes import MIB, PAGE_SIZE
 from support.enclaves import dies
@@ -128,3 +128,19 @@ def test_c5_pages_that_cannot_be_evicted_now_are_later_and_others_in_their_place
         (tmp_path / "hindered").unlink()
         prefault.populate(other, length=MIB)  # needs all frames
         assert area.read(0, PAGE_SIZE) == bytes(PAGE_SIZE)
+
+
+def test_c5_an_enclave_for_which_the_table_has_no_room_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_leaks: None
+) -> None:
+    monkeypatch.setattr(kept_tables, "MAX_ENCLAVES", 2)
+    with prefault.device.open(Hindered(tmp_path / "none")) as client:  # a fork, which has the limit of here
+        first = Enclave.create(client, "first", _LENGTH)
+        Enclave.create(client, "second", _LENGTH)
+        with pytest.raises(DeviceError, match="2 enclaves already, the maximum") as caught:
+            Enclave.create(client, "third", _LENGTH)
+        assert caught.value.errno == errno.ENOSPC
+        assert statistics(client).enclaves == 2
+        first.delete()
+        with Enclave.create(client, "third", _LENGTH).map() as area:
+            assert area.read() == bytes(_LENGTH)

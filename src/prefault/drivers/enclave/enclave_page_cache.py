@@ -99,7 +99,8 @@ class EnclavePageCache(Device):
                 self._enclaves[extent.name] = rows[extent.offset]
             else:  # half created, or half removed
                 self._erase(extent.name, extent.pages(PAGE_SIZE))
-        self._sort()
+        for name, row in self._enclaves.items():
+            self._enter(name, row)
         for row in self._sorted:
             self._recover(row)
         if not self._tables.header[_STARTED]:
@@ -381,15 +382,19 @@ class EnclavePageCache(Device):
             extent = self._pool.create_object(request.name, request.length)
         except ValueError as error:
             raise OSError(errno.EINVAL, str(error)) from None
-        row = self._tables.add(
-            extent.offset,
-            extent.length,
-            explicit=request.accept == "explicit",
-            overcommit=request.overcommit,
-            max_permissions=permissions,
-        )
+        try:
+            row = self._tables.add(
+                extent.offset,
+                extent.length,
+                explicit=request.accept == "explicit",
+                overcommit=request.overcommit,
+                max_permissions=permissions,
+            )
+        except OSError:
+            self._pool.delete_object(request.name)
+            raise
         self._enclaves[request.name] = row
-        self._sort()
+        self._enter(request.name, row)
         return _facts(row)
 
     def _delete(self, name: str, row: EnclaveRow) -> None:
@@ -399,7 +404,8 @@ class EnclavePageCache(Device):
         self._tables.remove(row.number)  # from here on the next server erases it, should this one die
         del self._enclaves[name]
         self._erase(name, row.pages)
-        self._sort()
+        index = bisect_right(self._starts, row.pages.start) - 1
+        del self._sorted[index], self._starts[index], self._names[row.pages.start]
 
     def _erase(self, name: str, pages: range) -> None:
         """Remove an object with everything that its pages hold."""
@@ -412,10 +418,11 @@ class EnclavePageCache(Device):
         self._tables.clear(pages)
         self._order.remove(pages)
 
-    def _sort(self) -> None:
-        self._sorted = sorted(self._enclaves.values(), key=lambda row: row.offset)
-        self._starts = [row.pages.start for row in self._sorted]
-        self._names = {row.pages.start: name for name, row in self._enclaves.items()}
+    def _enter(self, name: str, row: EnclaveRow) -> None:
+        index = bisect_right(self._starts, row.pages.start)
+        self._sorted.insert(index, row)
+        self._starts.insert(index, row.pages.start)
+        self._names[row.pages.start] = name
 
     def _row(self, page: int) -> EnclaveRow:
         """Return the enclave that a page of the device belongs to."""

@@ -6,6 +6,7 @@ such an entry would allocate it, so a summary says which groups of pages were ev
 
 from __future__ import annotations
 
+import errno
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -77,6 +78,9 @@ class KeptTables:
         self.sealed = keep("enclave sealed pages", pages * PAGE_SIZE)
         self.tags = keep("enclave tags", _whole_pages(TAG * pages))
         self._rows = keep("enclave table", MAX_ENCLAVES * _ROW.size)
+        numbers = [_unpack(self._rows, index).number for index in range(self.header[_ROWS])]
+        self._index = {number: index for index, number in enumerate(numbers) if number}
+        self._unused = [index for index, number in enumerate(numbers) if not number]
 
     # --- the EPCM
 
@@ -115,33 +119,32 @@ class KeptTables:
 
     def rows(self) -> list[EnclaveRow]:
         """Return the enclaves."""
-        count = self.header[_ROWS]
-        rows = (_unpack(self._rows, index) for index in range(count))
-        return [row for row in rows if row.number]
+        return [_unpack(self._rows, index) for index in sorted(self._index.values())]
 
     def add(self, offset: int, length: int, *, explicit: bool, overcommit: bool, max_permissions: int) -> EnclaveRow:
         """Enter an enclave.
 
         Raises:
-            MemoryError: the table is full.
+            OSError: ENOSPC: the table is full.
         """
         count = self.header[_ROWS]
-        free = next((index for index in range(count) if not _unpack(self._rows, index).number), count)
-        if free == MAX_ENCLAVES:
-            raise MemoryError(f"there are {MAX_ENCLAVES} enclaves already: remove some")
+        if len(self._index) == MAX_ENCLAVES:
+            raise OSError(errno.ENOSPC, f"there are {MAX_ENCLAVES} enclaves already, the maximum: delete some")
+        free = self._unused.pop() if self._unused else count
         number = self.header[_NEXT_NUMBER] + 1
         self.header[_NEXT_NUMBER] = number
         flags = explicit | overcommit << 1 | max_permissions << 2
         _ROW.pack_into(self._rows, free * _ROW.size, 0, offset, length, flags)
         self.header[_ROWS] = max(count, free + 1)
         self._rows.cast("Q")[free * _ROW.size // 8] = number  # one store makes it valid
+        self._index[number] = free
         return EnclaveRow(number, offset, length, explicit, overcommit, max_permissions)
 
     def remove(self, number: int) -> None:
         """Remove an enclave."""
-        for index in range(self.header[_ROWS]):
-            if _unpack(self._rows, index).number == number:
-                self._rows.cast("Q")[index * _ROW.size // 8] = 0
+        index = self._index.pop(number)
+        self._rows.cast("Q")[index * _ROW.size // 8] = 0
+        self._unused.append(index)
 
 
 _ROWS = 8

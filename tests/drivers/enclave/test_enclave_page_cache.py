@@ -230,6 +230,7 @@ def test_c5_a_tampered_page_is_poisoned_and_reported_and_never_served(path: Path
             memory.write(5, good)  # too late
             for touch in (lambda view: view[5 * PAGE_SIZE], lambda view: view.__setitem__(5 * PAGE_SIZE, 1)):
                 assert dies(path, "a", touch)
+            assert statistics(client).rejected == 1
             assert not dies(path, "a", lambda view: view[6 * PAGE_SIZE])
             kill_server(client)
             assert dies(path, "a", lambda view: view[5 * PAGE_SIZE])

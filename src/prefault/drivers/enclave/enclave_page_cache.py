@@ -17,7 +17,7 @@ from prefault.drivers.enclave import epcm
 from prefault.drivers.enclave.arrival_order import ArrivalOrder
 from prefault.drivers.enclave.epcm import FREE, WRITE, Code, EnclaveError, PageInfo, PageType
 from prefault.drivers.enclave.kept_tables import EnclaveRow, KeptTables
-from prefault.drivers.enclave.sealing import PageSealer, SealError, load_cipher
+from prefault.drivers.enclave.sealing import POISONED, PageSealer, SealError, load_cipher
 from prefault.ipc.transport import ProtocolError
 from prefault.sizes import GIB, MIB, PAGE_SIZE, Size, format_size, parse_size
 
@@ -179,12 +179,14 @@ class EnclavePageCache(Device):
 
     def _load(self, row: EnclaveRow, page: int, frame: memoryview) -> None:
         offset = page - row.pages.start
+        known = self._tables.versions[page] == POISONED
         try:
             self._sealer.unseal(page, frame, row.number, offset, PageType.REG)
         except SealError:
-            self._rejected += 1
             message = f"page {offset}: its sealed copy fails the authentication: it was changed, exchanged or replayed"
-            _log.error("enclave %r: %s; the page is poisoned", self._names[row.pages.start], message)
+            if not known:
+                self._rejected += 1
+                _log.error("enclave %r: %s; the page is poisoned", self._names[row.pages.start], message)
             raise EnclaveError(Code.POISONED, message, offset) from None
         self._loaded += 1
 

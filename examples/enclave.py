@@ -2,7 +2,7 @@
 
 The enclave page cache is a model of SGX's. Pages are added when they are touched, or in bulk by populate; where the cache is
 full, pages are encrypted, authenticated and evicted to ordinary memory. A page that somebody changes there is an error, and
-never wrong bytes.
+never wrong bytes. Needs the package cryptography: pip install 'prefault[enclave]'.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ PAGE = 4096
 def main() -> None:
     """Write all over an enclave, read it back, and change what its pages may be used for."""
     chance = random.Random(1)
-    with prefault.device.open(EnclavePageCache("2 MiB")) as cache:
+    try:
+        device = EnclavePageCache("2 MiB")
+    except ImportError as missing:
+        print(missing)  # with the command that installs it
+        return
+    with prefault.device.open(device) as cache:
         enclave = Enclave.create(cache, "vault", "16 MiB")
         with enclave.map() as area:
             # The first half of the cache in one call: 256 pages added and accepted, and not one fault.

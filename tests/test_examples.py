@@ -34,6 +34,15 @@ def test_example(path: Path) -> None:
     assert done.stderr == ""
 
 
+def test_the_enclave_says_what_it_lacks() -> None:
+    (path,) = (path for path in _EXAMPLES if path.stem == "enclave")
+    script = "import runpy, sys; sys.modules['cryptography'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1
+    assert "needs cryptography, which is not installed: pip install 'prefault[enclave]'" in done.stdout
+
+
 def _page_cache(file: Path, frames: int) -> Device:
     (path,) = (path for path in _EXAMPLES if path.stem == "page_cache")
     spec = importlib.util.spec_from_file_location("page_cache", path)

@@ -199,5 +199,19 @@ def test_another_control_request_is_refused(request_: bytes, message: str) -> No
 def test_without_zstd_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("backports", "backports.zstd", "compression", "compression.zstd"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(DeviceError, match=r"compressed memory needs backports\.zstd, which is not installed: pip install"):
-        prefault.device.map(_ByFork(PAGE_SIZE, PAGE_SIZE))
+    with pytest.raises(ImportError, match=r"compressed memory needs backports\.zstd, .*: pip install 'prefault\[zstd\]'"):
+        CompressedMemory(PAGE_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("level", "kind", "message"),
+    [
+        ("x", TypeError, "the level of zstd is an int, not 'x'"),
+        (1.5, TypeError, "an int, not 1.5"),
+        (99, ValueError, "the level of zstd is -[0-9]+ to [0-9]+, not 99"),
+        (-(1 << 40), ValueError, "not -1099511627776"),
+    ],
+)
+def test_a_level_that_zstd_does_not_have(level: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        CompressedMemory(PAGE_SIZE, level=level)

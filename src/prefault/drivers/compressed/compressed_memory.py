@@ -23,6 +23,10 @@ class CompressedMemory(Device):
         frames: most bytes of pages that are not packed.
         store: most bytes of packed pages. When it is full, a touch that needs a frame is SIGBUS, and populate raises.
         level: of zstd: higher ones pack more, and take longer.
+
+    Raises:
+        TypeError, ValueError: ``level`` is not an int, or none of zstd's.
+        ImportError: the package ``backports.zstd`` is not installed, before Python 3.14.
     """
 
     evicts = True
@@ -32,6 +36,12 @@ class CompressedMemory(Device):
     def __init__(self, length: Size, frames: Size = "64 MiB", store: Size = "256 MiB", level: int = 1) -> None:
         self._arguments = {"length": length, "frames": frames, "store": store, "level": level}
         self.length, self.capacity = parse_size(length), parse_size(frames)
+        self._zstd = zstd_library("compressed memory needs")
+        if not isinstance(level, int):
+            raise TypeError(f"the level of zstd is an int, not {level!r}")
+        lowest, highest = self._zstd.CompressionParameter.compression_level.bounds()
+        if not lowest <= level <= highest:
+            raise ValueError(f"the level of zstd is {lowest} to {highest}, not {level}")
         self._store_bytes, self._level = parse_size(store), level
 
     def recipe(self) -> Recipe:
@@ -40,7 +50,6 @@ class CompressedMemory(Device):
 
     def start(self, pool: DevicePool) -> None:
         """Take the table and the store of the server before, or empty ones."""
-        self._zstd = zstd_library("compressed memory needs")
         self._pool, self._hand = pool, 0
         # By page: place << 16 | bytes; 0: zeros. One word more says whether there is anything in the store.
         self._table = pool.keep("table", 8 * (len(pool.pages) + 1)).cast("Q")

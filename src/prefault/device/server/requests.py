@@ -138,7 +138,7 @@ class Requests:
                 area.alive = area.opened = False
                 state.release_object(area)
                 self._jobs.release_client(client)
-                return self._reply(client, protocol.Refused(request.id, "device", errno.EIO, failure.message))
+                return self._reply(client, protocol.Refused(request.id, "device", failure.number, failure.message))
             area.opened = True
             if client.gone or client.connection is None:  # no reply can name the area
                 self._area_table.clear(record.row)

@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 from prefault._kernel import userfaultfd
+from prefault.device.frames import HUGE_PAGE
 from prefault.device.page_states import DevicePageState
 from prefault.sizes import PAGE_SIZE
 
@@ -175,11 +176,15 @@ def protect(fd: int, start: int, length: int, unit: int) -> bool:
     Returns:
         False: the client's address space keeps changing, and threads may go on writing.
     """
+    return _for_parts(fd, start, length, unit, userfaultfd.UFFDIO_WRITEPROTECT_MODE_WP)
+
+
+def _for_parts(fd: int, start: int, length: int, unit: int, mode: int) -> bool:
     pending = [(start, start + length)]
     while pending:
         at, stop = pending.pop()
         try:
-            if not _write_protect(fd, at, stop - at, userfaultfd.UFFDIO_WRITEPROTECT_MODE_WP):
+            if not _write_protect(fd, at, stop - at, mode):
                 return False
         except FileNotFoundError:
             # The kernel stops at the first page that is not registered any more. Those behind it may be written to.
@@ -239,7 +244,8 @@ def resolve_all(frames: Frames, client: ClientRecord) -> None:
             if result.gone:
                 return
         # First writes are not tracked any more, and nothing is evicted: both would wait for an answer.
-        unprotect(client.userfaultfd, area.address, area.length)
+        # Parts of an area with huge entries are not registered for protection: the others are behind and between them.
+        _for_parts(client.userfaultfd, area.address, area.length, HUGE_PAGE, 0)
         wake(client.userfaultfd, area.address, area.length)
 
 

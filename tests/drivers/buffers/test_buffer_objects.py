@@ -203,7 +203,7 @@ def test_d5_dense_writes_are_tracked_by_chunk(buffers: Buffers) -> None:
         assert buffers.take_dirty("frame").runs == ((0, 1024),)
         assert content(area) == wanted
         buffers.track_dirty("frame", False)
-        with pytest.raises(BufferObjectError, match="is not tracked"):
+        with pytest.raises(BufferObjectError, match=r"is not tracked: begin with track_dirty\(\)"):
             buffers.take_dirty("frame")
 
 
@@ -292,7 +292,7 @@ def test_c8_what_is_not_needed_is_purged_under_pressure(buffers: Buffers) -> Non
         assert buffers.describe("kept").placement == "vram"
         assert buffers.describe("cache").purged
         assert not buffers.madvise("cache", "willneed"), "the content was not retained"
-        with pytest.raises(DriverError, match="was purged"):
+        with pytest.raises(DriverError, match="was purged: its content was not needed, and memory was short"):
             area.read(0, 1)
         with pytest.raises(BufferObjectError, match="'cache' was purged: delete it") as caught:
             buffers.move("cache", "vram")
@@ -301,6 +301,30 @@ def test_c8_what_is_not_needed_is_purged_under_pressure(buffers: Buffers) -> Non
     buffers.create("cache", 2 * MIB)
     with buffers.map("cache") as area:
         assert content(area) == bytes(2 * MIB)
+
+
+def test_who_purges_is_said(buffers: Buffers) -> None:
+    buffers.create("cache", MIB)
+    with buffers.map("cache") as area:
+        buffers.madvise("cache", "dontneed")
+        buffers.purge("cache")
+        with pytest.raises(DriverError, match="was purged: its content was not needed, and a client had it purged"):
+            area.read(0, 1)
+
+
+def test_a_reservation_that_is_not_granted_says_who_has_the_object(buffers: Buffers) -> None:
+    for name in ("frame", "other"):
+        buffers.create(name, MIB)
+    with buffers.reserve("frame") as first:
+        message = (
+            rf"'frame' was not reserved within 0 s: ticket {first.ticket} has it, and ticket \d+, which asks, has nothing:"
+            " end the other reservation, or give a longer timeout"
+        )
+        with pytest.raises(TimeoutError, match=message), buffers.reserve("frame", timeout=0):
+            pass
+        with pytest.raises(TimeoutError, match="which asks, has 'other': "), buffers.reserve("other", "frame", timeout=0):
+            pass
+    assert buffers.describe("other").ticket == 0
 
 
 def test_a_fault_on_a_reserved_object_waits_and_the_server_does_not(buffers: Buffers) -> None:

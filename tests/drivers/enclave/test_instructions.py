@@ -302,6 +302,10 @@ def test_c5_enclaves_that_cannot_be(client: DeviceClient) -> None:
             with pytest.raises(DeviceError) as caught:
                 wrong()
             assert caught.value.errno == number, caught.value
+        with pytest.raises(DeviceError, match="'a' is mapped by one area: close it first"):
+            Enclave(client, "a").delete()
+        with Enclave(client, "a").map(), pytest.raises(DeviceError, match="by 2 areas: close them first"):
+            Enclave(client, "a").delete()
         with pytest.raises(EnclaveError, match="permissions"):
             Enclave.create(client, "b", _LENGTH, max_permissions="z")
         assert statistics(client).enclaves == 1
@@ -353,6 +357,10 @@ def test_c5_ranges_that_are_none(client: DeviceClient) -> None:
                 call(offset, length)
             assert caught.value.code is Code.INVALID_REQUEST
     assert enclave.pages() == []
+    with pytest.raises(EnclaveError, match="page 16 is not within the enclave, which has 16 pages, numbered from 0"):
+        enclave.eaug(_LENGTH, PAGE_SIZE)
+    with pytest.raises(EnclaveError, match="pages 15 to 17 are not within the enclave"):
+        enclave.eaug(_LENGTH - PAGE_SIZE, 3 * PAGE_SIZE)
 
 
 @pytest.mark.parametrize(

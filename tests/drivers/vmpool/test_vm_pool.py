@@ -60,7 +60,9 @@ def test_machines_share_the_pool_and_each_has_its_limit(path: str) -> None:
             one.populate(0, BLOCK)
             with pytest.raises(DriverError, match="raise its limit"):
                 one.populate(BLOCK, BLOCK)
-            with pytest.raises(BackingFullError, match="capacity of 8 pages has no room for 3 more: 6 are taken"):
+            with pytest.raises(
+                BackingFullError, match=r"capacity of 8 pages has no room for 3 more: 6 are taken, of 2\.0 MiB each; discard"
+            ):
                 other.populate(8 * BLOCK, 3 * BLOCK)
             assert control.usage().plugged == 6 * BLOCK
             one.discard()

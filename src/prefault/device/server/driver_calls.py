@@ -16,6 +16,7 @@ from prefault.device import protocol
 from prefault.device.device_pool import Access, ClientProcess
 from prefault.device.driver import READ_ONLY, RETRY, ZERO, Device, FaultAnswer
 from prefault.device.pages.fills import Fill, FillFailure
+from prefault.sizes import format_size
 
 if TYPE_CHECKING:
     from prefault.device.pages.served_areas import ServedArea, ServerState
@@ -225,8 +226,12 @@ class DriverCalls:
                     break
         message = (
             f"the device's capacity of {pool.capacity} pages has no room for {len(fill.pages)} more: {pool.used} are taken,"
-            " and reclaim() made no room"
+            f" of {format_size(self._device.page_size)} each"
         )
+        if type(self._device).reclaim is Device.reclaim:
+            message += "; discard some, or give the device a larger capacity"
+        else:
+            message += ", and reclaim() made no room"
         raise _FillError(FillFailure("full", errno.ENOSPC, message, fill.pages.start, over_capacity=True))
 
     def _take_room(self, fill: Fill) -> bool:

@@ -207,7 +207,7 @@ class Buffers:
         """
         found = Reservation(self.ask(messages.BeginTicket(), messages.TicketState).number)
         try:
-            self._acquire(found, list(names), time.monotonic() + timeout)
+            self._acquire(found, list(names), timeout)
             yield found
         finally:
             self._give_back(found.ticket, names)
@@ -224,14 +224,20 @@ class Buffers:
                     self.ask(messages.EndTicket(ticket), messages.RequestDone)
                 return
 
-    def _acquire(self, found: Reservation, names: list[str], until: float) -> None:
+    def _acquire(self, found: Reservation, names: list[str], timeout: float) -> None:
+        until = time.monotonic() + timeout
         while left := [name for name in names if name not in found.held]:
             state = self.ask(messages.Reserve(found.ticket, left[0]), messages.TicketState)
             if state.outcome == "granted":
                 found.held.append(left[0])
                 continue
             if time.monotonic() > until:
-                raise TimeoutError(f"{left[0]!r} was not reserved in time: ticket {found.ticket} holds {found.held}")
+                holder = self.describe(left[0]).ticket
+                who = f"ticket {holder} has it" if holder else "another ticket is before it"
+                raise TimeoutError(
+                    f"{left[0]!r} was not reserved within {timeout} s: {who}, and ticket {found.ticket}, which asks, has"
+                    f" {', '.join(map(repr, found.held)) or 'nothing'}: end the other reservation, or give a longer timeout"
+                )
             if state.outcome == "back off":
                 found.backoffs = state.backoffs
                 self._release(found)

@@ -289,12 +289,12 @@ class BufferManager(Device):
             self.pool.prefer_huge(chunk)
         self.save(buffer)
 
-    def purge(self, buffer: Buffer) -> None:
-        """Drop the content of an object for good: touching it is an error from now on."""
+    def purge(self, buffer: Buffer, why: str = "memory was short") -> None:
+        """Drop the content of an object for good: touching it is an error from now on, which says why."""
         name = buffer.resource.name
         buffer.purged, buffer.tracking = True, None
         self._settle(buffer, Step(name, buffer.resource.placement, None))
-        self.pool.poison(buffer.pages, f"{name!r} was purged: its content was not needed, and memory was short")
+        self.pool.poison(buffer.pages, f"{name!r} was purged: its content was not needed, and {why}")
         self._swap.forget(buffer.pages)
         self.counts["purges"] += 1
 
@@ -368,7 +368,7 @@ class BufferManager(Device):
         """Return the pages of an object that were written since the last time; they are clean now."""
         tracking = buffer.tracking
         if tracking is None:
-            raise BufferObjectError(errno.EINVAL, f"{buffer.resource.name!r} is not tracked: begin with TrackDirty")
+            raise BufferObjectError(errno.EINVAL, f"{buffer.resource.name!r} is not tracked: begin with track_dirty()")
         method = tracking.method
         runs = tracking.scan()
         first = buffer.pages.start

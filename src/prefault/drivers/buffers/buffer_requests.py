@@ -137,7 +137,7 @@ class BufferRequests:
             raise BufferObjectError(errno.EINVAL, f"{resource.name!r} is needed: advise 'dontneed' before it is purged")
         elif not buffer.purged:
             with self._device.reserved(buffer):
-                self._device.purge(buffer)
+                self._device.purge(buffer, "a client had it purged")
         return messages.Retained(not buffer.purged)
 
     def _describe(self, buffer: Buffer) -> messages.Description:

@@ -311,9 +311,11 @@ class EnclavePageCache(Device):
         """Return pages of an enclave as pages of the device."""
         own = row.pages
         if not 0 <= pages.start < pages.stop <= len(own):
+            last = pages.stop - 1
+            which = f"page {last} is" if pages.start == last else f"pages {pages.start} to {last} are"
             raise EnclaveError(
                 Code.INVALID_REQUEST,
-                f"pages {pages.start} to {pages.stop} are not pages of the enclave, which has {len(own)}",
+                f"{which} not within the enclave, which has {len(own)} pages, numbered from 0",
                 pages.start,
             )
         return range(own.start + pages.start, own.start + pages.stop)
@@ -402,7 +404,8 @@ class EnclavePageCache(Device):
     def _delete(self, name: str, row: EnclaveRow) -> None:
         mapped = self._mapped.get(row.number, 0)
         if mapped:
-            raise OSError(errno.EBUSY, f"enclave {name!r} is mapped by {mapped} areas: close them first")
+            areas = "one area: close it" if mapped == 1 else f"{mapped} areas: close them"
+            raise OSError(errno.EBUSY, f"enclave {name!r} is mapped by {areas} first")
         self._tables.remove(row.number)  # from here on the next server erases it, should this one die
         del self._enclaves[name]
         self._erase(name, row.pages)

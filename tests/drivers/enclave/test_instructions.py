@@ -296,6 +296,11 @@ def test_c5_enclaves_that_cannot_be(client: DeviceClient) -> None:
             (errno.EINVAL, lambda: Enclave.create(client, "b", 0)),
             (errno.EINVAL, lambda: Enclave.create(client, "b", PAGE_SIZE + 1)),
             (errno.ENOSPC, lambda: Enclave.create(client, "b", "1 PiB")),
+            (errno.EINVAL, lambda: _create(client, "b" * 1000)),
+            (errno.EINVAL, lambda: _create(client, "")),
+            (errno.EINVAL, lambda: _create(client, "\u00e9" * 200)),
+            (errno.EINVAL, lambda: _create(client, "b\0")),
+            (errno.EINVAL, lambda: _create(client, "b", "never")),
             (errno.ENOENT, lambda: Enclave(client, "b")),
             (errno.EBUSY, lambda: Enclave(client, "a").delete()),
         ):
@@ -316,6 +321,11 @@ def test_c5_enclaves_that_cannot_be(client: DeviceClient) -> None:
     Enclave(client, "a").delete()
     with pytest.raises(DeviceError, match="no enclave 'a': there are none"):
         Enclave(client, "a")
+
+
+def _create(client: DeviceClient, name: str, accept: str = "auto") -> bytes:
+    """Ask for an enclave past the checks of the client's side."""
+    return client.control(msgspec.msgpack.encode(["createenclave", name, _LENGTH, accept, False, "rwx"]))
 
 
 def test_c5_arguments_that_cannot_be_are_not_sent(client: DeviceClient) -> None:

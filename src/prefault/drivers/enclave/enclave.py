@@ -99,7 +99,7 @@ class Enclave:
             TypeError, ValueError: ``client``, ``name`` or ``accept`` is not what it can be; nothing is sent.
             EnclaveError: ``max_permissions`` has other letters than r, w and x.
             DeviceError: there is such an enclave (EEXIST), the address space of the page cache is full, or the length is not
-                a positive number of whole pages, or the name none (EINVAL).
+                a positive number of whole pages (EINVAL).
         """
         check_client("Enclave.create", client)
         check_choice("accept", accept, ("auto", "explicit"))

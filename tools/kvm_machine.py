@@ -65,7 +65,7 @@ def _extract_packages(directory: Path, tree: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     source = directory / "sources.list"
     key = "/usr/share/keyrings/debian-archive-keyring.gpg"
-    source.write_text(f"deb [arch=amd64 signed-by={key}] http://deb.debian.org/debian {_SUITE} main\n")
+    source.write_text(f"deb [arch=amd64 signed-by={key}] {_debian_archive()} {_SUITE} main\n")
     options = [
         f"-oDir::Etc::SourceList={source.resolve()}", "-oDir::Etc::SourceParts=/dev/null",
         f"-oDir::State::Lists={lists.resolve()}", f"-oDir::Cache={cache.resolve()}", "-oAPT::Sandbox::User=root",
@@ -81,6 +81,17 @@ def _extract_packages(directory: Path, tree: Path) -> None:
         subprocess.run(["dpkg-deb", "--extract", package, unfinished], check=True)
         package.unlink()
     unfinished.rename(tree)
+
+
+def _debian_archive() -> str:
+    """Return the address of the Debian archive that this machine's own packages come from."""
+    listed = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Label: Debian", "Component: main"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    if not listed.stdout:
+        sys.exit("apt knows no Debian archive, from which the kernel would come: run apt-get update")
+    return listed.stdout.split()[0]
 
 
 def _initial_file_system(tree: Path, command: list[str]) -> bytes:

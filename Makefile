@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 # run takes half as long again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test check stress guest coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote format clean
+.PHONY: quickstart packages test check stress guest coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote format clean
 
 ## Install into .venv, with what device memory and remote files need, and measure how fast this machine populates memory.
 quickstart: $(VENV)/.installed
@@ -17,6 +17,11 @@ quickstart: $(VENV)/.installed
 ## Install what the tests need, and run all tests except the long ones, file by file in two processes.
 test: $(VENV)/.test-installed $(VENV)/uapi/.extracted
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+## Install the Debian packages of requirements/debian.txt: tests that need one are skipped without it. As root.
+packages:
+	dpkg --status $$(cat requirements/debian.txt) > /dev/null 2>&1 || \
+		{ apt-get update && apt-get install --yes --no-install-recommends $$(cat requirements/debian.txt); }
 
 ## Check style, types, the layering rule and the public names.
 check: $(VENV)/.test-installed

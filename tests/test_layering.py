@@ -37,8 +37,10 @@ device.process                          how these processes are started
 device.opening                          map and connect
 device.__init__                         the public names of device memory
 drivers                                 devices that ship
+files | shared_memory | arrays          paths; multiprocessing's shared memory; arrays on populated memory
+recordings | processes                  pages that a program touched, saved and brought back; memory of running processes
 __init__                                the public names
-bench | doctor | testing                measure; examine and advise; contract checks for users
+bench | doctor | testing | pictures     measure; examine and advise; contract checks for users; heat maps and reports
 cli __main__                            parse and print
 """
 
@@ -78,7 +80,7 @@ _BY_NAME = {
 }
 
 _HEAVY = {"numpy", "rich", "click"}
-_HEAVY_ALLOWED = ("prefault.cli", "prefault.bench", "prefault.doctor.report")
+_HEAVY_ALLOWED = ("prefault.cli", "prefault.bench", "prefault.doctor.report", "prefault.pictures")
 
 
 @dataclass(frozen=True)

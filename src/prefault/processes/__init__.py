@@ -1,0 +1,1 @@
+"""The memory of running processes: what is present, and bringing it in."""

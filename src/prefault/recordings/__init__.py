@@ -1,0 +1,1 @@
+"""Recordings of the pages that a program touched, and snapshots of what is cached: saved, and brought back."""

@@ -9,6 +9,7 @@ import threading
 from typing import Final
 
 from prefault.device import limit_messages
+from prefault.device.encoded_names import encode_name
 from prefault.errors import DeviceError
 from prefault.sizes import PAGE_SIZE, format_size
 
@@ -46,7 +47,7 @@ class KeptMemory:
 
     def keep(self, name: str, length: int) -> memoryview:
         """Return the piece of a name, as :meth:`DevicePool.keep` says; names of the framework are allowed here."""
-        key = _check_name(name)
+        key = encode_name(name, "kept memory", NAME_MOST)
         if not isinstance(length, int) or isinstance(length, bool):
             raise TypeError(f"the length of kept memory is an int, not {type(length).__name__}")
         if length <= 0:
@@ -106,20 +107,6 @@ class KeptMemory:
         if key not in self._maps:
             self._maps[key] = mmap.mmap(self._fd, length, mmap.MAP_SHARED, offset=offset)
         return memoryview(self._maps[key])
-
-
-def _check_name(name: str) -> bytes:
-    if not isinstance(name, str):
-        raise TypeError(f"the name of kept memory is a str, not {type(name).__name__}")
-    try:
-        key = name.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"the name of kept memory is text that UTF-8 can encode, not {name!a}") from None
-    if not 1 <= len(key) <= NAME_MOST or b"\0" in key:
-        raise ValueError(
-            f"the name of kept memory has 1 to {NAME_MOST} bytes in UTF-8 and no NUL, not {len(key)}: {name[:NAME_MOST]!r}"
-        )
-    return key
 
 
 def _whole_pages(length: int) -> int:

@@ -11,6 +11,7 @@ from operator import attrgetter
 from typing import Final
 
 from prefault.device.device_pool import DeviceObject
+from prefault.device.encoded_names import encode_name
 from prefault.device.free_extents import FreeExtents
 from prefault.sizes import MIB, format_size
 
@@ -106,7 +107,7 @@ class ObjectTable:
             FileExistsError: there is an object of that name.
             OSError: ENOSPC: no free extent has that length, or the table is full.
         """
-        encode_name(name)
+        encode_object_name(name)
         if not isinstance(length, int) or isinstance(length, bool):
             raise TypeError(f"the length of an object is an int, not {type(length).__name__}")
         if length <= 0:
@@ -133,7 +134,7 @@ class ObjectTable:
             row = self._words[0] + 1
             self._words[0] = row
         start = row * _ROW.size
-        self._memory[start + 16 : start + 16 + NAME_MOST] = encode_name(placed.name).ljust(NAME_MOST, b"\0")
+        self._memory[start + 16 : start + 16 + NAME_MOST] = encode_object_name(placed.name).ljust(NAME_MOST, b"\0")
         self._words[row * _ROW_WORDS + 1] = placed.offset
         self._words[row * _ROW_WORDS] = placed.length
         self._by_name[placed.name] = placed, row
@@ -167,16 +168,6 @@ class ObjectTable:
             del self._users[used.name]
 
 
-def encode_name(name: str) -> bytes:
+def encode_object_name(name: str) -> bytes:
     """Return the name of an object in UTF-8; TypeError or ValueError if it cannot be one."""
-    if not isinstance(name, str):
-        raise TypeError(f"the name of an object is a str, not {type(name).__name__}")
-    try:
-        encoded = name.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"the name of an object is text that UTF-8 can encode, not {name!a}") from None
-    if not 1 <= len(encoded) <= NAME_MOST or b"\0" in encoded:
-        raise ValueError(
-            f"the name of an object has 1 to {NAME_MOST} bytes in UTF-8 and no NUL, not {len(encoded)}: {name[:NAME_MOST]!r}"
-        )
-    return encoded
+    return encode_name(name, "an object", NAME_MOST)

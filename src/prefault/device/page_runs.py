@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
+from collections.abc import Iterable, MutableSequence
 
 
 def append_run(runs: MutableSequence[range], run: range) -> None:
@@ -37,3 +37,16 @@ def with_gaps(runs: list[range], pages: range) -> list[tuple[range, bool]]:
     if at < pages.stop:
         pieces.append((range(at, pages.stop), False))
     return pieces
+
+
+def split_at(page: int, pages: range, taken: Iterable[range]) -> tuple[bool, range]:
+    """Return whether ``page`` is in a range of ``taken``, and the run of ``pages`` around it that shares the answer."""
+    start, stop = pages.start, pages.stop
+    for other in taken:
+        if other.start > page:
+            stop = min(stop, other.start)
+        elif other.stop <= page:
+            start = max(start, other.stop)
+        else:
+            return True, range(max(start, other.start), min(stop, other.stop))
+    return False, range(start, stop)

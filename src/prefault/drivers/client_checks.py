@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prefault.device.object_table import encode_name
+from prefault.device.object_table import encode_object_name
 
 
 def check_client(user: str, client: object) -> None:
@@ -20,7 +20,7 @@ def check_client(user: str, client: object) -> None:
 def check_request(request: object) -> None:
     """Raise TypeError or ValueError if a request names an object by what cannot be the name of one."""
     if hasattr(request, "name"):
-        encode_name(request.name)
+        encode_object_name(request.name)
 
 
 def check_choice(what: str, value: object, choices: Iterable[str]) -> None:

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from prefault.device.page_runs import split_at
+
 
 @dataclass(slots=True, eq=False)
 class Hold:
@@ -67,12 +69,4 @@ class HeldPages:
 
     def split_at(self, page: int, pages: range) -> tuple[bool, range]:
         """Return whether ``page`` is held, and the run of ``pages`` around it that shares the answer."""
-        start, stop = pages.start, pages.stop
-        for held in self.active:
-            if held.pages.start > page:
-                stop = min(stop, held.pages.start)
-            elif held.pages.stop <= page:
-                start = max(start, held.pages.stop)
-            else:
-                return True, range(max(start, held.pages.start), min(stop, held.pages.stop))
-        return False, range(start, stop)
+        return split_at(page, pages, (held.pages for held in self.active))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from prefault.device.page_runs import split_at
 from prefault.device.page_states import UNSETTLED
 from prefault.device.pages import fault_resolution
 
@@ -81,15 +82,7 @@ class Discards:
 
     def split_at(self, page: int, pages: range) -> tuple[bool, range]:
         """Return whether ``page`` is being discarded, and the run of ``pages`` around it that shares the answer."""
-        start, stop = pages.start, pages.stop
-        for discard in self.active:
-            if discard.pages.start > page:
-                stop = min(stop, discard.pages.start)
-            elif discard.pages.stop <= page:
-                start = max(start, discard.pages.stop)
-            else:
-                return True, range(max(start, discard.pages.start), min(stop, discard.pages.stop))
-        return False, range(start, stop)
+        return split_at(page, pages, (discard.pages for discard in self.active))
 
     def _advance(self, discard: _Discard) -> None:
         state = self._state

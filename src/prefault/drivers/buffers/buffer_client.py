@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from prefault.device import Area, DeviceClient
-from prefault.device.object_table import encode_name
+from prefault.device.object_table import encode_object_name
 from prefault.drivers.buffers import buffer_messages as messages
 from prefault.drivers.buffers.buffer_errors import BufferObjectError
 from prefault.drivers.buffers.buffer_messages import (
@@ -137,7 +137,7 @@ class Buffers:
             ValueError: ``shared=False``: a copy-on-write mapping of an object is refused, as TTM does. A private copy of a
                 page would not follow the object to where it moves.
         """
-        encode_name(name)
+        encode_object_name(name)
         if not shared:
             raise ValueError(f"{name!r} is mapped shared only: a copy-on-write mapping would not follow it when it moves")
         return self.client.map(object=name, **options)

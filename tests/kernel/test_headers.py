@@ -38,6 +38,7 @@ UAPI = Path(sys.prefix) / "uapi"
 
 HEADERS = (
     "asm/socket.h",
+    "asm/statfs.h",
     "linux/errno.h",
     "linux/falloc.h",
     "linux/fcntl.h",
@@ -88,6 +89,7 @@ C_STRUCTS = {
     "pagemap.PageRegion": "page_region",
     "pagemap.PmScanArg": "pm_scan_arg",
     "procmap.ProcmapQuery": "procmap_query",
+    "statfs.Statfs": "statfs",
 }
 C_FIELDS = {"mman.IoVec.base": "iov_base", "mman.IoVec.length": "iov_len"}
 

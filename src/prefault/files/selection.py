@@ -1,0 +1,279 @@
+"""Selection of files: paths, trees and lists of paths become regular files, each once, with what could not be selected.
+
+A directory is read while its files are used, so memory does not grow with the number of files, but for 100 bytes or so for
+each file that could be reached a second time.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, NamedTuple, TypeAlias
+
+from prefault.sizes import Size, format_size, parse_size
+
+Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+_MOST_PATH_BYTES = 1 << 16
+"""Bytes of one entry of a list. PATH_MAX is 4096; a list without separators shall not be read into memory whole."""
+
+
+class SelectedFile(NamedTuple):
+    """A regular file, or a block device that was named.
+
+    Attributes:
+        path: its path; bytes that are not UTF-8 are surrogate escapes, as os.fsdecode(3) makes them.
+        stat: the answer of stat(2) when it was selected. The file may have changed since.
+    """
+
+    path: str
+    stat: os.stat_result
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file; 0 for a block device."""
+        return self.stat.st_size
+
+
+class FileFailure(NamedTuple):
+    """A path that was not worked on, or not to its end, and the reason. The other files are not affected.
+
+    Attributes:
+        path: the path, as in :class:`SelectedFile`.
+        errno: the error number of the system call that failed; 0 where none did.
+        reason: one sentence for people, with the remedy where there is one.
+        skipped: whether it was left out on purpose: no error.
+    """
+
+    path: str
+    errno: int
+    reason: str
+    skipped: bool = False
+
+    @classmethod
+    def of(cls, path: str, error: OSError) -> FileFailure:
+        """Make the failure of a path from the exception."""
+        number = error.errno or 0
+        return cls(path, number, _REMEDIES.get(number) or error.strerror or str(error))
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+_REMEDIES = {
+    errno.EACCES: "permission denied: run as a user who may read it",
+    errno.ENOENT: "no such file or directory (it may have been removed meanwhile)",
+    errno.ENAMETOOLONG: "the path is longer than the kernel takes (4096 bytes): start from a directory nearer to the file",
+    errno.ELOOP: "too many symbolic links: they form a loop",
+}
+
+
+class _Directory(NamedTuple):
+    """A directory to be read: its path, its device, and the directories that it was reached through, nearest first."""
+
+    path: str
+    device: int
+    chain: _Chain | None
+
+
+class _Chain(NamedTuple):
+    identity: int
+    parent: _Chain | None
+
+
+def select(
+    paths: Path | Iterable[Path], *, follow_links: bool = False, same_file_system: bool = False,
+    include: Iterable[str] = (), exclude: Iterable[str] = (),
+    min_size: Size = 0, max_size: Size | None = None, each_link: bool = False,
+) -> Iterator[SelectedFile | FileFailure]:  # fmt: skip
+    """Yield the files that ``paths`` stand for, and a :class:`FileFailure` for each path that is left out with a reason.
+
+    Directories are walked in the order in which the file system lists them, their files before their subdirectories. No file
+    is opened.
+
+    Args:
+        paths: a path, or any iterable of paths, which is read as the files are used. Symbolic links among them are followed.
+        follow_links: follow symbolic links inside of directories as well. Loops end.
+        same_file_system: do not enter directories of another device than that of the path that they were reached from.
+        include: shell patterns; only files that match one are selected. A pattern with a slash is compared with the whole
+            path, another with the name.
+        exclude: shell patterns; files and directories that match one are left out, the latter with all that is in them.
+        min_size: bytes; smaller files are left out.
+        max_size: bytes; larger files are left out, each with a reason.
+        each_link: select a file as often as it is found. Otherwise once, by device and inode, whatever its names.
+
+    Raises:
+        ValueError, TypeError: a size that is none.
+
+    Sources: readdir(3), stat(2), fnmatch(3); patterns know no backslash, and negate by ``[!a]``.
+    """
+    single = isinstance(paths, str | bytes | os.PathLike)
+    smallest, largest = parse_size(min_size), None if max_size is None else parse_size(max_size)
+    walk = _Walk(
+        follow_links, same_file_system, _matcher(include), _matcher(exclude), smallest, largest,
+        None if each_link else set(), single and not follow_links,
+    )  # fmt: skip
+    return walk.files([paths] if single else paths)  # type: ignore[list-item, arg-type]
+
+
+def read_list(file: IO[bytes], *, nul: bool = False) -> Iterator[str]:
+    """Yield the paths of a list, as ``find`` prints them: one a line, or each ended by a NUL byte. Empty ones are left out.
+
+    Raises:
+        ValueError: an entry of more than 64 KiB: the list has another separator.
+    """
+    separator, rest = b"\0" if nul else b"\n", b""
+    while block := file.read1(_MOST_PATH_BYTES) if hasattr(file, "read1") else file.read(_MOST_PATH_BYTES):
+        *whole, rest = (rest + block).split(separator)
+        yield from (os.fsdecode(entry) for entry in whole if entry)
+        if len(rest) > _MOST_PATH_BYTES:
+            other = "--nul ends them by NUL" if not nul else "without --nul they end with the line"
+            raise ValueError(f"the list has an entry of more than {_MOST_PATH_BYTES} bytes, which is no path: {other}")
+    if rest:
+        yield os.fsdecode(rest)
+
+
+def _matcher(patterns: Iterable[str]) -> Callable[[str], bool] | None:
+    """Return a function that tells whether a path matches one of the patterns; None without any."""
+    if isinstance(patterns, str):
+        patterns = (patterns,)
+    names: list[str] = []
+    whole: list[str] = []
+    for pattern in patterns:
+        (whole if "/" in pattern else names).append(fnmatch.translate(pattern))
+    if not names and not whole:
+        return None
+    of_name = re.compile("|".join(names)).match if names else None
+    of_path = re.compile("|".join(whole)).match if whole else None
+
+    def matches(path: str) -> bool:
+        if of_name is not None and of_name(path[path.rfind("/") + 1 :]):
+            return True
+        return of_path is not None and of_path(path) is not None
+
+    return matches
+
+
+class _Walk:
+    """One selection: its rules, and the files that it has yielded."""
+
+    def __init__(
+        self, follow_links: bool, same_file_system: bool,
+        include: Callable[[str], bool] | None, exclude: Callable[[str], bool] | None,
+        min_size: int, max_size: int | None, seen: set[int] | None, each_name_once: bool,
+    ) -> None:  # fmt: skip
+        self._follow_links = follow_links
+        self._same_file_system = same_file_system
+        self._include = include
+        self._exclude = exclude
+        self._min_size = min_size
+        self._max_size = max_size
+        self._seen = seen
+        self._each_name_once = each_name_once
+        """Whether a walk finds each name only once, so that files of one link need not be remembered."""
+
+    def files(self, paths: Iterable[Path]) -> Iterator[SelectedFile | FileFailure]:
+        for given in paths:
+            path = os.fsdecode(given)
+            path = path.rstrip("/") or path[:1]  # "dir/" and "dir" are one; "/" stays
+            if self._exclude is not None and self._exclude(path):
+                continue
+            try:
+                found = os.stat(path)
+            except (OSError, ValueError) as error:
+                yield _failure(path, error)
+                continue
+            if stat.S_ISDIR(found.st_mode):
+                yield from self._tree(path, found)
+            elif stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode):
+                yield from self._file(path, found)
+            else:
+                yield FileFailure(path, 0, f"is {_kind(found.st_mode)}, which has no page cache: name a file or directory")
+
+    def _tree(self, top: str, found: os.stat_result) -> Iterator[SelectedFile | FileFailure]:
+        # A stack, not recursion: one directory is open at a time, and no depth is too deep.
+        pending = [_Directory(top, found.st_dev, _Chain(_identity(found), None))]
+        while pending:
+            directory = pending.pop()
+            below: list[_Directory] = []
+            try:
+                with os.scandir(directory.path) as entries:
+                    for entry in entries:
+                        if self._exclude is None or not self._exclude(entry.path):
+                            yield from self._entry(entry, directory, below)
+            except OSError as error:
+                yield FileFailure.of(directory.path, error)
+            pending += reversed(below)
+
+    def _entry(
+        self, entry: os.DirEntry[str], directory: _Directory, below: list[_Directory]
+    ) -> Iterator[SelectedFile | FileFailure]:
+        path = entry.path
+        try:
+            found = entry.stat(follow_symlinks=self._follow_links)
+        except OSError as error:
+            yield FileFailure.of(path, error)
+            return
+        mode = found.st_mode
+        if stat.S_ISREG(mode):
+            yield from self._file(path, found)
+        elif stat.S_ISDIR(mode):
+            if self._same_file_system and found.st_dev != directory.device:
+                yield FileFailure(path, 0, "is on another file system", skipped=True)
+            elif self._is_loop(identity := _identity(found), directory.chain):
+                yield FileFailure(path, errno.ELOOP, "leads back to a directory that it lies in: a loop", skipped=True)
+            else:
+                below.append(_Directory(path, directory.device, _Chain(identity, directory.chain)))
+        elif stat.S_ISLNK(mode):
+            yield FileFailure(path, 0, "is a symbolic link: --follow-links follows it", skipped=True)
+        else:
+            yield FileFailure(path, 0, f"is {_kind(mode)}, which is not opened", skipped=True)
+
+    def _file(self, path: str, found: os.stat_result) -> Iterator[SelectedFile | FileFailure]:
+        if self._include is not None and not self._include(path):
+            return
+        if found.st_size < self._min_size:
+            return
+        if self._max_size is not None and found.st_size > self._max_size:
+            limit = format_size(self._max_size)
+            yield FileFailure(path, 0, f"has {format_size(found.st_size)}, more than the limit of {limit}", skipped=True)
+            return
+        if self._seen is not None and not (self._each_name_once and found.st_nlink == 1):
+            identity = _identity(found)
+            if identity in self._seen:
+                return
+            self._seen.add(identity)
+        yield SelectedFile(path, found)
+
+    @staticmethod
+    def _is_loop(identity: int, chain: _Chain | None) -> bool:
+        while chain is not None:
+            if chain.identity == identity:
+                return True
+            chain = chain.parent
+        return False
+
+
+def _identity(found: os.stat_result) -> int:
+    """Return device and inode as one number, which takes less memory than a pair."""
+    return found.st_dev << 64 | found.st_ino
+
+
+def _failure(path: str, error: OSError | ValueError) -> FileFailure:
+    if isinstance(error, OSError):
+        return FileFailure.of(path, error)
+    return FileFailure(path, errno.EINVAL, str(error))  # a path with a NUL in it
+
+
+def _kind(mode: int) -> str:
+    kinds = (
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a character device"),
+        (stat.S_ISBLK, "a block device"),
+    )
+    return next((name for is_kind, name in kinds if is_kind(mode)), "neither a file nor a directory")

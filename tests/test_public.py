@@ -58,6 +58,7 @@ _PUBLIC = [
     "PopulateResult",
     "ProtectionError",
     "RangeSet",
+    "RateLimit",
     "Residency",
     "SparseMemory",
     "SpecialMappingError",

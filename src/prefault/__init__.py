@@ -34,6 +34,7 @@ from prefault.engine.discarding import DiscardResult, discard
 from prefault.engine.locking import LockResult, lock, unlock
 from prefault.engine.planning import Plan, plan
 from prefault.engine.populating import PopulateResult, populate
+from prefault.engine.rate import RateLimit
 from prefault.errors import (
     BackingFullError,
     BeyondEndError,
@@ -117,6 +118,7 @@ __all__ = [
     "PopulateResult",
     "ProtectionError",
     "RangeSet",
+    "RateLimit",
     "Residency",
     "SparseMemory",
     "SpecialMappingError",

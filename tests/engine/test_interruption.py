@@ -173,14 +173,6 @@ def test_progress_is_called_with_bytes_done_and_in_all(mapping: prefault.Mapping
     assert calls[-1] == (64 * MIB, 64 * MIB)
 
 
-def test_progress_true_draws_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    with prefault.Mapping("16 MiB") as memory:
-        prefault.populate(memory, progress=True)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "populate" in err
-
-
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_exception_in_progress_stops_the_work(
     mapping: prefault.Mapping, threads: int, monkeypatch: pytest.MonkeyPatch

@@ -304,7 +304,7 @@ def reap(pid: int, timeout: float) -> int | None:
     return os.waitstatus_to_exitcode(status)
 
 
-class RateLimit:
+class EventLimit:
     """Limit on repeated events: more than ``most`` of them in ``window_s`` seconds exceed it."""
 
     def __init__(self, most: int, window_s: float) -> None:

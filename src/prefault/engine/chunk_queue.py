@@ -28,6 +28,11 @@ class Chunk(abc.ABC):
 
     pages: PageRange
 
+    @property
+    def length(self) -> int:
+        """Bytes to populate."""
+        return self.pages.length
+
     @abc.abstractmethod
     def populate_at_once(self) -> bool:
         """Populate the chunk by vectors, if that is faster; return whether the kernel says that all is populated."""

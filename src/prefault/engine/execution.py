@@ -18,6 +18,7 @@ from prefault.engine.outcomes import PopulateResult, Settlement, failed, interru
 from prefault.engine.planning import Segment, without_fallocate
 from prefault.engine.populated_pages import populated_pages
 from prefault.engine.progress import Progress
+from prefault.engine.rate import RateLimit
 from prefault.engine.readahead import ReadAhead
 from prefault.engine.rollback import Rollback
 from prefault.errors import PopulateError
@@ -38,11 +39,12 @@ class Execution:
         progress: called after each chunk of the calling thread.
         rollback: undoes the call if it fails; None leaves what it brought in.
         admission: checks the limits before each chunk; None does not.
+        rate: limit of bytes a second; None: as fast as possible.
     """
 
     def __init__(
         self, queue: ChunkQueue, origin: int, before: Intervals, progress: Progress | None = None,
-        rollback: Rollback | None = None, admission: AdmissionControl | None = None,
+        rollback: Rollback | None = None, admission: AdmissionControl | None = None, rate: RateLimit | None = None,
     ) -> None:  # fmt: skip
         self._queue = queue
         self._threads = queue.plan.threads
@@ -51,9 +53,11 @@ class Execution:
         self._progress = progress
         self._rollback = rollback
         self._admission = admission
+        self._rate = rate
         self._failures: list[ChunkFailure] = []
         self._defect: BaseException | None = None
         self._stop = False
+        self._stopped_waiting = threading.Event() if rate is not None else None
         self._settlement: Settlement | None = None
         self._attendance = Attendance()
 
@@ -104,7 +108,7 @@ class Execution:
                 started += 1
             self._work(self._progress)
         except BaseException:
-            self._stop = True
+            self._stop_others()
             if self._admission is not None:
                 self._admission.abandoned = True  # this thread's chunk may be admitted, and helpers wait for its end
             raise
@@ -121,7 +125,7 @@ class Execution:
             self._work(None)
         except BaseException as defect:  # noqa: BLE001  raised again in the thread that waits for the helpers
             self._defect = defect
-            self._stop = True
+            self._stop_others()
         finally:
             self._attendance.leave()
 
@@ -133,14 +137,16 @@ class Execution:
         ahead = ReadAhead(PageRange(segments[0].start, segments[-1].stop)) if on_disk else None
         while not self._stop:
             size = pace.size if self._admission is None else min(pace.size, self._admission.largest_chunk)
-            chunk = self._queue.take(size)
+            chunk = self._queue.take(size if self._rate is None else min(size, self._rate.chunk_bytes))
             if chunk is None:
+                return
+            if self._rate is not None and not self._may_go_on(self._rate, chunk):
                 return
             pace.start()
             populate = partial(self._populate, chunk)
             failure = populate() if ahead is None else ahead.run(chunk.pages, populate)
             if failure is not None:
-                self._stop = True
+                self._stop_others()
                 self._failures.append(failure)
                 self._queue.finish(chunk, failure.address)
                 return
@@ -148,6 +154,16 @@ class Execution:
             self._queue.finish(chunk)
             if progress is not None:
                 progress(self._queue.done_bytes, self._queue.length)
+
+    def _may_go_on(self, rate: RateLimit, chunk: Chunk) -> bool:
+        """Wait until the missing pages of a chunk are due; return whether nothing has stopped the call meanwhile."""
+        rate.wait(chunk.length - self._before.clipped(*chunk.pages).length, self._stopped_waiting)
+        return not self._stop
+
+    def _stop_others(self) -> None:
+        self._stop = True
+        if self._stopped_waiting is not None:
+            self._stopped_waiting.set()
 
     # --- one chunk
 

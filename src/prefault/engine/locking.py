@@ -10,6 +10,7 @@ from prefault._kernel import mman
 from prefault._system.capabilities import MLOCK_ONFAULT
 from prefault.engine.methods import Access
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
+from prefault.engine.rate import RateLimit
 from prefault.errors import HoleError, OutOfMemoryError
 from prefault.intervals import Intervals
 from prefault.limits.demand import Demand
@@ -45,6 +46,7 @@ def lock(
     offset: Size = 0,
     length: Size | None = None,
     progress: Progress | bool = False,
+    rate: RateLimit | Size | None = None,
     headroom: HeadroomChoice = "check",
 ) -> LockResult:
     """Make every page of ``buffer`` present, as :func:`prefault.populate` does, and lock it: it is not swapped out.
@@ -57,7 +59,9 @@ def lock(
         access: ``"read"``, ``"write"`` or None: how it is populated.
         offset: where to start, in bytes from the start of the buffer.
         length: how far; None: to its end.
-        progress: True draws a bar on stderr; a function is called with the bytes done and in all.
+        progress: True draws a bar on stderr, or logs where that is no terminal; a function is called with the bytes done and
+            in all.
+        rate: limit of the bytes a second that are brought in, as ``"2 GiB/s"``; None: none.
         headroom: ``"check"`` checks RLIMIT_MEMLOCK and the limits of populating before the start; ``"ignore"`` does not.
 
     Raises:
@@ -74,7 +78,7 @@ def lock(
         if headroom == "check":
             _ensure_allowed(pages, memory.address)
         populated = populate(
-            buffer, access=access, offset=offset, length=length, progress=progress, headroom=headroom
+            buffer, access=access, offset=offset, length=length, progress=progress, rate=rate, headroom=headroom
         )  # fmt: skip
         if pages:
             try:

@@ -10,11 +10,12 @@ from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
 from prefault.engine.outcomes import PopulateResult, Settlement, interrupted
 from prefault.engine.progress import Progress
+from prefault.engine.rate import RateLimit
 from prefault.errors import PopulateError, PopulateInterrupted
 from prefault.intervals import Intervals
 from prefault.memory.borrowing import PageProvider, ProvidedPages
 from prefault.ranges import RangeSet
-from prefault.sizes import format_size
+from prefault.sizes import MIB, format_size
 
 
 class Part(abc.ABC):
@@ -61,12 +62,13 @@ class DevicePart(Part):
         access: ``"read"`` or ``"write"``.
         rollback: undo a call that fails.
         progress: called with the bytes done and in all.
+        rate: limit of bytes a second; None: as fast as the device is.
         check_headroom: the device's server checks the limits of memory.
     """
 
     def __init__(
         self, page_provider: PageProvider, pages: Intervals, origin: int, access: Access, *, rollback: bool,
-        progress: Progress | None, check_headroom: bool,
+        progress: Progress | None, rate: RateLimit | None, check_headroom: bool,
     ) -> None:  # fmt: skip
         self.length = pages.length
         self._page_provider = page_provider
@@ -75,6 +77,7 @@ class DevicePart(Part):
         self._access = access
         self._rollback = rollback
         self._progress = progress
+        self._rate = rate
         self._check_headroom = check_headroom
         self._done: ProvidedPages | None = None
         self._undone = False
@@ -82,6 +85,8 @@ class DevicePart(Part):
     def run(self) -> PopulateResult:
         """See :class:`Part`."""
         began = perf_counter_ns()
+        if self._rate is not None:
+            self._rate.wait(self.length)
         self._done = done = self._page_provider.populate(
             self._pages, self._origin, self._access, rollback=self._rollback, progress=self._progress,
             check_headroom=self._check_headroom,
@@ -121,6 +126,29 @@ class ProgressOfParts:
             return None
         # A device counts whole pages of its own, which may be more bytes than were asked for.
         return lambda done, whole: progress(before + (done if whole <= length else done * length // whole), total)
+
+
+_SLOWEST_CHUNK = 4 * MIB
+"""Bytes that a device is asked for at once at least, however low the rate: a request costs some 100 us."""
+
+
+def device_parts(
+    page_provider: PageProvider, pages: Intervals, origin: int, access: Access, *, rollback: bool,
+    progresses: ProgressOfParts, rate: RateLimit | None, check_headroom: bool,
+) -> list[Part]:  # fmt: skip
+    """Return the parts for pages of one page provider: one, or many with a rate limit, as a device does each at once."""
+    cuts = [pages]
+    if rate is not None:
+        step = 1 << max(rate.chunk_bytes, _SLOWEST_CHUNK).bit_length() - 1  # a multiple of the device's pages
+        start, stop = pages.span
+        cuts = [pages.clipped(at, at + step) for at in range(start - start % step, stop, step)]
+    return [
+        DevicePart(
+            page_provider, some, origin, access, rollback=rollback, progress=progresses.of_next(some.length), rate=rate,
+            check_headroom=check_headroom,
+        )
+        for some in cuts if some
+    ]  # fmt: skip
 
 
 def run_parts(parts: Sequence[Part], origin: int, began: int) -> PopulateResult:

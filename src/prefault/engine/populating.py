@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from contextlib import ExitStack
 from operator import itemgetter
 from time import perf_counter_ns
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -13,10 +12,11 @@ from prefault.engine.chunk_queue import PlanQueue
 from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
 from prefault.engine.outcomes import NO_MEMORY, PopulateResult
-from prefault.engine.parts import DevicePart, KernelPart, Part, ProgressOfParts, run_parts
+from prefault.engine.parts import KernelPart, Part, ProgressOfParts, device_parts, run_parts
 from prefault.engine.planning import Plan, Segment, plan_span
 from prefault.engine.populated_pages import pages_before, populated_pages
-from prefault.engine.progress import Progress, bar
+from prefault.engine.progress import Progress, check_progress, reporting
+from prefault.engine.rate import RateLimit, rate_limit
 from prefault.engine.rollback import Rollback, file_pages
 from prefault.engine.small_calls import is_small, run_small, small_plan, surely_fits
 from prefault.errors import OutOfMemoryError
@@ -54,6 +54,7 @@ def populate(
     threads: int | None = None,
     rollback: bool = False,
     progress: Progress | bool = False,
+    rate: RateLimit | Size | None = None,
     headroom: HeadroomChoice = "check",
 ) -> PopulateResult:
     """Make every page of ``buffer`` present, so that touching it faults no more; or fail, and report how far it came.
@@ -76,7 +77,10 @@ def populate(
             CPU quota.
         rollback: on failure or Ctrl-C discard the pages that this call brought in. What another thread wrote to just those
             pages meanwhile is lost.
-        progress: True draws a bar on stderr; a function is called with the bytes done and in all.
+        progress: True draws a bar on stderr, or logs a line every few seconds where that is no terminal; a function is
+            called with the bytes done and in all.
+        rate: limit of the bytes a second that are brought in, as ``"2 GiB/s"``; a :class:`prefault.RateLimit` is shared by
+            all calls that are given it. None: as fast as possible.
         headroom: ``"check"`` checks the limits before the start, for the pages that are really missing, and at those of
             memory between chunks; ``"ignore"`` does not: the kernel finds out.
 
@@ -95,14 +99,13 @@ def populate(
     began = perf_counter_ns()
     if headroom not in ("check", "ignore"):
         raise ValueError(f"headroom is 'check' or 'ignore', not {headroom!r}")
-    if not isinstance(progress, bool) and not callable(progress):
-        raise TypeError(f"progress is True, False or a function, not {type(progress).__name__}")
+    check_progress(progress)
     if access not in (None, "read", "write"):
         raise ValueError(f"access is 'read', 'write' or None, not {access!r}")
     memory = borrow(buffer)
     try:
         span = memory.select(offset, length)
-        options = _Options(access, method, threads, rollback, progress, headroom, began)
+        options = _Options(access, method, threads, rollback, progress, rate_limit(rate), headroom, began)
         if memory.access_guard is None:
             return _populate(memory, span, None, options)
         with memory.access_guard.populating(span) as guarded:
@@ -123,6 +126,7 @@ class _Options(NamedTuple):
     threads: int | None
     rollback: bool
     progress: Progress | bool
+    rate: RateLimit | None
     headroom: HeadroomChoice
     began: int
 
@@ -137,14 +141,14 @@ def _populate(memory: Borrowed, span: Span, guarded: GuardedPopulate | None, opt
 
 
 def _carry_out(plan: Plan, memory: Borrowed, guarded: GuardedPopulate | None, options: _Options) -> PopulateResult:
-    _, _, _, rollback, progress, headroom, began = options
+    _, _, _, rollback, progress, rate, headroom, began = options
     if not plan.segments:
         return PopulateResult(0, 0, 0.0, plan.access, "none", 1)
     if rollback:
         before, kept = pages_before(plan.segments)
     else:
         before, kept = populated_pages(plan.segments), _NONE
-    small = is_small(plan)
+    small = is_small(plan) and rate is None
     admission = None
     if headroom == "check" and not (small and surely_fits(plan.segments[0], began)):
         admission = _admission(plan.segments, before, memory, guarded)
@@ -154,16 +158,15 @@ def _carry_out(plan: Plan, memory: Borrowed, guarded: GuardedPopulate | None, op
     undo = Rollback(plan.segments, kept, file_pages(plan.segments)) if rollback else None  # looks before anything is done
     if small and progress is False:
         return run_small(plan, memory.address, began, before, undo)
-    with ExitStack() as stack:
-        report = stack.enter_context(bar("populate")) if progress is True else progress or None
-        return Execution(PlanQueue(plan), memory.address, before, report, undo, admission).run(began)
+    with reporting(progress, "populate") as report:
+        return Execution(PlanQueue(plan), memory.address, before, report, undo, admission, rate).run(began)
 
 
 def _populate_parts(
     memory: Borrowed, span: Span, provided: Sequence[ProvidedSpan], guarded: GuardedPopulate | None, options: _Options
 ) -> PopulateResult:  # fmt: skip
     """Populate memory that page providers supply, in whole or in part."""
-    access, method, threads, rollback, progress, headroom, began = options
+    access, method, threads, rollback, progress, rate, headroom, began = options
     origin = memory.address
     plans = [plan_span(memory, part, access, method, threads) for part in other_spans(*span, provided)]
     segments = [segment for plan in plans for segment in plan.segments]
@@ -173,8 +176,7 @@ def _populate_parts(
         # Memory of the kernel in all parts together; a device's server checks for its frames.
         admission = _admission(segments, Intervals.union_of(before for before, _ in looks), memory, guarded)
     protected = admit(segments[0] if segments else None, admission, guarded)
-    with ExitStack() as stack:
-        report = stack.enter_context(bar("populate")) if progress is True else progress or None
+    with reporting(progress, "populate") as report:
         lengths = sum(stop - start for start, stop, _ in provided) + sum(plan.length for plan in plans)
         progresses = ProgressOfParts(report, lengths)
         parts: list[Part] = []
@@ -183,14 +185,12 @@ def _populate_parts(
             if page_provider is None:
                 plan, (before, kept) = next(kernel)
                 undo = Rollback(plan.segments, kept - protected, file_pages(plan.segments)) if rollback else None
-                progress_of_part = progresses.of_next(plan.length)
-                parts.append(KernelPart(Execution(PlanQueue(plan), origin, before, progress_of_part, undo, admission)))
+                report_part = progresses.of_next(plan.length)
+                parts.append(KernelPart(Execution(PlanQueue(plan), origin, before, report_part, undo, admission, rate)))
                 continue
-            parts.append(
-                DevicePart(
-                    page_provider, Intervals([(start, stop)]), origin, access_to(page_provider, memory, access),
-                    rollback=rollback, progress=progresses.of_next(stop - start), check_headroom=headroom == "check",
-                )
+            parts += device_parts(
+                page_provider, Intervals([(start, stop)]), origin, access_to(page_provider, memory, access),
+                rollback=rollback, progresses=progresses, rate=rate, check_headroom=headroom == "check",
             )  # fmt: skip
         return run_parts(parts, origin, began)
 

@@ -17,10 +17,12 @@ from prefault.engine.chunking import FIRST_CHUNK
 from prefault.engine.discarding import DiscardResult, drop
 from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
-from prefault.engine.parts import DevicePart, KernelPart, Part, run_parts
+from prefault.engine.parts import KernelPart, Part, ProgressOfParts, device_parts, run_parts
 from prefault.engine.planning import Plan, Segment, plan_span
 from prefault.engine.populated_pages import scattered_pages_before
 from prefault.engine.populating import HeadroomChoice, PopulateResult, access_to, admit
+from prefault.engine.progress import Progress, check_progress, reporting
+from prefault.engine.rate import RateLimit
 from prefault.engine.rollback import Rollback, is_memory_file
 from prefault.errors import DiscardError
 from prefault.inspection.mincore import resident_in
@@ -50,34 +52,36 @@ _PRESENT, _ZERO_PAGE = int(PageCategory.PRESENT), int(PageCategory.PFNZERO)
 
 
 def populate_many(
-    memory: Borrowed, guard: BlockGuard, blocks: Intervals, access: Access | None, headroom: HeadroomChoice
-) -> PopulateResult:
+    memory: Borrowed, guard: BlockGuard, blocks: Intervals, access: Access | None, headroom: HeadroomChoice,
+    progress: Progress | bool = False, rate: RateLimit | None = None,
+) -> PopulateResult:  # fmt: skip
     """Populate the blocks, all or none."""
     began = perf_counter_ns()
+    check_progress(progress)
     if headroom not in ("check", "ignore"):
         raise ValueError(f"headroom is 'check' or 'ignore', not {headroom!r}")
     if access not in (None, "read", "write"):
         raise ValueError(f"access is 'read', 'write' or None, not {access!r}")
     if not blocks:
         return PopulateResult(0, 0, 0.0, access or "write", "none", 1)
-    with Populating(guard, blocks) as operation:
+    with Populating(guard, blocks) as operation, reporting(progress, "populate") as report:
         pages = blocks.shifted(memory.address)
         provided = provided_spans(*pages.span)
         if not provided:
-            return _prepare(memory, operation, pages, access, headroom).run(began)
+            return _prepare(memory, operation, pages, access, headroom, report, rate).run(began)
+        progresses = ProgressOfParts(report, pages.length)
         parts: list[Part] = []
         kernel = pages - _pages_of(provided)
         if kernel:
-            parts.append(KernelPart(_prepare(memory, operation, kernel, access, headroom)))
+            told = progresses.of_next(kernel.length)
+            parts.append(KernelPart(_prepare(memory, operation, kernel, access, headroom, told, rate)))
         else:
             admit(None, None, operation)
         for start, stop, page_provider in provided:
             if mine := pages.clipped(start, stop):
-                parts.append(
-                    DevicePart(
-                        page_provider, mine, memory.address, access_to(page_provider, memory, access),
-                        rollback=True, progress=None, check_headroom=headroom == "check",
-                    )
+                parts += device_parts(
+                    page_provider, mine, memory.address, access_to(page_provider, memory, access),
+                    rollback=True, progresses=progresses, rate=rate, check_headroom=headroom == "check",
                 )  # fmt: skip
         return run_parts(parts, memory.address, began)
 
@@ -87,8 +91,9 @@ def _pages_of(provided: Iterable[ProvidedSpan]) -> Intervals:
 
 
 def _prepare(
-    memory: Borrowed, operation: Populating, pages: Intervals, access: Access | None, headroom: HeadroomChoice
-) -> Execution:
+    memory: Borrowed, operation: Populating, pages: Intervals, access: Access | None, headroom: HeadroomChoice,
+    progress: Progress | None, rate: RateLimit | None,
+) -> Execution:  # fmt: skip
     """Return the execution for pages that the kernel populates; all blocks of the operation are charged and unprotected."""
     # All pages are parts of one mapping, so what is best for the first is best for all.
     start, stop = pages.span
@@ -110,7 +115,7 @@ def _prepare(
     queue = _RowQueue(plan._replace(segments=(segment,)), pages)
     if queue.vector.stop_of(0, FIRST_CHUNK) == len(queue.vector):
         admission = None  # its only chunk has just been looked at
-    return Execution(queue, memory.address, before, None, rollback, admission)
+    return Execution(queue, memory.address, before, progress, rollback, admission, rate)
 
 
 def _resident_pages(segment: Segment, pages: Intervals) -> Intervals:
@@ -125,9 +130,15 @@ class _Rows(Chunk):
 
     def __init__(self, queue: _RowQueue, first: int, stop: int) -> None:
         self.pages = PageRange(*queue.vector.span(first, stop))
+        self._length = int(queue.vector.lengths[first:stop].sum())
         self._queue = queue
         self._first = first
         self._stop = stop
+
+    @property
+    def length(self) -> int:
+        """See :class:`~prefault.engine.chunk_queue.Chunk`: without what lies between the rows."""
+        return self._length
 
     def populate_at_once(self) -> bool:
         """See :class:`~prefault.engine.chunk_queue.Chunk`."""
@@ -161,8 +172,10 @@ class _RowQueue(ChunkQueue):
         self._at = self.vector.stop_of(first, size)
         return _Rows(self, first, self._at)
 
-    def finish(self, chunk: Chunk, failed: int | None = None) -> None:  # noqa: ARG002
+    def finish(self, chunk: Chunk, failed: int | None = None) -> None:
         """See :class:`~prefault.engine.chunk_queue.ChunkQueue`."""
+        if failed is None:
+            self.done_bytes += chunk.length
         if failed is not None:
             self._at = int(self.vector.starts.searchsorted(failed, side="right"))  # what lies above was not tried
 

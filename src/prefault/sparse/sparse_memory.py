@@ -13,6 +13,7 @@ from prefault._system import fork_hooks
 from prefault.engine.discarding import DiscardResult, discard
 from prefault.engine.methods import Access
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
+from prefault.engine.rate import RateLimit, rate_limit
 from prefault.inspection.scan import occupied
 from prefault.intervals import Intervals
 from prefault.mapping.mapping import HugeAdvice, MappedMemory, MemoryPin, OwnedMemory
@@ -131,6 +132,7 @@ class SparseMemory(MappedMemory):
         access: Access | None = None,
         threads: int | None = None,
         progress: Progress | bool = False,
+        rate: RateLimit | Size | None = None,
         headroom: HeadroomChoice = "check",
     ) -> PopulateResult:
         """Make blocks present, all or none, as :func:`prefault.populate` of this object does.
@@ -143,7 +145,9 @@ class SparseMemory(MappedMemory):
             length: how far; None: to the end.
             access: ``"read"``, ``"write"`` or None, the better one.
             threads: how many at once; None: chosen by size, affinity and CPU quota.
-            progress: True draws a bar on stderr; a function is called with the bytes done and in all.
+            progress: True draws a bar on stderr, or logs where that is no terminal; a function is called with the bytes done
+                and in all.
+            rate: limit of the bytes a second that are brought in, as ``"2 GiB/s"``; None: none.
             headroom: ``"check"`` checks the limits before the start and between chunks, ``"ignore"`` skips these checks.
 
         Raises:
@@ -152,8 +156,9 @@ class SparseMemory(MappedMemory):
             ValueError, TypeError: outside of the memory; closed; an unknown option.
         """
         return populate(
-            self, access=access, offset=offset, length=length, threads=threads, progress=progress, headroom=headroom
-        )
+            self, access=access, offset=offset, length=length, threads=threads, progress=progress, rate=rate,
+            headroom=headroom,
+        )  # fmt: skip
 
     def discard(self, offset: Size = 0, length: Size | None = None) -> DiscardResult:
         """Give blocks back and protect them, as :func:`prefault.discard` of this object does.
@@ -169,14 +174,17 @@ class SparseMemory(MappedMemory):
         return discard(self, offset=offset, length=length)
 
     def populate_many(
-        self, ranges: Ranges, *, access: Access | None = None, headroom: HeadroomChoice = "check"
-    ) -> PopulateResult:
+        self, ranges: Ranges, *, access: Access | None = None, progress: Progress | bool = False,
+        rate: RateLimit | Size | None = None, headroom: HeadroomChoice = "check",
+    ) -> PopulateResult:  # fmt: skip
         """Populate many ranges in few system calls, all or none, each rounded outward to whole blocks.
 
         Args:
             ranges: pairs of offset and length, :class:`PageRange`, a :class:`RangeSet`, or an integer array of shape
                 ``(n, 2)``, in any order; overlapping and touching ones are merged, empty ones left out.
             access: as for :meth:`populate`.
+            progress: as for :meth:`populate`.
+            rate: as for :meth:`populate`.
             headroom: as for :meth:`populate`; the space of a disk is not checked.
 
         Raises:
@@ -188,7 +196,7 @@ class SparseMemory(MappedMemory):
 
         with self._borrow() as memory:
             blocks = parse_ranges(ranges, memory.length).outward(self.block)
-            return batch.populate_many(memory, self._guard, blocks, access, headroom)
+            return batch.populate_many(memory, self._guard, blocks, access, headroom, progress, rate_limit(rate))
 
     def discard_many(self, ranges: Ranges) -> DiscardResult:
         """Discard many ranges, merged as for :meth:`populate_many` and then rounded inward to whole blocks.

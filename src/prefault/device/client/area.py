@@ -18,6 +18,7 @@ from prefault.device.device_pool import Access
 from prefault.engine.discarding import DiscardResult, discard
 from prefault.engine.locking import LockResult, lock, unlock
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
+from prefault.engine.rate import RateLimit
 from prefault.errors import ProtectionError
 from prefault.inspection.result import Residency
 from prefault.inspection.scan import residency
@@ -192,12 +193,13 @@ class Area(MappedMemory):
 
     def populate(
         self, access: Access | None = None, *, offset: Size = 0, length: Size | None = None, rollback: bool = False,
-        progress: Progress | bool = False, headroom: HeadroomChoice = "check",
+        progress: Progress | bool = False, rate: RateLimit | Size | None = None, headroom: HeadroomChoice = "check",
     ) -> PopulateResult:  # fmt: skip
         """Have the driver supply all pages in few calls, and map them: :func:`prefault.populate` of this area."""
         return populate(
-            self, access=access, offset=offset, length=length, rollback=rollback, progress=progress, headroom=headroom
-        )
+            self, access=access, offset=offset, length=length, rollback=rollback, progress=progress, rate=rate,
+            headroom=headroom,
+        )  # fmt: skip
 
     def discard(self, *, offset: Size = 0, length: Size | None = None) -> DiscardResult:
         """Give pages back, for all clients: :func:`prefault.discard` of this area. Rounds inward to whole pages."""
@@ -209,10 +211,10 @@ class Area(MappedMemory):
 
     def lock(
         self, *, access: Access | None = None, offset: Size = 0, length: Size | None = None,
-        progress: Progress | bool = False, headroom: HeadroomChoice = "check",
+        progress: Progress | bool = False, rate: RateLimit | Size | None = None, headroom: HeadroomChoice = "check",
     ) -> LockResult:  # fmt: skip
         """Populate and lock against swapping: :func:`prefault.lock` of this area. The driver may still evict the pages."""
-        return lock(self, access=access, offset=offset, length=length, progress=progress, headroom=headroom)
+        return lock(self, access=access, offset=offset, length=length, progress=progress, rate=rate, headroom=headroom)
 
     def unlock(self, *, offset: Size = 0, length: Size | None = None) -> int:
         """Undo :meth:`lock`: :func:`prefault.unlock` of this area."""

@@ -36,7 +36,7 @@ class WardenLink:
         self._link = link
         self.pidfd = pidfd
         self._child: int | None = None
-        self._restarts = handover.RateLimit(_WARDENS_MOST, _WARDENS_WINDOW_S)
+        self._restarts = handover.EventLimit(_WARDENS_MOST, _WARDENS_WINDOW_S)
         self._cpus = os.sched_getaffinity(0)
 
     def finished(self) -> None:

@@ -65,8 +65,8 @@ class Warden:
         self.failed = ""
         """Reason why no other server was started; empty after an orderly end."""
         self._end_deadline: float | None = None
-        self._deaths = handover.RateLimit(RESTARTS_MOST, RESTARTS_WINDOW_S)
-        self._timeouts = handover.RateLimit(_TIMEOUTS_MOST, 10 * registry.facts.timeout_s)
+        self._deaths = handover.EventLimit(RESTARTS_MOST, RESTARTS_WINDOW_S)
+        self._timeouts = handover.EventLimit(_TIMEOUTS_MOST, 10 * registry.facts.timeout_s)
         self._selector = selectors.DefaultSelector()
         self._signals, self._signal_writer = socket.socketpair()
         self._link: socket.socket

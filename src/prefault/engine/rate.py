@@ -1,0 +1,74 @@
+"""A limit of bytes a second, for work beside others that want the disk or the memory's bandwidth as well."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+
+from prefault.sizes import MIB, PAGE_SIZE, Size, parse_size
+
+BURST_SECONDS = 0.05
+"""Seconds' worth of bytes that may follow each other at once, after a pause too; about the longest single wait."""
+
+_PER_SECOND = re.compile(r"\s*/\s*s(ec(ond)?)?\s*$", re.IGNORECASE)
+
+
+class RateLimit:
+    """Limit of bytes a second that one call or several share, from any number of threads.
+
+    Each :meth:`wait` books its bytes, and returns when those that were booked before it are due. A pause saves up no more
+    than a twentieth of a second's bytes.
+
+    Args:
+        bytes_per_second: a size, with or without ``"/s"``: ``"2 GiB/s"``, ``500_000_000``; None: no limit.
+
+    Attributes:
+        bytes_per_second: the limit; None where there is none.
+
+    Raises:
+        TypeError, ValueError: not a size, or 0.
+    """
+
+    def __init__(self, bytes_per_second: Size | None) -> None:
+        text = bytes_per_second
+        self.bytes_per_second = (
+            None if text is None else parse_size(_PER_SECOND.sub("", text) if isinstance(text, str) else text)
+        )
+        if self.bytes_per_second == 0:
+            raise ValueError("a rate of 0 bytes a second never ends: give None for no limit")
+        self._lock = threading.Lock()
+        self._due = 0.0
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes to do between two waits, at least a page: more in one go would exceed the burst."""
+        if self.bytes_per_second is None:
+            return 64 * MIB
+        return max(PAGE_SIZE, int(self.bytes_per_second * BURST_SECONDS) // PAGE_SIZE * PAGE_SIZE)
+
+    def wait(self, count: int, stopped: threading.Event | None = None) -> None:
+        """Wait until ``count`` more bytes may be done. Sleeps; signals are handled meanwhile, and what they raise ends it.
+
+        Args:
+            count: bytes about to be done.
+            stopped: ends the wait at once when it is set.
+        """
+        if self.bytes_per_second is None or count <= 0:
+            return
+        with self._lock:
+            now = time.monotonic()
+            begin = max(self._due, now - BURST_SECONDS)
+            self._due = begin + count / self.bytes_per_second
+        seconds = begin - now
+        if seconds <= 0:
+            return
+        if stopped is None:
+            time.sleep(seconds)
+        else:
+            stopped.wait(seconds)
+
+
+def rate_limit(rate: RateLimit | Size | None) -> RateLimit | None:
+    """Return the limit that an argument ``rate`` asks for: as it is, made from a size, or None."""
+    return rate if rate is None or isinstance(rate, RateLimit) else RateLimit(rate)

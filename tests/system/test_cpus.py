@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from prefault._system import cgroups
-from prefault._system.cpus import usable_cpus
+from prefault._system.cpus import usable_cpus, why_not_more_cpus
+from support import needs
 from support.children import in_child
 
 
@@ -84,3 +85,30 @@ def test_a_v1_directory_with_half_of_its_files(tmp_path: Path, monkeypatch: pyte
     (directory / "cpu.cfs_period_us").unlink()
     monkeypatch.setattr(cgroups, "directories", lambda _: [directory])
     assert usable_cpus() == 8
+
+
+# --- the reason in words
+
+
+def test_the_machine_itself_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "directories", lambda _: [])
+    monkeypatch.setattr(os, "cpu_count", lambda: len(os.sched_getaffinity(0)))
+    assert why_not_more_cpus() == f"the machine has {os.cpu_count()} CPU" + "s" * (os.cpu_count() != 1)
+
+
+def test_an_affinity_is_the_reason() -> None:
+    if (os.cpu_count() or 1) < 2:
+        needs.missing("a machine with two CPUs")
+
+    def on_one_cpu() -> str:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        return why_not_more_cpus()
+
+    assert f"leaves this process 1 of {os.cpu_count()} CPUs" in in_child(on_one_cpu)
+
+
+@pytest.mark.usefixtures("_eight_cpus")
+def test_the_tightest_quota_is_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = [_v2(tmp_path / "loose", "400000 100000"), _v2(tmp_path / "tight", "150000 100000")]
+    monkeypatch.setattr(cgroups, "directories", lambda _: levels)
+    assert why_not_more_cpus() == f"{levels[1] / 'cpu.max'} allows 1.5 of {os.cpu_count()} CPUs"

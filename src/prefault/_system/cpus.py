@@ -22,6 +22,22 @@ def usable_cpus() -> int:
     return max(1, min(counts))
 
 
+def why_not_more_cpus() -> str:
+    """Return what limits :func:`usable_cpus`, in words: the tightest quota, the affinity, or the machine itself."""
+    online, allowed = os.cpu_count() or 1, len(os.sched_getaffinity(0))
+    tightest, source = float(allowed), None
+    for file in quota_files():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            quota = read_quota(file)
+            if quota is not None and quota < tightest:
+                tightest, source = quota, file
+    if source is not None:
+        return f"{source} allows {tightest:g} of {online} CPUs"
+    if allowed < online:
+        return f"its affinity (taskset, cpuset) leaves this process {allowed} of {online} CPUs"
+    return f"the machine has {online} CPU{'s' if online > 1 else ''}"
+
+
 def quota_files() -> list[Path]:
     """List the files of the CPU quotas that govern this process: ``cpu.max`` of v2 and ``cpu.cfs_quota_us`` of v1."""
     from prefault._system import cgroups

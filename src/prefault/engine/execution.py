@@ -210,9 +210,8 @@ class Execution:
         hint = plan.segments[0].method.hint
         after = populated_pages(plan.segments).length if hint else self._queue.length
         seconds = (perf_counter_ns() - began) / 1e9
-        return PopulateResult(
-            max(0, after - present), present, seconds, plan.access, plan.method, 1 + helpers, plan.notes
-        )  # fmt: skip
+        notes = plan.notes if 1 + helpers == self._threads else (*plan.notes, _too_few(1 + helpers, self._threads))
+        return PopulateResult(max(0, after - present), present, seconds, plan.access, plan.method, 1 + helpers, notes)
 
     def _stopped(self, interruption: BaseException) -> BaseException:
         return interrupted(interruption, self._origin, self._queue.length, self.settle())
@@ -232,6 +231,11 @@ class Execution:
             brought_in_bytes += brought_in.length
             kept.append(brought_in if self._rollback is None else self._rollback.undo(brought_in, tried))
         self._settlement = Settlement(brought_in_bytes, RangeSet.union_of(kept), rolled_back=self._rollback is not None)
+
+
+def _too_few(threads: int, planned: int) -> str:
+    """Return the note for threads that the system refused to start."""
+    return f"{threads} of {planned} threads: the system starts no more (RLIMIT_NPROC, or pids.max of a cgroup)"
 
 
 def deferring_ctrl_c(work: Callable[[], None]) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from prefault._system import capabilities
-from prefault._system.cpus import usable_cpus
+from prefault._system.cpus import usable_cpus, why_not_more_cpus
 from prefault.engine.methods import Access, Method, Target, best, by_name
 from prefault.limits.memory_use import MemoryUse
 from prefault.memory.borrowing import Borrowed, Span, borrow, other_spans, provided_spans
 from prefault.memory.vma import Backing, Vma, file_descriptor, vmas_by_kind
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
+
+Threads: TypeAlias = "int | Literal['auto'] | None"
+"""How many threads populate at once; ``"auto"`` and None: chosen by size, affinity and CPU quota."""
 
 THREAD_BYTES = 32 * MIB
 """Starting a thread pays from about this much memory for each (docs/design/populate.md)."""
@@ -57,12 +61,14 @@ class Plan(NamedTuple):
             them.
         threads: how many work at once.
         notes: sentences that a user should know.
+        threads_reason: why that many threads, in words.
     """
 
     span: Span
     segments: tuple[Segment, ...]
     threads: int
     notes: tuple[str, ...]
+    threads_reason: str = ""
 
     @property
     def length(self) -> int:
@@ -83,7 +89,8 @@ class Plan(NamedTuple):
         if not self.segments:
             return "\n".join(self.notes) or "nothing to populate: the buffer is empty"
         lines = [f"{format_size(segment.length)} by {segment.method.name}: {segment.reason}" for segment in self.segments]
-        lines.append(f"{self.threads} thread{'s' if self.threads > 1 else ''}")
+        if not any(self.threads_reason in note for note in self.notes):
+            lines.append(f"{_count_of(self.threads)}: {self.threads_reason}")
         return "\n".join([*lines, *self.notes])
 
 
@@ -94,7 +101,7 @@ def plan(
     offset: Size = 0,
     length: Size | None = None,
     method: str | None = None,
-    threads: int | None = None,
+    threads: Threads = None,
 ) -> Plan:
     """Return the plan of :func:`prefault.populate` for the same arguments, with its reasons. Nothing is populated.
 
@@ -106,7 +113,7 @@ def plan(
 
 
 def make_plan(
-    memory: Borrowed, access: Access | None, offset: Size, length: Size | None, method: str | None, threads: int | None
+    memory: Borrowed, access: Access | None, offset: Size, length: Size | None, method: str | None, threads: Threads
 ) -> Plan:
     """Return the plan for borrowed memory."""
     if access not in (None, "read", "write"):
@@ -122,11 +129,12 @@ def make_plan(
     ]
     notes += dict.fromkeys(note for part in plans for note in part.notes)
     segments = tuple(segment for part in plans for segment in part.segments)
-    return Plan(span, segments, max((part.threads for part in plans), default=1), tuple(notes))
+    threads_of, why = max(((part.threads, part.threads_reason) for part in plans), default=(1, ""), key=itemgetter(0))
+    return Plan(span, segments, threads_of, tuple(notes), why)
 
 
 def plan_span(
-    memory: Borrowed, span: Span, access: Access | None, method: str | None, threads: int | None
+    memory: Borrowed, span: Span, access: Access | None, method: str | None, threads: Threads
 ) -> Plan:  # fmt: skip
     """Return the plan for a part of borrowed memory that the kernel shall populate."""
     chosen = None if method is None else _chosen(method, access)
@@ -138,7 +146,10 @@ def plan_span(
     notes += dict.fromkeys(note for segment in kinds for note in _notes(segment))
     if access is None and chosen is None and not memory.readonly:
         notes += dict.fromkeys(_LEFT_TO_THE_FILE for segment in kinds if _is_left_to_the_file(segment))
-    return Plan(span, segments, _threads(threads, segments), tuple(notes))
+    count, reason, in_place_of = _threads(threads, segments)
+    if in_place_of is not None:
+        notes.append(f"{_count_of(count)} in place of {in_place_of}: {reason}")
+    return Plan(span, segments, count, tuple(notes), reason)
 
 
 def _chosen(name: str, access: Access | None) -> Method:
@@ -276,21 +287,45 @@ def _notes(segment: Segment) -> Iterator[str]:
         yield "every page of the file becomes dirty and will be written back"
 
 
-def _threads(asked: int | None, segments: tuple[Segment, ...]) -> int:
-    if asked is not None:
-        if isinstance(asked, bool) or not isinstance(asked, int):
-            raise TypeError(f"threads is a number, not {type(asked).__name__}")
-        if asked < 1:
-            raise ValueError(f"threads is at least 1, not {asked}")
-    length = segments[-1].stop - segments[0].start
-    worth = length // max(THREAD_BYTES, *(segment.target.page_size for segment in segments))
-    if asked == 1 or (asked is None and worth < 2):
-        return 1
-    if asked is None:
-        # A disk likes its requests in order.
-        on_disk = any(segment.backing is Backing.FILE for segment in segments)
-        return 1 if on_disk else min(worth, MAX_THREADS, usable_cpus())
-    return min(asked, usable_cpus())
+class _ThreadChoice(NamedTuple):
+    """Number of threads, the reason in words, and how many there would be without the limit that a user should know of."""
+
+    threads: int
+    reason: str
+    in_place_of: int | None = None
+
+
+def _threads(asked: Threads, segments: tuple[Segment, ...]) -> _ThreadChoice:
+    if isinstance(asked, str) and asked != "auto":
+        raise ValueError(f"threads is a number, 'auto' or None, not {asked!r}")
+    if asked is None or asked == "auto":
+        return _chosen_threads(segments)
+    if isinstance(asked, bool) or not isinstance(asked, int):
+        raise TypeError(f"threads is a number or 'auto', not {type(asked).__name__}")
+    if asked < 1:
+        raise ValueError(f"threads is at least 1, not {asked}")
+    usable = 1 if asked == 1 else usable_cpus()
+    return _ThreadChoice(asked, "as asked") if asked <= usable else _ThreadChoice(usable, why_not_more_cpus(), asked)
+
+
+def _chosen_threads(segments: tuple[Segment, ...]) -> _ThreadChoice:
+    each = max(THREAD_BYTES, *(segment.target.page_size for segment in segments))
+    worth = (segments[-1].stop - segments[0].start) // each
+    if worth < 2:
+        return _ThreadChoice(1, f"a second one pays from {format_size(2 * each)} on")
+    if any(segment.backing is Backing.FILE for segment in segments):
+        return _ThreadChoice(1, "a disk likes its requests in order")
+    wanted, usable = min(worth, MAX_THREADS), usable_cpus()
+    if usable < wanted:
+        # How many CPUs the machine has is no news; a container's quota or an affinity may be.
+        return _ThreadChoice(usable, why_not_more_cpus(), wanted if usable < (os.cpu_count() or 1) else None)
+    if worth > MAX_THREADS:
+        return _ThreadChoice(wanted, "memory bandwidth bounds clearing pages, so more are started only if asked for")
+    return _ThreadChoice(wanted, f"one for each {format_size(each)}")
+
+
+def _count_of(threads: int) -> str:
+    return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 NO_FALLOCATE = "the file system has no fallocate: holes stay holes, and a later store may find it full"

@@ -13,7 +13,7 @@ from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
 from prefault.engine.outcomes import NO_MEMORY, PopulateResult
 from prefault.engine.parts import KernelPart, Part, ProgressOfParts, device_parts, run_parts
-from prefault.engine.planning import Plan, Segment, plan_span
+from prefault.engine.planning import Plan, Segment, Threads, plan_span
 from prefault.engine.populated_pages import pages_before, populated_pages
 from prefault.engine.progress import Progress, check_progress, reporting
 from prefault.engine.rate import RateLimit, rate_limit
@@ -51,7 +51,7 @@ def populate(
     offset: Size = 0,
     length: Size | None = None,
     method: str | None = None,
-    threads: int | None = None,
+    threads: Threads = None,
     rollback: bool = False,
     progress: Progress | bool = False,
     rate: RateLimit | Size | None = None,
@@ -73,8 +73,8 @@ def populate(
         length: how far; None: to its end.
         method: the name of a method of :mod:`prefault.engine.methods`, instead of the best one. For device memory the best
             is ``"device"``, its driver's hook; the others fault it in page by page, and Ctrl-C waits for their chunk.
-        threads: how many at once, never more than the CPUs that this process may use; None: chosen by size, affinity and
-            CPU quota.
+        threads: how many at once, never more than the CPUs that this process may use; ``"auto"`` or None: chosen by size,
+            affinity and CPU quota. :func:`prefault.plan` gives the reason; notes of the result, where it was reduced.
         rollback: on failure or Ctrl-C discard the pages that this call brought in. What another thread wrote to just those
             pages meanwhile is lost.
         progress: True draws a bar on stderr, or logs a line every few seconds where that is no terminal; a function is
@@ -123,7 +123,7 @@ class _Options(NamedTuple):
 
     access: Access | None
     method: str | None
-    threads: int | None
+    threads: Threads
     rollback: bool
     progress: Progress | bool
     rate: RateLimit | None
@@ -136,7 +136,7 @@ def _populate(memory: Borrowed, span: Span, guarded: GuardedPopulate | None, opt
     provided = provided_spans(*span) if method in (None, "device") and span.start < span.stop else ()
     if provided:
         return _populate_parts(memory, span, provided, guarded, options)
-    plan = small_plan(memory, span, access) if method is None and threads is None else None
+    plan = small_plan(memory, span, access) if method is None and threads in (None, "auto") else None
     return _carry_out(plan or plan_span(memory, span, access, method, threads), memory, guarded, options)
 
 

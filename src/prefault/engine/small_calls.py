@@ -31,6 +31,7 @@ from prefault.memory.vma import Backing, row_at
 from prefault.sizes import KIB, MAX_SIZE, PAGE_SIZE
 
 _PRIVATE = Target()
+_ONE_THREAD = "one chunk"
 _REASON = Backing.ANONYMOUS.value  # which takes longer than to make the segment
 
 
@@ -56,7 +57,7 @@ def small_plan(memory: Borrowed, span: Span, access: Access | None) -> Plan | No
         return None
     writable = (flags & PROCMAP_QUERY_VMA_WRITABLE or memory.access_guard is not None) and not memory.readonly
     method = POPULATE_WRITE if access == "write" or (access is None and writable) else POPULATE_READ
-    return Plan(span, (Segment(start, stop, method, _PRIVATE, Backing.ANONYMOUS, _REASON),), 1, ())
+    return Plan(span, (Segment(start, stop, method, _PRIVATE, Backing.ANONYMOUS, _REASON),), 1, (), _ONE_THREAD)
 
 
 def surely_fits(segment: Segment, now_ns: int) -> bool:

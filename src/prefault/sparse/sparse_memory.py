@@ -12,6 +12,7 @@ from prefault._kernel import mman
 from prefault._system import fork_hooks
 from prefault.engine.discarding import DiscardResult, discard
 from prefault.engine.methods import Access
+from prefault.engine.planning import Threads
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
 from prefault.engine.rate import RateLimit, rate_limit
 from prefault.inspection.scan import occupied
@@ -130,7 +131,7 @@ class SparseMemory(MappedMemory):
         length: Size | None = None,
         *,
         access: Access | None = None,
-        threads: int | None = None,
+        threads: Threads = None,
         progress: Progress | bool = False,
         rate: RateLimit | Size | None = None,
         headroom: HeadroomChoice = "check",
@@ -144,7 +145,7 @@ class SparseMemory(MappedMemory):
             offset: where to start.
             length: how far; None: to the end.
             access: ``"read"``, ``"write"`` or None, the better one.
-            threads: how many at once; None: chosen by size, affinity and CPU quota.
+            threads: how many at once; ``"auto"`` or None: chosen by size, affinity and CPU quota.
             progress: True draws a bar on stderr, or logs where that is no terminal; a function is called with the bytes done
                 and in all.
             rate: limit of the bytes a second that are brought in, as ``"2 GiB/s"``; None: none.

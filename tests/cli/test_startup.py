@@ -28,7 +28,7 @@ def test_importing_the_package_loads_nothing_of_the_command() -> None:
 def test_help_loads_click_and_no_command() -> None:
     loaded = loaded_by("from prefault.cli import main; main(['--help'])")
     assert not loaded & _HEAVY
-    assert {name for name in loaded if name.startswith("prefault.cli")} == {"prefault.cli"}
+    assert {name for name in loaded if name.startswith("prefault.cli")} == {"prefault.cli", "prefault.cli.messages"}
 
 
 @pytest.mark.parametrize("arguments", [["doctor", "--json"], ["bench", "--list"], ["device", "--help"], ["--version"]])

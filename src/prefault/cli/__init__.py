@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import errno
+import io
 import os
+import signal
 import sys
+import threading
 from importlib import import_module
+from types import FrameType
+from typing import Any
 
 import click
 
 from prefault._version import __version__
+from prefault.cli.messages import complain, sentence
 
 _COMMANDS = {
     "bench": "Measure how fast this machine populates memory, beside the figures published in 2021.",
@@ -47,38 +52,80 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit status.
 
     An error that the user can correct is one sentence on stderr, with status 2 for a wrong call and 1 otherwise. Ctrl-C is
-    130.
+    130, SIGTERM 143: docs/command.md.
     """
-    try:
-        status = cli.main(arguments, prog_name="prefault", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a full disk is an exception that can be caught, and not at exit
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return 2
-    except click.ClickException as error:
-        _complain(error.format_message())
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        _complain("interrupted")
-        return 130
-    except BrokenPipeError:
-        # The reader of stdout has gone, as with `| head`. Python would complain when it flushes stdout at exit.
-        sys.stdout = None
-        return 1
-    except OSError as error:
-        _complain(_sentence(error))
-        _drop_output_that_cannot_be_written()
-        return 1
-    except MemoryError as error:
-        _complain(str(error) or "Python found no memory: free some, or raise RLIMIT_AS or the cgroup's limit")
-        return 1
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] == "prefault":
-            raise
-        _complain(str(error))  # an extra that is not installed
-        return 1
+    _write_names_as_they_are()
+    with _EndBySigterm() as ending:
+        try:
+            status = cli.main(arguments, prog_name="prefault", standalone_mode=False)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a full disk is an exception that can be caught, and not at exit
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            return 2
+        except click.ClickException as error:
+            complain(error.format_message())
+            return error.exit_code
+        except (KeyboardInterrupt, click.Abort):
+            complain("terminated" if ending.came else "interrupted")
+            return 128 + (signal.SIGTERM if ending.came else signal.SIGINT)
+        except BrokenPipeError:
+            # The reader of stdout has gone, as with `| head`. Python would complain when it flushes stdout at exit.
+            sys.stdout = None
+            return 1
+        except OSError as error:
+            complain(sentence(error))
+            _drop_output_that_cannot_be_written()
+            return 1
+        except MemoryError as error:
+            complain(str(error) or "Python found no memory: free some, or raise RLIMIT_AS or the cgroup's limit")
+            return 1
+        except ImportError as error:
+            if (error.name or "").partition(".")[0] == "prefault":
+                raise
+            complain(str(error))  # an extra that is not installed
+            return 1
     return status if isinstance(status, int) else 0
+
+
+class _EndBySigterm:
+    """SIGTERM as a Ctrl-C with another exit status: what a command holds is given back by the same code.
+
+    Attributes:
+        came: True once SIGTERM came.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+        self._process = os.getpid()
+        self._before: Any = None
+
+    def __enter__(self) -> _EndBySigterm:
+        # A handler of the caller stays, and SIGTERM that is ignored stays so.
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            self._before = signal.signal(signal.SIGTERM, self._end)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _end(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a fork that has set no handler of its own
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.came = True
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)  # not raised here: steps that must not be cut short defer Ctrl-C
+
+
+def _write_names_as_they_are() -> None:
+    """Let stdout and stderr take names that are not UTF-8, byte by byte, rather than raise UnicodeEncodeError."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="surrogateescape")
 
 
 def _drop_output_that_cannot_be_written() -> None:
@@ -88,21 +135,3 @@ def _drop_output_that_cannot_be_written() -> None:
             sys.stdout.flush()
     except OSError:
         sys.stdout = None
-
-
-_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-def _sentence(error: OSError) -> str:
-    """Return the error's message on one line, without the errno where the message says more than the errno's name."""
-    text = error.strerror or str(error)
-    if error.filename is not None:
-        text = f"{os.fsdecode(error.filename)}: {text}"
-    elif error.errno is not None and text == os.strerror(error.errno):
-        # Python names no file where writing to an open one fails; commands name all files that they write but their output.
-        text = f"the output cannot be written: {text}" if error.errno in _OF_WRITING else str(error)
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
-
-
-def _complain(sentence: str) -> None:
-    click.echo(f"prefault: {sentence}", err=True)

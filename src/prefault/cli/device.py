@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from prefault.cli.json_output import json_option, print_json
 from prefault.sizes import format_size
 
 
@@ -26,7 +27,8 @@ def device() -> None:
     "--arg", "arguments", multiple=True, metavar="NAME=VALUE",
     help="Keyword argument of the class; repeatable. A value is parsed as JSON (4096, true, [1, 2]) and else taken as text.",
 )  # fmt: skip
-def serve(factory: str, path: str, arguments: tuple[str, ...]) -> int:
+@json_option("prefault-device-serve")
+def serve(factory: str, path: str, arguments: tuple[str, ...], as_json: bool) -> int:
     """Serve a device until SIGTERM, or Ctrl-C, to all processes of this user.
 
     Clients connect with prefault.device.connect(PATH). Python imports MODULE (PYTHONPATH). At the end clients keep the pages
@@ -40,6 +42,11 @@ def serve(factory: str, path: str, arguments: tuple[str, ...]) -> int:
         raise click.UsageError("--socket takes the path of the socket to make, not an empty one")
 
     def started(made: Device) -> None:
+        if as_json:
+            facts = {"device": type(made).__name__, "length": made.length, "page_size": made.page_size}
+            print_json("prefault-device-serve", 1, {"socket": path, **facts})
+            sys.stdout.flush()
+            return
         what = f"{type(made).__name__}, {format_size(made.length)} in pages of {format_size(made.page_size)}"
         click.echo(f"serving {what}, at {path}")
 

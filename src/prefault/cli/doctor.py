@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
+from prefault.cli.json_output import json_option, print_json
 from prefault.doctor import examine, to_json
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object (docs/doctor-json.md) instead of text.")
+@json_option("prefault-doctor")
 def doctor(as_json: bool) -> None:
     """Show what this machine can do for prefault, what limits it, and what could be better.
 
@@ -18,7 +17,8 @@ def doctor(as_json: bool) -> None:
     """
     report = examine()
     if as_json:
-        click.echo(json.dumps(to_json(report), indent=2))
+        document = to_json(report)
+        print_json(document.pop("kind"), document.pop("schema"), document)
         return
     from prefault.doctor.report import show
 

@@ -1,0 +1,56 @@
+"""Errors on stderr: each is one line, ``prefault: SENTENCE``, which names the file and the remedy."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+
+import click
+
+
+def complain(sentence: str) -> None:
+    """Print an error on stderr, on one line."""
+    click.echo(f"prefault: {printable(_one_line(sentence))}", err=True)
+
+
+def complain_of(error: OSError) -> None:
+    """Print an OSError on stderr: the file that it names, and its message without the errno."""
+    complain(sentence(error))
+
+
+def printable(name: str) -> str:
+    r"""Return a name for people: control characters and bytes that are no UTF-8 as ``\x1b``, all others as they are.
+
+    A name can hold any byte but NUL. Raw, a line feed would look like another name, and the terminal would obey an escape
+    sequence.
+    """
+    return _UNPRINTABLE.sub(_escape, name)
+
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def _escape(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    if 0xDC80 <= number <= 0xDCFF:  # how Python keeps a byte that is no UTF-8 (PEP 383)
+        number -= 0xDC00
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
+
+
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def sentence(error: OSError) -> str:
+    """Return the error's message, without the errno where the message says more than the errno's name."""
+    text = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{printable(os.fsdecode(error.filename))}: {text}"
+    if error.errno is not None and text == os.strerror(error.errno):
+        # Python names no file where writing to an open one fails; commands name all files that they write but their output.
+        return f"the output cannot be written: {text}" if error.errno in _OF_WRITING else str(error)
+    return text
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())

@@ -222,7 +222,8 @@ def test_no_two_modules_have_the_same_name() -> None:
 def test_no_module_has_the_name_of_a_public_function() -> None:
     functions = {name for name in prefault.__all__ if not isinstance(getattr(prefault, name), type)}
     functions |= {"map", "connect", "serve", "check_device", "without", "borrow"}
-    assert sorted(name for name in _package() if name.rpartition(".")[2] in functions) == []
+    modules = [name for name in _package() if not name.startswith("prefault.cli.")]  # commands are called like functions
+    assert sorted(name for name in modules if name.rpartition(".")[2] in functions) == []
 
 
 def test_folders_are_small_enough_to_look_through() -> None:

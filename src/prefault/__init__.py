@@ -73,6 +73,10 @@ if _typing.TYPE_CHECKING:
     from prefault import pool as pool
     from prefault import virtio_mem as virtio_mem
     from prefault.drivers import open_remote
+    from prefault.files.evicting import EvictedFile, EvictResult, evict
+    from prefault.files.failures import FileFailure
+    from prefault.files.file_status import FilesStatus, FileStatus, status
+    from prefault.files.selection import SelectedFile, Selection, SkippedFile, select
     from prefault.pool import Pool, PoolStatistics
     from prefault.sparse import SparseMemory
     from prefault.sparse.growable import GrowableArray
@@ -89,7 +93,12 @@ __all__ = [
     "DiscardError",
     "DiscardResult",
     "DriverError",
+    "EvictResult",
+    "EvictedFile",
     "File",
+    "FileFailure",
+    "FileStatus",
+    "FilesStatus",
     "GrowableArray",
     "GuardPageError",
     "Headroom",
@@ -120,11 +129,15 @@ __all__ = [
     "RangeSet",
     "RateLimit",
     "Residency",
+    "SelectedFile",
+    "Selection",
+    "SkippedFile",
     "SparseMemory",
     "SpecialMappingError",
     "TemporaryFile",
     "__version__",
     "discard",
+    "evict",
     "format_size",
     "headroom",
     "lock",
@@ -133,16 +146,29 @@ __all__ = [
     "plan",
     "populate",
     "residency",
+    "select",
+    "status",
     "unlock",
 ]
 
 # A sixth of the import time, for those who only populate: loaded when they are first named.
 _LATER = {
+    "EvictResult": "prefault.files.evicting",
+    "EvictedFile": "prefault.files.evicting",
+    "FileFailure": "prefault.files.failures",
+    "FileStatus": "prefault.files.file_status",
+    "FilesStatus": "prefault.files.file_status",
     "GrowableArray": "prefault.sparse.growable",
     "Pool": "prefault.pool",
     "PoolStatistics": "prefault.pool",
+    "SelectedFile": "prefault.files.selection",
+    "Selection": "prefault.files.selection",
+    "SkippedFile": "prefault.files.selection",
     "SparseMemory": "prefault.sparse",
+    "evict": "prefault.files.evicting",
     "open_remote": "prefault.drivers",
+    "select": "prefault.files.selection",
+    "status": "prefault.files.file_status",
 }
 _LATER_MODULES = ("device", "drivers", "pool", "virtio_mem")
 

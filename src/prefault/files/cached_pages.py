@@ -36,6 +36,11 @@ _OTHERS_FILE = (
 )
 
 
+def counts_own_pages(file_system: str) -> bool:
+    """Tell whether a zero of cachestat(2) is true for the files of a file system, by the name of its type."""
+    return file_system not in _STACKED and file_system != "hugetlbfs"
+
+
 class CachedCount(NamedTuple):
     """Count of a file's pages in the page cache.
 

@@ -182,12 +182,14 @@ def _check_kind(status: os.stat_result, path: str) -> None:
     raise FileError(errno.EINVAL, f"is {kind}", path, "only regular files and block devices have a page cache")
 
 
+OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+"""Flags by which files are opened. O_NONBLOCK: between stat and open somebody may have put a FIFO there."""
+
+
 def _open(path: str) -> int:
-    # O_NONBLOCK: between stat and open somebody may have put a FIFO there.
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
-        fd = os.open(path, flags | os.O_NOATIME)
+        fd = os.open(path, OPEN_FLAGS | os.O_NOATIME)
     except PermissionError:  # EPERM: only the owner may leave the access time alone; else the second attempt tells
-        fd = os.open(path, flags)
+        fd = os.open(path, OPEN_FLAGS)
     os.set_blocking(fd, True)  # FUSE passes the flag to its server, which may answer EAGAIN
     return fd

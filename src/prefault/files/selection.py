@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, NamedTuple, TypeAlias
 
+from prefault.files.failures import FileFailure
 from prefault.sizes import Size, format_size, parse_size
 
 Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -39,37 +40,40 @@ class SelectedFile(NamedTuple):
         return self.stat.st_size
 
 
-class FileFailure(NamedTuple):
-    """A path that was not worked on, or not to its end, and the reason. The other files are not affected.
+class SkippedFile(NamedTuple):
+    """A path that was left out on purpose, which is no failure: a socket in a tree, a link, a file that is too large.
 
     Attributes:
-        path: the path, as in :class:`SelectedFile`.
-        errno: the error number of the system call that failed; 0 where none did.
-        reason: one sentence for people, with the remedy where there is one.
-        skipped: whether it was left out on purpose: no error.
+        path: the path.
+        reason: the cause, in a few words.
+        remedy: the option that would include it; empty where none would.
     """
 
     path: str
-    errno: int
     reason: str
-    skipped: bool = False
-
-    @classmethod
-    def of(cls, path: str, error: OSError) -> FileFailure:
-        """Make the failure of a path from the exception."""
-        number = error.errno or 0
-        return cls(path, number, _REMEDIES.get(number) or error.strerror or str(error))
+    remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        text = f"{self.path}: {self.reason}"
+        return f"{text}: {self.remedy}" if self.remedy else text
 
 
-_REMEDIES = {
-    errno.EACCES: "permission denied: run as a user who may read it",
-    errno.ENOENT: "no such file or directory (it may have been removed meanwhile)",
-    errno.ENAMETOOLONG: "the path is longer than the kernel takes (4096 bytes): start from a directory nearer to the file",
-    errno.ELOOP: "too many symbolic links: they form a loop",
-}
+class Selection(Iterable["SelectedFile | FileFailure"]):
+    """Files that are selected while they are iterated over, once.
+
+    Attributes:
+        directories: directories that were read so far.
+        skipped: paths that were left out on purpose so far; ``on_skip`` of :func:`select` was called with each.
+    """
+
+    directories = 0
+    skipped = 0
+
+    def __init__(self, walk: Callable[[Selection], Iterator[SelectedFile | FileFailure]]) -> None:
+        self._found = walk(self)
+
+    def __iter__(self) -> Iterator[SelectedFile | FileFailure]:
+        return self._found
 
 
 class _Directory(NamedTuple):
@@ -89,8 +93,9 @@ def select(
     paths: Path | Iterable[Path], *, follow_links: bool = False, same_file_system: bool = False,
     include: Iterable[str] = (), exclude: Iterable[str] = (),
     min_size: Size = 0, max_size: Size | None = None, each_link: bool = False,
-) -> Iterator[SelectedFile | FileFailure]:  # fmt: skip
-    """Yield the files that ``paths`` stand for, and a :class:`FileFailure` for each path that is left out with a reason.
+    on_skip: Callable[[SkippedFile], object] | None = None,
+) -> Selection:  # fmt: skip
+    """Yield the files that ``paths`` stand for, and a :class:`FileFailure` for each path that cannot be looked at.
 
     Directories are walked in the order in which the file system lists them, their files before their subdirectories. No file
     is opened.
@@ -105,6 +110,7 @@ def select(
         min_size: bytes; smaller files are left out.
         max_size: bytes; larger files are left out, each with a reason.
         each_link: select a file as often as it is found. Otherwise once, by device and inode, whatever its names.
+        on_skip: called with each path that is left out on purpose, except by patterns and ``min_size``.
 
     Raises:
         ValueError, TypeError: a size that is none.
@@ -115,9 +121,14 @@ def select(
     smallest, largest = parse_size(min_size), None if max_size is None else parse_size(max_size)
     walk = _Walk(
         follow_links, same_file_system, _matcher(include), _matcher(exclude), smallest, largest,
-        None if each_link else set(), single and not follow_links,
+        None if each_link else set(), single and not follow_links, on_skip,
     )  # fmt: skip
-    return walk.files([paths] if single else paths)  # type: ignore[list-item, arg-type]
+    return Selection(lambda selection: walk.files([paths] if single else paths, selection))  # type: ignore[list-item, arg-type]
+
+
+def as_selection(paths: Path | Iterable[Path] | Selection) -> Selection:
+    """Return a selection as it is, and select paths by the defaults of :func:`select`."""
+    return paths if isinstance(paths, Selection) else select(paths)
 
 
 def read_list(file: IO[bytes], *, nul: bool = False) -> Iterator[str]:
@@ -165,6 +176,7 @@ class _Walk:
         self, follow_links: bool, same_file_system: bool,
         include: Callable[[str], bool] | None, exclude: Callable[[str], bool] | None,
         min_size: int, max_size: int | None, seen: set[int] | None, each_name_once: bool,
+        on_skip: Callable[[SkippedFile], object] | None,
     ) -> None:  # fmt: skip
         self._follow_links = follow_links
         self._same_file_system = same_file_system
@@ -175,8 +187,11 @@ class _Walk:
         self._seen = seen
         self._each_name_once = each_name_once
         """Whether a walk finds each name only once, so that files of one link need not be remembered."""
+        self._on_skip = on_skip
+        self._selection: Selection
 
-    def files(self, paths: Iterable[Path]) -> Iterator[SelectedFile | FileFailure]:
+    def files(self, paths: Iterable[Path], selection: Selection) -> Iterator[SelectedFile | FileFailure]:
+        self._selection = selection
         for given in paths:
             path = os.fsdecode(given)
             path = path.rstrip("/") or path[:1]  # "dir/" and "dir" are one; "/" stays
@@ -184,15 +199,19 @@ class _Walk:
                 continue
             try:
                 found = os.stat(path)
-            except (OSError, ValueError) as error:
-                yield _failure(path, error)
+            except OSError as error:
+                yield FileFailure.of(path, error)
+                continue
+            except ValueError as error:  # a NUL in it
+                yield FileFailure(path, str(error), errno=errno.EINVAL)
                 continue
             if stat.S_ISDIR(found.st_mode):
                 yield from self._tree(path, found)
             elif stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode):
-                yield from self._file(path, found)
+                if self._is_wanted(path, found):
+                    yield SelectedFile(path, found)
             else:
-                yield FileFailure(path, 0, f"is {_kind(found.st_mode)}, which has no page cache: name a file or directory")
+                yield FileFailure(path, f"is {_kind(found.st_mode)}, which has no page cache", "name a file or a directory")
 
     def _tree(self, top: str, found: os.stat_result) -> Iterator[SelectedFile | FileFailure]:
         # A stack, not recursion: one directory is open at a time, and no depth is too deep.
@@ -202,52 +221,58 @@ class _Walk:
             below: list[_Directory] = []
             try:
                 with os.scandir(directory.path) as entries:
+                    self._selection.directories += 1
                     for entry in entries:
-                        if self._exclude is None or not self._exclude(entry.path):
-                            yield from self._entry(entry, directory, below)
+                        path = entry.path
+                        if self._exclude is not None and self._exclude(path):
+                            continue
+                        try:
+                            found = entry.stat(follow_symlinks=self._follow_links)
+                        except OSError as error:
+                            yield FileFailure.of(path, error)
+                            continue
+                        if not stat.S_ISREG(found.st_mode):
+                            self._other(path, found, directory, below)
+                        elif self._is_wanted(path, found):
+                            yield SelectedFile(path, found)
             except OSError as error:
                 yield FileFailure.of(directory.path, error)
             pending += reversed(below)
 
-    def _entry(
-        self, entry: os.DirEntry[str], directory: _Directory, below: list[_Directory]
-    ) -> Iterator[SelectedFile | FileFailure]:
-        path = entry.path
-        try:
-            found = entry.stat(follow_symlinks=self._follow_links)
-        except OSError as error:
-            yield FileFailure.of(path, error)
-            return
+    def _other(self, path: str, found: os.stat_result, directory: _Directory, below: list[_Directory]) -> None:
+        """Note a directory that is to be read, and skip all else."""
         mode = found.st_mode
-        if stat.S_ISREG(mode):
-            yield from self._file(path, found)
-        elif stat.S_ISDIR(mode):
-            if self._same_file_system and found.st_dev != directory.device:
-                yield FileFailure(path, 0, "is on another file system", skipped=True)
-            elif self._is_loop(identity := _identity(found), directory.chain):
-                yield FileFailure(path, errno.ELOOP, "leads back to a directory that it lies in: a loop", skipped=True)
-            else:
-                below.append(_Directory(path, directory.device, _Chain(identity, directory.chain)))
-        elif stat.S_ISLNK(mode):
-            yield FileFailure(path, 0, "is a symbolic link: --follow-links follows it", skipped=True)
+        if stat.S_ISLNK(mode):
+            self._skip(path, "is a symbolic link", "--follow-links follows it")
+        elif not stat.S_ISDIR(mode):
+            self._skip(path, f"is {_kind(mode)}, which is not opened in a tree")
+        elif self._same_file_system and found.st_dev != directory.device:
+            self._skip(path, "is on another file system")
+        elif self._is_loop(identity := _identity(found), directory.chain):
+            self._skip(path, "leads back to a directory that it lies in, a loop")
         else:
-            yield FileFailure(path, 0, f"is {_kind(mode)}, which is not opened", skipped=True)
+            below.append(_Directory(path, directory.device, _Chain(identity, directory.chain)))
 
-    def _file(self, path: str, found: os.stat_result) -> Iterator[SelectedFile | FileFailure]:
+    def _is_wanted(self, path: str, found: os.stat_result) -> bool:
         if self._include is not None and not self._include(path):
-            return
+            return False
         if found.st_size < self._min_size:
-            return
+            return False
         if self._max_size is not None and found.st_size > self._max_size:
             limit = format_size(self._max_size)
-            yield FileFailure(path, 0, f"has {format_size(found.st_size)}, more than the limit of {limit}", skipped=True)
-            return
+            self._skip(path, f"has {format_size(found.st_size)}, more than the limit of {limit}")
+            return False
         if self._seen is not None and not (self._each_name_once and found.st_nlink == 1):
             identity = _identity(found)
             if identity in self._seen:
-                return
+                return False
             self._seen.add(identity)
-        yield SelectedFile(path, found)
+        return True
+
+    def _skip(self, path: str, reason: str, remedy: str = "") -> None:
+        self._selection.skipped += 1
+        if self._on_skip is not None:
+            self._on_skip(SkippedFile(path, reason, remedy))
 
     @staticmethod
     def _is_loop(identity: int, chain: _Chain | None) -> bool:
@@ -261,12 +286,6 @@ class _Walk:
 def _identity(found: os.stat_result) -> int:
     """Return device and inode as one number, which takes less memory than a pair."""
     return found.st_dev << 64 | found.st_ino
-
-
-def _failure(path: str, error: OSError | ValueError) -> FileFailure:
-    if isinstance(error, OSError):
-        return FileFailure.of(path, error)
-    return FileFailure(path, errno.EINVAL, str(error))  # a path with a NUL in it
 
 
 def _kind(mode: int) -> str:

@@ -33,6 +33,7 @@ _PUBLIC = [
     "EvictedFile",
     "File",
     "FileFailure",
+    "FileLock",
     "FileStatus",
     "FilesStatus",
     "GrowableArray",

@@ -31,7 +31,7 @@ import typing as _typing
 
 from prefault._version import __version__
 from prefault.engine.discarding import DiscardResult, discard
-from prefault.engine.locking import LockResult, lock, unlock
+from prefault.engine.locking import LockResult, unlock
 from prefault.engine.planning import Plan, plan
 from prefault.engine.populating import PopulateResult, populate
 from prefault.engine.rate import RateLimit
@@ -75,6 +75,7 @@ if _typing.TYPE_CHECKING:
     from prefault.drivers import open_remote
     from prefault.files.evicting import EvictedFile, EvictResult, evict
     from prefault.files.failures import FileFailure
+    from prefault.files.file_locks import FileLock, lock
     from prefault.files.file_status import FilesStatus, FileStatus, status
     from prefault.files.selection import SelectedFile, Selection, SkippedFile, select
     from prefault.pool import Pool, PoolStatistics
@@ -97,6 +98,7 @@ __all__ = [
     "EvictedFile",
     "File",
     "FileFailure",
+    "FileLock",
     "FileStatus",
     "FilesStatus",
     "GrowableArray",
@@ -156,6 +158,7 @@ _LATER = {
     "EvictResult": "prefault.files.evicting",
     "EvictedFile": "prefault.files.evicting",
     "FileFailure": "prefault.files.failures",
+    "FileLock": "prefault.files.file_locks",
     "FileStatus": "prefault.files.file_status",
     "FilesStatus": "prefault.files.file_status",
     "GrowableArray": "prefault.sparse.growable",
@@ -166,6 +169,7 @@ _LATER = {
     "SkippedFile": "prefault.files.selection",
     "SparseMemory": "prefault.sparse",
     "evict": "prefault.files.evicting",
+    "lock": "prefault.files.file_locks",
     "open_remote": "prefault.drivers",
     "select": "prefault.files.selection",
     "status": "prefault.files.file_status",

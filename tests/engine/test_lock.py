@@ -151,7 +151,7 @@ def test_huge_pages(hugetlb_pool: Callable[[int], None]) -> None:
         assert oracle.present_bytes(mapping.range.start, 2 * MIB) == 2 * MIB
 
 
-@pytest.mark.parametrize("wrong", [3, "text"])
+@pytest.mark.parametrize("wrong", [3, None])
 def test_not_a_buffer(wrong: object) -> None:
     with pytest.raises(TypeError):
         prefault.lock(wrong)

@@ -78,6 +78,7 @@ if _typing.TYPE_CHECKING:
     from prefault.files.file_locks import FileLock, lock
     from prefault.files.file_status import FilesStatus, FileStatus, status
     from prefault.files.selection import SelectedFile, Selection, SkippedFile, select
+    from prefault.engine.collapsing import CollapseResult, NotCollapsed, collapse
     from prefault.pool import Pool, PoolStatistics
     from prefault.sparse import SparseMemory
     from prefault.sparse.growable import GrowableArray
@@ -88,6 +89,7 @@ __all__ = [
     "BackingFullError",
     "BackingSource",
     "BeyondEndError",
+    "CollapseResult",
     "Descriptor",
     "DeviceError",
     "DeviceGoneError",
@@ -114,6 +116,7 @@ __all__ = [
     "MappingError",
     "Memfd",
     "NoPopulateError",
+    "NotCollapsed",
     "NotPopulatedError",
     "OutOfMemoryError",
     "PageRange",
@@ -138,6 +141,7 @@ __all__ = [
     "SpecialMappingError",
     "TemporaryFile",
     "__version__",
+    "collapse",
     "discard",
     "evict",
     "format_size",
@@ -161,7 +165,9 @@ _LATER = {
     "FileLock": "prefault.files.file_locks",
     "FileStatus": "prefault.files.file_status",
     "FilesStatus": "prefault.files.file_status",
+    "CollapseResult": "prefault.engine.collapsing",
     "GrowableArray": "prefault.sparse.growable",
+    "NotCollapsed": "prefault.engine.collapsing",
     "Pool": "prefault.pool",
     "PoolStatistics": "prefault.pool",
     "SelectedFile": "prefault.files.selection",
@@ -170,6 +176,7 @@ _LATER = {
     "SparseMemory": "prefault.sparse",
     "evict": "prefault.files.evicting",
     "lock": "prefault.files.file_locks",
+    "collapse": "prefault.engine.collapsing",
     "open_remote": "prefault.drivers",
     "select": "prefault.files.selection",
     "status": "prefault.files.file_status",

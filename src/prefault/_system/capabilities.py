@@ -221,6 +221,12 @@ def _guard_regions() -> None:
         mman.madvise(address, PAGE_SIZE, mman.MADV_GUARD_INSTALL)
 
 
+def _collapse() -> None:
+    # No byte: on a page it would depend on what is populated, and on the kernel's finding 2 MiB.
+    with _page() as address:
+        mman.madvise(address, 0, mman.MADV_COLLAPSE)
+
+
 def _huge_pages() -> None:
     sizes = hugetlb.page_sizes()
     if not sizes:
@@ -351,6 +357,7 @@ FUTEX_ADD = Capability("futex_add", "2.6.14", "FUTEX_WAKE_OP adding 0 to a word"
 MLOCK_ONFAULT = Capability("mlock_onfault", "4.4", "mlock2(MLOCK_ONFAULT) of one page", _mlock_onfault)
 DONTNEED_LOCKED = Capability("madv_dontneed_locked", "5.18", "MADV_DONTNEED_LOCKED on a locked page", _dontneed_locked)
 GUARD_REGIONS = Capability("guard_regions", "6.13", "MADV_GUARD_INSTALL on a private page", _guard_regions)
+MADV_COLLAPSE = Capability("madv_collapse", "6.1", "MADV_COLLAPSE of no byte", _collapse)
 HUGE_PAGES = Capability("hugetlb_pages", "2.6", "a hugetlb pool that is not empty", _huge_pages)
 MEMORY_CGROUP = Capability("memory_cgroup", "2.6.25", "the directory of this process' memory cgroup", _memory_cgroup)
 USERFAULTFD = Capability("userfaultfd", "4.3", "userfaultfd on a private page, for faults in user mode", _userfaultfd_call)
@@ -382,6 +389,7 @@ ALL: tuple[Capability, ...] = (
     MLOCK_ONFAULT,
     DONTNEED_LOCKED,
     GUARD_REGIONS,
+    MADV_COLLAPSE,
     HUGE_PAGES,
     MEMORY_CGROUP,
     USERFAULTFD,

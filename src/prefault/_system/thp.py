@@ -22,3 +22,9 @@ def pmd_size() -> int | None:
     """Read the size in bytes of a huge page of the PMD level (2 MiB on x86-64); None without THP."""
     text = read_setting("hpage_pmd_size")
     return None if text is None else int(text)
+
+
+def is_disabled_for_process() -> bool:
+    """Return whether prctl(PR_SET_THP_DISABLE) keeps huge pages from this process; False before Linux 5.0."""
+    with open("/proc/self/status", "rb") as file:
+        return b"\nTHP_enabled:\t0\n" in file.read()

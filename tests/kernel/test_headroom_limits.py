@@ -22,11 +22,11 @@ import prefault
 from prefault._kernel import mman
 from prefault._system import hugetlb
 from prefault.engine.methods import Access
+from prefault.engine.scattered.advice_vector import AdviceVector
 from prefault.errors import HeadroomError
 from prefault.limits.memory_limits import memory_limits
 from prefault.limits.target import headroom
 from prefault.sizes import MIB, PAGE_SIZE
-from prefault.sparse.advice_vector import AdviceVector
 from support import needs, oracle
 from support.cgroups import Group, groups, leave
 from support.children import Child, in_child

@@ -5,7 +5,8 @@ from __future__ import annotations
 import abc
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
 
 from prefault.engine.attempts import LONG, can_advise, populate_long, populate_whole
 from prefault.engine.planning import NO_FALLOCATE, Plan, Segment
@@ -17,6 +18,10 @@ _MANY_SEGMENTS = 64
 _SEGMENTS_AT_ONCE = 1024
 _PART = 64 * MIB
 """Bytes that one call of a method populates at most, which holds the mmap lock meanwhile."""
+
+
+PlaceOf: TypeAlias = Callable[[int], tuple[int, str]]
+"""Return the address that the offset of an address is counted from, and a continuation of the offset in messages."""
 
 
 class Chunk(abc.ABC):
@@ -48,19 +53,23 @@ class ChunkQueue(abc.ABC):
     Attributes:
         plan: what is carried out; its methods may change on the way (:meth:`replace`).
         length: bytes to populate.
-        place: continuation of an offset in messages: where in the call that is.
         done_bytes: bytes in the chunks that are done.
         by_vectors: every method is an advice that this kernel takes for vectors of ranges.
     """
 
     by_vectors = False
 
-    def __init__(self, plan: Plan, length: int, place: str) -> None:
+    def __init__(self, plan: Plan, length: int, place: str, place_of: PlaceOf | None = None) -> None:
         self.plan = plan
         self.length = length
-        self.place = place
+        self._place = place
+        self._place_of = place_of
         self.done_bytes = 0
         self._lock = threading.Lock()
+
+    def place_of(self, address: int, origin: int) -> tuple[int, str]:
+        """Return the origin of the offset of a page that failed, and a continuation of ``offset 5`` in the message."""
+        return (origin, self._place) if self._place_of is None else self._place_of(address)
 
     @abc.abstractmethod
     def take(self, size: int) -> Chunk | None:
@@ -107,8 +116,8 @@ class PlanChunk(Chunk):
 class PlanQueue(ChunkQueue):
     """Hands out the segments of a plan, which fill its range."""
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan, plan.length, f" of {format_size(plan.length)}")
+    def __init__(self, plan: Plan, place_of: PlaceOf | None = None) -> None:
+        super().__init__(plan, plan.length, f" of {format_size(plan.length)}", place_of)
         self._taken: list[PageRange] = []
         self._done: list[PageRange] = []
         self._index = 0

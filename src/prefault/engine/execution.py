@@ -201,7 +201,7 @@ class Execution:
             raise self._defect
         if self._failures:
             lowest = min(self._failures, key=lambda failure: failure.address)
-            return failed(lowest, self._origin, self._queue.place, self.settle)
+            return failed(lowest, *self._queue.place_of(lowest.address, self._origin), self.settle)
         if self._progress is not None:
             self._progress(self._queue.done_bytes, self._queue.length)  # other threads may have finished later
         plan = self._queue.plan

@@ -9,13 +9,18 @@ from time import perf_counter_ns
 from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
 from prefault.engine.outcomes import PopulateResult, Settlement, interrupted
+from prefault.engine.planning import Segment
 from prefault.engine.progress import Progress
 from prefault.engine.rate import RateLimit
 from prefault.errors import PopulateError, PopulateInterrupted
 from prefault.intervals import Intervals
-from prefault.memory.borrowing import PageProvider, ProvidedPages
+from prefault.limits.admission import AdmissionControl
+from prefault.memory.borrowing import Borrowed, GuardedPopulate, PageProvider, ProvidedPages
+from prefault.memory.vma import Backing
 from prefault.ranges import RangeSet
 from prefault.sizes import MIB, format_size
+
+_NONE = Intervals()
 
 
 class Part(abc.ABC):
@@ -218,3 +223,28 @@ def _add_others(error: PopulateError | PopulateInterrupted, others: Settlement) 
         error.args = (error.errno, error.strerror)
     else:
         error.args = (f"{error}{text}",)
+
+
+def access_to(page_provider: PageProvider, memory: Borrowed, access: Access | None) -> Access:
+    """Return how the pages of a page provider are populated: as asked, else as they may be used."""
+    return access or ("write" if page_provider.writable and not memory.readonly else "read")
+
+
+def admit(segment: Segment | None, admission: AdmissionControl | None, guarded: GuardedPopulate | None) -> Intervals:
+    """Check the limits, then have the owner of guarded memory charge and unprotect its blocks.
+
+    Args:
+        segment: the first of those that the kernel populates; None where all is device memory.
+        admission: checks the limits; None does not.
+        guarded: the owner's part in it; None for memory without an access guard.
+
+    Returns:
+        The pages that were protected and cannot have been populated: guards look like pages in swap before Linux 6.15.
+    """
+    protected = _NONE
+    # A pool sets huge pages aside until they are charged: only then their limit has room for them.
+    if guarded is not None and segment is not None and segment.backing is Backing.HUGETLB:
+        protected, guarded = guarded.admit(), None
+    if admission is not None:
+        admission.start()
+    return protected if guarded is None else guarded.admit()

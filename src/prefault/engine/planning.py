@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from prefault._system import capabilities
 from prefault._system.cpus import usable_cpus, why_not_more_cpus
 from prefault.engine.methods import Access, Method, Target, best, by_name
+from prefault.intervals import Intervals
 from prefault.limits.memory_use import MemoryUse
 from prefault.memory.borrowing import Borrowed, Span, borrow, other_spans, provided_spans
 from prefault.memory.vma import Backing, Vma, file_descriptor, vmas_by_kind
@@ -27,7 +28,10 @@ MAX_THREADS = 8
 
 
 class Segment(NamedTuple):
-    """Stretch that is populated by one method: addresses ``[start, stop)``, with the reason for the choice."""
+    """Stretch that is populated by one method: addresses ``[start, stop)``, with the reason for the choice.
+
+    Where ``pages`` is not None only these addresses of it are populated, and what lies between is not.
+    """
 
     start: int
     stop: int
@@ -35,11 +39,12 @@ class Segment(NamedTuple):
     target: Target
     backing: Backing | None
     reason: str
+    pages: Intervals | None = None
 
     @property
     def length(self) -> int:
-        """Bytes."""
-        return self.stop - self.start
+        """Bytes to populate."""
+        return self.stop - self.start if self.pages is None else self.pages.length
 
     @property
     def use(self) -> MemoryUse:
@@ -197,7 +202,7 @@ def _pieces(memory: Borrowed, span: Span, access: Access | None, chosen: Method 
         if like is None:
             # Blocks that the access guard protects are unprotected by the time that the plan is carried out.
             seen = vma if memory.access_guard is None else vma.unprotected()
-            like = known[vma] = _segment(memory, seen, start, end, access, chosen)[2:]
+            like = known[vma] = _segment(memory, seen, start, end, access, chosen)[2:6]
         yield Segment(start, end, *like)
         at = end
     if at < stop:

@@ -5,17 +5,12 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Sequence
 
-from prefault._kernel.pagemap import PageCategory
-from prefault._system import capabilities
 from prefault.engine.planning import Segment
 from prefault.errors import PopulateError
 from prefault.inspection.result import PageState
-from prefault.inspection.scan import occupied, populated_among, populated_before, residency_of
+from prefault.inspection.scan import populated_among, populated_before, residency_of
 from prefault.intervals import Intervals
 from prefault.ranges import PageRange
-
-_PRESENT, _SWAPPED = int(PageCategory.PRESENT), int(PageCategory.SWAPPED)
-_COPY_PENDING = int(PageCategory.PFNZERO | PageCategory.FILE)
 
 
 def populated_pages(segments: Sequence[Segment], part: PageRange | None = None) -> Intervals:
@@ -43,7 +38,7 @@ def _held_pages(segment: Segment) -> Iterator[tuple[int, int, bool]]:
     """Yield the start and stop of pages that hold bytes, and whether they are populated."""
     found = residency_of(PageRange(segment.start, segment.stop))
     if found.source == "mincore":
-        raise _unknown(segment)
+        raise cannot_undo(segment)
     copies = _writes(segment) and not segment.target.shared
     for start, stop, state in found.runs:
         present = bool(state & PageState.PRESENT)
@@ -54,20 +49,8 @@ def _held_pages(segment: Segment) -> Iterator[tuple[int, int, bool]]:
             yield start, stop, present
 
 
-def scattered_pages_before(segment: Segment, pages: Intervals, gap: int) -> tuple[Intervals, Intervals]:
-    """Return what :func:`pages_before` does, of many ranges in one segment; gaps of up to ``gap`` bytes are scanned too."""
-    if not (capabilities.PAGEMAP_SCAN.available or capabilities.PAGEMAP.available):
-        raise _unknown(segment)
-    rows = occupied(pages.bridged(gap).edges)
-    populated = (rows[:, 2] & _PRESENT) != 0
-    if _writes(segment) and not segment.target.shared:
-        populated &= (rows[:, 2] & _COPY_PENDING) == 0
-    held = populated | ((rows[:, 2] & _SWAPPED) != 0)
-    before, kept = (Intervals.from_arrays(rows[some, 0], rows[some, 1]) & pages for some in (populated, held))
-    return before, kept
-
-
-def _unknown(segment: Segment) -> PopulateError:
+def cannot_undo(segment: Segment) -> PopulateError:
+    """Return the error for a rollback of what the kernel does not tell apart."""
     # mincore does not tell which pages this process had before, and to discard those would lose what they hold.
     return PopulateError(
         errno.EOPNOTSUPP,

@@ -6,13 +6,13 @@ import errno
 from collections.abc import Sequence
 from operator import itemgetter
 from time import perf_counter_ns
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from prefault.engine.chunk_queue import PlanQueue
 from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
 from prefault.engine.outcomes import NO_MEMORY, PopulateResult
-from prefault.engine.parts import KernelPart, Part, ProgressOfParts, device_parts, run_parts
+from prefault.engine.parts import KernelPart, Part, ProgressOfParts, access_to, admit, device_parts, run_parts
 from prefault.engine.planning import Plan, Segment, Threads, plan_span
 from prefault.engine.populated_pages import pages_before, populated_pages
 from prefault.engine.progress import Progress, check_progress, reporting
@@ -21,7 +21,7 @@ from prefault.engine.rollback import Rollback, file_pages
 from prefault.engine.small_calls import is_small, run_small, small_plan, surely_fits
 from prefault.errors import OutOfMemoryError
 from prefault.intervals import Intervals
-from prefault.limits.admission import AdmissionControl
+from prefault.limits.admission import AdmissionControl, HeadroomChoice
 from prefault.limits.demand import demands_of
 from prefault.memory.borrowing import (
     Borrowed,
@@ -33,15 +33,11 @@ from prefault.memory.borrowing import (
     other_spans,
     provided_spans,
 )
-from prefault.memory.vma import Backing
 from prefault.sizes import Size
 
 __all__ = ["HeadroomChoice", "PopulateResult", "Progress", "populate"]
 
 _NONE = Intervals()
-
-HeadroomChoice: TypeAlias = Literal["check", "ignore"]
-"""``"check"``: the limits are checked before memory is populated and meanwhile. ``"ignore"``: they are not."""
 
 
 def populate(
@@ -202,33 +198,8 @@ def _in_order(span: Span, provided: Sequence[ProvidedSpan]) -> list[tuple[int, i
     return sorted(parts, key=itemgetter(0))
 
 
-def access_to(page_provider: PageProvider, memory: Borrowed, access: Access | None) -> Access:
-    """Return how the pages of a page provider are populated: as asked, else as they may be used."""
-    return access or ("write" if page_provider.writable and not memory.readonly else "read")
-
-
 def _admission(
     segments: Sequence[Segment], before: Intervals, memory: Borrowed, guarded: GuardedPopulate | None
 ) -> AdmissionControl:
     uses = [segment.use._replace(guarded=guarded is not None) for segment in segments]
     return AdmissionControl(demands_of(uses, before, memory.fd), memory.address)
-
-
-def admit(segment: Segment | None, admission: AdmissionControl | None, guarded: GuardedPopulate | None) -> Intervals:
-    """Check the limits, then have the owner of guarded memory charge and unprotect its blocks.
-
-    Args:
-        segment: the first of those that the kernel populates; None where all is device memory.
-        admission: checks the limits; None does not.
-        guarded: the owner's part in it; None for memory without an access guard.
-
-    Returns:
-        The pages that were protected and cannot have been populated: guards look like pages in swap before Linux 6.15.
-    """
-    protected = _NONE
-    # A pool sets huge pages aside until they are charged: only then their limit has room for them.
-    if guarded is not None and segment is not None and segment.backing is Backing.HUGETLB:
-        protected, guarded = guarded.admit(), None
-    if admission is not None:
-        admission.start()
-    return protected if guarded is None else guarded.admit()

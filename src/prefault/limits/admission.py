@@ -6,12 +6,16 @@ import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from time import perf_counter_ns, sleep
+from typing import Literal, TypeAlias
 
 from prefault.limits.allowance import allowance
-from prefault.limits.demand import Demand
+from prefault.limits.demand import Demand, length_of_all
 from prefault.limits.limit import Shortfall
 from prefault.limits.table import ask_for_memory, refusal_ahead
 from prefault.sizes import MIB, format_size
+
+HeadroomChoice: TypeAlias = Literal["check", "ignore"]
+"""``"check"``: the limits are checked before memory is populated and meanwhile. ``"ignore"``: they are not."""
 
 
 class AdmissionControl:
@@ -57,9 +61,8 @@ class AdmissionControl:
         shortfall = self.whole()
         if shortfall is not None:
             first = min(demand.use.start for demand in self._demands)
-            last = max(demand.use.stop for demand in self._demands)
             raise shortfall.error(
-                f"cannot populate {format_size(last - first)}: {shortfall.sentence}; nothing was populated",
+                f"cannot populate {format_size(length_of_all(self._demands))}: {shortfall.sentence}; nothing was populated",
                 address=first, offset=first - self._origin,
             )  # fmt: skip
 

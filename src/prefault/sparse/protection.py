@@ -17,10 +17,10 @@ from typing import TypeAlias
 from prefault._kernel import mman
 from prefault._system import capabilities
 from prefault.engine.discarding import drop
+from prefault.engine.scattered.advice_vector import advise
 from prefault.errors import OutOfMemoryError
 from prefault.intervals import Intervals
 from prefault.sizes import MIB, PAGE_SIZE
-from prefault.sparse.advice_vector import advise
 
 _EXTENTS = 8192
 _ACCESSIBLE = mman.PROT_READ | mman.PROT_WRITE

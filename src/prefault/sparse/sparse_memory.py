@@ -192,8 +192,8 @@ class SparseMemory(MappedMemory):
             ValueError: an item is no range inside the memory; the message has its index. Nothing was populated.
             PopulateError, PopulateInterrupted: as :meth:`populate`.
         """
+        from prefault.engine.scattered.range_arguments import parse_ranges
         from prefault.sparse import batch
-        from prefault.sparse.range_arguments import parse_ranges
 
         with self._borrow() as memory:
             blocks = parse_ranges(ranges, memory.length).outward(self.block)
@@ -206,8 +206,8 @@ class SparseMemory(MappedMemory):
             ValueError: an item is no range inside the memory; the message has its index. Nothing was discarded.
             DiscardError: as :meth:`discard`.
         """
+        from prefault.engine.scattered.range_arguments import parse_ranges
         from prefault.sparse import batch
-        from prefault.sparse.range_arguments import parse_ranges
 
         with self._borrow() as memory:
             blocks = parse_ranges(ranges, memory.length).inward(self.block)

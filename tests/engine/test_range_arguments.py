@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy
 import pytest
 
+from prefault.engine.scattered.range_arguments import parse_ranges
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import PAGE_SIZE
-from prefault.sparse.range_arguments import parse_ranges
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Populating many ranges that are scattered in memory, without an object for each of them."""

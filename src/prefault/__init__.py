@@ -80,6 +80,7 @@ if _typing.TYPE_CHECKING:
     from prefault.files.selection import SelectedFile, Selection, SkippedFile, select
     from prefault.engine.collapsing import CollapseResult, NotCollapsed, collapse
     from prefault.pool import Pool, PoolStatistics
+    from prefault.shared_memory import SharedMemory, SharedMemoryProtection, protect_shared_memory
     from prefault.sparse import SparseMemory
     from prefault.sparse.growable import GrowableArray
 
@@ -137,6 +138,8 @@ __all__ = [
     "SelectedFile",
     "Selection",
     "SkippedFile",
+    "SharedMemory",
+    "SharedMemoryProtection",
     "SparseMemory",
     "SpecialMappingError",
     "TemporaryFile",
@@ -151,6 +154,7 @@ __all__ = [
     "parse_size",
     "plan",
     "populate",
+    "protect_shared_memory",
     "residency",
     "select",
     "status",
@@ -173,6 +177,8 @@ _LATER = {
     "SelectedFile": "prefault.files.selection",
     "Selection": "prefault.files.selection",
     "SkippedFile": "prefault.files.selection",
+    "SharedMemory": "prefault.shared_memory",
+    "SharedMemoryProtection": "prefault.shared_memory",
     "SparseMemory": "prefault.sparse",
     "evict": "prefault.files.evicting",
     "lock": "prefault.files.file_locks",
@@ -180,6 +186,7 @@ _LATER = {
     "open_remote": "prefault.drivers",
     "select": "prefault.files.selection",
     "status": "prefault.files.file_status",
+    "protect_shared_memory": "prefault.shared_memory",
 }
 _LATER_MODULES = ("device", "drivers", "pool", "virtio_mem")
 

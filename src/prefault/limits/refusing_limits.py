@@ -61,7 +61,9 @@ def space_limit(
     where = name or (file if isinstance(file, str) else "the file")
     kind = "tmpfs" if bounds == "tmpfs space" else "disk"
     total = space.f_blocks * space.f_frsize
-    remedy = "mount it larger (mount -o remount,size=...)" if kind == "tmpfs" else "make it larger"
+    remedy = (
+        "mount it larger (mount -o remount,size=...; of a container: --shm-size)" if kind == "tmpfs" else "make it larger"
+    )
     return Limit(
         f"{kind} space of {where}", bounds, total, total - free * space.f_frsize, 0, 0,
         "SIGBUS when touched, ENOSPC from fallocate", f"statvfs({where})", f"{remedy}, or remove files",

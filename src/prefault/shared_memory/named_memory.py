@@ -13,6 +13,7 @@ from multiprocessing import resource_tracker, shared_memory
 from typing import Any, NamedTuple
 
 from prefault.engine.locking import lock
+from prefault.engine.planning import Threads
 from prefault.engine.populating import HeadroomChoice, PopulateResult, populate
 from prefault.errors import HugePagesError
 from prefault.mapping.mapping import HugeAdvice
@@ -28,7 +29,7 @@ class _Wanted(NamedTuple):
     populate: bool
     huge: HugeAdvice
     locked: bool
-    threads: int | None
+    threads: Threads
     headroom: HeadroomChoice
 
 
@@ -94,7 +95,7 @@ class SharedMemory(shared_memory.SharedMemory):
         populate: bool | None = None,
         huge: HugeAdvice = "auto",
         locked: bool = False,
-        threads: int | None = None,
+        threads: Threads = None,
         headroom: HeadroomChoice = "check",
     ) -> None:
         length = parse_size(size)

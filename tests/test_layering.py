@@ -65,6 +65,7 @@ _CTYPES = {
     "prefault.mapping.mapping": "lends our memory out by the buffer protocol",
     "prefault.memory.borrowing": "asks the buffer protocol for addresses, which Python code cannot",
     "prefault.engine.methods": "hands vectors to process_vm_readv",
+    "prefault.processes.process_warming": "hands vectors to process_vm_readv",
     "prefault.inspection.pagemap_scan": "sizes of structures in the vector of PAGEMAP_SCAN",
     "prefault._system.kept_files": "names the type of a structure",
     "prefault.memory.vma": "hands a structure and a buffer for a name to PROCMAP_QUERY",

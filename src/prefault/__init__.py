@@ -71,6 +71,7 @@ if _typing.TYPE_CHECKING:
     from prefault import device as device
     from prefault import drivers as drivers
     from prefault import pool as pool
+    from prefault import processes as processes
     from prefault import virtio_mem as virtio_mem
     from prefault.drivers import open_remote
     from prefault.files.evicting import EvictedFile, EvictResult, evict
@@ -188,7 +189,7 @@ _LATER = {
     "status": "prefault.files.file_status",
     "protect_shared_memory": "prefault.shared_memory",
 }
-_LATER_MODULES = ("device", "drivers", "pool", "virtio_mem")
+_LATER_MODULES = ("device", "drivers", "pool", "processes", "virtio_mem")
 
 
 if not _typing.TYPE_CHECKING:  # which would take any name for one that is there

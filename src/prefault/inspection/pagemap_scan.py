@@ -6,8 +6,9 @@ import errno
 import functools
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import sizeof
+from typing import TypeAlias
 
 from prefault._kernel import pagemap
 from prefault._kernel.pagemap import PageCategory
@@ -20,6 +21,9 @@ _QUICK_SCAN = 128 * MIB  # some 300 us if all of it is populated: to take the GI
 _SCAN_STEP = GIB  # a call that walks this much takes at most some 10 ms, so Ctrl-C is not kept waiting
 
 _pagemap_file = KeptFile("/proc/self/pagemap")
+
+ScanCall: TypeAlias = Callable[[pagemap.PmScanArg, bool], int]
+"""One PAGEMAP_SCAN: takes the argument, and whether the call is short enough to keep the GIL; returns the regions found."""
 
 
 class _Scanner:
@@ -42,8 +46,24 @@ _idle: list[_Scanner] = []
 """Scanners that no scan uses. A signal handler or a finalizer in the middle of a scan takes another one."""
 
 
-def scan(spans: Sequence[int], mask: int, inverted: int, any_of: int, returned: int, flags: int = 0) -> array[int]:
+def _own_scan(argument: pagemap.PmScanArg, quick: bool) -> int:
+    return _pagemap_file.ioctl(pagemap.PAGEMAP_SCAN, argument, quick=quick)
+
+
+def scan(
+    spans: Sequence[int], mask: int, inverted: int, any_of: int, returned: int, flags: int = 0,
+    call: ScanCall = _own_scan,
+) -> array[int]:  # fmt: skip
     """Scan spans of addresses (start and stop in turn), and return the regions that match.
+
+    Args:
+        spans: the addresses.
+        mask: ``category_mask`` of ``struct pm_scan_arg``.
+        inverted: its ``category_inverted``.
+        any_of: its ``category_anyof_mask``.
+        returned: its ``return_mask``.
+        flags: its ``flags``.
+        call: makes the system call; by default on the page tables of this process.
 
     Returns:
         64-bit words: start, stop, categories, start, ... in order of address.
@@ -53,16 +73,16 @@ def scan(spans: Sequence[int], mask: int, inverted: int, any_of: int, returned: 
     except IndexError:
         scanner = _Scanner()
     try:
-        return _scan(scanner, spans, mask, inverted, any_of, returned, flags)
+        return _scan(scanner, spans, mask, inverted, any_of, returned, flags, call)
     finally:
         _idle.append(scanner)
 
 
 def _scan(
-    scanner: _Scanner, spans: Sequence[int], mask: int, inverted: int, any_of: int, returned: int, flags: int
+    scanner: _Scanner, spans: Sequence[int], mask: int, inverted: int, any_of: int, returned: int, flags: int, call: ScanCall
 ) -> array[int]:
     words = array("Q")
-    argument, regions, ioctl = scanner.argument, scanner.regions, _pagemap_file.ioctl
+    argument, regions = scanner.argument, scanner.regions
     _CATEGORIES.pack_into(argument, pagemap.PmScanArg.category_inverted.offset, inverted, mask, any_of, returned)
     ends = iter(spans)
     for first, last in zip(ends, ends, strict=True):
@@ -71,7 +91,7 @@ def _scan(
             end = min(stop, start + _SCAN_STEP)
             _PLACE.pack_into(argument, pagemap.PmScanArg.flags.offset, flags, start, end)
             try:
-                count = ioctl(pagemap.PAGEMAP_SCAN, argument, quick=stop - start <= _QUICK_SCAN)
+                count = call(argument, stop - start <= _QUICK_SCAN)
             except OSError as error:
                 if error.errno != errno.EFAULT:
                     raise

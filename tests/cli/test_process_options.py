@@ -1,0 +1,80 @@
+"""The output of commands about a process: a table, JSON by its schema, and what goes to stderr."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import click
+import pytest
+
+from prefault.cli.process_options import run_status, run_warm
+from support import needs, oracle
+from support.children import in_child
+from support.json_schemas import check_output
+from support.mapped_process import MappedProcess
+
+
+@pytest.fixture
+def other() -> Iterator[MappedProcess]:
+    with MappedProcess() as process:
+        yield process
+
+
+def test_the_table_has_a_row_for_each_mapping(other: MappedProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_status(other.pid, as_json=False) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].split() == ["address", "size", "present", "allocated", "huge", "swapped", "locked", "mapping"]
+    assert any(line.endswith("[heap]") for line in lines)
+    assert any(line.split()[-1] == "[vvar]" and "?" in line.split() for line in lines)
+    assert f"all of process {other.pid} (" in out
+    assert "?: device memory" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize("ranges", [False, True])
+def test_status_in_json(other: MappedProcess, capsys: pytest.CaptureFixture[str], ranges: bool) -> None:
+    start = other.map(8 * oracle.PAGE)
+    other.do(f"store({start} + {2 * oracle.PAGE})")
+    assert run_status(other.pid, as_json=True, ranges=ranges) == 0
+    document = check_output(capsys.readouterr().out, "prefault-status-process")
+    (mapping,) = (one for one in document["mappings"] if one["start"] <= start < one["stop"])
+    assert mapping["present_bytes"] >= oracle.PAGE
+    if ranges:
+        page = start + 2 * oracle.PAGE - mapping["start"]
+        assert any(first <= page < last for first, last in mapping["present"])
+
+
+def test_warm_in_words_and_in_json(other: MappedProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    start = other.map(64 * oracle.PAGE)
+    assert run_warm(other.pid, ["[anonymous]"], as_json=False, untouched=True) == 0
+    assert "brought in to" in capsys.readouterr().out
+    assert oracle.present_bytes(start, 64 * oracle.PAGE, other.pid) == 64 * oracle.PAGE
+    assert run_warm(other.pid, (), as_json=True) == 0
+    document = check_output(capsys.readouterr().out, "prefault-warm-process")
+    assert "[vvar]" in [one["name"] for one in document["skipped"]]
+
+
+def test_a_budget_that_ends_it_is_partly_done(other: MappedProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    other.map(64 * oracle.PAGE)
+    assert run_warm(other.pid, ["[anonymous]"], as_json=False, untouched=True, budget="4 KiB") == 1
+    assert "the budget of 4.0 KiB is used up" in capsys.readouterr().err
+
+
+def test_a_name_that_nothing_has_is_a_wrong_call(other: MappedProcess) -> None:
+    with pytest.raises(click.UsageError, match="'libnothing'"):
+        run_warm(other.pid, ["libnothing"], as_json=False)
+
+
+def test_another_user_gets_the_sums_and_the_reason(other: MappedProcess, capfd: pytest.CaptureFixture[str]) -> None:
+    needs.root("become another user")
+
+    def look() -> int:
+        os.setuid(65534)
+        return run_status(other.pid, as_json=False)
+
+    assert in_child(look) == 1
+    out, err = capfd.readouterr()
+    assert "?" in out.splitlines()[-1].split()
+    assert "not permitted to user 65534" in err

@@ -45,7 +45,16 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="prefault")
 def cli() -> None:
-    """Make memory present before it is touched."""
+    """Make memory present before it is touched.
+
+    \b
+    Exit status:
+      0    all of it was done
+      1    part of it, or nothing: stderr says what is missing, and the remedy
+      2    the command line is wrong
+      130  Ctrl-C
+      143  SIGTERM
+    """
 
 
 def main(arguments: list[str] | None = None) -> int:

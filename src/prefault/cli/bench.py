@@ -35,7 +35,7 @@ def _one_of(valid: Iterable[str]) -> Callable[[click.Context, click.Parameter, t
 
 @click.group(invoke_without_command=True)
 @click.option("--quick", is_flag=True, help="Measure the main rows only, with 256 MiB and three repetitions: some seconds.")
-@json_option
+@json_option(jsonfile.KIND)
 @click.option(
     "--size", multiple=True, callback=mapping_sizes, help="Mapping size; repeatable. [2 MiB and 4 GiB, quick: 256 MiB]"
 )
@@ -64,6 +64,11 @@ def bench(
 
     Rows in 2 MiB pages need a hugetlb pool. As root, the pool is enlarged for them (vm.nr_hugepages), and a hugetlbfs
     is mounted where there is none; both are put back at the end, also after Ctrl-C. --backing leaves these rows out.
+
+    \b
+    Examples:
+      prefault bench --quick
+      prefault bench --size "2 MiB" --backing tmpfs --json run.json
     """
     if context.invoked_subcommand is not None:
         given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]

@@ -29,7 +29,7 @@ _DEVICES = (PATTERN, *get_args(Shipped))
     help="Device: of one byte value, an enclave page cache, or buffer objects; repeatable. [pattern]",
 )  # fmt: skip
 @click.option("--quick", is_flag=True, help="Measure 64 MiB with ready frames only: some seconds.")
-@json_option
+@json_option("prefault-bench-device")
 @click.option("--size", multiple=True, callback=mapping_sizes, help="Size; repeatable. [64 MiB and 1 GiB; enclave: 64 MiB]")
 @click.option(
     "--page-size", multiple=True, callback=_page_sizes, help="Page size of the device; repeatable. [4 KiB and 2 MiB]"
@@ -59,6 +59,11 @@ def device(
     "enclave" compares pages that are added one by one with populate, with and without reclaim; "buffers" compares kinds of
     faults with populate, and measures moves and bookkeeping. An enclave needs memory of three times its size, a buffer
     object of twice its size.
+
+    \b
+    Examples:
+      prefault bench device --quick
+      prefault bench device --device buffers --size "64 MiB" --json run.json
     """
     wanted: list[RouteCell | ShippedCell] = []
     names = tuple(dict.fromkeys(names)) or (PATTERN,)

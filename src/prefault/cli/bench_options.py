@@ -10,11 +10,16 @@ import click
 from prefault.bench import jsonfile
 from prefault.bench.kinds import HUGE_PAGE_BYTES
 from prefault.bench.stopping import StopRequest
+from prefault.cli.json_output import Command
 from prefault.sizes import parse_size
 
-json_option = click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Save the run in FILE."
-)
+
+def json_option(kind: str) -> Callable[[Command], Command]:
+    """Return the option ``--json FILE``: these commands print a table beside it, and a run of an hour is worth a file."""
+    return click.option(
+        "--json", "json_path", type=click.Path(path_type=Path), metavar="FILE",
+        help=f"Save the run in FILE, as one JSON object (docs/schemas/{kind}.json).",
+    )  # fmt: skip
 
 
 def sizes(valid: Callable[[int], bool], otherwise: str) -> Callable[..., tuple[int, ...]]:

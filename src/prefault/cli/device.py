@@ -15,7 +15,12 @@ from prefault.sizes import format_size
 
 @click.group()
 def device() -> None:
-    """Serve memory whose pages a driver supplies."""
+    """Serve memory whose pages a driver supplies.
+
+    \b
+    Example:
+      prefault device serve my_drivers:Tape --socket /run/user/1000/tape
+    """
 
 
 @device.command()
@@ -33,6 +38,10 @@ def serve(factory: str, path: str, arguments: tuple[str, ...], as_json: bool) ->
 
     Clients connect with prefault.device.connect(PATH). Python imports MODULE (PYTHONPATH). At the end clients keep the pages
     that were supplied, and get SIGBUS for others. The exit status is 1 if the process of the driver was lost.
+
+    \b
+    Example:
+      prefault device serve my_drivers:Tape --arg path=/dev/st0 --socket /run/user/1000/tape
     """
     from prefault.device.driver import Device, Recipe
     from prefault.device.process.startup import serve_in_foreground

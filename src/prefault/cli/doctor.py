@@ -14,6 +14,11 @@ def doctor(as_json: bool) -> None:
     """Show what this machine can do for prefault, what limits it, and what could be better.
 
     The command changes nothing. Its exit status is 0, also where there is advice.
+
+    \b
+    Examples:
+      prefault doctor
+      prefault doctor --json | jq '.advice[].remedy'
     """
     report = examine()
     if as_json:

@@ -74,12 +74,12 @@ if _typing.TYPE_CHECKING:
     from prefault import processes as processes
     from prefault import virtio_mem as virtio_mem
     from prefault.drivers import open_remote
+    from prefault.engine.collapsing import CollapseResult, NotCollapsed, collapse
     from prefault.files.evicting import EvictedFile, EvictResult, evict
     from prefault.files.failures import FileFailure
     from prefault.files.file_locks import FileLock, lock
     from prefault.files.file_status import FilesStatus, FileStatus, status
     from prefault.files.selection import SelectedFile, Selection, SkippedFile, select
-    from prefault.engine.collapsing import CollapseResult, NotCollapsed, collapse
     from prefault.pool import Pool, PoolStatistics
     from prefault.shared_memory import SharedMemory, SharedMemoryProtection, protect_shared_memory
     from prefault.sparse import SparseMemory
@@ -138,9 +138,9 @@ __all__ = [
     "Residency",
     "SelectedFile",
     "Selection",
-    "SkippedFile",
     "SharedMemory",
     "SharedMemoryProtection",
+    "SkippedFile",
     "SparseMemory",
     "SpecialMappingError",
     "TemporaryFile",
@@ -164,30 +164,30 @@ __all__ = [
 
 # A sixth of the import time, for those who only populate: loaded when they are first named.
 _LATER = {
+    "CollapseResult": "prefault.engine.collapsing",
     "EvictResult": "prefault.files.evicting",
     "EvictedFile": "prefault.files.evicting",
     "FileFailure": "prefault.files.failures",
     "FileLock": "prefault.files.file_locks",
     "FileStatus": "prefault.files.file_status",
     "FilesStatus": "prefault.files.file_status",
-    "CollapseResult": "prefault.engine.collapsing",
     "GrowableArray": "prefault.sparse.growable",
     "NotCollapsed": "prefault.engine.collapsing",
     "Pool": "prefault.pool",
     "PoolStatistics": "prefault.pool",
     "SelectedFile": "prefault.files.selection",
     "Selection": "prefault.files.selection",
-    "SkippedFile": "prefault.files.selection",
     "SharedMemory": "prefault.shared_memory",
     "SharedMemoryProtection": "prefault.shared_memory",
+    "SkippedFile": "prefault.files.selection",
     "SparseMemory": "prefault.sparse",
+    "collapse": "prefault.engine.collapsing",
     "evict": "prefault.files.evicting",
     "lock": "prefault.files.file_locks",
-    "collapse": "prefault.engine.collapsing",
     "open_remote": "prefault.drivers",
+    "protect_shared_memory": "prefault.shared_memory",
     "select": "prefault.files.selection",
     "status": "prefault.files.file_status",
-    "protect_shared_memory": "prefault.shared_memory",
 }
 _LATER_MODULES = ("device", "drivers", "pool", "processes", "virtio_mem")
 

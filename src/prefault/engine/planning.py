@@ -17,7 +17,7 @@ from prefault.memory.borrowing import Borrowed, Span, borrow, other_spans, provi
 from prefault.memory.vma import Backing, Vma, file_descriptor, vmas_by_kind
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
 
-Threads: TypeAlias = "int | Literal['auto'] | None"
+Threads: TypeAlias = int | Literal["auto"] | None
 """How many threads populate at once; ``"auto"`` and None: chosen by size, affinity and CPU quota."""
 
 THREAD_BYTES = 32 * MIB

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import prefault._kernel
-from prefault._kernel import _call, futex, mman, pagemap, quick, rwlock, userfaultfd
+from prefault._kernel import _call, fanotify, futex, ioprio, mman, pagemap, quick, rwlock, userfaultfd
 from prefault._kernel.pagemap import PageCategory
 from prefault._system import capabilities
 from support import needs, oracle
@@ -41,12 +41,15 @@ HEADERS = (
     "asm/statfs.h",
     "linux/errno.h",
     "linux/falloc.h",
+    "linux/fanotify.h",
     "linux/fcntl.h",
     "linux/fiemap.h",
     "linux/fs.h",
     "linux/futex.h",
+    "linux/ioprio.h",
     "linux/memfd.h",
     "linux/mman.h",
+    "linux/mount.h",
     "linux/stat.h",
     "linux/uio.h",
     "linux/unistd.h",
@@ -99,6 +102,10 @@ C_PREFIXES = {"pagemap.PageCategory": "PAGE_IS_", "userfaultfd.UffdFeature": "UF
 _RUN = ("range.start", "range.len", "mode")
 _TRANSFER = ("dst", "src", "len", "mode")
 C_FORMATS = {
+    "fanotify_event_metadata": (
+        fanotify.METADATA,
+        ("event_len", "vers", "reserved", "metadata_len", "mask", "fd", "pid"),
+    ),
     "statx": (quick.STATX, ("stx_ino", "stx_dev_major", "stx_dev_minor")),
     "uffdio_api": (userfaultfd.UFFDIO_API_ARGUMENT, ("api", "features", "ioctls")),
     "uffdio_range": (userfaultfd.UFFDIO_RANGE_ARGUMENT, ("start", "len")),
@@ -312,18 +319,20 @@ def test_futex_number_of_other_architectures(monkeypatch: pytest.MonkeyPatch, tm
     """arm64, riscv64 and loongarch64 share asm-generic's numbers. Other 64-bit architectures are not supported."""
     if not UAPI.is_dir():
         needs.missing("the headers of other architectures are not there: `make test` fetches them")
-    (tmp_path / "numbers.c").write_text("#include <asm/unistd.h>\nfutex_is __NR_futex\nuserfaultfd_is __NR_userfaultfd\n")
+    calls = ("futex", "userfaultfd", "ioprio_set", "ioprio_get")
+    lines = "".join(f"{call}_is __NR_{call}\n" for call in calls)
+    (tmp_path / "numbers.c").write_text(f"#include <asm/unistd.h>\n{lines}")
     text = _run_gcc(tmp_path, "aarch64", "-E", "-P", "numbers.c")
     numbers = dict(re.findall(r"(\w+)_is\s+(\d+)", text))
     monkeypatch.setattr(_call, "MACHINE", "aarch64")
-    for module, constant in ((futex, "NR_FUTEX"), (userfaultfd, "NR_USERFAULTFD")):
+    for module, call in zip((futex, userfaultfd, ioprio, ioprio), calls, strict=True):
         assert module.__file__ is not None
         spec = importlib.util.spec_from_file_location("elsewhere", module.__file__)
         assert spec is not None
         assert spec.loader is not None
         elsewhere = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(elsewhere)
-        assert getattr(elsewhere, constant) == int(numbers[_short(module)])
+        assert getattr(elsewhere, f"NR_{call.upper()}") == int(numbers[call])
 
 
 # --- the bits of a pagemap entry: Documentation/admin-guide/mm/pagemap.rst tells them, no header does ---------------------

@@ -46,7 +46,7 @@ def cached_pages(path: Path) -> int:
     """Return the number of cached pages, as fincore(1) of util-linux counts them."""
     if not os.access("/usr/bin/fincore", os.X_OK):
         needs.missing("fincore (util-linux) is not installed")
-    done = subprocess.run(["fincore", "--json", "--bytes", path], capture_output=True, text=True, check=True)
+    done = subprocess.run(["fincore", "--json", "--bytes", path], capture_output=True, errors="replace", check=True)
     return int(json.loads(done.stdout)["fincore"][0]["pages"])
 
 

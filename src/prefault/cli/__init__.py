@@ -20,6 +20,10 @@ _COMMANDS = {
     "bench": "Measure how fast this machine populates memory, beside the figures published in 2021.",
     "device": "Serve memory whose pages a driver supplies.",
     "doctor": "Show what this machine can do for prefault, what limits it, and what could be better.",
+    "record": "Run a command and note which pages of which files it touches.",
+    "replay": "Bring the pages of a recording back into the page cache.",
+    "run": "Run a command and put the page cache back as it was.",
+    "snapshot": "Save which pages of files are in the page cache, and bring them back.",
 }
 """The first line of each command's help. ``NAME`` is the command object ``NAME`` in the module ``prefault.cli.NAME``."""
 

@@ -1,0 +1,82 @@
+"""``prefault replay``: bring the pages of a recording back."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from prefault.cli.json_output import json_option, print_json
+from prefault.cli.recording_options import replay_options, size, some_of, told_as_usage
+
+if TYPE_CHECKING:
+    from prefault.recordings.replaying import ReplayResult
+
+KIND = "prefault-replay"
+
+
+@click.command()
+@click.argument("recording", type=click.Path(exists=True, dir_okay=False))
+@replay_options
+@json_option(KIND)
+def replay(
+    recording: str, roots: tuple[tuple[str, str], ...], budget: int | None, threads: int | None, idle: bool,
+    ignore_time: bool, progress: bool | None, as_json: bool,
+) -> int:  # fmt: skip
+    """Bring the pages of RECORDING back into the page cache, in disk order.
+
+    Files that changed since (inode, size or time) are skipped and counted. The exit status is 0 if all pages are there,
+    else 1.
+
+    \b
+    Example:
+        prefault replay start.rec --budget '2 GiB' --idle
+    """  # noqa: D301
+    from prefault.recordings.replaying import replay as bring_back
+
+    with told_as_usage():
+        result = bring_back(
+            recording, roots=dict(roots), budget=budget, threads=threads, idle=idle, check_time=not ignore_time,
+            progress=wanted(progress),
+        )  # fmt: skip
+    return show(result, as_json, KIND, recording)
+
+
+def wanted(progress: bool | None) -> bool:
+    """Return whether progress is shown: by default on a terminal."""
+    return sys.stderr.isatty() if progress is None else progress
+
+
+def show(result: ReplayResult, as_json: bool, kind: str, recording: str) -> int:
+    """Print the result of a replay, and return the exit status."""
+    for failure in result.failures:
+        click.echo(f"prefault: {os.fsencode(str(failure)).decode(errors='backslashreplace')}", err=True)
+    if as_json:
+        print_json(
+            kind, 1,
+            {
+                "recording": recording, "complete": result.complete, "bytes": result.bytes,
+                "present_bytes": result.present_bytes, "skipped_bytes": result.skipped_bytes, "files": result.files,
+                "changed": list(result.changed), "missing": list(result.missing), "over_budget": result.over_budget,
+                "failures": [{"path": failure.path, "reason": failure.reason, "remedy": failure.remedy}
+                             for failure in result.failures],
+                "evicted_bytes": result.evicted_bytes, "seconds": result.seconds,
+            },
+        )  # fmt: skip
+        return 0 if result.complete else 1
+    lines = [
+        f"{size(result.bytes)} brought in, {size(result.present_bytes)} were there, of {result.files} files, in"
+        f" {result.seconds:.2f} s"
+    ]
+    if result.evicted_bytes:
+        lines.append(f"{size(result.evicted_bytes)} evicted")
+    if result.changed:
+        lines.append(f"{len(result.changed)} files changed since and were skipped: {some_of(result.changed)}")
+    if result.missing:
+        lines.append(f"{len(result.missing)} files are gone, or below a root that was not given: {some_of(result.missing)}")
+    if result.over_budget:
+        lines.append(f"{result.over_budget} files did not fit into the budget, whole or in part")
+    click.echo("\n".join(lines))
+    return 0 if result.complete else 1

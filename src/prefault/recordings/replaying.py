@@ -1,0 +1,271 @@
+"""Replay: bring the pages of a recording back into the page cache, in disk order, several files at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
+
+from prefault._kernel import ioprio
+from prefault._kernel.fiemap import fiemap
+from prefault.engine.progress import Progress, reporting
+from prefault.files.cached_pages import cached_ranges
+from prefault.files.failures import CannotTellError, FileFailure
+from prefault.files.open_file import OpenFile
+from prefault.ranges import PageRange, RangeSet
+from prefault.recordings.recording_file import RecordedFile, Recording, load
+from prefault.recordings.roots import Roots
+from prefault.sizes import MIB, Size, parse_size
+
+_SLOW = frozenset({"fuse", "nfs", "cifs", "smb2", "smb", "9p", "ceph", "lustre", "gpfs", "afs"})
+"""File systems where a file is several round trips, and the disk's order is not known."""
+_SLOW_THREADS = 32
+_DISK_THREADS = 4
+_PIECE = MIB
+_LONGEST_WAIT_S = 0.2
+
+
+class ReplayResult(NamedTuple):
+    """Result of a replay.
+
+    Attributes:
+        bytes: bytes of the recording that were brought in.
+        present_bytes: bytes of the recording that were in the page cache already.
+        skipped_bytes: bytes of files that were skipped, or beyond the budget.
+        files: count of files whose recorded pages are in the page cache now.
+        changed: files that were skipped since inode, size or time of modification differ.
+        missing: files that were skipped since they are gone, or below a root that was not given.
+        over_budget: count of files that were left out, or cut, because the budget was used up.
+        failures: files that could not be read.
+        evicted_bytes: bytes of these files that were cached, are not in the recording, and were evicted (``exact``).
+        seconds: duration.
+    """
+
+    bytes: int
+    present_bytes: int
+    skipped_bytes: int
+    files: int
+    changed: tuple[str, ...]
+    missing: tuple[str, ...]
+    over_budget: int
+    failures: tuple[FileFailure, ...]
+    evicted_bytes: int
+    seconds: float
+
+    @property
+    def complete(self) -> bool:
+        """True if every page of the recording is in the page cache."""
+        return not (self.changed or self.missing or self.over_budget or self.failures)
+
+
+def replay(
+    recording: Recording | str | os.PathLike[str], *, roots: Mapping[str, str | os.PathLike[str]] | None = None,
+    budget: Size | None = None, threads: int | None = None, idle: bool = False, check_time: bool = True,
+    exact: bool = False, progress: Progress | bool = False,
+) -> ReplayResult:  # fmt: skip
+    """Bring the pages of a recording back into the page cache.
+
+    Files whose inode, size or time of modification differ from the recording are skipped and counted.
+
+    Args:
+        recording: a recording, or the path of one.
+        roots: directories by name, for files that were recorded below a root. Of these, device and inode are not compared.
+        budget: bytes to bring in at most; None: what the machine and the memory cgroup have left.
+        threads: files that are read at a time; None: 4 on disks, and 32 on file systems with latency.
+        idle: read in the idle I/O class (ioprio_set(2)): disk schedulers serve others first.
+        check_time: compare the time of modification as well; False where files were copied without it.
+        exact: evict what is cached of these files and is not in the recording. The kernel keeps pages that are mapped or
+            locked.
+        progress: report it, see :func:`prefault.populate`.
+
+    Raises:
+        RecordingError: the file is no recording, or a damaged one.
+        OSError: the recording cannot be read.
+        ValueError: a budget or a number of threads that is none.
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is the number of files that are read at a time, at least 1, not {threads}")
+    found = recording if isinstance(recording, Recording) else load(recording)
+    limit = None if budget is None else parse_size(budget)
+    return _Replay(found.files, Roots(roots), limit, threads, idle, check_time, exact).run(progress)
+
+
+class _Replay:
+    def __init__(
+        self, files: list[RecordedFile], roots: Roots, budget: int | None, threads: int | None, idle: bool, check_time: bool,
+        exact: bool,
+    ) -> None:  # fmt: skip
+        self._files = files
+        self._roots = roots
+        self._left = budget
+        self._threads = threads
+        self._idle = idle
+        self._check_time = check_time
+        self._exact = exact
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._done = self._present = self._skipped = self._count = self._over_budget = self._evicted = 0
+        self._changed: list[str] = []
+        self._missing: list[str] = []
+        self._failures: list[FileFailure] = []
+        self._on_disk: list[tuple[tuple[int, int], RecordedFile]] = []
+
+    def run(self, progress: Progress | bool) -> ReplayResult:
+        began = time.perf_counter()
+        total = sum(file.bytes for file in self._files)
+        with reporting(progress, "replay") as report:
+
+            def tell() -> None:
+                if report is not None:
+                    report(min(total, self._done + self._present + self._skipped), total)
+
+            # Files on slow file systems are read when they are first opened; those on disks are put in order first.
+            self._in_threads(self._threads or _SLOW_THREADS, self._look_at, self._files, tell)
+            self._on_disk.sort(key=lambda item: item[0])
+            self._in_threads(self._threads or _DISK_THREADS, self._read, [file for _, file in self._on_disk], tell)
+        return ReplayResult(
+            self._done, self._present, self._skipped, self._count, tuple(sorted(self._changed)),
+            tuple(sorted(self._missing)),
+            self._over_budget, tuple(sorted(self._failures)), self._evicted, time.perf_counter() - began,
+        )  # fmt: skip
+
+    def _in_threads(
+        self, count: int, work: Callable[[RecordedFile], None], files: Iterable[RecordedFile], tell: Callable[[], None]
+    ) -> None:
+        pool = ThreadPoolExecutor(count, "prefault-replay", self._be_idle if self._idle else None)
+        try:
+            waiting: set[Future[None]] = {pool.submit(work, file) for file in files}
+            while waiting:
+                done, waiting = wait(waiting, _LONGEST_WAIT_S, FIRST_COMPLETED)
+                for each in done:
+                    each.result()
+                tell()
+        finally:
+            self._stopping.set()
+            pool.shutdown(cancel_futures=True)
+            self._stopping.clear()
+
+    @staticmethod
+    def _be_idle() -> None:
+        ioprio.ioprio_set(ioprio.IOPRIO_WHO_PROCESS, 0, ioprio.IOPRIO_CLASS_IDLE << ioprio.IOPRIO_CLASS_SHIFT)
+
+    # --- in the threads
+
+    def _look_at(self, recorded: RecordedFile) -> None:
+        """Put a file on a disk into the list; read another one at once."""
+
+        def look(file: OpenFile) -> None:
+            if file.file_system in _SLOW:
+                self._bring_in(file, recorded)
+                return
+            place = _place(file, recorded.edges[0] if recorded.edges else 0)
+            with self._lock:
+                self._on_disk.append((place, recorded))
+
+        self._with_file(recorded, look)
+
+    def _read(self, recorded: RecordedFile) -> None:
+        self._with_file(recorded, lambda file: self._bring_in(file, recorded))
+
+    def _with_file(self, recorded: RecordedFile, work: Callable[[OpenFile], None]) -> None:
+        """Open a recorded file and work on it; skip it where it is gone or changed."""
+        path = self._roots.path_of(recorded)
+        if path is None:
+            self._skip(self._missing, recorded)
+            return
+        try:
+            with OpenFile(path) as file:
+                if self._is_as_recorded(file, recorded):
+                    work(file)
+                else:
+                    self._skip(self._changed, recorded)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                self._skip(self._missing, recorded)
+                return
+            with self._lock:
+                self._failures.append(FileFailure.of(recorded.shown_path, error))
+
+    def _is_as_recorded(self, file: OpenFile, recorded: RecordedFile) -> bool:
+        if file.size != recorded.size or (self._check_time and file.modified_ns != recorded.modified_ns):
+            return False
+        return bool(recorded.root) or file.identity == (recorded.device, recorded.inode)
+
+    def _skip(self, names: list[str], recorded: RecordedFile) -> None:
+        with self._lock:
+            names.append(recorded.shown_path)
+            self._skipped += recorded.bytes
+
+    def _bring_in(self, file: OpenFile, recorded: RecordedFile) -> None:
+        wanted = recorded.ranges.clipped(0, file.pages().stop)
+        missing = wanted
+        with contextlib.suppress(CannotTellError):
+            cached = cached_ranges(file)
+            missing = wanted - cached
+            if self._exact:
+                evicted = evict_pages(file, cached - wanted)
+                with self._lock:
+                    self._evicted += evicted
+        granted = self._take(missing)
+        with self._lock:
+            self._present += wanted.length - missing.length
+            self._skipped += missing.length - granted.length
+        done = read_pages(file, granted, self._stopping.is_set)
+        with self._lock:
+            self._done += done
+            self._skipped += granted.length - done
+            self._count += granted == missing
+
+    def _take(self, missing: RangeSet) -> RangeSet:
+        """Take the bytes of a set of pages from the budget; return the part of the set for which it suffices."""
+        with self._lock:
+            if self._left is None or missing.length <= self._left:
+                if self._left is not None:
+                    self._left -= missing.length
+                return missing
+            self._over_budget += 1
+            granted = []
+            for item in missing:
+                part = PageRange.inward(item.start, min(item.stop, item.start + self._left))
+                self._left -= part.length
+                granted.append(part)
+                if part != item:
+                    break
+            return RangeSet(granted)
+
+
+def read_pages(file: OpenFile, pages: RangeSet, is_stopping: Callable[[], bool] = lambda: False) -> int:
+    """Read pages of a file into the page cache; return the bytes of those that are there now."""
+    # Without read-ahead: the caller says what is wanted, and no more is read.
+    os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_RANDOM)
+    target, done = bytearray(_PIECE), 0
+    for item in pages:
+        for piece in item.chunks(_PIECE):
+            if is_stopping() or not os.preadv(file.fd, [memoryview(target)[: piece.length]], piece.start):
+                return done  # the file shrinks meanwhile
+            done += piece.length
+    return done
+
+
+def evict_pages(file: OpenFile, pages: RangeSet) -> int:
+    """Evict pages of a file from the page cache; return how many bytes are gone. Dirty ones are written first."""
+    if not pages:
+        return 0
+    os.fdatasync(file.fd)
+    for item in pages:
+        os.posix_fadvise(file.fd, item.start, item.length, os.POSIX_FADV_DONTNEED)
+    return (pages - cached_ranges(file)).length
+
+
+def _place(file: OpenFile, offset: int) -> tuple[int, int]:
+    """Return a file system's device and the place on its disk where the byte at ``offset`` lies."""
+    try:
+        extents = fiemap(file.fd, offset, 1, 1)
+    except OSError:  # EOPNOTSUPP: the file system cannot tell
+        extents = []
+    return file.identity.device, extents[0].fe_physical if extents else file.identity.inode

@@ -1,0 +1,218 @@
+"""Replay: the recorded pages come back, no others, and what changed is skipped."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefault._kernel import ioprio
+from prefault.files.cached_pages import cached_ranges
+from prefault.files.open_file import OpenFile
+from prefault.recordings.recorder import record_command
+from prefault.recordings.recording_file import RecordedFile, Recording, RecordingError
+from prefault.recordings.replaying import replay
+from support import file_beds, touching
+from support.children import in_child
+from support.file_beds import PAGE
+
+PAGES = (3, 70, 135, 400)
+
+
+def recorded(path: Path, *pages: int, root: str = "") -> RecordedFile:
+    found = path.stat()
+    name = os.fsencode(path.name if root else path)
+    return RecordedFile(name, root, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, touching.edges_of(*pages))
+
+
+def recording_of(*files: RecordedFile) -> Recording:
+    return Recording("trace", 0, [], True, [], list(files), [])
+
+
+def cached(path: Path) -> set[int]:
+    """Pages that are cached, as a mincore of another process sees them."""
+    with OpenFile(path) as file:
+        found = {at // PAGE for part in cached_ranges(file) for at in range(part.start, part.stop, PAGE)}
+    assert len(found) == file_beds.cached_pages(path)
+    return found
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    made = file_beds.make(tmp_path / os.fsdecode(b"file \xff"), 512 * PAGE)
+    file_beds.evict(made)
+    return made
+
+
+def test_exactly_the_recorded_pages_come_back(file: Path) -> None:
+    result = replay(recording_of(recorded(file, *PAGES)))
+    assert cached(file) == set(PAGES)
+    assert (result.bytes, result.present_bytes, result.skipped_bytes, result.files) == (4 * PAGE, 0, 0, 1)
+    assert result.complete
+    again = replay(recording_of(recorded(file, *PAGES)))
+    assert (again.bytes, again.present_bytes, again.files) == (0, 4 * PAGE, 1)
+
+
+def test_what_a_command_touched_is_there_after_replay_and_it_waits_for_no_disk(tmp_path: Path) -> None:
+    touching.tracing()
+    path = file_beds.make(tmp_path / "file", 4096 * PAGE)
+    pages = random.Random(3).sample(range(4096), 200)
+    command = touching.command(touching.BY_MAPPING, path, *pages)
+    file_beds.evict(path)
+    recording = record_command(command, way="trace").recording
+    file_beds.evict(path)
+    cold = touching.major_faults(command)
+    file_beds.evict(path)
+    mine = recording_of(*(each for each in recording.files if each.path == os.fsencode(path)))
+    replay(mine)
+    warm = touching.major_faults(command)
+    assert cold >= 200
+    assert warm <= cold * 5 / 100
+    assert mine.file_bytes == 200 * PAGE
+
+
+@pytest.mark.parametrize("change", ["size", "time", "inode"])
+def test_a_file_that_changed_is_skipped_and_counted(change: str, file: Path) -> None:
+    before = recorded(file, *PAGES)
+    other = file_beds.make(file.parent / "other", 4 * PAGE)
+    file_beds.evict(other)
+    times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    if change == "size":
+        os.truncate(file, 400 * PAGE)
+        os.utime(file, ns=times)
+    elif change == "time":
+        os.utime(file, ns=(times[0], times[1] + 1))
+    else:
+        new = file_beds.make(file.parent / "new", 512 * PAGE)
+        os.utime(new, ns=times)
+        os.rename(new, file)
+    file_beds.evict(file)
+    result = replay(recording_of(before, recorded(other, 1)))
+    assert cached(file) == set()
+    assert cached(other) == {1}
+    assert result.changed == (str(file),)
+    assert (result.skipped_bytes, result.files, result.complete) == (4 * PAGE, 1, False)
+    if change == "time":
+        assert replay(recording_of(before), check_time=False).complete
+
+
+def test_files_that_are_gone_or_cannot_be_read_are_no_error_of_the_others(file: Path, tmp_path: Path) -> None:
+    gone = recorded(file, 1)
+    file.rename(tmp_path / "elsewhere")
+    (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    other = file_beds.make(tmp_path / "other", 4 * PAGE)
+    file_beds.evict(other)
+    result = replay(
+        recording_of(gone, recorded(tmp_path / "directory", 1), recorded(tmp_path / "fifo", 1), recorded(other, 2))
+    )
+    assert cached(other) == {2}
+    assert result.missing == (str(file),)
+    assert [failure.path for failure in result.failures] == [str(tmp_path / "directory"), str(tmp_path / "fifo")]
+
+
+def test_roots_find_the_files_of_another_host(file: Path, tmp_path: Path) -> None:
+    below = recorded(file, *PAGES, root="model")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    copy = file_beds.make(elsewhere / file.name, 512 * PAGE)
+    os.utime(copy, ns=(0, file.stat().st_mtime_ns))
+    file_beds.evict(copy)
+    assert replay(recording_of(below)).missing == (f"model:{file.name}",)
+    result = replay(recording_of(below), roots={"model": elsewhere})
+    assert result.complete
+    assert cached(copy) == set(PAGES)
+    assert cached(file) == set()
+
+
+@pytest.mark.parametrize("budget", [0, 1, PAGE, 3 * PAGE + 5, 8 * PAGE])
+def test_the_budget_is_not_exceeded(budget: int, file: Path, tmp_path: Path) -> None:
+    other = file_beds.make(tmp_path / "other", 16 * PAGE)
+    file_beds.evict(other)
+    result = replay(recording_of(recorded(file, *PAGES), recorded(other, 1, 3, 5)), budget=budget)
+    brought = len(cached(file)) + len(cached(other))
+    assert brought == min(7, budget // PAGE)
+    assert result.bytes == brought * PAGE
+    assert result.skipped_bytes == (7 - brought) * PAGE
+    assert result.complete == (budget >= 7 * PAGE)
+
+
+def test_exact_evicts_what_is_not_recorded(file: Path) -> None:
+    file.read_bytes()
+    result = replay(recording_of(recorded(file, *PAGES)), exact=True)
+    assert cached(file) == set(PAGES)
+    assert result.evicted_bytes == (512 - 4) * PAGE
+
+
+def test_progress_is_told_up_to_the_whole(file: Path) -> None:
+    told: list[tuple[int, int]] = []
+    replay(recording_of(recorded(file, *PAGES)), progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (4 * PAGE, 4 * PAGE)
+
+
+def test_what_progress_raises_ends_the_replay(file: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replay(recording_of(recorded(file, *PAGES)), progress=stop)
+
+
+def test_idle_threads_read_in_the_idle_class(file: Path) -> None:
+    """The class of this thread stays; that of the reading threads is seen by the priority that they inherit to nobody."""
+    seen: list[int] = []
+
+    def look() -> tuple[int, list[int]]:
+        from prefault.recordings import replaying
+
+        original = replaying.read_pages
+
+        def looking(*arguments: object) -> int:
+            seen.append(ioprio.ioprio_get(ioprio.IOPRIO_WHO_PROCESS, 0) >> ioprio.IOPRIO_CLASS_SHIFT)
+            return original(*arguments)  # type: ignore[arg-type]
+
+        replaying.read_pages = looking  # type: ignore[assignment]
+        replay(recording_of(recorded(file, *PAGES)), idle=True)
+        return ioprio.ioprio_get(ioprio.IOPRIO_WHO_PROCESS, 0) >> ioprio.IOPRIO_CLASS_SHIFT, seen
+
+    own, reading = in_child(look)
+    assert own != ioprio.IOPRIO_CLASS_IDLE
+    assert reading == [ioprio.IOPRIO_CLASS_IDLE]
+
+
+def test_arguments_that_are_none(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        replay(recording_of(), threads=0)
+    with pytest.raises(ValueError, match="size"):
+        replay(recording_of(), budget="much")
+    with pytest.raises(RecordingError, match="no recording"):
+        replay(file)
+    with pytest.raises(FileNotFoundError):
+        replay(tmp_path / "nothing.rec")
+
+
+def test_files_that_shrink_and_vanish_meanwhile(tmp_path: Path) -> None:
+    """Seeded: no exception, no hang, whatever other processes do to the files."""
+    files = [file_beds.make(tmp_path / f"{number}", 64 * PAGE) for number in range(40)]
+    recording = recording_of(*(recorded(path, *range(0, 64, 2)) for path in files))
+    program = (
+        "import os, random, sys\nsource = random.Random(5)\nprint('ready', flush=True)\n"
+        "for _ in range(2000):\n"
+        "    path = source.choice(sys.argv[1:])\n"
+        "    try:\n"
+        "        os.truncate(path, source.randrange(64) * 4096) if source.random() < 0.9 else os.unlink(path)\n"
+        "    except OSError: pass\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, *map(str, files)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        for _ in range(20):
+            result = replay(recording, check_time=False)
+            assert result.bytes + result.present_bytes + result.skipped_bytes <= recording.file_bytes
+            assert not result.failures
+        other.send_signal(signal.SIGKILL)

@@ -1,0 +1,166 @@
+"""Snapshots of the page cache, and commands that leave it as it was."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefault.recordings import cache_keeping
+from prefault.recordings.cache_keeping import run_keeping_cache
+from prefault.recordings.recording_file import load
+from prefault.recordings.replaying import replay
+from prefault.recordings.snapshots import save_snapshot, save_snapshots, take_snapshot
+from prefault.recordings.trace_instance import TraceRefusedError
+from support import file_beds, needs, touching
+from support.children import in_child
+from support.file_beds import PAGE
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    directory = tmp_path / "tree"
+    (directory / "sub").mkdir(parents=True)
+    for name in ("one", "sub/two", "sub/three"):
+        file_beds.evict(file_beds.make(directory / name, 64 * PAGE))
+    file_beds.touch(directory / "one", 1, 5)
+    file_beds.touch(directory / "sub/two", 60)
+    return directory
+
+
+def test_a_snapshot_has_what_is_cached_and_restores_it(tree: Path, tmp_path: Path) -> None:
+    target = tmp_path / "cache.snap"
+    saved = save_snapshot(target, [tree])
+    assert saved.written
+    assert saved.recording == load(target)
+    assert {os.fsdecode(file.path).removeprefix(f"{tree}/"): file.edges for file in saved.recording.files} == {
+        "one": touching.edges_of(1, 5),
+        "sub/two": touching.edges_of(60),
+        "sub/three": [],
+    }
+    for name in ("one", "sub/two"):
+        file_beds.evict(tree / name)
+    (tree / "sub/three").read_bytes()
+    assert replay(target).complete
+    assert [file_beds.cached_pages(tree / name) for name in ("one", "sub/two", "sub/three")] == [2, 1, 64]
+    result = replay(target, exact=True)
+    assert [file_beds.cached_pages(tree / name) for name in ("one", "sub/two", "sub/three")] == [2, 1, 0]
+    assert result.evicted_bytes == 64 * PAGE
+
+
+def test_a_partial_snapshot_replaces_no_full_one(tree: Path, tmp_path: Path) -> None:
+    target = tmp_path / "cache.snap"
+    full = save_snapshot(target, [tree]).recording
+    partial = save_snapshot(target, [tree, tmp_path / "not mounted yet"])
+    assert not partial.written
+    assert not partial.recording.complete
+    assert "not mounted yet" in partial.recording.notes[0]
+    assert load(target) == full
+    other = tmp_path / "other.snap"
+    assert save_snapshot(other, [tree, tmp_path / "not mounted yet"]).written
+    assert save_snapshot(other, [tree, tmp_path / "not mounted yet"]).written  # a partial one replaces a partial one
+    assert save_snapshot(other, [tree]).written
+    other.write_bytes(b"damaged")
+    assert save_snapshot(other, [tree, tmp_path / "not mounted yet"]).written
+
+
+def test_files_of_other_users_make_a_snapshot_partial(tree: Path) -> None:
+    needs.root("become another user")
+    for directory in (tree, *tree.parents):
+        if directory.stat().st_uid == os.getuid() and directory != Path("/"):
+            directory.chmod(directory.stat().st_mode | 0o055)
+    for path in tree.rglob("*"):
+        path.chmod(0o755)
+    (tree / "one").read_bytes()
+
+    def as_nobody() -> tuple[bool, list[str]]:
+        os.setresuid(file_beds.NOBODY, file_beds.NOBODY, file_beds.NOBODY)
+        taken = take_snapshot([tree])
+        return taken.complete, taken.notes
+
+    complete, notes = in_child(as_nobody)
+    assert not complete
+    assert any("one" in note for note in notes)
+
+
+def test_snapshots_are_saved_at_each_interval_and_at_the_end() -> None:
+    waited: list[float] = []
+    saved: list[int] = []
+
+    def wait(seconds: float) -> bool:
+        waited.append(seconds)
+        return len(waited) == 3
+
+    save_snapshots(lambda: saved.append(len(waited)), wait, 300)
+    assert waited == [300.0] * 3
+    assert saved == [1, 2, 3]
+    waited.clear()
+    saved.clear()
+    save_snapshots(lambda: saved.append(1), lambda seconds: seconds == float("inf"), 0)
+    assert saved == [1]
+
+
+@pytest.mark.parametrize("way", ["trace", "residency"])
+def test_a_command_leaves_the_page_cache_as_it_was(way: str, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tree / "one"
+    if way == "trace":
+        touching.tracing()
+        command = touching.command(touching.BY_READING, path, 5, 9, 33)
+    else:
+
+        def refuse(*_: object) -> None:
+            raise TraceRefusedError(1, "refused")
+
+        monkeypatch.setattr(cache_keeping, "TraceInstance", refuse)
+        program = touching.BY_READING.replace("for page", "import time; time.sleep(0.5)\nfor page")
+        command = touching.command(program + "time.sleep(0.2)\n", path, 5, 9, 33)
+    kept = run_keeping_cache(command)
+    assert kept.way == way
+    assert kept.status == 0
+    assert file_beds.cached_pages(path) == 2
+    assert kept.evicted_bytes >= 2 * PAGE
+    assert kept.stayed_bytes == 0 or way == "residency"
+
+
+def test_what_a_command_wrote_is_evicted_and_what_it_evicted_comes_back(tree: Path) -> None:
+    touching.tracing()
+    path, new = tree / "one", tree / "new"
+    script = (
+        f"dd if='{path}' of='{new}' bs=4096 iflag=nocache 2>/dev/null;"
+        f" dd of='{path}' oflag=nocache conv=notrunc,fdatasync count=0 2>/dev/null; exit 3"
+    )
+    kept = run_keeping_cache(["sh", "-c", script])
+    assert kept.status == 3
+    assert new.read_bytes() == path.read_bytes()
+    file_beds.evict(new)
+    file_beds.evict(path)
+    file_beds.touch(path, 1, 5)
+    kept = run_keeping_cache(["sh", "-c", script])
+    assert kept.restored_bytes == 2 * PAGE
+    assert file_beds.cached_pages(path) == 2
+    assert file_beds.cached_pages(new) == 0
+
+
+def test_pages_that_another_process_has_mapped_stay_and_are_counted(tree: Path) -> None:
+    touching.tracing()
+    path = tree / "sub/three"
+    # The page is brought in by the command, and locked by this process meanwhile.
+    script = f"dd if='{path}' of=/dev/null bs=4096 count=1 2>/dev/null; echo; read answer"
+    program = (
+        "import sys; from prefault.recordings.cache_keeping import run_keeping_cache\n"
+        "kept = run_keeping_cache(['sh', '-c', sys.argv[1]]); print(kept.stayed_bytes)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as keeper:
+        assert keeper.stdin is not None
+        assert keeper.stdout is not None
+        keeper.stdout.readline()
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+            assert memory[0] is not None
+            keeper.stdin.write(b"\n")
+            keeper.stdin.flush()
+            assert int(keeper.stdout.readline()) >= PAGE
+            assert file_beds.cached_pages(path) >= 1

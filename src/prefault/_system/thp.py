@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from prefault.sizes import KIB
+
 _SETTINGS = "/sys/kernel/mm/transparent_hugepage"
 
 
@@ -22,6 +24,13 @@ def pmd_size() -> int | None:
     """Read the size in bytes of a huge page of the PMD level (2 MiB on x86-64); None without THP."""
     text = read_setting("hpage_pmd_size")
     return None if text is None else int(text)
+
+
+def pmd_setting() -> str:
+    """Read whether private memory gets huge pages: ``"always"``, ``"madvise"`` or ``"never"``, by size where that is set."""
+    size = pmd_size()
+    by_size = None if size is None else read_setting(f"hugepages-{size // KIB}kB/enabled")  # Linux 6.8
+    return by_size if by_size not in (None, "inherit") else read_setting("enabled") or "never"
 
 
 def is_disabled_for_process() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from _thread import start_new_thread
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from time import perf_counter_ns
 from types import FrameType
@@ -22,11 +22,14 @@ from prefault.engine.rate import RateLimit
 from prefault.engine.readahead import ReadAhead
 from prefault.engine.rollback import Rollback
 from prefault.errors import PopulateError
+from prefault.inspection.scan import residency_of
 from prefault.intervals import Intervals
 from prefault.limits.admission import AdmissionControl
 from prefault.limits.limit import Shortfall
+from prefault.memory.huge_advice import HugeAdvice
 from prefault.memory.vma import Backing
 from prefault.ranges import PageRange, RangeSet
+from prefault.sizes import format_size
 
 
 class Execution:
@@ -40,11 +43,13 @@ class Execution:
         rollback: undoes the call if it fails; None leaves what it brought in.
         admission: checks the limits before each chunk; None does not.
         rate: limit of bytes a second; None: as fast as possible.
+        huge: advises huge pages chunk by chunk; None does not.
     """
 
     def __init__(
         self, queue: ChunkQueue, origin: int, before: Intervals, progress: Progress | None = None,
         rollback: Rollback | None = None, admission: AdmissionControl | None = None, rate: RateLimit | None = None,
+        huge: HugeAdvice | None = None,
     ) -> None:  # fmt: skip
         self._queue = queue
         self._threads = queue.plan.threads
@@ -54,6 +59,7 @@ class Execution:
         self._rollback = rollback
         self._admission = admission
         self._rate = rate
+        self._huge = huge
         self._failures: list[ChunkFailure] = []
         self._defect: BaseException | None = None
         self._stop = False
@@ -180,6 +186,11 @@ class Execution:
             self._admission.release()
 
     def _populate_chunk(self, chunk: Chunk) -> ChunkFailure | None:
+        if self._huge is None:
+            return self._populate_pages(chunk)
+        return self._huge.run(chunk.pages, partial(self._populate_pages, chunk))
+
+    def _populate_pages(self, chunk: Chunk) -> ChunkFailure | None:
         if chunk.populate_at_once():
             return None
         return next(filter(None, (self._populate_part(*part) for part in chunk.parts())), None)
@@ -211,6 +222,8 @@ class Execution:
         after = populated_pages(plan.segments).length if hint else self._queue.length
         seconds = (perf_counter_ns() - began) / 1e9
         notes = plan.notes if 1 + helpers == self._threads else (*plan.notes, _too_few(1 + helpers, self._threads))
+        if self._huge is not None:
+            notes += (*_in_huge_pages(plan.segments), *self._huge.notes)
         return PopulateResult(max(0, after - present), present, seconds, plan.access, plan.method, 1 + helpers, notes)
 
     def _stopped(self, interruption: BaseException) -> BaseException:
@@ -236,6 +249,13 @@ class Execution:
 def _too_few(threads: int, planned: int) -> str:
     """Return the note for threads that the system refused to start."""
     return f"{threads} of {planned} threads: the system starts no more (RLIMIT_NPROC, or pids.max of a cgroup)"
+
+
+def _in_huge_pages(segments: Sequence[Segment]) -> Iterator[str]:
+    """Yield a note about the memory that huge entries map now, where the kernel tells that."""
+    huge = residency_of(PageRange(segments[0].start, segments[-1].stop)).huge_bytes
+    if huge is not None:
+        yield f"{format_size(huge)} in huge pages"
 
 
 def deferring_ctrl_c(work: Callable[[], None]) -> None:

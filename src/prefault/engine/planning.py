@@ -8,17 +8,21 @@ from collections.abc import Iterator
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from prefault._system import capabilities
+from prefault._system import capabilities, thp
 from prefault._system.cpus import usable_cpus, why_not_more_cpus
 from prefault.engine.methods import Access, Method, Target, best, by_name
 from prefault.intervals import Intervals
 from prefault.limits.memory_use import MemoryUse
 from prefault.memory.borrowing import Borrowed, Span, borrow, other_spans, provided_spans
+from prefault.memory.huge_advice import obstacle
 from prefault.memory.vma import Backing, Vma, file_descriptor, vmas_by_kind
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
 
 Threads: TypeAlias = int | Literal["auto"] | None
 """How many threads populate at once; ``"auto"`` and None: chosen by size, affinity and CPU quota."""
+
+Huge: TypeAlias = "Literal['auto'] | None"
+"""Transparent huge pages of a populate call: ``"auto"`` asks for them where that pays, None leaves the memory as it is."""
 
 THREAD_BYTES = 32 * MIB
 """Starting a thread pays from about this much memory for each (docs/design/populate.md)."""
@@ -107,6 +111,7 @@ def plan(
     length: Size | None = None,
     method: str | None = None,
     threads: Threads = None,
+    huge: Huge = None,
 ) -> Plan:
     """Return the plan of :func:`prefault.populate` for the same arguments, with its reasons. Nothing is populated.
 
@@ -114,7 +119,9 @@ def plan(
         TypeError, ValueError: those of :func:`prefault.populate`.
     """
     with borrow(buffer) as memory:
-        return make_plan(memory, access, offset, length, method, threads)
+        made = make_plan(memory, access, offset, length, method, threads)
+        note = _huge_note(made, memory) if wants_huge(huge) and made.segments else None
+        return made if note is None else made._replace(notes=(*made.notes, note))
 
 
 def make_plan(
@@ -331,6 +338,39 @@ def _chosen_threads(segments: tuple[Segment, ...]) -> _ThreadChoice:
 
 def _count_of(threads: int) -> str:
     return f"{threads} thread{'s' if threads > 1 else ''}"
+
+
+def wants_huge(huge: Huge) -> bool:
+    """Return whether huge pages are to be asked for; ValueError for another word."""
+    if huge not in (None, "auto"):
+        raise ValueError(f"huge is 'auto' or None, not {huge!r}: Mapping(huge=) takes 'advise' and 'never'")
+    return huge == "auto"
+
+
+def huge_page_candidates(plan: Plan, memory: Borrowed) -> tuple[Intervals, str | None]:
+    """Return the memory of a plan that may be advised MADV_HUGEPAGE, or else a note that says why none may be."""
+    private = Intervals(
+        (item.start, item.stop)
+        for item in plan.segments
+        if item.backing is Backing.ANONYMOUS and item.target.writable and item.method.access == "write"
+    )
+    size = thp.pmd_size() or PAGE_SIZE
+    reason = obstacle()
+    if reason is None and memory.access_guard is not None:
+        reason = "the huge= of sparse memory decides"
+    if reason is None and not private:
+        reason = "it is not private anonymous memory that is populated for writing"
+    if reason is None and not private.inward(size):
+        reason = f"no whole huge page of {format_size(size)} lies in it"
+    return (private, None) if reason is None else (Intervals(), f"no huge pages asked for: {reason}")
+
+
+def _huge_note(plan: Plan, memory: Borrowed) -> str:
+    private, note = huge_page_candidates(plan, memory)
+    size = format_size(private.inward(thp.pmd_size() or PAGE_SIZE).length)
+    return note or (
+        f"huge pages for {size}, by MADV_HUGEPAGE: unless MADV_NOHUGEPAGE was given, and until compaction makes them slow"
+    )
 
 
 NO_FALLOCATE = "the file system has no fallocate: holes stay holes, and a later store may find it full"

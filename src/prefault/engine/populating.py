@@ -13,7 +13,7 @@ from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
 from prefault.engine.outcomes import NO_MEMORY, PopulateResult
 from prefault.engine.parts import KernelPart, Part, ProgressOfParts, access_to, admit, device_parts, run_parts
-from prefault.engine.planning import Plan, Segment, Threads, plan_span
+from prefault.engine.planning import Huge, Plan, Segment, Threads, huge_page_candidates, plan_span, wants_huge
 from prefault.engine.populated_pages import pages_before, populated_pages
 from prefault.engine.progress import Progress, check_progress, reporting
 from prefault.engine.rate import RateLimit, rate_limit
@@ -33,6 +33,7 @@ from prefault.memory.borrowing import (
     other_spans,
     provided_spans,
 )
+from prefault.memory.huge_advice import HugeAdvice
 from prefault.sizes import Size
 
 __all__ = ["HeadroomChoice", "PopulateResult", "Progress", "populate"]
@@ -52,6 +53,7 @@ def populate(
     progress: Progress | bool = False,
     rate: RateLimit | Size | None = None,
     headroom: HeadroomChoice = "check",
+    huge: Huge = None,
 ) -> PopulateResult:
     """Make every page of ``buffer`` present, so that touching it faults no more; or fail, and report how far it came.
 
@@ -79,6 +81,9 @@ def populate(
             all calls that are given it. None: as fast as possible.
         headroom: ``"check"`` checks the limits before the start, for the pages that are really missing, and at those of
             memory between chunks; ``"ignore"`` does not: the kernel finds out.
+        huge: ``"auto"`` advises transparent huge pages for what is missing of private anonymous memory, where that changes
+            nothing that was asked for, and until compaction makes them slow; the notes say how much got them. The advice
+            stays on the mapping. None leaves the memory as it is.
 
     Returns:
         The bytes that were brought in. Pages that were populated before are counted apart.
@@ -101,7 +106,7 @@ def populate(
     memory = borrow(buffer)
     try:
         span = memory.select(offset, length)
-        options = _Options(access, method, threads, rollback, progress, rate_limit(rate), headroom, began)
+        options = _Options(access, method, threads, rollback, progress, rate_limit(rate), headroom, began, wants_huge(huge))
         if memory.access_guard is None:
             return _populate(memory, span, None, options)
         with memory.access_guard.populating(span) as guarded:
@@ -125,6 +130,7 @@ class _Options(NamedTuple):
     rate: RateLimit | None
     headroom: HeadroomChoice
     began: int
+    huge: bool
 
 
 def _populate(memory: Borrowed, span: Span, guarded: GuardedPopulate | None, options: _Options) -> PopulateResult:
@@ -132,19 +138,25 @@ def _populate(memory: Borrowed, span: Span, guarded: GuardedPopulate | None, opt
     provided = provided_spans(*span) if method in (None, "device") and span.start < span.stop else ()
     if provided:
         return _populate_parts(memory, span, provided, guarded, options)
-    plan = small_plan(memory, span, access) if method is None and threads in (None, "auto") else None
+    simple = method is None and threads in (None, "auto") and not options.huge
+    plan = small_plan(memory, span, access) if simple else None
     return _carry_out(plan or plan_span(memory, span, access, method, threads), memory, guarded, options)
 
 
 def _carry_out(plan: Plan, memory: Borrowed, guarded: GuardedPopulate | None, options: _Options) -> PopulateResult:
-    _, _, _, rollback, progress, rate, headroom, began = options
+    _, _, _, rollback, progress, rate, headroom, began, huge = options
     if not plan.segments:
         return PopulateResult(0, 0, 0.0, plan.access, "none", 1)
     if rollback:
         before, kept = pages_before(plan.segments)
     else:
         before, kept = populated_pages(plan.segments), _NONE
-    small = is_small(plan) and rate is None
+    advice = None
+    if huge:
+        private, note = huge_page_candidates(plan, memory)
+        advice = HugeAdvice(private - before, memory.address) if note is None else None
+        plan = plan if note is None else plan._replace(notes=(*plan.notes, note))
+    small = is_small(plan) and rate is None and advice is None
     admission = None
     if headroom == "check" and not (small and surely_fits(plan.segments[0], began)):
         admission = _admission(plan.segments, before, memory, guarded)
@@ -155,14 +167,14 @@ def _carry_out(plan: Plan, memory: Borrowed, guarded: GuardedPopulate | None, op
     if small and progress is False:
         return run_small(plan, memory.address, began, before, undo)
     with reporting(progress, "populate") as report:
-        return Execution(PlanQueue(plan), memory.address, before, report, undo, admission, rate).run(began)
+        return Execution(PlanQueue(plan), memory.address, before, report, undo, admission, rate, advice).run(began)
 
 
 def _populate_parts(
     memory: Borrowed, span: Span, provided: Sequence[ProvidedSpan], guarded: GuardedPopulate | None, options: _Options
 ) -> PopulateResult:  # fmt: skip
     """Populate memory that page providers supply, in whole or in part."""
-    access, method, threads, rollback, progress, rate, headroom, began = options
+    access, method, threads, rollback, progress, rate, headroom, began, _ = options
     origin = memory.address
     plans = [plan_span(memory, part, access, method, threads) for part in other_spans(*span, provided)]
     segments = [segment for plan in plans for segment in plan.segments]

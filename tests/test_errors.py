@@ -51,6 +51,8 @@ def test_the_others() -> None:
     assert str(interrupted) == "interrupted: 16.0 KiB"
     assert interrupted.populated == _POPULATED
     assert interrupted.populated_bytes == 4 * PAGE_SIZE
+    faults = pickle.loads(pickle.dumps(prefault.PageFaultsError(3, 1, "3 minor and 1 major")))
+    assert (faults.minor_faults, faults.major_faults, str(faults)) == (3, 1, "3 minor and 1 major")
     discard = prefault.DiscardError(errno.EINVAL, "locked", address=0x5000)
     assert discard.address == 0x5000
     assert str(discard) == "locked [EINVAL: Invalid argument]"

@@ -53,6 +53,7 @@ _PUBLIC = [
     "NotCollapsed",
     "NotPopulatedError",
     "OutOfMemoryError",
+    "PageFaultsError",
     "PageRange",
     "PageState",
     "Plan",
@@ -67,6 +68,7 @@ _PUBLIC = [
     "ProtectionError",
     "RangeSet",
     "RateLimit",
+    "ReadyMemory",
     "Residency",
     "SelectedFile",
     "Selection",
@@ -80,7 +82,9 @@ _PUBLIC = [
     "collapse",
     "discard",
     "evict",
+    "empty",
     "format_size",
+    "full",
     "headroom",
     "lock",
     "open_remote",
@@ -88,10 +92,12 @@ _PUBLIC = [
     "plan",
     "populate",
     "protect_shared_memory",
+    "ready",
     "residency",
     "select",
     "status",
     "unlock",
+    "zeros",
 ]
 
 _PUBLIC_VIRTIO_MEM = [

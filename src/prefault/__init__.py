@@ -50,6 +50,7 @@ from prefault.errors import (
     NoPopulateError,
     NotPopulatedError,
     OutOfMemoryError,
+    PageFaultsError,
     PoisonedPageError,
     PoolFullError,
     PoolGoneError,
@@ -73,6 +74,7 @@ if _typing.TYPE_CHECKING:
     from prefault import pool as pool
     from prefault import processes as processes
     from prefault import virtio_mem as virtio_mem
+    from prefault.arrays import ReadyMemory, empty, full, ready, zeros
     from prefault.drivers import open_remote
     from prefault.engine.collapsing import CollapseResult, NotCollapsed, collapse
     from prefault.files.evicting import EvictedFile, EvictResult, evict
@@ -121,6 +123,7 @@ __all__ = [
     "NotCollapsed",
     "NotPopulatedError",
     "OutOfMemoryError",
+    "PageFaultsError",
     "PageRange",
     "PageState",
     "Plan",
@@ -135,6 +138,7 @@ __all__ = [
     "ProtectionError",
     "RangeSet",
     "RateLimit",
+    "ReadyMemory",
     "Residency",
     "SelectedFile",
     "Selection",
@@ -148,7 +152,9 @@ __all__ = [
     "collapse",
     "discard",
     "evict",
+    "empty",
     "format_size",
+    "full",
     "headroom",
     "lock",
     "open_remote",
@@ -156,10 +162,12 @@ __all__ = [
     "plan",
     "populate",
     "protect_shared_memory",
+    "ready",
     "residency",
     "select",
     "status",
     "unlock",
+    "zeros",
 ]
 
 # A sixth of the import time, for those who only populate: loaded when they are first named.
@@ -177,6 +185,7 @@ _LATER = {
     "PoolStatistics": "prefault.pool",
     "SelectedFile": "prefault.files.selection",
     "Selection": "prefault.files.selection",
+    "ReadyMemory": "prefault.arrays",
     "SharedMemory": "prefault.shared_memory",
     "SharedMemoryProtection": "prefault.shared_memory",
     "SkippedFile": "prefault.files.selection",
@@ -188,6 +197,12 @@ _LATER = {
     "protect_shared_memory": "prefault.shared_memory",
     "select": "prefault.files.selection",
     "status": "prefault.files.file_status",
+    "empty": "prefault.arrays",
+    "full": "prefault.arrays",
+    "open_remote": "prefault.drivers",
+    "protect_shared_memory": "prefault.shared_memory",
+    "ready": "prefault.arrays",
+    "zeros": "prefault.arrays",
 }
 _LATER_MODULES = ("device", "drivers", "pool", "processes", "virtio_mem")
 

@@ -164,6 +164,23 @@ class PopulateInterrupted(KeyboardInterrupt):
         return self.populated.length
 
 
+class PageFaultsError(RuntimeError):
+    """A block that :func:`prefault.ready` checks had page faults.
+
+    Attributes:
+        minor_faults: how many needed no input.
+        major_faults: how many waited for a disk or swap.
+    """
+
+    def __init__(self, minor_faults: int = 0, major_faults: int = 0, message: str = "") -> None:
+        super().__init__(minor_faults, major_faults, message)
+        self.minor_faults = minor_faults
+        self.major_faults = major_faults
+
+    def __str__(self) -> str:
+        return str(self.args[2])
+
+
 class DiscardError(OSError):
     """Pages could not be given back.
 

@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 # run takes half as long again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart packages test check stress guest coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote format clean
+.PHONY: quickstart packages test check stress guest coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote man format clean
 
 ## Install into .venv, with what device memory and remote files need, and measure how fast this machine populates memory.
 quickstart: $(VENV)/.installed
@@ -67,6 +67,10 @@ bench-enclave: $(VENV)/.test-installed
 ## Measure remote files against fsspec and bare range requests: docs/results/device.md.
 bench-remote: $(VENV)/.test-installed
 	$(BIN)/python bench/remote.py
+
+## Write the manual pages and the shells' completion scripts to build/share, as a wheel installs them.
+man: $(VENV)/.test-installed
+	$(BIN)/python tools/shell_files.py build/share
 
 ## Fix and format the code.
 format: $(VENV)/.test-installed

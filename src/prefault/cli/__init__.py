@@ -18,6 +18,7 @@ from prefault.cli.messages import complain, sentence
 
 _COMMANDS = {
     "bench": "Measure how fast this machine populates memory, beside the figures published in 2021.",
+    "completion": "Print a script that makes a shell complete commands, options and paths.",
     "device": "Serve memory whose pages a driver supplies.",
     "doctor": "Show what this machine can do for prefault, what limits it, and what could be better.",
     "record": "Run a command and note which pages of which files it touches.",

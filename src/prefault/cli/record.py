@@ -40,7 +40,7 @@ def record(
     Example:
         prefault record -o start.rec -- python serve.py --check
         prefault replay start.rec
-    """  # noqa: D301
+    """
     from prefault.recordings.recorder import record_command
 
     # A recording that cannot be written is told before the command runs, which may take hours.

@@ -33,7 +33,7 @@ def replay(
     \b
     Example:
         prefault replay start.rec --budget '2 GiB' --idle
-    """  # noqa: D301
+    """
     from prefault.recordings.replaying import replay as bring_back
 
     with told_as_usage():

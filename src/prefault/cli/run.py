@@ -25,7 +25,7 @@ def run(keep_cache: bool, as_json: bool, command: tuple[str, ...]) -> int:  # no
     \b
     Example:
         prefault run --keep-cache -- tar -cf /backup/srv.tar /srv
-    """  # noqa: D301
+    """
     from prefault.recordings.cache_keeping import run_keeping_cache
 
     with told_as_usage():

@@ -41,7 +41,7 @@ def save(file: str, paths: tuple[str, ...], roots: tuple[tuple[str, str], ...], 
     Example:
         prefault snapshot save cache.snap /srv/database
         prefault snapshot restore cache.snap
-    """  # noqa: D301
+    """
     from prefault.recordings.snapshots import save_snapshot
 
     with told_as_usage():
@@ -84,7 +84,7 @@ def restore(
     \b
     Example:
         prefault snapshot restore cache.snap --exact
-    """  # noqa: D301
+    """
     from prefault.recordings.replaying import replay
 
     with told_as_usage():
@@ -116,7 +116,7 @@ def auto(
     \b
     Example:
         prefault snapshot auto /var/lib/cache.snap /srv/database --idle
-    """  # noqa: D301
+    """
     import os
 
     from prefault.recordings.recording_file import RecordingError

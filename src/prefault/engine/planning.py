@@ -21,7 +21,7 @@ from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
 Threads: TypeAlias = int | Literal["auto"] | None
 """How many threads populate at once; ``"auto"`` and None: chosen by size, affinity and CPU quota."""
 
-Huge: TypeAlias = "Literal['auto'] | None"
+Huge: TypeAlias = Literal["auto"] | None
 """Transparent huge pages of a populate call: ``"auto"`` asks for them where that pays, None leaves the memory as it is."""
 
 THREAD_BYTES = 32 * MIB

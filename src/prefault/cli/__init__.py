@@ -21,10 +21,13 @@ _COMMANDS = {
     "completion": "Print a script that makes a shell complete commands, options and paths.",
     "device": "Serve memory whose pages a driver supplies.",
     "doctor": "Show what this machine can do for prefault, what limits it, and what could be better.",
+    "evict": "Drop files from the page cache: they are read from the disk again. Nothing is lost.",
+    "lock": "Bring files into memory and keep them there, until SIGTERM, or Ctrl-C.",
     "record": "Run a command and note which pages of which files it touches.",
     "replay": "Bring the pages of a recording back into the page cache.",
     "run": "Run a command and put the page cache back as it was.",
     "snapshot": "Save which pages of files are in the page cache, and bring them back.",
+    "status": "Show how much of files is in the page cache. Nothing is read in.",
 }
 """The first line of each command's help. ``NAME`` is the command object ``NAME`` in the module ``prefault.cli.NAME``."""
 

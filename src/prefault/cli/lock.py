@@ -1,0 +1,182 @@
+"""``prefault lock``: keep files in memory until the command ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeAlias
+
+import click
+
+from prefault.cli.file_options import FileArguments, failures_to_json, file_options, flush, need_paths
+from prefault.cli.json_output import print_json
+from prefault.cli.messages import complain
+from prefault.files.failures import FileError
+from prefault.files.file_locks import FileLock, lock_files
+from prefault.sizes import PAGE_SIZE, format_size
+
+Ready: TypeAlias = Callable[[int], None]
+"""Called with the exit status once all is locked."""
+
+_ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
+
+
+@click.command()
+@file_options("prefault-lock")
+@click.option("-d", "--daemon", is_flag=True, help="Go on in the background, and return when the files are locked.")
+@click.option("-w/-W", "--wait/--no-wait", default=True, help="With --daemon: wait until the files are locked (default).")
+@click.option("-P", "--pidfile", type=click.Path(), metavar="FILE", help="Write the pid to FILE; removed at the end.")
+@click.option("--progress", is_flag=True, help="Show progress on stderr.")
+@click.option("--rate", metavar="SIZE", help="At most so many bytes a second, as 500M.")
+@click.option(
+    "--headroom", type=click.Choice(["check", "ignore"]), default="check",
+    help="Check RLIMIT_MEMLOCK, memory cgroups and free memory before the start (default), or let the kernel find out.",
+)  # fmt: skip
+def lock(
+    files: FileArguments, daemon: bool, wait: bool, pidfile: str | None, progress: bool, rate: str | None,
+    headroom: Literal["check", "ignore"],
+) -> int:  # fmt: skip
+    """Bring files into memory and keep them there, until SIGTERM, or Ctrl-C.
+
+    \b
+    Examples:
+      prefault lock index.db                                   until Ctrl-C
+      prefault lock -d -P /run/index.pid index.db              in the background
+      kill $(cat /run/index.pid)
+
+    Exit status: 0; 1 if a file could not be locked (the others stay locked), or a limit leaves too little memory (nothing is
+    locked); 2 for a wrong command line.
+    """
+    need_paths(files)
+    pidfile = None if pidfile is None else os.path.abspath(pidfile)  # a daemon leaves the directory
+
+    def hold(ready: Ready) -> int:
+        with contextlib.ExitStack() as kept:
+            write_pid = None if pidfile is None else kept.enter_context(_pid_file(pidfile))
+            try:
+                locked = kept.enter_context(
+                    lock_files(files.selection, ranges=files.ranges, progress=progress, rate=rate, headroom=headroom)
+                )
+            except ValueError as error:
+                raise click.UsageError(str(error)) from error
+            kept.enter_context(_signals_waiting())
+            if write_pid is not None:
+                write_pid()
+            status = _show(locked, files)
+            if locked.closed:
+                return status
+            ready(status)
+            signal.sigwait(_ENDING)
+            return status
+
+    return _in_background(hold, wait=wait) if daemon else hold(lambda _: flush())
+
+
+def _show(locked: FileLock, files: FileArguments) -> int:
+    for failure in locked.failures:
+        files.fail(failure)
+    if files.output == "json":
+        members = {
+            "page_size": PAGE_SIZE, "pid": os.getpid(), "files": locked.files, "bytes": locked.bytes,
+            "directories": files.selection.directories, "skipped": files.selection.skipped,
+            "failures": failures_to_json(locked.failures), "seconds": locked.seconds,
+        }  # fmt: skip
+        print_json("prefault-lock", 1, members)
+    if locked.closed and not locked.failures:
+        complain("nothing was locked: no file was selected that has any bytes in the range")
+        return 1
+    files.print_summary([("locked", f"{format_size(locked.bytes)} in {locked.files} files, by process {os.getpid()}")])
+    files.print_key_values("Locked", locked.files, locked.bytes // PAGE_SIZE, locked.bytes // PAGE_SIZE)
+    return 1 if locked.failures else 0
+
+
+@contextmanager
+def _signals_waiting() -> Iterator[None]:
+    """Keep the signals that end the command waiting, for sigwait(3)."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _pid_file(path: str) -> Iterator[Callable[[], None]]:
+    """Hold a pid file; yield a function that writes the pid of this process to it. The file is removed at the end.
+
+    A file that was left behind by a process that was killed is taken over: its flock(2) is free.
+
+    Raises:
+        FileError: a process that runs holds it.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(fd, 20).decode(errors="replace").strip() or "another"
+            remedy = f"end it (kill {holder}), or name another pid file"
+            raise FileError(errno.EEXIST, f"is held by process {holder}", path, remedy) from error
+        os.ftruncate(fd, 0)
+        try:
+            yield lambda: _write(fd, f"{os.getpid()}\n")
+        finally:
+            os.unlink(path)
+    finally:
+        os.close(fd)
+
+
+def _write(fd: int, text: str) -> None:
+    os.pwrite(fd, text.encode(), 0)
+
+
+def _in_background(hold: Callable[[Ready], int], *, wait: bool) -> int:
+    """Run ``hold`` in a process of its own, without a terminal; return its status once it is ready."""
+    flush()
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        os.close(reader)
+        os.setsid()
+        if not wait:
+            _let_go_of_terminal()
+        return hold(lambda status: _tell_parent(writer, status, wait))
+    os.close(writer)
+    try:
+        if not wait:
+            return 0
+        told = os.read(reader, 1)
+    except BaseException:
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+        raise
+    finally:
+        os.close(reader)
+    if told:
+        return told[0]
+    ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if ended < 0:
+        complain(f"the process in the background was ended by signal {-ended} before the files were locked")
+    return ended if ended > 0 else 1
+
+
+def _tell_parent(writer: int, status: int, wait: bool) -> None:
+    flush()
+    _let_go_of_terminal()
+    if wait:
+        os.write(writer, bytes([status]))  # a BrokenPipeError ends this process: the parent was ended meanwhile
+    os.close(writer)
+
+
+def _let_go_of_terminal() -> None:
+    """Leave the directory, and stdin, stdout and stderr: who reads them waits for their end."""
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)

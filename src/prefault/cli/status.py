@@ -1,0 +1,125 @@
+"""``prefault status``: show how much of files is in the page cache."""
+
+from __future__ import annotations
+
+import itertools
+
+import click
+
+from prefault.cli.file_options import FileArguments, failures_to_json, file_options, need_paths, share
+from prefault.cli.json_output import print_json
+from prefault.cli.messages import printable
+from prefault.files.file_status import FilesStatus, FileStatus, each_status
+from prefault.files.file_status import status as status_of
+from prefault.ranges import PageRange, RangeSet
+from prefault.sizes import PAGE_SIZE, format_size
+
+_CHART = 60
+"""Characters of a chart."""
+
+
+@click.command()
+@file_options("prefault-status")
+@click.option("--cached", "show", flag_value="cached", help="Print the cached ranges of each file, in bytes, a line each.")
+@click.option(
+    "--missing", "show", flag_value="missing",
+    help="Print the ranges that are not cached: PATH, a tab, and A-B, as --range takes it.",
+)  # fmt: skip
+@click.option("--pid", type=click.IntRange(min=1), metavar="PID", help="Show the memory of a process, mapping by mapping.")
+def status(files: FileArguments, show: str | None, pid: int | None) -> int:
+    """Show how much of files is in the page cache. Nothing is read in.
+
+    PATHS are files, block devices, and directories with all that is in them. A file with several names counts once.
+
+    \b
+    Examples:
+      prefault status /srv/models
+      prefault status -v -I '*.safetensors' .
+      find / -name '*.so' -print0 | prefault status -b - -0
+      prefault status --pid 1234
+
+    Exit status: 0; 1 if a file could not be looked at, or the kernel does not tell; 2 for a wrong command line.
+    """
+    if pid is not None:
+        if files.named or files.ranges:
+            raise click.UsageError("--pid shows a process, and takes neither paths nor ranges of files")
+        from prefault.cli.process_options import run_status
+
+        return run_status(pid, as_json=files.output == "json", ranges=show is not None or files.verbose)
+    need_paths(files)
+    if files.output == "json":
+        found = status_of(files.selection, ranges=files.ranges, pages=show is not None or files.verbose)
+        _print_json(found, files)
+        return 1 if found.failures or found.unknown else 0
+    return _print_text(files, show)
+
+
+def _print_text(files: FileArguments, show: str | None) -> int:
+    count = pages = cached = dirty = unknown = 0
+    for found in each_status(files.selection, ranges=files.ranges, pages=files.verbose or show is not None):
+        if not isinstance(found, FileStatus):
+            files.fail(found)
+            continue
+        count += 1
+        pages += found.pages
+        cached += found.cached_pages or 0
+        dirty += found.dirty_pages or 0
+        unknown += found.cached_pages is None
+        if show is not None:
+            _print_ranges(found, show)
+        elif files.verbose:
+            files.print_file(found.path, _describe(found))
+    rows = [("files", f"{count} in {files.selection.directories} directories"), ("cached", share(cached, pages))]
+    if dirty:
+        rows.append(("dirty", format_size(dirty * PAGE_SIZE)))
+    if unknown:
+        rows.append(("unknown", f"{unknown} files, of which the kernel does not tell (--json has the reasons)"))
+    if show is None:
+        files.print_summary(rows)
+    files.print_key_values("Resident", count, cached, pages)
+    return 1 if files.failures or unknown else 0
+
+
+def _describe(found: FileStatus) -> str:
+    if found.cached_pages is None:
+        return f"cannot tell: {found.reason}"
+    chart = "" if found.ranges is None or not found.pages else f" [{draw_chart(found.ranges, found.size)}]"
+    return f"{share(found.cached_pages, found.pages)}{chart}"
+
+
+def draw_chart(cached: RangeSet, size: int, width: int = _CHART) -> str:
+    """Draw which parts of a file are cached: ``O`` whole, ``o`` in part, a blank not at all."""
+    total = -(-size // PAGE_SIZE)
+    cells = min(width, total)
+    cuts = [PAGE_SIZE * (total * cell // max(1, cells)) for cell in range(cells + 1)]
+    chart = []
+    for start, stop in itertools.pairwise(cuts):
+        length = (cached & RangeSet([PageRange(start, stop)])).length
+        chart.append("O" if length == stop - start else "o" if length else " ")
+    return "".join(chart)
+
+
+def _print_ranges(found: FileStatus, show: str) -> None:
+    ranges = found.ranges if show == "cached" else found.missing()
+    for part in ranges or ():
+        click.echo(f"{printable(found.path)}\t{part.start}-{part.stop}")
+
+
+def _print_json(found: FilesStatus, files: FileArguments) -> None:
+    print_json(
+        "prefault-status", 1,
+        {
+            "page_size": PAGE_SIZE,
+            "files": ({**one._asdict(), "ranges": _plain(one.ranges)} for one in found.files),
+            "failures": failures_to_json(found.failures),
+            "totals": {
+                "files": len(found.files), "directories": found.directories, "skipped": files.selection.skipped,
+                "pages": found.pages, "cached_pages": found.cached_pages, "unknown_files": found.unknown,
+            },
+            "seconds": found.seconds,
+        },
+    )  # fmt: skip
+
+
+def _plain(ranges: RangeSet | None) -> list[list[int]] | None:
+    return None if ranges is None else [[part.start, part.stop] for part in ranges]

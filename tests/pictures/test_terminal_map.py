@@ -1,0 +1,80 @@
+"""The heat map in the terminal: what is drawn for known rows."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from prefault.cli.messages import printable
+from prefault.pictures.heat_rows import ALL, HeatRow, Part
+from prefault.pictures.sampling import Frame
+from prefault.pictures.terminal_map import picture, plain_row, summary
+
+_MIB = 1 << 20
+
+
+def _row(name: str, levels: bytes, present: int) -> HeatRow:
+    return HeatRow(name, "file", "", 0, _MIB, present, levels, (Part(0, _MIB, len(levels)),))
+
+
+def _drawn(frame: Frame, width: int = 100, height: int = 20) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(picture(frame, width, height, printable))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+def test_shades_and_numbers() -> None:
+    rows = [_row("half", bytes([ALL] * 8 + [0] * 8), _MIB // 2), _row("all", bytes([ALL] * 16), _MIB)]
+    frame = Frame(1.0, rows, {rows[0].key: 2.0 * _MIB}, 2.0 * _MIB)
+    lines = _drawn(frame)
+    assert lines[0] == "1.5 MiB of 2.0 MiB present (75.0 %), +2.0 MiB/s, 2 rows"
+    strip = lines[1].split()[1]
+    assert strip.count("█") + strip.count("·") >= len(strip) - 1  # the cell in the middle may be both
+    assert strip.startswith("███")
+    assert strip.endswith("···")
+    assert abs(strip.count("█") - strip.count("·")) <= 1
+    assert "50.0 %" in lines[1]
+    assert "+2.0 MiB/s" in lines[1]
+    assert set(lines[2].split()[1]) == {"█"}
+
+
+def test_rows_that_do_not_fit_are_one_line() -> None:
+    frame = Frame(0.0, [_row(f"file{at}", bytes(4), 0) for at in range(500)], {}, None)
+    lines = _drawn(frame, height=12)
+    assert len(lines) <= 12
+    assert any("494 more: 0 bytes of 494.0 MiB" in line for line in lines)
+
+
+def test_a_name_cannot_control_the_terminal() -> None:
+    frame = Frame(0.0, [_row("evil\x1b[2J\n\udcff", bytes(4), 0)], {}, None)
+    text = "\n".join(_drawn(frame))
+    assert "evil\\x1b[2J\\x0a\\xff" in text
+    assert "\x1b" not in text
+
+
+def test_gaps_are_marked() -> None:
+    parts = (Part(0, 4096, 1), Part(_MIB // 2, _MIB // 2 + 8192, 2))
+    row = HeatRow("m", "mapping", "", 0, _MIB, 12288, bytes([ALL, ALL, 0]), parts)
+    (line,) = (line for line in _drawn(Frame(0.0, [row], {}, None)) if line.startswith("m "))
+    assert line.split()[1].count("┊") == 2
+
+
+def test_nearly_all_is_not_all() -> None:
+    row = HeatRow("m", "file", "", 0, 1 << 40, (1 << 40) - 4096, None, ())
+    assert plain_row(row, str).startswith(" 99.9 %")
+    assert plain_row(row._replace(present_bytes=1), str).startswith("  0.1 %")
+
+
+def test_what_is_not_known_says_why() -> None:
+    row = HeatRow("m", "file", "", 0, 4096, None, None, (), "another user's")
+    frame = Frame(0.0, [row], {}, None)
+    assert summary(frame) == "0 bytes of 0 bytes present, 1 row, 1 not known"
+    assert any("? another user's" in line for line in _drawn(frame))
+
+
+def test_narrow_terminals_and_wide_letters() -> None:
+    frame = Frame(0.0, [_row("模型" * 40, bytes([ALL] * 9), _MIB)], {}, None)
+    for width in (20, 60, 200):
+        assert all(len(line) <= width for line in _drawn(frame, width=width))

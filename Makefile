@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 # run takes half as long again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart packages test check stress guest coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote man format clean
+.PHONY: quickstart packages test check docs stress guest coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote man format clean
 
 ## Install into .venv, with what device memory and remote files need, and measure how fast this machine populates memory.
 quickstart: $(VENV)/.installed
@@ -23,12 +23,18 @@ packages:
 	dpkg --status $$(cat requirements/debian.txt) > /dev/null 2>&1 || \
 		{ apt-get update && apt-get install --yes --no-install-recommends $$(cat requirements/debian.txt); }
 
-## Check style, types, the layering rule and the public names.
-check: $(VENV)/.test-installed
+## Check style, types, the layering rule, the public names, and that the documentation holds.
+check: $(VENV)/.test-installed docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_layering.py tests/test_public.py
+	$(BIN)/repo-review .
+	$(BIN)/python -m pytest tests/test_layering.py tests/test_public.py tests/test_docs.py
+
+## Build the documentation's site in build/site: every link leads somewhere, every public name is in the reference, and no
+## page loads anything from another host.
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 ## Run the long, random and large tests.
 stress: $(VENV)/.test-installed $(VENV)/uapi/.extracted
@@ -91,6 +97,11 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml
 # requirements/test.txt pins every package that the tests run with.
 $(VENV)/.test-installed: $(VENV)/.installed requirements/test.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/test.txt
+	touch $@
+
+# requirements/docs.txt pins what the site is built with.
+$(VENV)/.docs-installed: $(VENV)/.test-installed requirements/docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/docs.txt
 	touch $@
 
 # The kernel's user-space headers of a recent release, newer than the distribution's, for tests/kernel/test_headers.py.

@@ -7,12 +7,16 @@ import builtins
 import re
 import symtable
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import prefault
+
 _ROOT = Path(__file__).parent.parent
-_PAGES = [_ROOT / "README.md", _ROOT / "CONTRIBUTING.md", *sorted((_ROOT / "docs").rglob("*.md"))]
+_PAGES = [*sorted(_ROOT.glob("*.md")), *sorted((_ROOT / "docs").rglob("*.md"))]
+_PUBLIC_MODULES = ("device", "drivers", "pool", "processes", "shared_memory", "testing", "virtio_mem")
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -142,6 +146,31 @@ def test_each_walk_of_the_architecture_page_has_at_most_ten_stops() -> None:
         stops = [int(number) for number in re.findall(r"^(\d+)\. ", sections[title], re.MULTILINE)]
         assert stops == list(range(1, len(stops) + 1)), title
         assert 5 <= len(stops) <= 10, title
+
+
+def test_each_page_is_listed() -> None:
+    """docs/README.md and the README.md of each folder list all pages: the site's navigation is made from them."""
+    listed = {_ROOT / "docs" / "README.md"}
+    pending = list(listed)
+    while pending:
+        index = pending.pop()
+        links = re.findall(r"^(?:- |\| )\[.+?\]\(([\w./-]+\.md)\)", index.read_text(), re.MULTILINE)
+        found = {(index.parent / link).resolve() for link in links}
+        pending += [page for page in found - listed if page.name == "README.md" and page.parent != _ROOT]
+        listed |= found
+    assert set(_PAGES) - listed == set()
+
+
+def test_the_reference_has_each_public_name_once() -> None:
+    """`make docs` builds it from the docstrings."""
+    pages = (_ROOT / "docs" / "reference").glob("*.md")
+    named = [name for page in pages for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
+    assert sorted(set(named)) == sorted(named)
+    wanted = {f"prefault.{name}" for name in prefault.__all__}
+    for module in _PUBLIC_MODULES:
+        wanted |= {f"prefault.{module}.{name}" for name in import_module(f"prefault.{module}").__all__}
+    assert set(named) - wanted == set()
+    assert {name for name in wanted - set(named) if f"prefault.{name.rpartition('.')[2]}" not in named} == set()
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -200,9 +200,6 @@ _LATER = {
     "ready": "prefault.arrays",
     "select": "prefault.files.selection",
     "status": "prefault.files.file_status",
-    "empty": "prefault.arrays",
-    "full": "prefault.arrays",
-    "ready": "prefault.arrays",
     "zeros": "prefault.arrays",
 }
 _LATER_MODULES = ("device", "drivers", "pool", "processes", "virtio_mem")

@@ -91,6 +91,7 @@ _PUBLIC = [
     "parse_size",
     "plan",
     "populate",
+    "populate_many",
     "protect_shared_memory",
     "ready",
     "residency",

@@ -32,8 +32,8 @@ import typing as _typing
 from prefault._version import __version__
 from prefault.engine.discarding import DiscardResult, discard
 from prefault.engine.locking import LockResult, unlock
-from prefault.engine.planning import Plan, plan
-from prefault.engine.populating import PopulateResult, populate
+from prefault.engine.planning import Plan
+from prefault.engine.populating import PopulateResult, plan, populate, populate_many
 from prefault.engine.rate import RateLimit
 from prefault.errors import (
     BackingFullError,
@@ -161,6 +161,7 @@ __all__ = [
     "parse_size",
     "plan",
     "populate",
+    "populate_many",
     "protect_shared_memory",
     "ready",
     "residency",

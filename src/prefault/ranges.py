@@ -6,10 +6,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import repeat
 from operator import index
-from typing import NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, TypeAlias, Union
 
 from prefault.intervals import Intervals
 from prefault.sizes import PAGE_SIZE
+
+if TYPE_CHECKING:
+    import numpy
 
 
 class _Ends(NamedTuple):
@@ -132,3 +135,7 @@ class RangeSet(Intervals):
             return super().__contains__(other)
         after = bisect_right(self.edges, other.start)
         return not other or (after & 1 == 1 and other.stop <= self.edges[after])
+
+
+Ranges: TypeAlias = Union[Iterable[tuple[int, int]], Iterable[PageRange], RangeSet, "numpy.ndarray[Any, Any]"]
+"""Pairs of offset and length, :class:`PageRange`, a :class:`RangeSet`, or an integer array of shape ``(n, 2)``."""

@@ -160,13 +160,6 @@ def test_everything_with_memory_is_taken() -> None:
         shared.unlink()
 
 
-def test_a_strided_array_is_populated_by_the_pages_it_spans() -> None:
-    whole = np.zeros((64, PAGE_SIZE), np.uint8)
-    result = prefault.populate(whole[::2, :8])
-    assert "not contiguous" in str(result)
-    assert result.bytes + result.present_bytes >= 62 * PAGE_SIZE
-
-
 def test_an_empty_buffer_is_nothing_to_do() -> None:
     for empty in (b"", bytearray(), np.zeros((0, 5)), memoryview(b"abc")[3:]):
         result = prefault.populate(empty)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import errno
-from time import perf_counter
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from time import perf_counter, perf_counter_ns
 from typing import Any, NamedTuple
 
 from prefault._kernel import mman
 from prefault._system.capabilities import MLOCK_ONFAULT
 from prefault.engine.methods import Access
+from prefault.engine.parts import PopulateOptions
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
-from prefault.engine.rate import RateLimit
+from prefault.engine.rate import RateLimit, rate_limit
 from prefault.errors import HoleError, OutOfMemoryError
 from prefault.intervals import Intervals
 from prefault.limits.demand import Demand
 from prefault.limits.memory_use import MemoryUse
 from prefault.limits.process_limits import lock_refusal
 from prefault.limits.table import refusal_ahead
-from prefault.memory.borrowing import borrow
+from prefault.memory.borrowing import Borrowed, borrow
 from prefault.ranges import PageRange
 from prefault.sizes import Size, format_size
 
@@ -55,7 +59,8 @@ def lock(
     locked memory. The driver of device memory may take its pages back all the same; they are locked when they return.
 
     Args:
-        buffer: any buffer, as for :func:`prefault.populate`; rounded outward to whole pages.
+        buffer: any buffer or collection, as for :func:`prefault.populate`; rounded outward to whole pages. Each separate
+            range of an array with gaps becomes a mapping of its own, of which a process has 65 530 (``vm.max_map_count``).
         access: ``"read"``, ``"write"`` or None: how it is populated.
         offset: where to start, in bytes from the start of the buffer.
         length: how far; None: to its end.
@@ -72,25 +77,56 @@ def lock(
     Source: mlock2(2), MLOCK_ONFAULT (Linux 4.4).
     """
     began = perf_counter()
-    with borrow(buffer) as memory:
-        span = memory.select(offset, length)
-        pages = PageRange.outward(span.start, span.stop)
-        if headroom == "check":
-            _ensure_allowed(pages, memory.address)
-        populated = populate(
-            buffer, access=access, offset=offset, length=length, progress=progress, rate=rate, headroom=headroom
+    try:
+        memory = borrow(buffer)
+    except TypeError as error:
+        # Imported here: a part of the import time that most programs need not spend.
+        from prefault.engine.scattered.populating_many import populate_members
+        from prefault.memory.borrowed_members import borrowed_collection
+
+        options = PopulateOptions(
+            access, None, None, rollback=False, progress=progress, rate=rate_limit(rate), headroom=headroom,
+            began=perf_counter_ns(), huge=False,
         )  # fmt: skip
-        if pages:
-            try:
-                # On fault: what is present is locked. Without, the kernel populates once more, and hides failures.
-                mman.mlock2(pages.start, pages.length, mman.MLOCK_ONFAULT if MLOCK_ONFAULT.available else 0)
-            except OSError as error:
-                raise OutOfMemoryError(
-                    error.errno or errno.ENOMEM,
-                    f"{format_size(pages.length)} are populated, but cannot be locked: {_why_not(pages, error)}",
-                    address=pages.start, offset=pages.start - memory.address,
-                ) from error  # fmt: skip
+        with borrowed_collection(buffer, offset, length, error) as members:
+            pages = Intervals.union_of(member.pages for member in members)
+            return _lock(pages, 0, partial(populate_members, members, options), headroom, began)
+    with memory:
+        populating = partial(
+            populate, buffer, access=access, offset=offset, length=length, progress=progress, rate=rate, headroom=headroom
+        )
+        return _lock(_pages_of(memory, offset, length), memory.address, populating, headroom, began)
+
+
+def _lock(
+    pages: Intervals, origin: int, populating: Callable[[], PopulateResult], headroom: HeadroomChoice, began: float
+) -> LockResult:
+    if headroom == "check":
+        _ensure_allowed(pages, origin)
+    populated = populating()
+    for index, (start, stop) in enumerate(pages):
+        try:
+            # On fault: what is present is locked. Without, the kernel populates once more, and hides failures.
+            mman.mlock2(start, stop - start, mman.MLOCK_ONFAULT if MLOCK_ONFAULT.available else 0)
+        except OSError as error:
+            for first, last in islice(pages, index):
+                mman.munlock(first, last - first)
+            raise OutOfMemoryError(
+                error.errno or errno.ENOMEM,
+                f"{format_size(pages.length)} are populated, but cannot be locked: {_why_not(start, error)}",
+                address=start, offset=start - origin,
+            ) from error  # fmt: skip
     return LockResult(pages.length, populated, perf_counter() - began)
+
+
+def _pages_of(memory: Borrowed, offset: Size, length: Size | None) -> Intervals:
+    """Return the pages that hold a byte of a part of borrowed memory."""
+    span = memory.select(offset, length)
+    if memory.strides is None:
+        return Intervals([PageRange.outward(*span)])
+    from prefault.memory.borrowed_members import member_of
+
+    return member_of("", memory, Intervals([span])).pages
 
 
 def unlock(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> int:
@@ -105,33 +141,42 @@ def unlock(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> int:
 
     Source: munlock(2).
     """
-    with borrow(buffer) as memory:
-        span = memory.select(offset, length)
-        pages = PageRange.outward(span.start, span.stop)
-        if pages:
-            try:
-                mman.munlock(pages.start, pages.length)
-            except OSError as error:
-                if error.errno != errno.ENOMEM:
-                    raise
-                raise HoleError(
-                    errno.ENOMEM, "a part of the range is not mapped; what lies before it is unlocked",
-                    address=pages.start, offset=pages.start - memory.address,
-                ) from error  # fmt: skip
+    try:
+        memory = borrow(buffer)
+    except TypeError as error:
+        from prefault.memory.borrowed_members import borrowed_collection
+
+        with borrowed_collection(buffer, offset, length, error) as members:
+            return _unlock(Intervals.union_of(member.pages for member in members), 0)
+    with memory:
+        return _unlock(_pages_of(memory, offset, length), memory.address)
+
+
+def _unlock(pages: Intervals, origin: int) -> int:
+    for start, stop in pages:
+        try:
+            mman.munlock(start, stop - start)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            raise HoleError(
+                errno.ENOMEM, "a part of the range is not mapped; what lies before it is unlocked",
+                address=start, offset=start - origin,
+            ) from error  # fmt: skip
     return pages.length
 
 
-def _ensure_allowed(pages: PageRange, origin: int) -> None:
-    use = MemoryUse(pages.start, pages.stop, locks=True)
-    short = refusal_ahead([Demand(use, Intervals([pages]))], "RLIMIT_MEMLOCK")
+def _ensure_allowed(pages: Intervals, origin: int) -> None:
+    start, stop = pages.span
+    short = refusal_ahead([Demand(MemoryUse(start, stop, locks=True), pages, None, pages)], "RLIMIT_MEMLOCK")
     if short is not None:
         raise short.error(
             f"locking takes {format_size(short.needed_bytes)} more, and {short.limit.advice}",
-            address=pages.start, offset=pages.start - origin,
+            address=start, offset=start - origin,
         )  # fmt: skip
 
 
-def _why_not(pages: PageRange, error: OSError) -> str:
+def _why_not(start: int, error: OSError) -> str:
     if error.errno in (errno.ENOMEM, errno.EPERM, errno.EAGAIN):
         return f"{lock_refusal()}, and vm.max_map_count bounds the number of its parts"
-    return f"the kernel refuses it at {pages.start:#x}: {error.strerror}"
+    return f"the kernel refuses it at {start:#x}: {error.strerror}"

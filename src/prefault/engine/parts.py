@@ -5,22 +5,37 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from time import perf_counter_ns
+from typing import NamedTuple
 
 from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
 from prefault.engine.outcomes import PopulateResult, Settlement, interrupted
-from prefault.engine.planning import Segment
+from prefault.engine.planning import Segment, Threads
 from prefault.engine.progress import Progress
 from prefault.engine.rate import RateLimit
 from prefault.errors import PopulateError, PopulateInterrupted
 from prefault.intervals import Intervals
-from prefault.limits.admission import AdmissionControl
+from prefault.limits.admission import AdmissionControl, HeadroomChoice
 from prefault.memory.borrowing import Borrowed, GuardedPopulate, PageProvider, ProvidedPages
 from prefault.memory.vma import Backing
 from prefault.ranges import RangeSet
 from prefault.sizes import MIB, format_size
 
 _NONE = Intervals()
+
+
+class PopulateOptions(NamedTuple):
+    """Arguments of :func:`prefault.populate`, and when it began, by :func:`time.perf_counter_ns`."""
+
+    access: Access | None
+    method: str | None
+    threads: Threads
+    rollback: bool
+    progress: Progress | bool
+    rate: RateLimit | None
+    headroom: HeadroomChoice
+    began: int
+    huge: bool
 
 
 class Part(abc.ABC):

@@ -6,14 +6,14 @@ import errno
 import os
 from collections.abc import Iterator
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from prefault._system import capabilities, thp
 from prefault._system.cpus import usable_cpus, why_not_more_cpus
 from prefault.engine.methods import Access, Method, Target, best, by_name
 from prefault.intervals import Intervals
 from prefault.limits.memory_use import MemoryUse
-from prefault.memory.borrowing import Borrowed, Span, borrow, other_spans, provided_spans
+from prefault.memory.borrowing import Borrowed, Span, other_spans, provided_spans
 from prefault.memory.huge_advice import obstacle
 from prefault.memory.vma import Backing, Vma, file_descriptor, vmas_by_kind
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
@@ -103,27 +103,6 @@ class Plan(NamedTuple):
         return "\n".join([*lines, *self.notes])
 
 
-def plan(
-    buffer: Any,
-    *,
-    access: Access | None = None,
-    offset: Size = 0,
-    length: Size | None = None,
-    method: str | None = None,
-    threads: Threads = None,
-    huge: Huge = None,
-) -> Plan:
-    """Return the plan of :func:`prefault.populate` for the same arguments, with its reasons. Nothing is populated.
-
-    Raises:
-        TypeError, ValueError: those of :func:`prefault.populate`.
-    """
-    with borrow(buffer) as memory:
-        made = make_plan(memory, access, offset, length, method, threads)
-        note = _huge_note(made, memory) if wants_huge(huge) and made.segments else None
-        return made if note is None else made._replace(notes=(*made.notes, note))
-
-
 def make_plan(
     memory: Borrowed, access: Access | None, offset: Size, length: Size | None, method: str | None, threads: Threads
 ) -> Plan:
@@ -149,11 +128,18 @@ def plan_span(
     memory: Borrowed, span: Span, access: Access | None, method: str | None, threads: Threads
 ) -> Plan:  # fmt: skip
     """Return the plan for a part of borrowed memory that the kernel shall populate."""
-    chosen = None if method is None else _chosen(method, access)
+    chosen = None if method is None else chosen_method(method, access)
     if span.start == span.stop:
         return Plan(span, (), 1, ())
-    segments = tuple(_segments(memory, span, access, chosen))
-    notes = [] if memory.contiguous else ["the array is not contiguous: every page that it spans is populated"]
+    return explained(memory, span, tuple(segments_of(memory, span, access, chosen)), access, chosen, threads)
+
+
+def explained(
+    memory: Borrowed, span: Span, segments: tuple[Segment, ...], access: Access | None, chosen: Method | None,
+    threads: Threads,
+) -> Plan:  # fmt: skip
+    """Return the plan for segments of borrowed memory, with the number of threads and the notes."""
+    notes: list[str] = []
     kinds = {segment[2:5]: segment for segment in segments}.values()
     notes += dict.fromkeys(note for segment in kinds for note in _notes(segment))
     if access is None and chosen is None and not memory.readonly:
@@ -164,7 +150,8 @@ def plan_span(
     return Plan(span, segments, count, tuple(notes), reason)
 
 
-def _chosen(name: str, access: Access | None) -> Method:
+def chosen_method(name: str, access: Access | None) -> Method:
+    """Return the method that a caller asks for by name; ValueError if it is not for populating memory that is in use."""
     method = by_name(name, access)
     if method.by_hand or method.overwrites:
         raise ValueError(
@@ -176,7 +163,7 @@ def _chosen(name: str, access: Access | None) -> Method:
     return method
 
 
-def _segments(memory: Borrowed, span: Span, access: Access | None, chosen: Method | None) -> Iterator[Segment]:
+def segments_of(memory: Borrowed, span: Span, access: Access | None, chosen: Method | None) -> Iterator[Segment]:
     """Yield one segment per mapping, neighbours of the same kind joined, a hole with the mapping before it.
 
     The kernel itself stops at a hole, so that none need be found here.
@@ -322,7 +309,7 @@ def _threads(asked: Threads, segments: tuple[Segment, ...]) -> _ThreadChoice:
 
 def _chosen_threads(segments: tuple[Segment, ...]) -> _ThreadChoice:
     each = max(THREAD_BYTES, *(segment.target.page_size for segment in segments))
-    worth = (segments[-1].stop - segments[0].start) // each
+    worth = sum(segment.length for segment in segments) // each
     if worth < 2:
         return _ThreadChoice(1, f"a second one pays from {format_size(2 * each)} on")
     if any(segment.backing is Backing.FILE for segment in segments):
@@ -365,7 +352,8 @@ def huge_page_candidates(plan: Plan, memory: Borrowed) -> tuple[Intervals, str |
     return (private, None) if reason is None else (Intervals(), f"no huge pages asked for: {reason}")
 
 
-def _huge_note(plan: Plan, memory: Borrowed) -> str:
+def huge_note(plan: Plan, memory: Borrowed) -> str:
+    """Return a sentence about what huge="auto" would do."""
     private, note = huge_page_candidates(plan, memory)
     size = format_size(private.inward(thp.pmd_size() or PAGE_SIZE).length)
     return note or (

@@ -6,14 +6,33 @@ import errno
 from collections.abc import Sequence
 from operator import itemgetter
 from time import perf_counter_ns
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from prefault.engine.chunk_queue import PlanQueue
 from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
 from prefault.engine.outcomes import NO_MEMORY, PopulateResult
-from prefault.engine.parts import KernelPart, Part, ProgressOfParts, access_to, admit, device_parts, run_parts
-from prefault.engine.planning import Huge, Plan, Segment, Threads, huge_page_candidates, plan_span, wants_huge
+from prefault.engine.parts import (
+    KernelPart,
+    Part,
+    PopulateOptions,
+    ProgressOfParts,
+    access_to,
+    admit,
+    device_parts,
+    run_parts,
+)
+from prefault.engine.planning import (
+    Huge,
+    Plan,
+    Segment,
+    Threads,
+    huge_note,
+    huge_page_candidates,
+    make_plan,
+    plan_span,
+    wants_huge,
+)
 from prefault.engine.populated_pages import pages_before, populated_pages
 from prefault.engine.progress import Progress, check_progress, reporting
 from prefault.engine.rate import RateLimit, rate_limit
@@ -34,9 +53,13 @@ from prefault.memory.borrowing import (
     provided_spans,
 )
 from prefault.memory.huge_advice import HugeAdvice
+from prefault.ranges import Ranges
 from prefault.sizes import Size
 
-__all__ = ["HeadroomChoice", "PopulateResult", "Progress", "populate"]
+if TYPE_CHECKING:
+    from prefault.memory.borrowed_members import Member
+
+__all__ = ["HeadroomChoice", "PopulateResult", "Progress", "plan", "populate", "populate_many"]
 
 _NONE = Intervals()
 
@@ -62,7 +85,10 @@ def populate(
 
     Args:
         buffer: ndarray, mmap, memoryview, bytearray, SharedMemory, tensor, :class:`~prefault.Mapping`, ...: see
-            :func:`prefault.memory.borrow`. It is rounded outward to whole pages, which does no harm to the neighbours.
+            :func:`prefault.memory.borrow`. It is rounded outward to whole pages, which does no harm to the neighbours. An
+            array with gaps (``a[:, 3]``) brings in the pages that it touches, and not what lies between. Also any
+            collection of buffers: a list, tuple or dictionary (a state_dict), a torch module, SafeTensors, an Arrow table,
+            a pandas or polars frame, one inside the other; pages that they share are populated once.
         access: ``"read"``: readable, without breaking copy-on-write, perhaps with the shared zero page and no memory.
             ``"write"``: memory allocated and writable. None: ``"read"`` for what may not be written, for files shared with
             a disk (their holes are allocated as well) and for private mappings of files, which would be copied into
@@ -98,15 +124,24 @@ def populate(
     Source: madvise(2), MADV_POPULATE_READ and MADV_POPULATE_WRITE (Linux 5.14, commit 4ca9b3859dac, David Hildenbrand).
     """
     began = perf_counter_ns()
-    if headroom not in ("check", "ignore"):
-        raise ValueError(f"headroom is 'check' or 'ignore', not {headroom!r}")
-    check_progress(progress)
-    if access not in (None, "read", "write"):
-        raise ValueError(f"access is 'read', 'write' or None, not {access!r}")
-    memory = borrow(buffer)
+    _check_choices(access, headroom, progress)
+    options = PopulateOptions(
+        access, method, threads, rollback, progress, rate_limit(rate), headroom, began, wants_huge(huge)
+    )
+    try:
+        memory = borrow(buffer)
+    except TypeError as error:
+        _check_not_huge(options.huge)
+        from prefault.engine.scattered.populating_many import populate_members
+        from prefault.memory.borrowed_members import borrowed_collection
+
+        with borrowed_collection(buffer, offset, length, error) as members:
+            return populate_members(members, options)
     try:
         span = memory.select(offset, length)
-        options = _Options(access, method, threads, rollback, progress, rate_limit(rate), headroom, began, wants_huge(huge))
+        if memory.strides is not None:
+            _check_not_huge(options.huge)
+            return _populate_pages(memory, Intervals([span]), options)
         if memory.access_guard is None:
             return _populate(memory, span, None, options)
         with memory.access_guard.populating(span) as guarded:
@@ -119,21 +154,118 @@ def populate(
         memory.release()
 
 
-class _Options(NamedTuple):
-    """Arguments of :func:`populate`, and when it began, by :func:`time.perf_counter_ns`."""
+def plan(
+    buffer: Any,
+    *,
+    access: Access | None = None,
+    offset: Size = 0,
+    length: Size | None = None,
+    method: str | None = None,
+    threads: Threads = None,
+    huge: Huge = None,
+) -> Plan:
+    """Return the plan of :func:`prefault.populate` for the same arguments, with its reasons. Nothing is populated.
 
-    access: Access | None
-    method: str | None
-    threads: Threads
-    rollback: bool
-    progress: Progress | bool
-    rate: RateLimit | None
-    headroom: HeadroomChoice
-    began: int
-    huge: bool
+    Of a collection, or an array with gaps, there is one segment for each kind of memory, which may lie inside another's.
+
+    Raises:
+        TypeError, ValueError: those of :func:`prefault.populate`.
+    """
+    _check_choices(access, "check", False)
+    try:
+        memory = borrow(buffer)
+    except TypeError as error:
+        _check_not_huge(wants_huge(huge))
+        # Imported here, and below: a part of the import time that most programs need not spend.
+        from prefault.memory.borrowed_members import borrowed_collection
+
+        with borrowed_collection(buffer, offset, length, error) as members:
+            return _plan_members(members, access, method, threads)
+    with memory:
+        if memory.strides is None:
+            made = make_plan(memory, access, offset, length, method, threads)
+            note = huge_note(made, memory) if wants_huge(huge) and made.segments else None
+            return made if note is None else made._replace(notes=(*made.notes, note))
+        _check_not_huge(wants_huge(huge))
+        from prefault.memory.borrowed_members import member_of
+
+        return _plan_members([member_of("", memory, Intervals([memory.select(offset, length)]))], access, method, threads)
 
 
-def _populate(memory: Borrowed, span: Span, guarded: GuardedPopulate | None, options: _Options) -> PopulateResult:
+def _plan_members(members: Sequence[Member], access: Access | None, method: str | None, threads: Threads) -> Plan:
+    from prefault.engine.scattered.planning_pages import joined, plan_members
+
+    plans, provided = plan_members(members, access, method, threads)
+    return joined(plans, sum(stop - start for start, stop, _ in provided))
+
+
+def _check_choices(access: object, headroom: object, progress: object) -> None:
+    if headroom not in ("check", "ignore"):
+        raise ValueError(f"headroom is 'check' or 'ignore', not {headroom!r}")
+    check_progress(progress)
+    if access not in (None, "read", "write"):
+        raise ValueError(f"access is 'read', 'write' or None, not {access!r}")
+
+
+def _check_not_huge(huge: bool) -> None:
+    if huge:
+        raise ValueError("huge='auto' is for one buffer without gaps: give the buffers one by one, or leave huge out")
+
+
+def populate_many(
+    buffer: Any,
+    ranges: Ranges,
+    *,
+    access: Access | None = None,
+    threads: Threads = None,
+    rollback: bool = False,
+    progress: Progress | bool = False,
+    rate: RateLimit | Size | None = None,
+    headroom: HeadroomChoice = "check",
+) -> PopulateResult:
+    """Make many ranges of ``buffer`` present, and nothing that lies between them: the rows of a table, say.
+
+    A system call takes up to 1024 ranges. A page that several ranges touch is populated once.
+
+    Args:
+        buffer: any buffer, as for :func:`prefault.populate`, that is not sparse memory (which has a method of this name).
+        ranges: pairs of offset and length in bytes, :class:`PageRange`, a :class:`RangeSet`, or an integer array of shape
+            ``(n, 2)``, in any order; each is rounded outward to whole pages, empty ones are left out.
+        access: ``"read"``, ``"write"`` or None, as for :func:`prefault.populate`.
+        threads: how many at once; ``"auto"`` or None: chosen by size, affinity and CPU quota.
+        rollback: on failure or Ctrl-C discard the pages that this call brought in.
+        progress: True draws a bar on stderr, or logs where that is no terminal; a function is called with the bytes done and
+            in all.
+        rate: limit of the bytes a second that are brought in, as ``"2 GiB/s"``; None: none.
+        headroom: ``"check"`` checks the limits, but not the space of a disk; ``"ignore"`` does not.
+
+    Raises:
+        ValueError: an item is no range inside the buffer; the message has its index. Nothing was populated.
+        PopulateError, PopulateInterrupted, TypeError: as :func:`prefault.populate`.
+
+    Source: process_madvise(2), which takes MADV_POPULATE_* for ranges of the own process since Linux 6.13.
+    """
+    from prefault.engine.scattered.range_arguments import parse_ranges
+
+    began = perf_counter_ns()
+    _check_choices(access, headroom, progress)
+    options = PopulateOptions(access, None, threads, rollback, progress, rate_limit(rate), headroom, began, huge=False)
+    with borrow(buffer) as memory:
+        if memory.access_guard is not None:
+            raise TypeError("this is sparse memory, which is populated all or nothing: call its own populate_many")
+        wanted = parse_ranges(ranges, memory.length).shifted(memory.address)
+        return _populate_pages(memory, wanted, options)
+
+
+def _populate_pages(memory: Borrowed, wanted: Intervals, options: PopulateOptions) -> PopulateResult:
+    """Populate those pages among ``wanted`` addresses that hold a byte of the buffer."""
+    from prefault.engine.scattered.populating_many import populate_members
+    from prefault.memory.borrowed_members import member_of
+
+    return populate_members([member_of("", memory, wanted)], options)
+
+
+def _populate(memory: Borrowed, span: Span, guarded: GuardedPopulate | None, options: PopulateOptions) -> PopulateResult:
     access, method, threads = options[:3]
     provided = provided_spans(*span) if method in (None, "device") and span.start < span.stop else ()
     if provided:
@@ -143,7 +275,7 @@ def _populate(memory: Borrowed, span: Span, guarded: GuardedPopulate | None, opt
     return _carry_out(plan or plan_span(memory, span, access, method, threads), memory, guarded, options)
 
 
-def _carry_out(plan: Plan, memory: Borrowed, guarded: GuardedPopulate | None, options: _Options) -> PopulateResult:
+def _carry_out(plan: Plan, memory: Borrowed, guarded: GuardedPopulate | None, options: PopulateOptions) -> PopulateResult:
     _, _, _, rollback, progress, rate, headroom, began, huge = options
     if not plan.segments:
         return PopulateResult(0, 0, 0.0, plan.access, "none", 1)
@@ -171,7 +303,7 @@ def _carry_out(plan: Plan, memory: Borrowed, guarded: GuardedPopulate | None, op
 
 
 def _populate_parts(
-    memory: Borrowed, span: Span, provided: Sequence[ProvidedSpan], guarded: GuardedPopulate | None, options: _Options
+    memory: Borrowed, span: Span, provided: Sequence[ProvidedSpan], guarded: GuardedPopulate | None, options: PopulateOptions
 ) -> PopulateResult:  # fmt: skip
     """Populate memory that page providers supply, in whole or in part."""
     access, method, threads, rollback, progress, rate, headroom, began, _ = options

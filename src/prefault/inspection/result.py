@@ -53,7 +53,8 @@ class Residency:
     """The pages of a range at one moment.
 
     Attributes:
-        range: the inspected whole pages, as addresses.
+        range: the inspected whole pages, as addresses; of a collection or an array with gaps from its first to its last.
+        inspected_bytes: bytes of the inspected pages: of collections and arrays with gaps without what lies between.
         runs: neighbouring pages of equal state, without the pages that have no state at all. Made when first asked for.
         source: ``"pagemap_scan"``, ``"pagemap"`` or ``"mincore"``.
         unknown: the states that this source cannot tell for this memory, each with the reason.
@@ -69,6 +70,7 @@ class Residency:
     ) -> None:  # fmt: skip
         """Wrap ``words``: start, stop and state of each run in turn. Objects are made only when the runs are asked for."""
         self.range = pages
+        self.inspected_bytes = pages.length
         self.source = source
         self.unknown = unknown
         self.page_cache = page_cache
@@ -156,6 +158,8 @@ class Residency:
         """Return one :class:`PageState` for each base page, in order: shape ``(range.pages,)``, dtype uint8."""
         import numpy
 
+        if self.inspected_bytes != self.range.length:
+            raise ValueError("pages() needs one range: this is of scattered pages, whose states ranges() tells")
         first, last = ((self.rows[:, column] - self.range.start) // PAGE_SIZE for column in (0, 1))
         states = self.rows[:, 2].astype(numpy.uint8)
         # Differences from page to page, modulo 256. No two runs begin, or end, at the same page.
@@ -183,7 +187,7 @@ class Residency:
                 parts.append(f"{format_size(count)} {name}")
         if self.cached_bytes is not None:
             parts.append(f"{format_size(self.cached_bytes)} of the file in the page cache")
-        return f"{format_size(self.range.length)}: {', '.join(parts)}"
+        return f"{format_size(self.inspected_bytes)}: {', '.join(parts)}"
 
     def __repr__(self) -> str:
         return f"<Residency of {self.range}, {self} (from {self.source})>"

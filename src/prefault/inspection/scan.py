@@ -42,6 +42,8 @@ _EVERY = _ANY | int(
 )
 _NO_TRACKING = "writes are not tracked here: this kernel has no soft-dirty bits, and the memory is not write-protected"
 _READ_AT_ONCE = 256 * MIB
+_NEAR = 4 * MIB
+"""A gap between scattered pages that is scanned as well: one more scan costs more."""
 _NONE = Intervals()
 
 
@@ -49,7 +51,7 @@ def residency(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> R
     """Return the state of every page that holds a byte of ``buffer``.
 
     Args:
-        buffer: any memory, as for :func:`~prefault.populate`.
+        buffer: any memory, as for :func:`~prefault.populate`; of a collection all buffers together, each page once.
         offset: where to start looking, in bytes from the start of the buffer.
         length: how far; None: to its end.
 
@@ -57,8 +59,19 @@ def residency(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> R
 
     Sources: PAGEMAP_SCAN and pagemap, Documentation/admin-guide/mm/pagemap.rst; mincore(2).
     """
-    with borrow(buffer) as memory:
+    try:
+        memory = borrow(buffer)
+    except TypeError as error:
+        from prefault.memory.borrowed_members import borrowed_collection
+
+        with borrowed_collection(buffer, offset, length, error) as members:
+            return residency_of_pages(Intervals.union_of(member.pages for member in members))
+    with memory:
         span = memory.select(offset, length)
+        if memory.strides is not None:
+            from prefault.memory.borrowed_members import member_of
+
+            return residency_of_pages(member_of("", memory, Intervals([span])).pages)
         pages = PageRange.outward(span.start, span.stop)
         provided = provided_spans(*pages)
         if not provided:
@@ -73,6 +86,27 @@ def residency(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> R
         if counts:
             found.cached_bytes = sum(counts)
         return found
+
+
+def residency_of_pages(pages: Intervals) -> Residency:
+    """Return the residency of scattered pages, without what lies between them."""
+    import numpy
+
+    parts: list[numpy.typing.NDArray[numpy.int64]] = []
+    found = residency_of(PageRange(0, 0))
+    unknown: dict[PageState, str] = {}
+    for start, stop in pages.bridged(_NEAR) if len(pages) > 1 else pages:
+        found = residency_of(PageRange(start, stop))
+        unknown |= found.unknown
+        for state in numpy.unique(found.rows[:, 2]).tolist():
+            rows = found.rows[found.rows[:, 2] == state]
+            edges = (Intervals.from_arrays(rows[:, 0], rows[:, 1]) & pages).to_numpy()
+            parts.append(numpy.column_stack((edges[::2], edges[1::2], numpy.full(len(edges) // 2, state, numpy.int64))))
+    together = numpy.concatenate(parts) if parts else numpy.empty((0, 3), numpy.int64)
+    words = array("Q", together[numpy.argsort(together[:, 0])].tobytes())
+    result = Residency(PageRange(*pages.span), words, found.source, unknown)
+    result.inspected_bytes = pages.length
+    return result
 
 
 def residency_of(pages: PageRange, page_cache: PageCache | None = None) -> Residency:

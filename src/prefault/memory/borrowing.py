@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, Protocol, SupportsIndex
 from prefault._system import fork_hooks
 from prefault.interval_index import IntervalIndex
 from prefault.intervals import Intervals
+from prefault.memory.strides import Strides
 from prefault.ranges import RangeSet
 from prefault.sizes import Size, parse_size
 
@@ -36,26 +37,31 @@ class Borrowed:
         address: of its first byte.
         length: bytes from the first to the last, gaps of a strided array included.
         readonly: whether the buffer's owner forbids writing through it (the pages may be writable all the same).
-        contiguous: whether every byte between first and last belongs to the buffer.
+        strides: where the items of a buffer with gaps lie; None without gaps.
         fd: descriptor of the file behind the memory, if the owner has one, else None. Borrowed as well.
         huge: whether the owner asked for transparent huge pages, or for none: fallocate does not see that.
         access_guard: hook that populate and discard enter before they touch a page, if the owner installed one.
     """
 
-    __slots__ = ("_pin", "access_guard", "address", "contiguous", "fd", "huge", "length", "readonly")
+    __slots__ = ("_pin", "access_guard", "address", "fd", "huge", "length", "readonly", "strides")
 
     def __init__(
-        self, address: int, length: int, *, readonly: bool, contiguous: bool = True, fd: int | None = None,
+        self, address: int, length: int, *, readonly: bool, strides: Strides | None = None, fd: int | None = None,
         huge: bool = False, access_guard: AccessGuard | None = None, pin: Pin | None = None,
     ) -> None:  # fmt: skip
         self.address = address
         self.length = length
         self.readonly = readonly
-        self.contiguous = contiguous
+        self.strides = strides
         self.fd = fd
         self.huge = huge
         self.access_guard = access_guard
         self._pin = pin
+
+    @property
+    def contiguous(self) -> bool:
+        """True if every byte between first and last belongs to the buffer."""
+        return self.strides is None
 
     def release(self) -> None:
         """Let the owner move or free the memory again. Idempotent."""
@@ -346,6 +352,9 @@ class _Reference(Pin):
         self._object = None
 
 
+_NO_PIN = _Reference(None)
+
+
 def borrow(buffer: Any) -> Borrowed:
     """Return the memory of ``buffer``, kept in place until released.
 
@@ -371,18 +380,29 @@ def borrow(buffer: Any) -> Borrowed:
         return _borrow_otherwise(buffer)
     export = _Export(view)
     if view.ndim > 0 and not _is_contiguous(pointer, b"A"):
-        (first, stop), dense = _span_of_strides(view)
-        return Borrowed((view.buf or 0) + first, stop - first, readonly=bool(view.readonly), contiguous=dense, pin=export)
+        itemsize, shape, strides = _layout_of_view(view)
+        return _with_strides(view.buf or 0, itemsize, shape, strides, readonly=bool(view.readonly), pin=export)
     return Borrowed(view.buf or 0, view.len, readonly=bool(view.readonly), pin=export)
 
 
-def _span_of_strides(view: _PyBuffer) -> tuple[Span, bool]:
-    """Return the bytes that a strided array spans, from ``buf`` on, and whether all are its own; see :func:`_layout`."""
+def _layout_of_view(view: _PyBuffer) -> tuple[int, list[int], list[int]]:
+    """Return item size, shape and strides of an export."""
     if view.suboffsets:
         for dimension in range(view.ndim):
             if view.suboffsets[dimension] >= 0:
                 raise ValueError("an array of pointers (PIL style suboffsets) has no one address range")
-    return _layout(view.itemsize, [view.shape[i] for i in range(view.ndim)], [view.strides[i] for i in range(view.ndim)])
+    return view.itemsize, [view.shape[i] for i in range(view.ndim)], [view.strides[i] for i in range(view.ndim)]
+
+
+def _with_strides(
+    first: int, itemsize: int, shape: list[int], strides: list[int] | None, *, readonly: bool, pin: Pin
+) -> Borrowed:
+    """Return the memory of an array whose first item lies at ``first``; without strides it has no gap."""
+    if strides is None:
+        return Borrowed(first, itemsize * math.prod(shape), readonly=readonly, pin=pin)
+    (below, stop), dense = _layout(itemsize, shape, strides)
+    gaps = None if dense else Strides(first, itemsize, tuple(shape), tuple(strides))
+    return Borrowed(first + below, stop - below, readonly=readonly, strides=gaps, pin=pin)
 
 
 def _layout(itemsize: int, shape: list[int], strides: list[int]) -> tuple[Span, bool]:
@@ -425,17 +445,10 @@ def _borrow_tensor(buffer: Any) -> Borrowed:
     from prefault.memory.dlpack import export
 
     tensor = export(buffer)
-    (first, stop), dense = _extent(tensor.itemsize, tensor.shape, tensor.strides)
-    return Borrowed(
-        tensor.address + first, stop - first, readonly=tensor.readonly, contiguous=dense, pin=_Reference(tensor.capsule)
-    )
-
-
-def _extent(itemsize: int, shape: list[int], strides: list[int] | None) -> tuple[Span, bool]:
-    """Return what :func:`_layout` returns; without strides there is no gap."""
-    if strides is None:
-        return Span(0, itemsize * math.prod(shape)), True
-    return _layout(itemsize, shape, strides)
+    return _with_strides(
+        tensor.address, tensor.itemsize, tensor.shape, tensor.strides, readonly=tensor.readonly,
+        pin=_Reference(tensor.capsule),
+    )  # fmt: skip
 
 
 _TYPESTR = re.compile(r"[<>|=]?(?P<letter>[a-zA-Z])(?P<size>[0-9]+)")
@@ -452,19 +465,22 @@ def _borrow_array_interface(buffer: Any, interface: dict[str, Any]) -> Borrowed:
             f"the __array_interface__ of {type(buffer).__name__} has an unknown type {interface.get('typestr')!r}"
         )
     itemsize = int(kind["size"]) * (4 if kind["letter"] == "U" else 1)  # of text it counts characters
-    strides = interface.get("strides")
-    (first, stop), dense = _extent(itemsize, list(interface["shape"]), None if strides is None else list(strides))
+    shape, by = list(interface["shape"]), interface.get("strides")
+    strides = None if by is None else list(by)
     if isinstance(data, tuple):
         address, readonly = data
-        return Borrowed(
-            address + first, stop - first, readonly=bool(readonly), contiguous=dense, pin=_Reference(buffer)
-        )  # fmt: skip
+        return _with_strides(address, itemsize, shape, strides, readonly=bool(readonly), pin=_Reference(buffer))
     # An object with the buffer protocol, in which the array starts at `offset`.
     inner = borrow(data)
     try:
-        inner.address, stop = inner.select(interface.get("offset", 0) + first, stop - first)
+        if inner.strides is not None:
+            raise TypeError(f"the __array_interface__ of {type(buffer).__name__} lies in an array with gaps")
+        array = _with_strides(
+            inner.address + interface.get("offset", 0), itemsize, shape, strides, readonly=inner.readonly, pin=_NO_PIN
+        )
+        inner.address, stop = inner.select(array.address - inner.address, array.length)
     except BaseException:
         inner.release()
         raise
-    inner.length, inner.contiguous = stop - inner.address, inner.contiguous and dense
+    inner.length, inner.strides = stop - inner.address, array.strides
     return inner

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from prefault._kernel import mman
@@ -23,7 +22,7 @@ from prefault.memory.backings import (
     parse_backing,
 )
 from prefault.memory.borrowing import Borrowed
-from prefault.ranges import PageRange, RangeSet
+from prefault.ranges import PageRange, Ranges, RangeSet
 from prefault.sizes import Size, format_size, parse_size
 from prefault.sparse.accounting import Accounting
 from prefault.sparse.device_blocks import DeviceSource, check_device
@@ -36,9 +35,6 @@ if TYPE_CHECKING:
     import numpy.typing
 
 Unpopulated: TypeAlias = Literal["zeros", "fault"]
-
-Ranges: TypeAlias = "Iterable[tuple[int, int]] | Iterable[PageRange] | RangeSet | numpy.ndarray[Any, Any]"
-"""Pairs of offset and length, :class:`PageRange`, a :class:`RangeSet`, or an integer array of shape ``(n, 2)``."""
 
 
 class SparseMemory(MappedMemory):

@@ -1,0 +1,94 @@
+"""Populating many buffers, scattered arrays, and many ranges of a buffer, all by one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prefault.engine.chunk_queue import PlanQueue
+from prefault.engine.chunking import FIRST_CHUNK
+from prefault.engine.execution import Execution
+from prefault.engine.outcomes import PopulateResult
+from prefault.engine.parts import KernelPart, Part, PopulateOptions, ProgressOfParts, access_to, device_parts, run_parts
+from prefault.engine.planning import Plan, Segment
+from prefault.engine.populated_pages import pages_before, populated_pages
+from prefault.engine.progress import reporting
+from prefault.engine.rollback import Rollback, file_pages
+from prefault.engine.scattered.planning_pages import plan_members
+from prefault.engine.scattered.row_queue import RowQueue
+from prefault.engine.scattered.scattered_pages import ScatteredLook, look_at, scattered_demand
+from prefault.errors import PopulateError
+from prefault.intervals import Intervals
+from prefault.limits.admission import AdmissionControl
+from prefault.limits.demand import Demand, demands_of
+from prefault.memory.borrowed_members import Member, MembersByAddress
+
+
+def populate_members(members: Sequence[Member], options: PopulateOptions) -> PopulateResult:
+    """Populate the pages of all members, each page once.
+
+    Raises:
+        PopulateError: its offset counts from the start of the member that it names.
+    """
+    plans, provided = plan_members(members, options.access, options.method, options.threads)
+    if not plans and not provided:
+        return PopulateResult(0, 0, 0.0, options.access or "write", "none", 1)
+    looks = [_look(plan.segments[0], rollback=options.rollback) for plan in plans]
+    admission = None
+    if options.headroom == "check" and plans:
+        admission = AdmissionControl([_demand(*one) for one in zip(plans, looks, strict=True)])
+    places = MembersByAddress(members)
+    try:
+        if admission is not None:
+            admission.start()
+        with reporting(options.progress, "populate") as report:
+            device_bytes = [(member, _of_device(member, provided)) for member in members] if provided else []
+            total = sum(plan.length for plan in plans) + sum(pages.length for _, pages in device_bytes)
+            progresses = ProgressOfParts(report, total)
+            parts: list[Part] = [
+                _part(plan, look, admission, progresses, places, options) for plan, look in zip(plans, looks, strict=True)
+            ]
+            seen = Intervals()
+            for start, stop, page_provider in provided:
+                for member, pages in device_bytes:
+                    mine = pages.clipped(start, stop) - seen
+                    seen |= mine
+                    if mine:
+                        parts += device_parts(
+                            page_provider, mine, member.memory.address,
+                            access_to(page_provider, member.memory, options.access), rollback=options.rollback,
+                            progresses=progresses, rate=options.rate, check_headroom=options.headroom == "check",
+                        )  # fmt: skip
+            return run_parts(parts, 0, options.began)
+    except PopulateError as error:
+        places.name_in(error)
+        raise
+
+
+def _of_device(member: Member, provided: Sequence[tuple[int, int, object]]) -> Intervals:
+    return member.pages & Intervals((start, stop) for start, stop, _ in provided)
+
+
+def _look(segment: Segment, *, rollback: bool) -> ScatteredLook:
+    if segment.pages is not None:
+        return look_at(segment, rollback=rollback)
+    before, kept = pages_before([segment]) if rollback else (populated_pages([segment]), Intervals())
+    return ScatteredLook(before, kept, file_pages([segment]) if rollback else Intervals())
+
+
+def _demand(plan: Plan, look: ScatteredLook) -> Demand:
+    (segment,) = plan.segments
+    if segment.pages is not None:
+        return scattered_demand(segment, look, None)
+    return demands_of([segment.use], look.before, None)[0]
+
+
+def _part(
+    plan: Plan, look: ScatteredLook, admission: AdmissionControl | None, progresses: ProgressOfParts,
+    places: MembersByAddress, options: PopulateOptions,
+) -> Part:  # fmt: skip
+    undo = Rollback(plan.segments, look.kept, look.resident) if options.rollback else None
+    queue = PlanQueue(plan, places.place_of) if plan.segments[0].pages is None else RowQueue(plan, places.place_of)
+    if plan.length <= FIRST_CHUNK:
+        admission = None  # all of it has just been looked at
+    report = progresses.of_next(queue.length)
+    return KernelPart(Execution(queue, 0, look.before, report, undo, admission, options.rate))

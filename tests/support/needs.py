@@ -47,3 +47,14 @@ def huge_pages(pages: int, page_size: int = HUGE) -> None:
         missing(f"the kernel has no huge pages of {page_size >> 20} MiB")
     if hugetlb.read_pool(page_size).available < pages:
         missing(f"fewer than {pages} free huge pages of {page_size >> 20} MiB (vm.nr_hugepages)")
+
+
+def fuse() -> None:
+    """Require what mounts a FUSE file system."""
+    root("mount a FUSE file system without fusermount3")
+    if not os.path.exists("/dev/fuse"):
+        missing("there is no /dev/fuse")
+    try:
+        import mfusepy  # type: ignore[import-untyped]  # noqa: F401
+    except (ImportError, OSError) as error:  # the package, or the library that it loads
+        missing(f"mfusepy or libfuse3-3 is not installed (make packages): {error}")

@@ -78,6 +78,8 @@ _PUBLIC = [
     "SparseMemory",
     "SpecialMappingError",
     "TemporaryFile",
+    "WarmInterrupted",
+    "WarmResult",
     "__version__",
     "collapse",
     "discard",
@@ -99,6 +101,7 @@ _PUBLIC = [
     "status",
     "unlock",
     "zeros",
+    "warm",
 ]
 
 _PUBLIC_VIRTIO_MEM = [

@@ -82,6 +82,8 @@ if _typing.TYPE_CHECKING:
     from prefault.files.file_locks import FileLock, lock
     from prefault.files.file_status import FilesStatus, FileStatus, status
     from prefault.files.selection import SelectedFile, Selection, SkippedFile, select
+    from prefault.files.warm_result import WarmInterrupted, WarmResult
+    from prefault.files.warming import warm
     from prefault.pool import Pool, PoolStatistics
     from prefault.shared_memory import SharedMemory, SharedMemoryProtection, protect_shared_memory
     from prefault.sparse import SparseMemory
@@ -148,6 +150,8 @@ __all__ = [
     "SparseMemory",
     "SpecialMappingError",
     "TemporaryFile",
+    "WarmInterrupted",
+    "WarmResult",
     "__version__",
     "collapse",
     "discard",
@@ -169,6 +173,7 @@ __all__ = [
     "status",
     "unlock",
     "zeros",
+    "warm",
 ]
 
 # A sixth of the import time, for those who only populate: loaded when they are first named.
@@ -190,6 +195,8 @@ _LATER = {
     "SharedMemory": "prefault.shared_memory",
     "SharedMemoryProtection": "prefault.shared_memory",
     "SkippedFile": "prefault.files.selection",
+    "WarmInterrupted": "prefault.files.warm_result",
+    "WarmResult": "prefault.files.warm_result",
     "SparseMemory": "prefault.sparse",
     "collapse": "prefault.engine.collapsing",
     "empty": "prefault.arrays",
@@ -202,6 +209,7 @@ _LATER = {
     "select": "prefault.files.selection",
     "status": "prefault.files.file_status",
     "zeros": "prefault.arrays",
+    "warm": "prefault.files.warming",
 }
 _LATER_MODULES = ("device", "drivers", "pool", "processes", "virtio_mem")
 

@@ -130,7 +130,7 @@ def test_what_a_command_wrote_is_evicted_and_what_it_evicted_comes_back(tree: Pa
     touching.tracing()
     path, new = tree / "one", tree / "new"
     script = (
-        f"dd if='{path}' of='{new}' bs=4096 iflag=nocache 2>/dev/null;"
+        f"exec 3<'{path}'; sleep 0.5; dd if='{path}' of='{new}' bs=4096 iflag=nocache 2>/dev/null;"
         f" dd of='{path}' oflag=nocache conv=notrunc,fdatasync count=0 2>/dev/null; exit 3"
     )
     kept = run_keeping_cache(["sh", "-c", script])

@@ -41,6 +41,7 @@ def record(
         prefault record -o start.rec -- python serve.py --check
         prefault replay start.rec
     """
+    from prefault.recordings.area_replay import CommandLogs
     from prefault.recordings.recorder import record_command
 
     # A recording that cannot be written is told before the command runs, which may take hours.
@@ -49,8 +50,10 @@ def record(
         raise click.UsageError(f"{output}: no file can be made in {directory}: give another directory")
     if evict and not files:
         raise click.UsageError("--evict evicts the files of --files PATH: name some")
-    with told_as_usage():
-        done = record_command(command, way=way, files=files, evict=evict, roots=dict(roots))
+    with told_as_usage(), CommandLogs() as logs:
+        done = record_command(
+            command, way=way, files=files, evict=evict, roots=dict(roots), environment=logs.environment, areas=logs.areas
+        )
     recording = done.recording
     recording.save(output)
     tell_notes(recording.notes)

@@ -17,15 +17,19 @@ if TYPE_CHECKING:
 KIND = "prefault-replay"
 
 
-@click.command()
+@click.command(context_settings={"allow_interspersed_args": True})
 @click.argument("recording", type=click.Path(exists=True, dir_okay=False))
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
 @replay_options
 @json_option(KIND)
 def replay(
     recording: str, roots: tuple[tuple[str, str], ...], budget: int | None, threads: int | None, idle: bool,
-    ignore_time: bool, progress: bool | None, as_json: bool,
+    ignore_time: bool, progress: bool | None, as_json: bool, command: tuple[str, ...],
 ) -> int:  # fmt: skip
-    """Bring the pages of RECORDING back into the page cache, in disk order.
+    """Bring the pages of RECORDING back into the page cache, in disk order; then run COMMAND, if there is one.
+
+    Device memory of COMMAND, such as a remote file, gets its recorded pages in one go when it is mapped, and the exit status
+    is that of COMMAND.
 
     Files that changed since (inode, size or time) are skipped and counted. The exit status is 0 if all pages are there,
     else 1.
@@ -34,6 +38,9 @@ def replay(
     Example:
         prefault replay start.rec --budget '2 GiB' --idle
     """
+    if command and as_json:
+        raise click.UsageError("--json and a COMMAND do not go together: the output is the command's")
+    from prefault.recordings.recording_file import load
     from prefault.recordings.replaying import replay as bring_back
 
     with told_as_usage():
@@ -41,7 +48,14 @@ def replay(
             recording, roots=dict(roots), budget=budget, threads=threads, idle=idle, check_time=not ignore_time,
             progress=wanted(progress),
         )  # fmt: skip
-    return show(result, as_json, KIND, recording)
+    if not command:
+        return show(result, as_json, KIND, recording)
+    from prefault.recordings.area_replay import replaying_environment
+    from prefault.recordings.held_command import HeldCommand
+
+    with replaying_environment(load(recording)) as environment, HeldCommand(command, environment) as held:
+        held.release()
+        return held.wait()
 
 
 def wanted(progress: bool | None) -> bool:
@@ -62,6 +76,7 @@ def show(result: ReplayResult, as_json: bool, kind: str, recording: str) -> int:
                 "changed": list(result.changed), "missing": list(result.missing), "over_budget": result.over_budget,
                 "failures": [{"path": failure.path, "reason": failure.reason, "remedy": failure.remedy}
                              for failure in result.failures],
+                "area_bytes": result.area_bytes, "skipped_areas": list(result.skipped_areas),
                 "evicted_bytes": result.evicted_bytes, "seconds": result.seconds,
             },
         )  # fmt: skip
@@ -72,6 +87,13 @@ def show(result: ReplayResult, as_json: bool, kind: str, recording: str) -> int:
     ]
     if result.evicted_bytes:
         lines.append(f"{size(result.evicted_bytes)} evicted")
+    if result.area_bytes:
+        lines.append(f"{size(result.area_bytes)} of device memory are there")
+    if result.skipped_areas:
+        lines.append(
+            f"device memory that is not mapped here, give it to the program by 'prefault replay FILE -- COMMAND':"
+            f" {some_of(result.skipped_areas)}"
+        )
     if result.changed:
         lines.append(f"{len(result.changed)} files changed since and were skipped: {some_of(result.changed)}")
     if result.missing:

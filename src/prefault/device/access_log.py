@@ -18,6 +18,21 @@ class LoggedRun(NamedTuple):
     length: int
 
 
+class Content(NamedTuple):
+    """Identity of what a device maps.
+
+    Attributes:
+        source: URL without its secrets, or path; empty where the content has no name.
+        version: changes with the content; empty where that is not known.
+    """
+
+    source: str = ""
+    version: str = ""
+
+
+NAMELESS = Content()
+
+
 @dataclass(frozen=True, slots=True)
 class AccessLog:
     """Parts of a device that were faulted in or populated, in the order of the first time.
@@ -26,11 +41,13 @@ class AccessLog:
         device: name of the device.
         length: length of the device, bytes. A log fits a device of that length only.
         runs: ranges of the *device*, in whole pages.
+        content: what the device mapped.
     """
 
     device: str
     length: int
     runs: tuple[LoggedRun, ...]
+    content: Content = NAMELESS
 
     @property
     def bytes(self) -> int:
@@ -43,6 +60,7 @@ class AccessLog:
             {
                 "format": _FORMAT, "version": _VERSION, "device": self.device, "length": self.length,
                 "runs": [list(run) for run in self.runs],
+                "source": self.content.source, "content_version": self.content.version,
             }
         )  # fmt: skip
         with open(path, "w", encoding="utf-8") as file:
@@ -75,7 +93,9 @@ class AccessLog:
         for run in runs:
             if run.offset + run.length > length + (1 << 21):  # the last page may reach beyond
                 raise ValueError(f"{run.length} bytes at {run.offset} are outside the device of {length} bytes")
-        return cls(str(content["device"]), length, runs)
+        # Logs of older versions of this package have neither.
+        identity = Content(str(content.get("source", "")), str(content.get("content_version", "")))
+        return cls(str(content["device"]), length, runs, identity)
 
 
 def _number(value: Any) -> int:

@@ -7,6 +7,7 @@ import enum
 import errno
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from prefault.device.access_log import Content
 from prefault.device.device_pool import Access, ClientProcess, DeviceObject, DevicePool
 from prefault.sizes import MIB, PAGE_SIZE
 
@@ -188,6 +189,10 @@ class Device(abc.ABC):
         to, but also a copy of all other memory of that process.
         """
         return None
+
+    def content_identity(self) -> Content:
+        """Return the identity of what the device maps, by which a recording finds it again; empty by default."""
+        return Content()
 
     def shared_server(self) -> SharedObject | None:
         """Return the object of another device that :func:`prefault.device.map` maps in place of this device.

@@ -15,7 +15,8 @@ from typing import Any
 from prefault._system import fork_hooks
 from prefault._system.closing import Closing
 from prefault.device import limit_messages, protocol, this_server
-from prefault.device.client import mapped_area
+from prefault.device.access_log import Content
+from prefault.device.client import area_logs, mapped_area
 from prefault.device.client.area import Area, AreaStatistics
 from prefault.device.client.area_mapping import MapOptions, PopulateChoice, checked_access, checked_extent, map_area
 from prefault.device.client.connection import DeviceConnection
@@ -86,9 +87,12 @@ def map(  # noqa: A001  mmap(2) for devices; used as prefault.device.map
     options = MapOptions(length, offset, populate, access, track_dirty, colocate, object)
     shared = device.shared_server() if object is None else None
     if shared is not None:
-        return _map_shared(device, shared, options)
-    connection = _acquire_private(device)
-    return map_area(connection, options, connection.release)
+        area = _map_shared(device, shared, options)
+    else:
+        connection = _acquire_private(device)
+        area = map_area(connection, options, connection.release)
+    area_logs.add(area, device.content_identity())
+    return area
 
 
 def _map_shared(device: Device, shared: SharedObject, options: MapOptions) -> Area:
@@ -209,7 +213,9 @@ class DeviceClient(Closing, DeviceSource):
             areas.discard(token)
             connection.release()
 
-        return map_area(connection, MapOptions(length, offset, populate, access, track_dirty, colocate, object), release)
+        area = map_area(connection, MapOptions(length, offset, populate, access, track_dirty, colocate, object), release)
+        area_logs.add(area, Content(self.path or ""))
+        return area
 
     def control(self, request: bytes | bytearray | memoryview, *, timeout: float | None = None) -> bytes:
         """Send the driver a request that is not about memory, as ioctl(2) does, and return its reply.

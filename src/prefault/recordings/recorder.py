@@ -15,7 +15,7 @@ from prefault.files.open_file import OpenFile
 from prefault.files.selection import SelectedFile, select
 from prefault.ranges import RangeSet
 from prefault.recordings.held_command import HeldCommand
-from prefault.recordings.opened_files import NamedFile, OpenedFiles, descendants
+from prefault.recordings.opened_files import OpenedFiles, descendants
 from prefault.recordings.recording_file import RecordedArea, RecordedFile, Recording, Way, clip
 from prefault.recordings.roots import Roots
 from prefault.recordings.trace_instance import Touched, TraceInstance, TraceRefusedError
@@ -75,7 +75,11 @@ class Recorder:
 
     Args:
         tids: the threads.
-        way, files, evict, roots: as for :func:`record_command`.
+        way: as for :func:`record_command`.
+        files: as for :func:`record_command`.
+        evict: as for :func:`record_command`.
+        roots: as for :func:`record_command`.
+        is_own: True if the threads are those of this process.
 
     Attributes:
         way: the way that is used.
@@ -85,7 +89,7 @@ class Recorder:
 
     def __init__(
         self, tids: Iterable[int], *, way: WayChoice = "auto", files: Iterable[str | os.PathLike[str]] = (),
-        evict: bool = False, roots: Mapping[str, str | os.PathLike[str]] | None = None,
+        evict: bool = False, roots: Mapping[str, str | os.PathLike[str]] | None = None, is_own: bool = False,
     ) -> None:  # fmt: skip
         if way not in ("auto", "trace", "residency"):
             raise ValueError(f"way is 'auto', 'trace' or 'residency', not {way!r}")
@@ -93,22 +97,24 @@ class Recorder:
         self._notes: list[str] = []
         self._complete = True
         self._before: dict[tuple[int, int], RangeSet | None] = {}
+        """Cached pages of files that were known before; None where the kernel does not say."""
         self._trace: TraceInstance | None = None
         self._opened = OpenedFiles()
         self._own = OpenedFiles()
         """Files of this process: the child touches them until it runs the command, and the trace sees that."""
         self.way = "residency"
+        (self._opened if is_own else self._own).look_at([os.getpid()])
         if way != "residency":
             self._start_trace(tids, required=way == "trace")
         if self._trace is None:
-            self._opened = OpenedFiles(self._note_before)
             for path in _selected(files):
                 self._look_before(path, evict=evict)
+            for file in self._opened.files():
+                self._before[file.device, file.inode] = _cached(file.path)
 
     def _start_trace(self, tids: Iterable[int], *, required: bool) -> None:
         try:
             self._opened.watch()
-            self._own.look_at([os.getpid()])
             self._trace = TraceInstance(tids)
             self.way = "trace"
         except OSError as error:
@@ -125,10 +131,6 @@ class Recorder:
                 self._opened.add(path, os.fstat(file.fd))
         except OSError as error:
             self._lack(f"{path} could not be looked at: {error.strerror}")
-
-    def _note_before(self, file: NamedFile) -> None:
-        """Note what is cached of a file that was just found."""
-        self._before[file.device, file.inode] = _cached(file.path)
 
     def _lack(self, note: str) -> None:
         self._complete = False
@@ -178,30 +180,48 @@ class Recorder:
     # --- by residency
 
     def _by_residency(self) -> list[RecordedFile | None]:
-        found, cached_before, unknown = [], 0, 0
+        found, tally = [], _Tally()
         for name in self._opened.files():
-            before = self._before.get((name.device, name.inode))
-            if before is None:
-                unknown += 1
-                continue
-            seen: list[RangeSet] = []
-
-            def came(file: OpenFile, before: RangeSet = before, seen: list[RangeSet] = seen) -> RangeSet:
-                now = cached_ranges(file)
-                seen.append(now & before)
-                return now - before
-
-            found.append(recorded_file(name.path, came, self._roots))
-            cached_before += sum(part.length for part in seen)
-        if unknown:
-            self._lack(f"the kernel does not say which pages of {unknown} files are cached: run as their owner or as root")
-        if cached_before:
+            key = (name.device, name.inode)
+            if key in self._before and self._before[key] is None:
+                tally.unknown += 1
+            else:
+                found.append(recorded_file(name.path, partial(tally.came, self._before.get(key)), self._roots))
+        if tally.unknown:
+            self._lack(
+                f"the kernel does not say which pages of {tally.unknown} files are cached: run as their owner or root"
+            )
+        if tally.cached_before:
             self._notes.append(
-                f"{format_size(cached_before)} of these files were in the page cache before, and may have been touched or"
-                " not: they are left out. Record as root, by trace; or give the files (--files) and evict them first"
-                " (--evict)"
+                f"{format_size(tally.cached_before)} of these files were in the page cache before, and may have been touched"
+                " or not: they are left out. Record as root, by trace; or evict the files first (--files PATH --evict)"
+            )
+        if tally.found_late:
+            self._notes.append(
+                f"{format_size(tally.found_late)} are cached of files that were found while the command ran, and are"
+                " recorded whole: they may have been cached before. Name files by --files to tell that apart"
             )
         return found
+
+
+class _Tally:
+    """What residency cannot tell, in files and bytes."""
+
+    def __init__(self) -> None:
+        self.unknown = self.cached_before = self.found_late = 0
+
+    def came(self, before: RangeSet | None, file: OpenFile) -> RangeSet:
+        """Return the pages of a file that came, if it was known before; else all that are cached."""
+        try:
+            now = cached_ranges(file)
+        except CannotTellError:
+            self.unknown += 1
+            return RangeSet()
+        if before is None:
+            self.found_late += now.length
+            return now
+        self.cached_before += (now & before).length
+        return now - before
 
 
 def recorded_file(path: str, ranges: Callable[[OpenFile], RangeSet], roots: Roots) -> RecordedFile | None:

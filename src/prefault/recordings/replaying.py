@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from prefault._kernel import ioprio
 from prefault._kernel.fiemap import fiemap
@@ -21,6 +21,9 @@ from prefault.ranges import PageRange, RangeSet
 from prefault.recordings.recording_file import RecordedFile, Recording, load
 from prefault.recordings.roots import Roots
 from prefault.sizes import MIB, Size, parse_size
+
+if TYPE_CHECKING:
+    from prefault.device.client.area_logs import LoggedArea
 
 _SLOW = frozenset({"fuse", "nfs", "cifs", "smb2", "smb", "9p", "ceph", "lustre", "gpfs", "afs"})
 """File systems where a file is several round trips, and the disk's order is not known."""
@@ -42,6 +45,8 @@ class ReplayResult(NamedTuple):
         missing: files that were skipped since they are gone, or below a root that was not given.
         over_budget: count of files that were left out, or cut, because the budget was used up.
         failures: files that could not be read.
+        area_bytes: bytes of device memory that were populated, or present already.
+        skipped_areas: recorded device memory that is not mapped here in the same version.
         evicted_bytes: bytes of these files that were cached, are not in the recording, and were evicted (``exact``).
         seconds: duration.
     """
@@ -54,21 +59,23 @@ class ReplayResult(NamedTuple):
     missing: tuple[str, ...]
     over_budget: int
     failures: tuple[FileFailure, ...]
+    area_bytes: int
+    skipped_areas: tuple[str, ...]
     evicted_bytes: int
     seconds: float
 
     @property
     def complete(self) -> bool:
-        """True if every page of the recording is in the page cache."""
-        return not (self.changed or self.missing or self.over_budget or self.failures)
+        """True if every page of the recording is in memory."""
+        return not (self.changed or self.missing or self.over_budget or self.failures or self.skipped_areas)
 
 
 def replay(
     recording: Recording | str | os.PathLike[str], *, roots: Mapping[str, str | os.PathLike[str]] | None = None,
     budget: Size | None = None, threads: int | None = None, idle: bool = False, check_time: bool = True,
-    exact: bool = False, progress: Progress | bool = False,
+    exact: bool = False, areas: Iterable[LoggedArea] | None = None, progress: Progress | bool = False,
 ) -> ReplayResult:  # fmt: skip
-    """Bring the pages of a recording back into the page cache.
+    """Bring the pages of a recording back: of files into the page cache, of device memory into its areas.
 
     Files whose inode, size or time of modification differ from the recording are skipped and counted.
 
@@ -81,6 +88,7 @@ def replay(
         check_time: compare the time of modification as well; False where files were copied without it.
         exact: evict what is cached of these files and is not in the recording. The kernel keeps pages that are mapped or
             locked.
+        areas: areas whose recorded pages are populated, in one call each; None: all of this process.
         progress: report it, see :func:`prefault.populate`.
 
     Raises:
@@ -92,7 +100,14 @@ def replay(
         raise ValueError(f"threads is the number of files that are read at a time, at least 1, not {threads}")
     found = recording if isinstance(recording, Recording) else load(recording)
     limit = None if budget is None else parse_size(budget)
-    return _Replay(found.files, Roots(roots), limit, threads, idle, check_time, exact).run(progress)
+    result = _Replay(found.files, Roots(roots), limit, threads, idle, check_time, exact).run(progress)
+    if not found.areas:
+        return result
+    from prefault.device.client import area_logs
+    from prefault.recordings.area_replay import replay_areas
+
+    done, skipped = replay_areas(found, area_logs.areas() if areas is None else areas)
+    return result._replace(area_bytes=done, skipped_areas=tuple(skipped))
 
 
 class _Replay:
@@ -131,7 +146,7 @@ class _Replay:
         return ReplayResult(
             self._done, self._present, self._skipped, self._count, tuple(sorted(self._changed)),
             tuple(sorted(self._missing)),
-            self._over_budget, tuple(sorted(self._failures)), self._evicted, time.perf_counter() - began,
+            self._over_budget, tuple(sorted(self._failures)), 0, (), self._evicted, time.perf_counter() - began,
         )  # fmt: skip
 
     def _in_threads(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, SupportsIndex
 
 from prefault._kernel import mman
 from prefault.device import protocol
-from prefault.device.access_log import AccessLog, LoggedRun
+from prefault.device.access_log import NAMELESS, AccessLog, Content
 from prefault.device.client.fault_descriptor import USER_MODE_ONLY_NOTE
 from prefault.device.client.page_provider import AreaPageProvider
 from prefault.device.device_pool import Access
@@ -325,19 +325,21 @@ class Area(MappedMemory):
 
         The log of an object has its name and length, and offsets from its start; else those of the device.
         """
-        memory = self._here()
-        request = protocol.AskLog(self._connection.next_id(), memory.require_number())
-        found = self._connection.ask(request, protocol.Runs)
-        unit = self.page_size
-        logged = tuple(LoggedRun(first * unit - self._base, (last - first) * unit) for first, last in found.runs)
-        return AccessLog(*self._logged_as, logged)
+        return self._here().access_log()
 
     @property
-    def _logged_as(self) -> tuple[str, int]:
-        """Name and length in bytes of what an access log of this area is about."""
-        if self.object is None:
-            return self.device, self._connection.device_info.length
-        return self._stands_for or self.object.name, self.object.length
+    def content(self) -> Content:
+        """Identity of what is mapped, such as the URL and the version of a remote file."""
+        return self._here().content
+
+    @content.setter
+    def content(self, content: Content) -> None:
+        self._here().content = content
+
+    def fits(self, log: AccessLog) -> bool:
+        """Tell whether a log is of what this area maps: device, length and content."""
+        memory = self._here()
+        return (log.device, log.length) == memory.logged_as and log.content in (NAMELESS, memory.content)
 
     def replay(self, log: AccessLog) -> PopulateResult:
         """Populate the pages that an access log names, in its order, as far as they lie in this area.
@@ -348,9 +350,11 @@ class Area(MappedMemory):
         """
         began = perf_counter()
         memory = self._here()
-        name, length = self._logged_as
+        name, length = memory.logged_as
         if (log.device, log.length) != (name, length):
             raise ValueError(f"the log is of {log.device} of {log.length} bytes, and this is {name} of {length} bytes")
+        if not self.fits(log):
+            raise ValueError(f"the log is of {_shown(log.content)}, and this is {_shown(memory.content)}")
         stop = self.offset + memory.mapped
         spans: list[tuple[int, int]] = []
         for run in log.runs:
@@ -382,3 +386,7 @@ class Area(MappedMemory):
             state = f"at {memory.address:#x}"
         what = self.device if self.object is None or self._stands_for else f"object {self.object.name!r} of {self.device}"
         return f"<Area of {what}, {format_size(self._length)} from {self.offset} on, {self.access}, {state}>"
+
+
+def _shown(content: Content) -> str:
+    return f"{content.source} ({content.version or 'of no known version'})" if content.source else "content without a name"

@@ -13,6 +13,8 @@ from prefault._kernel import userfaultfd as kernel
 from prefault._kernel.userfaultfd import UffdFeature
 from prefault._system import fork_hooks
 from prefault.device import protocol
+from prefault.device.access_log import NAMELESS, AccessLog, Content, LoggedRun
+from prefault.device.client import area_logs
 from prefault.device.client.connection import DeviceConnection
 from prefault.device.client.exchange import Exchange
 from prefault.device.device_pool import Access, DeviceObject
@@ -38,6 +40,7 @@ class MappedArea(OwnedMemory, PageProvider):
         number: the area's number at the server; None before it is attached and after it is closed.
         access: the access that it was mapped with, the most that :meth:`Area.protect` may grant.
         prot: PROT_* of the whole area now.
+        content: identity of what is mapped.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class MappedArea(OwnedMemory, PageProvider):
         self.access: Access = access
         self.track_dirty = track_dirty
         self.prot = mman.PROT_READ | (mman.PROT_WRITE if access == "write" else 0)
+        self.content: Content = NAMELESS
         self.pid = os.getpid()
         self._opening: Exchange | None = None
         """The exchange of the Map request, from its sending until the memory is unmapped."""
@@ -118,6 +122,8 @@ class MappedArea(OwnedMemory, PageProvider):
             remove_page_provider(self.address)
         if _exiting:
             return  # the kernel unmaps it at exit, after the last touch
+        if self.number is not None and os.getpid() == self.pid:
+            area_logs.ending(self)
         self.number = None
         if self._opening is None or os.getpid() != self.pid:
             self._unmap_now()
@@ -162,6 +168,22 @@ class MappedArea(OwnedMemory, PageProvider):
         """Return the address at which a page of the device is mapped."""
         return self.address + page * self.connection.device_info.page_size - self.offset
 
+    @property
+    def logged_as(self) -> tuple[str, int]:
+        """Name and length in bytes of what an access log of the area is about."""
+        if self.object is None:
+            return self.connection.device_info.name, self.connection.device_info.length
+        return self.stands_for or self.object.name, self.object.length
+
+    def access_log(self) -> AccessLog:
+        """Ask the server for the pages that were faulted in or populated through the area, first use first."""
+        request = protocol.AskLog(self.connection.next_id(), self.require_number())
+        found = self.connection.ask(request, protocol.Runs)
+        unit = self.connection.device_info.page_size
+        base = 0 if self.object is None else self.object.offset
+        logged = tuple(LoggedRun(first * unit - base, (last - first) * unit) for first, last in found.runs)
+        return AccessLog(*self.logged_as, logged, self.content)
+
     def require_here(self) -> None:
         """Raise DeviceGoneError in a child of fork, which has no such memory."""
         if self.pid != os.getpid():
@@ -198,4 +220,6 @@ def close_areas_at_exit() -> None:
     _exiting = True
     for memory in list(_all_areas):
         if memory.mapped:
+            if memory.number is not None and memory.pid == os.getpid():
+                area_logs.ending(memory)
             memory.connection.detach()

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, Literal, TypeAlias
 
+from prefault.device.access_log import Content
 from prefault.device.device_pool import Access
 from prefault.device.driver import Device, DeviceArea, FaultAround, Recipe, SharedObject
 from prefault.drivers.remote.disk_cache import CachedSource, DiskCache, WriteWarning, cache_key, make_directory
@@ -148,6 +149,12 @@ class RemoteFile(Device):
                              patience.longest_pause_s],
             },
         )  # fmt: skip
+
+    def content_identity(self) -> Content:
+        """Return URL, without user, password and query, and version; empty for a callable."""
+        if callable(self.source):
+            return Content()
+        return Content(_shown(self.source), f"{self.version.tag} {self.version.modified}".strip())
 
     def shared_server(self) -> SharedObject | None:
         """Return the server that this process shares among its remote files; None if this file needs one of its own."""

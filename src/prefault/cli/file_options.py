@@ -14,7 +14,7 @@ import click
 from prefault.cli.json_output import json_option
 from prefault.cli.messages import complain, printable
 from prefault.files.failures import FileFailure
-from prefault.files.file_status import ByteRange
+from prefault.files.file_status import ByteRange, Ranges
 from prefault.files.selection import Selection, SkippedFile, read_list, select
 from prefault.sizes import PAGE_SIZE, format_size, parse_size
 
@@ -60,7 +60,8 @@ class FileArguments:
 
     Attributes:
         selection: the files, to be iterated over once.
-        ranges: byte ranges of each file; None: the whole files.
+        ranges: byte ranges of each file, or a function that finds them; None: the whole files.
+        tensors: shell patterns for the names of tensors; the ranges are theirs.
         verbose: print each file, and each path that is left out.
         quiet: print nothing, not even failures: the exit status tells.
         output: the form of the output: ``"text"``, ``"kv"`` or ``"json"``.
@@ -69,11 +70,16 @@ class FileArguments:
     """
 
     def __init__(
-        self, paths: Iterable[str], ranges: tuple[ByteRange, ...], *, named: bool, verbose: bool, quiet: bool, output: str,
-        **rules: Any,
+        self, paths: Iterable[str], ranges: tuple[ByteRange, ...], *, named: bool, tensors: tuple[str, ...], verbose: bool,
+        quiet: bool, output: str, **rules: Any,
     ) -> None:  # fmt: skip
         self.named = named
-        self.ranges = list(ranges) or None
+        self.tensors = tensors
+        self.ranges: Ranges | None = list(ranges) or None
+        if tensors:
+            from prefault.files.tensor_ranges import named_tensors
+
+            self.ranges = named_tensors(tensors)
         self.verbose = verbose
         self.quiet = quiet
         self.output = output
@@ -137,8 +143,8 @@ def file_options(kind: str) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         @functools.wraps(command)
         def run(
-            *, paths: tuple[str, ...], batch: BinaryIO | None, nul: bool, ranges: tuple[ByteRange, ...], verbose: bool,
-            quiet: bool, output: str | None, as_json: bool, **rest: Any,
+            *, paths: tuple[str, ...], batch: BinaryIO | None, nul: bool, ranges: tuple[ByteRange, ...],
+            tensors: tuple[str, ...], verbose: bool, quiet: bool, output: str | None, as_json: bool, **rest: Any,
         ) -> Any:  # fmt: skip
             if nul and batch is None:
                 raise click.UsageError("--nul is how the paths of a --batch are separated: give that, too")
@@ -146,10 +152,12 @@ def file_options(kind: str) -> Callable[[Command], Command]:
                 raise click.UsageError("--json and --output kv are two forms of one output: give one of them")
             if verbose and quiet:
                 raise click.UsageError("--verbose and --quiet exclude each other")
+            if ranges and tensors:
+                raise click.UsageError("--range and --tensor both say which bytes: give one of them")
             rules = {name: rest.pop(name) for name in _RULES}
             files = FileArguments(
-                _all_paths(paths, batch, nul), ranges, named=bool(paths or batch), verbose=verbose, quiet=quiet,
-                output="json" if as_json else output or "text", **rules,
+                _all_paths(paths, batch, nul), ranges, named=bool(paths or batch), tensors=tensors, verbose=verbose,
+                quiet=quiet, output="json" if as_json else output or "text", **rules,
             )  # fmt: skip
             return command(files=files, **rest)
 
@@ -191,6 +199,10 @@ _OPTIONS = (
     click.option(
         "-p", "--range", "ranges", multiple=True, type=RangeType(), metavar="A-B",
         help="Only these bytes of each file: 4k-50k, 100M-, -5M. Repeatable.",
+    ),
+    click.option(
+        "--tensor", "tensors", multiple=True, metavar="PATTERN",
+        help="Only the tensors whose name matches, in .safetensors, .gguf and .npy files. Repeatable.",
     ),
     click.option("-v", "--verbose", is_flag=True, help="Print each file, and each path that is left out."),
     click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit status tells."),

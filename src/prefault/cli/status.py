@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 import click
 
 from prefault.cli.file_options import FileArguments, failures_to_json, file_options, need_paths, share
 from prefault.cli.json_output import print_json
 from prefault.cli.messages import printable
+from prefault.files.failures import FileFailure
 from prefault.files.file_status import FilesStatus, FileStatus, each_status
 from prefault.files.file_status import status as status_of
+from prefault.files.open_file import OpenFile
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import PAGE_SIZE, format_size
+
+if TYPE_CHECKING:
+    from prefault.files.tensor_ranges import TensorStatus
 
 _CHART = 60
 """Characters of a chart."""
@@ -69,6 +75,9 @@ def _print_text(files: FileArguments, show: str | None) -> int:
             _print_ranges(found, show)
         elif files.verbose:
             files.print_file(found.path, _describe(found))
+            for tensor in _tensors(found, files):
+                told = "cannot tell" if tensor.cached_pages is None else share(tensor.cached_pages, tensor.pages)
+                click.echo(f"  {printable(tensor.name)}: {told}")
     rows = [("files", f"{count} in {files.selection.directories} directories"), ("cached", share(cached, pages))]
     if dirty:
         rows.append(("dirty", format_size(dirty * PAGE_SIZE)))
@@ -78,6 +87,20 @@ def _print_text(files: FileArguments, show: str | None) -> int:
         files.print_summary(rows)
     files.print_key_values("Resident", count, cached, pages)
     return 1 if files.failures or unknown else 0
+
+
+def _tensors(found: FileStatus, files: FileArguments) -> list[TensorStatus]:
+    """Return the status of each tensor that was asked for, if any was."""
+    if not files.tensors:
+        return []
+    from prefault.files.tensor_ranges import tensor_statuses
+
+    try:
+        with OpenFile(found.path) as file:
+            return tensor_statuses(file, files.tensors)
+    except OSError as error:  # it was well a moment ago
+        files.fail(FileFailure.of(found.path, error))
+        return []
 
 
 def _describe(found: FileStatus) -> str:
@@ -110,7 +133,9 @@ def _print_json(found: FilesStatus, files: FileArguments) -> None:
         "prefault-status", 1,
         {
             "page_size": PAGE_SIZE,
-            "files": ({**one._asdict(), "ranges": _plain(one.ranges)} for one in found.files),
+            "files": (
+                {**one._asdict(), "ranges": _plain(one.ranges), "tensors": _tensors(one, files)} for one in found.files
+            ),
             "failures": failures_to_json(found.failures),
             "totals": {
                 "files": len(found.files), "directories": found.directories, "skipped": files.selection.skipped,

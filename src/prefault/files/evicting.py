@@ -10,7 +10,7 @@ from typing import NamedTuple
 from prefault.engine.progress import Progress, check_progress, reporting
 from prefault.files.cached_pages import CachedCount, cached_count
 from prefault.files.failures import FileFailure
-from prefault.files.file_status import ByteRange, checked_ranges
+from prefault.files.file_status import Ranges, checked_ranges
 from prefault.files.open_file import OpenFile
 from prefault.files.selection import Path, Selection, as_selection
 from prefault.ranges import PageRange, RangeSet
@@ -90,7 +90,7 @@ class EvictResult(NamedTuple):
 
 
 def evict(
-    paths: Path | Iterable[Path] | Selection, *, ranges: Iterable[ByteRange] | None = None, sync: bool = False,
+    paths: Path | Iterable[Path] | Selection, *, ranges: Ranges | None = None, sync: bool = False,
     progress: Progress | bool = False,
 ) -> EvictResult:  # fmt: skip
     """Drop files from the page cache. Their content is not lost: it is read from the disk again.
@@ -112,7 +112,7 @@ def evict(
     """
     check_progress(progress)
     began = perf_counter()
-    wanted = None if ranges is None else checked_ranges(ranges)
+    wanted = checked_ranges(ranges)
     selection = as_selection(paths)
     files = pages = evicted = left_pages = 0
     left: list[EvictedFile] = []
@@ -135,10 +135,10 @@ def evict(
 
 
 def each_evicted(
-    selection: Selection, *, ranges: Iterable[ByteRange] | None = None, sync: bool = False
+    selection: Selection, *, ranges: Ranges | None = None, sync: bool = False
 ) -> Iterator[EvictedFile | FileFailure]:
     """Evict one file of a selection after the other, and yield what came of it; arguments as for :func:`evict`."""
-    wanted = None if ranges is None else checked_ranges(ranges)
+    wanted = checked_ranges(ranges)
     for found in selection:
         if isinstance(found, FileFailure):
             yield found
@@ -150,7 +150,7 @@ def each_evicted(
             yield FileFailure.of(found.path, error)
 
 
-def evict_ranges(file: OpenFile, ranges: Iterable[ByteRange] | None = None, *, sync: bool = False) -> EvictedFile:
+def evict_ranges(file: OpenFile, ranges: Ranges | None = None, *, sync: bool = False) -> EvictedFile:
     """Drop pages of one open file from the page cache.
 
     Args:
@@ -162,7 +162,8 @@ def evict_ranges(file: OpenFile, ranges: Iterable[ByteRange] | None = None, *, s
         OSError: the file system cannot write the dirty pages (EIO, ENOSPC), or refuses the advice.
     """
     size = file.current_size()
-    parts = [(0, size)] if ranges is None else [(start, size if stop is None else min(stop, size)) for start, stop in ranges]
+    given = [(0, None)] if ranges is None else ranges(file) if callable(ranges) else ranges
+    parts = [(start, size if stop is None else min(stop, size)) for start, stop in given]
     pages = RangeSet(_whole_pages(start, stop, size) for start, stop in parts if start < stop)
     if file.file_system in _IN_MEMORY:
         left = cached_count(file).pages

@@ -17,7 +17,7 @@ from prefault.engine.progress import Progress, check_progress, reporting
 from prefault.engine.rate import RateLimit, rate_limit
 from prefault.errors import HeadroomError
 from prefault.files.failures import FileError, FileFailure
-from prefault.files.file_status import ByteRange, checked_ranges, pages_of
+from prefault.files.file_status import CheckedRanges, Ranges, checked_ranges, pages_of
 from prefault.files.open_file import OpenFile
 from prefault.files.selection import Path, Selection, as_selection
 from prefault.limits.limit import Shortfall
@@ -89,7 +89,7 @@ class FileLock:
         failed = f", {len(self.failures)} failures" if self.failures else ""
         return f"{format_size(self.bytes)} locked in {self.files} files, in {self.seconds:.2g} s{failed}"
 
-    def _map(self, selection: Selection, ranges: list[ByteRange] | None) -> int:
+    def _map(self, selection: Selection, ranges: CheckedRanges) -> int:
         """Map the files, and return the bytes that their locks may take from the memory that is left."""
         needed = 0
         for found in selection:
@@ -137,7 +137,7 @@ class FileLock:
 
 
 def lock_files(
-    paths: Path | Iterable[Path] | Selection, *, ranges: Iterable[ByteRange] | None = None,
+    paths: Path | Iterable[Path] | Selection, *, ranges: Ranges | None = None,
     progress: Progress | bool = False, rate: RateLimit | Size | None = None, headroom: HeadroomChoice = "check",
 ) -> FileLock:  # fmt: skip
     """Bring files into memory and lock them there: the kernel does not drop their pages until the lock is closed.
@@ -163,7 +163,7 @@ def lock_files(
     check_progress(progress)
     if headroom not in ("check", "ignore"):
         raise ValueError(f"headroom is 'check' or 'ignore', not {headroom!r}")
-    wanted = None if ranges is None else checked_ranges(ranges)
+    wanted = checked_ranges(ranges)
     began, limit = perf_counter(), rate_limit(rate)
     made = FileLock()
     try:
@@ -181,7 +181,7 @@ def lock_files(
 
 @overload
 def lock(
-    target: str | os.PathLike[str] | Selection, *, ranges: Iterable[ByteRange] | None = ..., offset: Size = ...,
+    target: str | os.PathLike[str] | Selection, *, ranges: Ranges | None = ..., offset: Size = ...,
     length: Size | None = ..., progress: Progress | bool = ..., rate: RateLimit | Size | None = ...,
     headroom: HeadroomChoice = ...,
 ) -> FileLock: ...  # fmt: skip
@@ -192,7 +192,7 @@ def lock(
 ) -> locking.LockResult: ...  # fmt: skip
 def lock(
     target: Any, *, access: Access | None = None, offset: Size = 0, length: Size | None = None,
-    ranges: Iterable[ByteRange] | None = None, progress: Progress | bool = False,
+    ranges: Ranges | None = None, progress: Progress | bool = False,
     rate: RateLimit | Size | None = None, headroom: HeadroomChoice = "check",
 ) -> locking.LockResult | FileLock:  # fmt: skip
     """Make every page of a buffer or of files present, and lock it: it is neither swapped out nor dropped.

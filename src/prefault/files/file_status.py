@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from prefault._kernel.cachestat import CachestatCall
 from prefault._system import capabilities
@@ -20,8 +20,15 @@ from prefault.sizes import PAGE_SIZE, format_size
 ByteRange = tuple[int, int | None]
 """Bytes of a file from the first offset up to the second; None: its end."""
 
+Ranges: TypeAlias = Iterable[ByteRange] | Callable[[OpenFile], Iterable[ByteRange]]
+"""Byte ranges of each file, or a function that returns those of an open file, such as
+:func:`~prefault.files.tensor_ranges.named_tensors`; an OSError that it raises is the failure of the file."""
+
 _QUICK_BYTES = 64 << 20
 """Bytes of a file for which cachestat answers in less than a millisecond, so that Ctrl-C and other threads need no care."""
+
+
+CheckedRanges: TypeAlias = list[ByteRange] | Callable[[OpenFile], Iterable[ByteRange]] | None
 
 
 class FileStatus(NamedTuple):
@@ -94,14 +101,12 @@ class FilesStatus(NamedTuple):
         return f"{cached} of {size} cached in {len(self.files)} files{unknown}{failed}"
 
 
-def status(
-    paths: Path | Iterable[Path] | Selection, *, ranges: Iterable[ByteRange] | None = None, pages: bool = False
-) -> FilesStatus:
+def status(paths: Path | Iterable[Path] | Selection, *, ranges: Ranges | None = None, pages: bool = False) -> FilesStatus:
     """Tell how much of files is in the page cache. No page is touched, and no access time moves.
 
     Args:
         paths: files and directories, or a :func:`prefault.select` of them.
-        ranges: byte ranges of each file to look at; None: the whole files.
+        ranges: byte ranges of each file to look at, or a function from an open file to them; None: the whole files.
         pages: also tell which pages are cached, as ranges: mincore(2) looks at each page, where a count takes microseconds.
 
     Returns:
@@ -125,10 +130,10 @@ def status(
 
 
 def each_status(
-    selection: Selection, *, ranges: Iterable[ByteRange] | None = None, pages: bool = False
+    selection: Selection, *, ranges: Ranges | None = None, pages: bool = False
 ) -> Iterator[FileStatus | FileFailure]:
     """Yield the status of each file of a selection, in constant memory; arguments as for :func:`status`."""
-    wanted = None if ranges is None else checked_ranges(ranges)
+    wanted = checked_ranges(ranges)
     quick = _QuickCounts()
     whole = wanted is None and not pages
     for found in selection:
@@ -146,12 +151,14 @@ def each_status(
             yield FileFailure.of(found.path, error)
 
 
-def checked_ranges(ranges: Iterable[ByteRange]) -> list[ByteRange]:
-    """Return the ranges as a list.
+def checked_ranges(ranges: Ranges | None) -> CheckedRanges:
+    """Return the ranges as a list; a function, and None, as they are.
 
     Raises:
         ValueError: a range that is negative or backwards.
     """
+    if ranges is None or callable(ranges):
+        return ranges
     checked = list(ranges)
     for start, stop in checked:
         if start < 0 or (stop is not None and stop < start):
@@ -159,14 +166,13 @@ def checked_ranges(ranges: Iterable[ByteRange]) -> list[ByteRange]:
     return checked
 
 
-def pages_of(file: OpenFile, ranges: Iterable[ByteRange] | None) -> RangeSet:
+def pages_of(file: OpenFile, ranges: CheckedRanges) -> RangeSet:
     """Return the whole pages that hold the bytes of the ranges, or of the whole file for None, cut at its end."""
-    if ranges is None:
-        ranges = [(0, None)]
-    return RangeSet(page for page in (file.pages(min(start, file.size), stop) for start, stop in ranges) if page)
+    parts = [(0, None)] if ranges is None else ranges(file) if callable(ranges) else ranges
+    return RangeSet(page for page in (file.pages(min(start, file.size), stop) for start, stop in parts) if page)
 
 
-def _status_of(file: OpenFile, ranges: list[ByteRange] | None, with_ranges: bool) -> FileStatus:
+def _status_of(file: OpenFile, ranges: CheckedRanges, with_ranges: bool) -> FileStatus:
     parts = pages_of(file, ranges)
     cached: int | None = 0
     dirty: int | None = 0

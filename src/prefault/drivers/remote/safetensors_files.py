@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import difflib
 import errno
-import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefault.drivers.remote.area_arrays import reader_of
+from prefault.drivers.remote.safetensors_header import read_safetensors_header
 from prefault.drivers.remote.source import SourceError, missing_package
 
 if TYPE_CHECKING:
     import numpy
-
-_MOST_HEADER = 100_000_000
-"""Bytes: the limit of the safetensors library."""
 
 # Names of dtypes in safetensors and numpy; ml_dtypes has those that numpy lacks.
 _DTYPES = {
@@ -88,26 +85,14 @@ class SafeTensors(Mapping[str, "numpy.ndarray[Any, Any]"]):
 
         self.content = content.reshape(-1).view(numpy.uint8)
         length = len(self.content)
-        read = reader_of(self.content)
-        size = int.from_bytes(read(0, 8), "little") if length >= 8 else length
-        if size + 8 > length or size > _MOST_HEADER:
-            raise ValueError(f"not a safetensors file: its header would have {size} of {length} bytes")
-        try:
-            header = json.loads(read(8, size))
-            self.metadata: dict[str, Any] = header.pop("__metadata__", {})
-            self._tensors = {name: self._layout(entry, 8 + size) for name, entry in header.items()}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"not a safetensors file: its header cannot be read: {error}") from error
+        places, self.metadata = read_safetensors_header(reader_of(self.content), length)
+        self._tensors = {
+            name: TensorLayout(place.kind, place.shape, self.content, place.start, place.stop)
+            for name, place in places.items()
+        }  # fmt: skip
         stop = max((tensor.stop for tensor in self._tensors.values()), default=0)
         if stop > length:
             raise SourceError(errno.EIO, f"the file has {length} bytes and its header says {stop}: it was cut short")
-
-    def _layout(self, entry: dict[str, Any], base: int) -> TensorLayout:
-        start, stop = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        if not all(type(number) is int and number >= 0 for number in (start, stop - start, *shape)):
-            raise ValueError(f"an entry with the shape {shape} at {start} to {stop}")
-        return TensorLayout(str(entry["dtype"]), shape, self.content, base + start, base + stop)
 
     def __getitem__(self, name: str) -> numpy.ndarray[Any, Any]:
         import numpy

@@ -38,7 +38,7 @@ device.opening                          map and connect
 device.__init__                         the public names of device memory
 drivers                                 devices that ship
 files | shared_memory | arrays          paths; multiprocessing's shared memory; arrays on populated memory
-recordings | processes                  pages that a program touched, saved and brought back; memory of running processes
+recordings | processes | engines        what a program touched, brought back; running processes; for inference engines
 __init__                                the public names
 bench | doctor | testing | pictures     measure; examine and advise; contract checks for users; heat maps and reports
 cli __main__                            parse and print

@@ -21,7 +21,7 @@ The folders are layers, lowest first; each imports only from those above it in t
     device.__init__                         the public names of device memory
     drivers                                 devices that ship
     files | shared_memory | arrays          paths; multiprocessing's shared memory; arrays on populated memory
-    recordings | processes                  pages that a program touched, saved and brought back; memory of running processes
+    recordings | processes | engines        what a program touched, brought back; running processes; for inference engines
     __init__                                the public names
     bench | doctor | testing | pictures     measure; examine and advise; contract checks for users; heat maps and reports
     cli __main__                            parse and print
@@ -71,6 +71,7 @@ from prefault.sizes import PAGE_SIZE, format_size, parse_size
 if _typing.TYPE_CHECKING:
     from prefault import device as device
     from prefault import drivers as drivers
+    from prefault import engines as engines
     from prefault import pool as pool
     from prefault import processes as processes
     from prefault import virtio_mem as virtio_mem
@@ -211,7 +212,7 @@ _LATER = {
     "zeros": "prefault.arrays",
     "warm": "prefault.files.warming",
 }
-_LATER_MODULES = ("device", "drivers", "pool", "processes", "virtio_mem")
+_LATER_MODULES = ("device", "drivers", "engines", "pool", "processes", "virtio_mem")
 
 
 if not _typing.TYPE_CHECKING:  # which would take any name for one that is there

@@ -100,8 +100,8 @@ _PUBLIC = [
     "select",
     "status",
     "unlock",
-    "zeros",
     "warm",
+    "zeros",
 ]
 
 _PUBLIC_VIRTIO_MEM = [

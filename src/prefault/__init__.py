@@ -173,8 +173,8 @@ __all__ = [
     "select",
     "status",
     "unlock",
-    "zeros",
     "warm",
+    "zeros",
 ]
 
 # A sixth of the import time, for those who only populate: loaded when they are first named.
@@ -196,9 +196,9 @@ _LATER = {
     "SharedMemory": "prefault.shared_memory",
     "SharedMemoryProtection": "prefault.shared_memory",
     "SkippedFile": "prefault.files.selection",
+    "SparseMemory": "prefault.sparse",
     "WarmInterrupted": "prefault.files.warm_result",
     "WarmResult": "prefault.files.warm_result",
-    "SparseMemory": "prefault.sparse",
     "collapse": "prefault.engine.collapsing",
     "empty": "prefault.arrays",
     "evict": "prefault.files.evicting",
@@ -209,8 +209,8 @@ _LATER = {
     "ready": "prefault.arrays",
     "select": "prefault.files.selection",
     "status": "prefault.files.file_status",
-    "zeros": "prefault.arrays",
     "warm": "prefault.files.warming",
+    "zeros": "prefault.arrays",
 }
 _LATER_MODULES = ("device", "drivers", "engines", "pool", "processes", "virtio_mem")
 

@@ -82,8 +82,11 @@ def test_a_part_of_a_program_is_recorded_and_replayed(server: HttpServer, tmp_pa
     path = tmp_path / "a.rec"
     local = file_beds.make(tmp_path / "local", 64 * PAGE)
     file_beds.evict(local)
-    options = {"fault_around": ("4 KiB", "4 KiB")}
-    first, other = open_remote(server.url("data.bin"), **options), open_remote(server.url("data.bin"), **options)
+    around = ("4 KiB", "4 KiB")
+    first, other = (
+        open_remote(server.url("data.bin"), fault_around=around),
+        open_remote(server.url("data.bin"), fault_around=around),
+    )
     assert first[9 * PAGE] is not None  # before the block: not recorded
     with recording(path, way="residency", files=[local]) as recorded:
         assert first[5 * PAGE] == other[5 * PAGE]
@@ -95,7 +98,7 @@ def test_a_part_of_a_program_is_recorded_and_replayed(server: HttpServer, tmp_pa
     assert sorted(set(_pages(found))) == [5, 7]
     assert [file.edges for file in found.files if file.path == os.fsencode(local)] == [touching.edges_of(3)]
     file_beds.evict(local)
-    fresh = open_remote(server.url("data.bin"), **options)
+    fresh = open_remote(server.url("data.bin"), fault_around=around)
     result = replay(path)
     assert result.area_bytes >= 2 * PAGE
     assert result.skipped_areas == ()

@@ -83,6 +83,7 @@ if _typing.TYPE_CHECKING:
     from prefault.files.file_locks import FileLock, lock
     from prefault.files.file_status import FilesStatus, FileStatus, status
     from prefault.files.selection import SelectedFile, Selection, SkippedFile, select
+    from prefault.files.streaming import FileStream, stream
     from prefault.files.warm_result import WarmInterrupted, WarmResult
     from prefault.files.warming import warm
     from prefault.pool import Pool, PoolStatistics
@@ -109,6 +110,7 @@ __all__ = [
     "FileFailure",
     "FileLock",
     "FileStatus",
+    "FileStream",
     "FilesStatus",
     "GrowableArray",
     "GuardPageError",
@@ -172,6 +174,7 @@ __all__ = [
     "residency",
     "select",
     "status",
+    "stream",
     "unlock",
     "warm",
     "zeros",
@@ -185,6 +188,7 @@ _LATER = {
     "FileFailure": "prefault.files.failures",
     "FileLock": "prefault.files.file_locks",
     "FileStatus": "prefault.files.file_status",
+    "FileStream": "prefault.files.streaming",
     "FilesStatus": "prefault.files.file_status",
     "GrowableArray": "prefault.sparse.growable",
     "NotCollapsed": "prefault.engine.collapsing",
@@ -209,6 +213,8 @@ _LATER = {
     "ready": "prefault.arrays",
     "select": "prefault.files.selection",
     "status": "prefault.files.file_status",
+    "stream": "prefault.files.streaming",
+    "zeros": "prefault.arrays",
     "warm": "prefault.files.warming",
     "zeros": "prefault.arrays",
 }

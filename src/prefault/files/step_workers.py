@@ -46,6 +46,7 @@ class StepWorkers:
         make_reader: makes the means of one thread, in the thread.
         threads: how many.
         allowed_bytes: bytes that may be begun until :meth:`allow` allows more; None: all.
+        allowed_stop: offset where the last step ends that may be begun until :meth:`allow_up_to` allows more; None: any.
 
     Attributes:
         done_bytes: bytes of the steps that are done.
@@ -54,11 +55,13 @@ class StepWorkers:
     """
 
     def __init__(
-        self, steps: Iterator[ReadStep], make_reader: Callable[[], Reader], threads: int, allowed_bytes: int | None = None
-    ) -> None:
+        self, steps: Iterator[ReadStep], make_reader: Callable[[], Reader], threads: int,
+        allowed_bytes: int | None = None, allowed_stop: int | None = None,
+    ) -> None:  # fmt: skip
         self._steps = steps
         self._make_reader = make_reader
         self._allowed_bytes = allowed_bytes
+        self._allowed_stop = allowed_stop
         self._begun_bytes = 0
         self._next: ReadStep | None = next(steps, None)
         self._open: set[int] = set()
@@ -109,13 +112,18 @@ class StepWorkers:
                     return None
                 if self.end is not None and step.start >= self.end:
                     return None
-                if self._allowed_bytes is None or self._begun_bytes + step.stop - step.start <= self._allowed_bytes:
+                if self._is_allowed(step):
                     break
                 self._changed.wait()
             self._next = next(self._steps, None)
             self._begun_bytes += step.stop - step.start
             self._open.add(step.start)
             return step
+
+    def _is_allowed(self, step: ReadStep) -> bool:
+        return (self._allowed_bytes is None or self._begun_bytes + step.stop - step.start <= self._allowed_bytes) and (
+            self._allowed_stop is None or step.stop <= self._allowed_stop
+        )
 
     def _finish(self, step: ReadStep, reached: int | None, error: OSError | None) -> None:
         with self._changed:
@@ -140,13 +148,7 @@ class StepWorkers:
         """True if all threads wait for :meth:`allow`."""
         with self._changed:
             step = self._next
-            return (
-                step is not None
-                and not self._open
-                and not self.ended
-                and self._allowed_bytes is not None
-                and self._begun_bytes + step.stop - step.start > self._allowed_bytes
-            )
+            return step is not None and not self._open and not self.ended and not self._is_allowed(step)
 
     @property
     def frontier(self) -> int | None:
@@ -161,6 +163,12 @@ class StepWorkers:
         """Let the threads begin steps until so many bytes have been begun since the start."""
         with self._changed:
             self._allowed_bytes = bytes_in_all
+            self._changed.notify_all()
+
+    def allow_up_to(self, stop: int) -> None:
+        """Let the threads begin the steps that end at an offset or before."""
+        with self._changed:
+            self._allowed_stop = stop
             self._changed.notify_all()
 
     def wait(self, timeout: float) -> bool:

@@ -77,7 +77,7 @@ class PieceReader:
         self._read_ahead = min(_window(file), _LONGEST_READ_AHEAD)
         self._buffer: memoryview | None = None
         # The kernel doubles the read-ahead of a sequential reader, and reads for a random one what it asks for alone.
-        self._fd = _reopened(file.fd, os.POSIX_FADV_SEQUENTIAL if _is_doubled(file) else os.POSIX_FADV_NORMAL)
+        self._fd = reopened(file.fd, os.POSIX_FADV_SEQUENTIAL if _is_doubled(file) else os.POSIX_FADV_NORMAL)
         self._exact_fd = -1
         self._file_fd = file.fd
 
@@ -106,7 +106,7 @@ class PieceReader:
 
     def _read_exactly(self, start: int, stop: int) -> int:
         if self._exact_fd < 0:
-            self._exact_fd = _reopened(self._file_fd, os.POSIX_FADV_RANDOM)
+            self._exact_fd = reopened(self._file_fd, os.POSIX_FADV_RANDOM)
         for at in range(start, stop, self._read_ahead):
             with contextlib.suppress(OSError):  # advice: pread finds the error, and reads what nobody read ahead
                 os.posix_fadvise(self._fd, at, min(self._read_ahead, stop - at), os.POSIX_FADV_WILLNEED)
@@ -197,7 +197,7 @@ def _populate(fd: int, start: int, stop: int, advice: int) -> None:
         mman.munmap(address, pages.length)
 
 
-def _reopened(fd: int, advice: int) -> int:
+def reopened(fd: int, advice: int) -> int:
     """Open a file again, for read-ahead of its own; where that is impossible, duplicate its descriptor."""
     flags = os.O_RDONLY | os.O_CLOEXEC
     for also in (os.O_NOATIME, 0):

@@ -214,7 +214,6 @@ _LATER = {
     "select": "prefault.files.selection",
     "status": "prefault.files.file_status",
     "stream": "prefault.files.streaming",
-    "zeros": "prefault.arrays",
     "warm": "prefault.files.warming",
     "zeros": "prefault.arrays",
 }

@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 # run takes half as long again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart packages test check docs stress guest coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote man format clean
+.PHONY: quickstart packages test check docs stress guest numa coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote man format clean
 
 ## Install into .venv, with what device memory and remote files need, and measure how fast this machine populates memory.
 quickstart: $(VENV)/.installed
@@ -43,6 +43,10 @@ stress: $(VENV)/.test-installed $(VENV)/uapi/.extracted
 ## Run the tests of a guest under KVM in an emulated machine. Installs qemu-system-x86 and downloads a kernel (Debian, root).
 guest: $(VENV)/.test-installed
 	$(BIN)/python tools/kvm_machine.py $(VENV)/kvm_machine $(BIN)/python -m pytest -p no:cacheprovider -rP tests/virtio_mem/test_guest.py
+
+## Run the tests of NUMA nodes and of fragmented memory in an emulated machine of two nodes. Installs as `make guest` does.
+numa: $(VENV)/.test-installed
+	$(BIN)/python tools/kvm_machine.py --nodes $(VENV)/kvm_machine $(BIN)/python -m pytest -p no:cacheprovider -rP tests/mapping/test_numa_nodes.py tests/mapping/test_fragmented_node.py
 
 ## Measure the line coverage of src, child processes included.
 coverage: $(VENV)/.test-installed $(VENV)/uapi/.extracted

@@ -1,8 +1,11 @@
-"""Run a command of this repository in an emulated machine that has /dev/kvm: kvm_machine.py DIRECTORY COMMAND...
+"""Run a command of this repository in an emulated machine: kvm_machine.py [--nodes] DIRECTORY COMMAND...
+
+The machine has /dev/kvm, and with ``--nodes`` two NUMA nodes: node 0 with the processor and 1.25 GiB, node 1 with 768 MiB.
 
 QEMU's translator (TCG) emulates AMD's SVM with nested paging, so that the Linux in it can run virtual machines, on any
 host. That Linux is Debian's kernel with an initial file system of busybox and six modules, in DIRECTORY; its root is this
-machine's, by 9p and read-only. The command runs there as root, with PREFAULT_REQUIRE_KVM=1 and PREFAULT_REQUIRE_ALL=1.
+machine's, by 9p and read-only. The command runs there as root, with PREFAULT_REQUIRE_ALL=1 and
+PREFAULT_REQUIRE_KVM=1, or with ``--nodes`` PREFAULT_REQUIRE_NODES=1.
 """
 
 from __future__ import annotations
@@ -40,7 +43,13 @@ $b poweroff -f
 """
 
 
-def main(directory: Path, command: list[str]) -> int:
+_NODE_ARGUMENTS = [
+    "-object", "memory-backend-ram,id=memory0,size=1280M", "-numa", "node,nodeid=0,cpus=0,memdev=memory0",
+    "-object", "memory-backend-ram,id=memory1,size=768M", "-numa", "node,nodeid=1,memdev=memory1",
+]  # fmt: skip
+
+
+def main(directory: Path, command: list[str], *, nodes: bool) -> int:
     tree = directory / "tree"
     if shutil.which("qemu-system-x86_64") is None:
         _install_qemu()
@@ -48,8 +57,8 @@ def main(directory: Path, command: list[str]) -> int:
         _extract_packages(directory, tree)
     (kernel,) = (tree / "boot").glob("vmlinuz-*")
     image = directory / "initrd"
-    image.write_bytes(_initial_file_system(tree, command))
-    return _run(kernel, image)
+    image.write_bytes(_initial_file_system(tree, command, nodes=nodes))
+    return _run(kernel, image, _NODE_ARGUMENTS if nodes else [])
 
 
 def _install_qemu() -> None:
@@ -94,9 +103,9 @@ def _debian_archive() -> str:
     return listed.stdout.split()[0]
 
 
-def _initial_file_system(tree: Path, command: list[str]) -> bytes:
+def _initial_file_system(tree: Path, command: list[str], *, nodes: bool) -> bytes:
     modules = _modules(tree)
-    environment = ["env", "PREFAULT_REQUIRE_KVM=1", "PREFAULT_REQUIRE_ALL=1"]
+    environment = ["env", f"PREFAULT_REQUIRE_{'NODES' if nodes else 'KVM'}=1", "PREFAULT_REQUIRE_ALL=1"]
     line = f"cd {shlex.quote(str(_REPOSITORY))} && {shlex.join([*environment, *command])}"
     init = _INIT.format(modules=" ".join(modules), ready=shlex.quote(_READY), done=_DONE, command=shlex.quote(line))
     busybox = next(path for path in (tree / "usr/bin/busybox", tree / "bin/busybox") if path.exists())
@@ -147,7 +156,7 @@ class _Archive:
             self.content += part + bytes(-(len(self.content) + len(part)) % 4)
 
 
-def _run(kernel: Path, image: Path) -> int:
+def _run(kernel: Path, image: Path, more: list[str]) -> int:
     """Boot, show what the command prints, and return its exit status."""
     # One processor: with two, QEMU 7.2 lets the kernel run into an int3 that it has just patched away.
     arguments = [
@@ -156,7 +165,7 @@ def _run(kernel: Path, image: Path) -> int:
         "-kernel", str(kernel), "-initrd", str(image), "-append", "console=ttyS0 loglevel=3 panic=-1 mitigations=off",
         # Inode numbers of several file systems would collide without remap.
         "-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
-        "-device", "virtio-9p-pci,fsdev=host,mount_tag=host",
+        "-device", "virtio-9p-pci,fsdev=host,mount_tag=host", *more,
     ]  # fmt: skip
     status, ready = 1, False
     with subprocess.Popen(["qemu-system-x86_64", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as machine:
@@ -175,6 +184,8 @@ def _run(kernel: Path, image: Path) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
+    words = sys.argv[1:]
+    has_nodes = words[:1] == ["--nodes"]
+    if len(words) < 2 + has_nodes:
         sys.exit(__doc__)
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    sys.exit(main(Path(words[has_nodes]), words[has_nodes + 1 :], nodes=has_nodes))

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import prefault._kernel
-from prefault._kernel import _call, fanotify, futex, ioprio, mman, pagemap, quick, rwlock, userfaultfd
+from prefault._kernel import _call, fanotify, futex, ioprio, mempolicy, mman, pagemap, quick, rwlock, userfaultfd
 from prefault._kernel.pagemap import PageCategory
 from prefault._system import capabilities
 from support import needs, oracle
@@ -48,6 +48,7 @@ HEADERS = (
     "linux/futex.h",
     "linux/ioprio.h",
     "linux/memfd.h",
+    "linux/mempolicy.h",
     "linux/mman.h",
     "linux/mount.h",
     "linux/stat.h",
@@ -77,6 +78,7 @@ NOT_IN_HEADERS = {
     "pagemap.PM_PFRAME_MASK": "pagemap.rst; test_pagemap_frame",
     "mman._MAP_FAILED": "the C library's (void *) -1: test_syscalls sees mmap fail",
     "fiemap._EXTENTS": "how many are asked for at once",
+    "mempolicy._MAX_NODES": "CONFIG_NODES_SHIFT; test_a_mask_of_all_nodes_is_taken",
     "futex._UNWAITED": "an address",
     "rwlock._RWLOCK_BYTES": "the C library's; test_a_read_write_lock_of_the_c_library_fits_and_begins_as_zeros",
     "userfaultfd._RUN_ANSWER_AT": "where the last field of a proven layout begins",
@@ -315,24 +317,33 @@ def test_the_completeness_check_sees_a_new_constant(monkeypatch: pytest.MonkeyPa
     assert _constants() == {"addition.NEW_CONSTANT": 7, "addition._HIDDEN": 8}
 
 
-def test_futex_number_of_other_architectures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+_BY_ARCHITECTURE = (
+    (futex, ("NR_FUTEX",)),
+    (ioprio, ("NR_IOPRIO_SET", "NR_IOPRIO_GET")),
+    (mempolicy, ("NR_MBIND", "NR_GET_MEMPOLICY", "NR_MOVE_PAGES")),
+    (userfaultfd, ("NR_USERFAULTFD",)),
+)
+"""System calls whose numbers differ by architecture."""
+
+
+def test_numbers_of_system_calls_of_other_architectures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """arm64, riscv64 and loongarch64 share asm-generic's numbers. Other 64-bit architectures are not supported."""
     if not UAPI.is_dir():
         needs.missing("the headers of other architectures are not there: `make test` fetches them")
-    calls = ("futex", "userfaultfd", "ioprio_set", "ioprio_get")
-    lines = "".join(f"{call}_is __NR_{call}\n" for call in calls)
-    (tmp_path / "numbers.c").write_text(f"#include <asm/unistd.h>\n{lines}")
+    names = [constant[3:].lower() for _, constants in _BY_ARCHITECTURE for constant in constants]
+    (tmp_path / "numbers.c").write_text("#include <asm/unistd.h>\n" + "".join(f"{name}_is __NR_{name}\n" for name in names))
     text = _run_gcc(tmp_path, "aarch64", "-E", "-P", "numbers.c")
     numbers = dict(re.findall(r"(\w+)_is\s+(\d+)", text))
     monkeypatch.setattr(_call, "MACHINE", "aarch64")
-    for module, call in zip((futex, userfaultfd, ioprio, ioprio), calls, strict=True):
+    for module, constants in _BY_ARCHITECTURE:
         assert module.__file__ is not None
         spec = importlib.util.spec_from_file_location("elsewhere", module.__file__)
         assert spec is not None
         assert spec.loader is not None
         elsewhere = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(elsewhere)
-        assert getattr(elsewhere, f"NR_{call.upper()}") == int(numbers[call])
+        for constant in constants:
+            assert getattr(elsewhere, constant) == int(numbers[constant[3:].lower()])
 
 
 # --- the bits of a pagemap entry: Documentation/admin-guide/mm/pagemap.rst tells them, no header does ---------------------

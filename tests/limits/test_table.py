@@ -129,10 +129,11 @@ def test_every_row_has_a_name_of_its_own_and_concerns_some_memory() -> None:
     names = [row.name for row in table.TABLE]
     assert len(set(names)) == len(names)
     uses = [
-        MemoryUse(backing=backing, shared=shared, mapped=mapped, locks=True, allocates=shared)
+        MemoryUse(backing=backing, shared=shared, mapped=mapped, locks=True, allocates=shared, nodes=nodes)
         for backing in Backing
         for shared in (False, True)
         for mapped in (False, True)
+        for nodes in ((), (0,))
     ]
     for row in table.TABLE:
         assert row.set_by

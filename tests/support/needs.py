@@ -1,6 +1,7 @@
 """Requirements of tests on the machine: an unmet one skips the test, or fails it with PREFAULT_REQUIRE_ALL=1 (CI).
 
-One that CI cannot promise has a variable of its own: PREFAULT_REQUIRE_KVM=1 for virtual machines (`make guest`).
+One that CI cannot promise has a variable of its own: PREFAULT_REQUIRE_KVM=1 for virtual machines (`make guest`),
+PREFAULT_REQUIRE_NODES=1 for two NUMA nodes (`make numa`).
 """
 
 from __future__ import annotations

@@ -67,6 +67,12 @@ def smaps(address: int) -> dict[str, int]:
     return found
 
 
+def smaps_within(start: int, stop: int) -> list[dict[str, int]]:
+    """The counters of all VMAs that begin in a range of addresses, in bytes."""
+    heads = re.findall(r"^([0-9a-f]+)-[0-9a-f]+ ", Path("/proc/self/smaps").read_text(), re.MULTILINE)
+    return [smaps(int(head, 16)) for head in heads if start <= int(head, 16) < stop]
+
+
 def vma_flags(address: int) -> set[str]:
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():

@@ -19,6 +19,7 @@ SIZE = ctypes.c_size_t
 INT = ctypes.c_int
 UINT = ctypes.c_uint
 LONG = ctypes.c_long
+ULONG = ctypes.c_ulong
 OFFSET = ctypes.c_int64
 
 

@@ -13,12 +13,13 @@ import errno
 import os
 import threading
 import warnings
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import addressof, sizeof
 
 from prefault._kernel import cachestat as _cachestat
-from prefault._kernel import futex, memfd, mman, pagemap, procmap, uio
+from prefault._kernel import futex, memfd, mempolicy, mman, pagemap, procmap, uio
 from prefault._system import fork_hooks, hugetlb, proc
 from prefault.sizes import PAGE_SIZE
 
@@ -227,6 +228,16 @@ def _collapse() -> None:
         mman.madvise(address, 0, mman.MADV_COLLAPSE)
 
 
+def _mbind() -> None:
+    with _page() as address:
+        mempolicy.mbind(address, PAGE_SIZE, *mempolicy.get_mempolicy(address))
+
+
+def _nodes_of_pages() -> None:
+    with _page() as address:
+        mempolicy.nodes_of_pages(array("Q", [address]))
+
+
 def _huge_pages() -> None:
     sizes = hugetlb.page_sizes()
     if not sizes:
@@ -358,6 +369,8 @@ MLOCK_ONFAULT = Capability("mlock_onfault", "4.4", "mlock2(MLOCK_ONFAULT) of one
 DONTNEED_LOCKED = Capability("madv_dontneed_locked", "5.18", "MADV_DONTNEED_LOCKED on a locked page", _dontneed_locked)
 GUARD_REGIONS = Capability("guard_regions", "6.13", "MADV_GUARD_INSTALL on a private page", _guard_regions)
 MADV_COLLAPSE = Capability("madv_collapse", "6.1", "MADV_COLLAPSE of no byte", _collapse)
+MBIND = Capability("mbind", "2.6.7", "get_mempolicy and mbind of a private page", _mbind)
+MOVE_PAGES = Capability("move_pages", "2.6.18", "move_pages for the node of a private page", _nodes_of_pages)
 HUGE_PAGES = Capability("hugetlb_pages", "2.6", "a hugetlb pool that is not empty", _huge_pages)
 MEMORY_CGROUP = Capability("memory_cgroup", "2.6.25", "the directory of this process' memory cgroup", _memory_cgroup)
 USERFAULTFD = Capability("userfaultfd", "4.3", "userfaultfd on a private page, for faults in user mode", _userfaultfd_call)
@@ -390,6 +403,8 @@ ALL: tuple[Capability, ...] = (
     DONTNEED_LOCKED,
     GUARD_REGIONS,
     MADV_COLLAPSE,
+    MBIND,
+    MOVE_PAGES,
     HUGE_PAGES,
     MEMORY_CGROUP,
     USERFAULTFD,

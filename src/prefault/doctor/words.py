@@ -20,6 +20,8 @@ WITHOUT = {
     "guard_regions": "unpopulated='fault' of sparse memory makes a mapping of each separate run of blocks, and raises"
     " OutOfMemoryError where they would be more than half of vm.max_map_count",
     "madv_collapse": "prefault.collapse leaves all memory in base pages, and says so",
+    "mbind": "node= and interleave= are refused with an OSError (Docker allows them with --cap-add SYS_NICE)",
+    "move_pages": "residency(nodes=True) does not tell the nodes of pages",
     "hugetlb_pages": "the backings 'hugetlb' and 'memfd-hugetlb' are refused with HugePagesError",
     "memory_cgroup": "limits of memory cgroups are not seen",
     "userfaultfd": "device memory is refused: prefault.device.map and prefault.open_remote raise DeviceError",

@@ -143,7 +143,8 @@ class Execution:
         ahead = ReadAhead(PageRange(segments[0].start, segments[-1].stop)) if on_disk else None
         while not self._stop:
             size = pace.size if self._admission is None else min(pace.size, self._admission.largest_chunk)
-            chunk = self._queue.take(size if self._rate is None else min(size, self._rate.chunk_bytes))
+            size = size if self._rate is None else min(size, self._rate.chunk_bytes)
+            chunk = self._queue.take(size if self._huge is None else max(size, self._huge.chunk_bytes))
             if chunk is None:
                 return
             if self._rate is not None and not self._may_go_on(self._rate, chunk):

@@ -17,6 +17,7 @@ from prefault.errors import PopulateError, PopulateInterrupted
 from prefault.intervals import Intervals
 from prefault.limits.admission import AdmissionControl, HeadroomChoice
 from prefault.memory.borrowing import Borrowed, GuardedPopulate, PageProvider, ProvidedPages
+from prefault.memory.node_policy import NodePolicy
 from prefault.memory.vma import Backing
 from prefault.ranges import RangeSet
 from prefault.sizes import MIB, format_size
@@ -36,6 +37,7 @@ class PopulateOptions(NamedTuple):
     headroom: HeadroomChoice
     began: int
     huge: bool
+    node_policy: NodePolicy | None = None
 
 
 class Part(abc.ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from contextlib import ExitStack
 from operator import itemgetter
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ from prefault.engine.rate import RateLimit, rate_limit
 from prefault.engine.rollback import Rollback, file_pages
 from prefault.engine.small_calls import is_small, run_small, small_plan, surely_fits
 from prefault.errors import OutOfMemoryError
+from prefault.inspection.nodes import note_on_others
 from prefault.intervals import Intervals
 from prefault.limits.admission import AdmissionControl, HeadroomChoice
 from prefault.limits.demand import demands_of
@@ -53,6 +55,7 @@ from prefault.memory.borrowing import (
     provided_spans,
 )
 from prefault.memory.huge_advice import HugeAdvice
+from prefault.memory.node_policy import Interleave, NodePolicy, policy_for, under_policy
 from prefault.ranges import Ranges
 from prefault.sizes import Size
 
@@ -77,6 +80,8 @@ def populate(
     rate: RateLimit | Size | None = None,
     headroom: HeadroomChoice = "check",
     huge: Huge = None,
+    node: int | None = None,
+    interleave: Interleave = False,
 ) -> PopulateResult:
     """Make every page of ``buffer`` present, so that touching it faults no more; or fail, and report how far it came.
 
@@ -110,6 +115,9 @@ def populate(
         huge: ``"auto"`` advises transparent huge pages for what is missing of private anonymous memory, where that changes
             nothing that was asked for, and until compaction makes them slow; the notes say how much got them. The advice
             stays on the mapping. None leaves the memory as it is.
+        node: number of the NUMA node that the missing pages come from; HeadroomError where it has too little. With
+            ``headroom="ignore"`` other nodes help out when it is full. The policy of the memory is as before afterwards.
+        interleave: True has missing pages come in turn from all nodes that this process may use, numbers from these.
 
     Returns:
         The bytes that were brought in. Pages that were populated before are counted apart.
@@ -126,12 +134,13 @@ def populate(
     began = perf_counter_ns()
     _check_choices(access, headroom, progress)
     options = PopulateOptions(
-        access, method, threads, rollback, progress, rate_limit(rate), headroom, began, wants_huge(huge)
-    )
+        access, method, threads, rollback, progress, rate_limit(rate), headroom, began, wants_huge(huge),
+        policy_for(node, interleave, strict=headroom == "check"),
+    )  # fmt: skip
     try:
         memory = borrow(buffer)
     except TypeError as error:
-        _check_not_huge(options.huge)
+        _check_one_buffer(options.huge, options.node_policy)
         from prefault.engine.scattered.populating_many import populate_members
         from prefault.memory.borrowed_members import borrowed_collection
 
@@ -140,7 +149,7 @@ def populate(
     try:
         span = memory.select(offset, length)
         if memory.strides is not None:
-            _check_not_huge(options.huge)
+            _check_one_buffer(options.huge, options.node_policy)
             return _populate_pages(memory, Intervals([span]), options)
         if memory.access_guard is None:
             return _populate(memory, span, None, options)
@@ -163,6 +172,8 @@ def plan(
     method: str | None = None,
     threads: Threads = None,
     huge: Huge = None,
+    node: int | None = None,
+    interleave: Interleave = False,
 ) -> Plan:
     """Return the plan of :func:`prefault.populate` for the same arguments, with its reasons. Nothing is populated.
 
@@ -172,10 +183,11 @@ def plan(
         TypeError, ValueError: those of :func:`prefault.populate`.
     """
     _check_choices(access, "check", False)
+    policy = policy_for(node, interleave)
     try:
         memory = borrow(buffer)
     except TypeError as error:
-        _check_not_huge(wants_huge(huge))
+        _check_one_buffer(wants_huge(huge), policy)
         # Imported here, and below: a part of the import time that most programs need not spend.
         from prefault.memory.borrowed_members import borrowed_collection
 
@@ -184,9 +196,11 @@ def plan(
     with memory:
         if memory.strides is None:
             made = make_plan(memory, access, offset, length, method, threads)
-            note = huge_note(made, memory) if wants_huge(huge) and made.segments else None
-            return made if note is None else made._replace(notes=(*made.notes, note))
-        _check_not_huge(wants_huge(huge))
+            notes = [huge_note(made, memory)] if wants_huge(huge) and made.segments else []
+            if policy is not None:
+                notes.append(f"memory comes {policy.words}")
+            return made._replace(notes=(*made.notes, *notes))
+        _check_one_buffer(wants_huge(huge), policy)
         from prefault.memory.borrowed_members import member_of
 
         return _plan_members([member_of("", memory, Intervals([memory.select(offset, length)]))], access, method, threads)
@@ -207,9 +221,10 @@ def _check_choices(access: object, headroom: object, progress: object) -> None:
         raise ValueError(f"access is 'read', 'write' or None, not {access!r}")
 
 
-def _check_not_huge(huge: bool) -> None:
-    if huge:
-        raise ValueError("huge='auto' is for one buffer without gaps: give the buffers one by one, or leave huge out")
+def _check_one_buffer(huge: bool, policy: NodePolicy | None) -> None:
+    name = "huge" if huge else "node or interleave" if policy is not None else None
+    if name is not None:
+        raise ValueError(f"{name} is for one buffer without gaps: give the buffers one by one, or leave {name} out")
 
 
 def populate_many(
@@ -270,13 +285,13 @@ def _populate(memory: Borrowed, span: Span, guarded: GuardedPopulate | None, opt
     provided = provided_spans(*span) if method in (None, "device") and span.start < span.stop else ()
     if provided:
         return _populate_parts(memory, span, provided, guarded, options)
-    simple = method is None and threads in (None, "auto") and not options.huge
+    simple = method is None and threads in (None, "auto") and not options.huge and options.node_policy is None
     plan = small_plan(memory, span, access) if simple else None
     return _carry_out(plan or plan_span(memory, span, access, method, threads), memory, guarded, options)
 
 
 def _carry_out(plan: Plan, memory: Borrowed, guarded: GuardedPopulate | None, options: PopulateOptions) -> PopulateResult:
-    _, _, _, rollback, progress, rate, headroom, began, huge = options
+    _, _, _, rollback, progress, rate, headroom, began, huge, policy = options
     if not plan.segments:
         return PopulateResult(0, 0, 0.0, plan.access, "none", 1)
     if rollback:
@@ -288,25 +303,37 @@ def _carry_out(plan: Plan, memory: Borrowed, guarded: GuardedPopulate | None, op
         private, note = huge_page_candidates(plan, memory)
         advice = HugeAdvice(private - before, memory.address) if note is None else None
         plan = plan if note is None else plan._replace(notes=(*plan.notes, note))
-    small = is_small(plan) and rate is None and advice is None
+    small = is_small(plan) and rate is None and advice is None and policy is None and not memory.nodes
     admission = None
     if headroom == "check" and not (small and surely_fits(plan.segments[0], began)):
-        admission = _admission(plan.segments, before, memory, guarded)
+        admission = _admission(plan.segments, before, memory, guarded, policy)
     kept -= admit(plan.segments[0], admission, guarded)
     if small:
         admission = None  # its only chunk has just been looked at
     undo = Rollback(plan.segments, kept, file_pages(plan.segments)) if rollback else None  # looks before anything is done
     if small and progress is False:
         return run_small(plan, memory.address, began, before, undo)
-    with reporting(progress, "populate") as report:
-        return Execution(PlanQueue(plan), memory.address, before, report, undo, admission, rate, advice).run(began)
+    with ExitStack() as stack:
+        pages = Intervals((segment.start, segment.stop) for segment in plan.segments)
+        if policy is not None:
+            stack.enter_context(under_policy(policy, pages))
+        report = stack.enter_context(reporting(progress, "populate"))
+        result = Execution(PlanQueue(plan), memory.address, before, report, undo, admission, rate, advice).run(began)
+    if policy is None:
+        return result
+    # The kernel puts missing private pages nowhere else; a file may have had pages before, and asking for all takes long.
+    sure = bool(policy.bound) and not any(segment.target.shared for segment in plan.segments)
+    note = note_on_others(before if sure else pages, policy.nodes)
+    return result if note is None else result._replace(notes=(*result.notes, note))
 
 
 def _populate_parts(
     memory: Borrowed, span: Span, provided: Sequence[ProvidedSpan], guarded: GuardedPopulate | None, options: PopulateOptions
 ) -> PopulateResult:  # fmt: skip
     """Populate memory that page providers supply, in whole or in part."""
-    access, method, threads, rollback, progress, rate, headroom, began, _ = options
+    access, method, threads, rollback, progress, rate, headroom, began, _, policy = options
+    if policy is not None:
+        raise ValueError("the server of a device decides where its memory comes from: leave node and interleave out")
     origin = memory.address
     plans = [plan_span(memory, part, access, method, threads) for part in other_spans(*span, provided)]
     segments = [segment for plan in plans for segment in plan.segments]
@@ -314,7 +341,7 @@ def _populate_parts(
     admission = None
     if headroom == "check" and segments:
         # Memory of the kernel in all parts together; a device's server checks for its frames.
-        admission = _admission(segments, Intervals.union_of(before for before, _ in looks), memory, guarded)
+        admission = _admission(segments, Intervals.union_of(before for before, _ in looks), memory, guarded, None)
     protected = admit(segments[0] if segments else None, admission, guarded)
     with reporting(progress, "populate") as report:
         lengths = sum(stop - start for start, stop, _ in provided) + sum(plan.length for plan in plans)
@@ -343,7 +370,9 @@ def _in_order(span: Span, provided: Sequence[ProvidedSpan]) -> list[tuple[int, i
 
 
 def _admission(
-    segments: Sequence[Segment], before: Intervals, memory: Borrowed, guarded: GuardedPopulate | None
-) -> AdmissionControl:
-    uses = [segment.use._replace(guarded=guarded is not None) for segment in segments]
+    segments: Sequence[Segment], before: Intervals, memory: Borrowed, guarded: GuardedPopulate | None,
+    policy: NodePolicy | None,
+) -> AdmissionControl:  # fmt: skip
+    nodes = memory.nodes if policy is None else policy.bound
+    uses = [segment.use._replace(guarded=guarded is not None, nodes=nodes) for segment in segments]
     return AdmissionControl(demands_of(uses, before, memory.fd), memory.address)

@@ -62,6 +62,10 @@ class Residency:
             with a file and the kernel has cachestat (Linux 6.5); else None.
         cached_bytes: bytes of the files behind the memory that are in the page cache, mapped here or not; None where there
             is no file, or the kernel does not tell this process.
+        node_bytes: bytes on each NUMA node, by its number. None unless it was asked for, and where the kernel does not tell
+            this process.
+        nodes: number of the NUMA node of each base page, in order: an array of int16, -1 for pages that are not present and
+            for zero pages. None where ``node_bytes`` is, and for collections and arrays with gaps.
     """
 
     def __init__(
@@ -75,6 +79,8 @@ class Residency:
         self.unknown = unknown
         self.page_cache = page_cache
         self.cached_bytes = None if page_cache is None else page_cache.cached * PAGE_SIZE
+        self.node_bytes: dict[int, int] | None = None
+        self.nodes: numpy.typing.NDArray[numpy.int16] | None = None
         self._words = words
         # Not functools.cached_property: before Python 3.12 it has a lock for all objects, which another thread may hold at
         # the moment of a fork, and which stays locked in the child.
@@ -187,6 +193,7 @@ class Residency:
                 parts.append(f"{format_size(count)} {name}")
         if self.cached_bytes is not None:
             parts.append(f"{format_size(self.cached_bytes)} of the file in the page cache")
+        parts += [f"{format_size(count)} on node {node}" for node, count in (self.node_bytes or {}).items()]
         return f"{format_size(self.inspected_bytes)}: {', '.join(parts)}"
 
     def __repr__(self) -> str:

@@ -10,6 +10,7 @@ from prefault._system import cgroups
 from prefault._system.kept_files import KeptFile
 from prefault._system.meminfo import read_meminfo
 from prefault._system.memory_cgroups import Bound, MemoryCgroup
+from prefault._system.numa import format_list, read_node_meminfo
 from prefault.limits.limit import Limit
 from prefault.sizes import MIB, PAGE_SIZE
 
@@ -94,6 +95,22 @@ def machine_limits(*, swap: bool = True) -> list[Limit]:
             "the OOM killer ends a process of the machine", "/proc/meminfo", "free memory, or add swap",
         )
     ]  # fmt: skip
+
+
+def node_limits(nodes: Sequence[int]) -> Iterator[Limit]:
+    """Read what NUMA nodes have left, together: free memory and clean page cache. Nothing without /sys."""
+    try:
+        numbers = [
+            read_node_meminfo(node, "MemTotal", "MemFree", "Active(file)", "Inactive(file)", "Dirty") for node in nodes
+        ]
+    except OSError:
+        return
+    total, free, active, inactive, dirty = map(sum, zip(*numbers, strict=True))
+    yield Limit(
+        f"MemFree of {format_list(tuple(nodes))}", "memory", total, total - free, max(0, active + inactive - dirty),
+        _reserve(total), "the OOM killer ends a process, though other nodes may have memory",
+        "/sys/devices/system/node", "free memory there, or take another node (or interleave=True)",
+    )  # fmt: skip
 
 
 class MemoryAnswer(NamedTuple):

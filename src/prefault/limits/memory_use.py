@@ -43,6 +43,7 @@ class MemoryUse(NamedTuple):
         file_size: bytes of that file, beyond which nothing is populated; None where it is not known.
         guarded: True if an access guard makes it accessible just before it is populated.
         directory: mount point or path of the file system, where it is known.
+        nodes: numbers of the NUMA nodes that its memory must come from; none: any.
     """
 
     start: int = 0
@@ -59,6 +60,7 @@ class MemoryUse(NamedTuple):
     file_size: int | None = None
     guarded: bool = False
     directory: str | None = None
+    nodes: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:

@@ -26,6 +26,7 @@ from prefault.limits.memory_limits import (
     check_machine,
     counts_hugetlb,
     machine_limits,
+    node_limits,
 )
 from prefault.limits.memory_use import MemoryUse
 from prefault.limits.refusing_limits import (
@@ -93,6 +94,11 @@ TABLE = (
     LimitRow(
         "MemAvailable", "the machine: its memory and swap",
         _takes_memory, lambda _: machine_limits(), check=check_machine,
+    ),
+    LimitRow(
+        "node memory", "the machine: memory of the NUMA nodes that were asked for",
+        lambda use: bool(use.nodes) and _takes_memory(use), lambda use: node_limits(use.nodes),
+        missing_in_all, missing_in_all, lambda use: use.nodes,
     ),
     LimitRow(
         "CommitLimit", "the administrator: vm.overcommit_memory and vm.overcommit_ratio",

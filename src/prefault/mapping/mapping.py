@@ -19,6 +19,7 @@ from prefault.errors import HugePagesError, MappingError
 from prefault.limits.mmap_refusal import why_no_room
 from prefault.memory.backings import BackingSource, OpenedBacking, parse_backing
 from prefault.memory.borrowing import Borrowed, MemoryOwner, Pin
+from prefault.memory.node_policy import Interleave, policy_for
 from prefault.ranges import PageRange
 from prefault.sizes import MAX_SIZE, MIB, PAGE_SIZE, Size, format_size, parse_size
 
@@ -121,10 +122,14 @@ class Mapping(MappedMemory):
             (MADV_HUGEPAGE), ``"never"`` forbids them (MADV_NOHUGEPAGE).
         noreserve: MAP_NORESERVE: neither swap space nor hugetlb pages are set aside at the time of mapping.
         align: the address becomes a multiple of this; default 2 MiB for mappings that could hold a huge page.
+        node: number of the NUMA node that all pages come from (MPOL_BIND). Where it is full, populating is a
+            HeadroomError; a touch has the OOM killer end a process.
+        interleave: True has the pages come in turn from all nodes that this process may use, numbers from these.
 
     Raises:
         MappingError: the backing or the memory is not available. Nothing is left behind.
-        ValueError, TypeError: a wrong size, backing or option.
+        ValueError, TypeError: a wrong size, backing, node or option.
+        OSError: this process may not set memory policies.
     """
 
     def __init__(
@@ -137,6 +142,8 @@ class Mapping(MappedMemory):
         huge: HugeAdvice = "auto",
         noreserve: bool = False,
         align: Size | None = None,
+        node: int | None = None,
+        interleave: Interleave = False,
     ) -> None:
         source = parse_backing(backing)
         if huge not in ("auto", *_ADVICE):
@@ -150,6 +157,7 @@ class Mapping(MappedMemory):
         self.shared = source.has_file if shared is None else shared
         self.writable = writable
         self.huge = huge
+        self._node_policy = policy_for(node, interleave)
         memory = OwnedMemory()
         try:
             opened = source.open(memory.descriptors, wanted, writable=writable and self.shared)
@@ -163,6 +171,8 @@ class Mapping(MappedMemory):
                 prot=mman.PROT_READ | (mman.PROT_WRITE if writable else 0),
                 align=None if align is None else parse_size(align),
             )  # fmt: skip
+            if self._node_policy is not None:
+                self._node_policy.apply(memory.address, memory.address + memory.mapped)
         except BaseException:
             memory.unmap()
             raise
@@ -203,6 +213,7 @@ class Mapping(MappedMemory):
         return Borrowed(
             memory.address, self._length,
             readonly=not self.writable, fd=memory.fd, huge=self.huge == "advise", pin=pin,
+            nodes=() if self._node_policy is None else self._node_policy.bound,
         )  # fmt: skip
 
     def __repr__(self) -> str:

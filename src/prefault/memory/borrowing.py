@@ -41,13 +41,14 @@ class Borrowed:
         fd: descriptor of the file behind the memory, if the owner has one, else None. Borrowed as well.
         huge: whether the owner asked for transparent huge pages, or for none: fallocate does not see that.
         access_guard: hook that populate and discard enter before they touch a page, if the owner installed one.
+        nodes: numbers of the NUMA nodes that the owner bound the memory to, so that they must have room for it; none: any.
     """
 
-    __slots__ = ("_pin", "access_guard", "address", "fd", "huge", "length", "readonly", "strides")
+    __slots__ = ("_pin", "access_guard", "address", "fd", "huge", "length", "nodes", "readonly", "strides")
 
     def __init__(
         self, address: int, length: int, *, readonly: bool, strides: Strides | None = None, fd: int | None = None,
-        huge: bool = False, access_guard: AccessGuard | None = None, pin: Pin | None = None,
+        huge: bool = False, access_guard: AccessGuard | None = None, pin: Pin | None = None, nodes: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         self.address = address
         self.length = length
@@ -56,6 +57,7 @@ class Borrowed:
         self.fd = fd
         self.huge = huge
         self.access_guard = access_guard
+        self.nodes = nodes
         self._pin = pin
 
     @property

@@ -63,9 +63,10 @@ class HugeAdvice:
     """
 
     def __init__(self, missing: Intervals, origin: int) -> None:
-        self._size = thp.pmd_size() or PAGE_SIZE
-        found = ((start, stop, vma) for start, stop in missing.inward(self._size) for vma in vmas(start, stop))
-        whole = (PageRange.inward(max(a, vma.start), min(b, vma.stop), self._size) for a, b, vma in found)
+        self.chunk_bytes = thp.pmd_size() or PAGE_SIZE
+        """Bytes of a huge page: smaller chunks would never get one."""
+        found = ((start, stop, vma) for start, stop in missing.inward(self.chunk_bytes) for vma in vmas(start, stop))
+        whole = (PageRange.inward(max(a, vma.start), min(b, vma.stop), self.chunk_bytes) for a, b, vma in found)
         self._places = [place for place in whole if place]
         self._starts = [place.start for place in self._places]
         self._allowed: dict[int, bool] = {}
@@ -92,8 +93,9 @@ class HugeAdvice:
 
     def run(self, pages: PageRange, populate: Callable[[], Failure | None]) -> Failure | None:
         """Advise the huge pages inside ``pages``, populate, and judge by the time and the machine's counters."""
-        inside = [place & pages for place in self._places_among(pages)]
-        if self._over is not None or not any(inside):
+        shared = (place & pages for place in self._places_among(pages))
+        inside = [part for part in (PageRange.inward(*some, self.chunk_bytes) for some in shared) if part]
+        if self._over is not None or not inside:
             return populate()
         comparable = 2 * sum(part.length for part in inside) > pages.length
         began, before = perf_counter_ns(), _Events.now()
@@ -109,14 +111,11 @@ class HugeAdvice:
         return self._places[first : bisect_right(self._starts, pages.stop - 1)]
 
     def _advise(self, part: PageRange) -> bool:
-        part = PageRange.inward(part.start, part.stop, self._size)
-        if not part:
-            return False
         place = bisect_right(self._starts, part.start) - 1
         with self._lock:
             allowed = self._allowed.get(place)
             if allowed is None:
-                allowed = self._allowed[place] = self._is_allowed(PageRange(part.start, part.start + self._size))
+                allowed = self._allowed[place] = self._is_allowed(PageRange(part.start, part.start + self.chunk_bytes))
                 if not allowed:
                     self._refused += self._places[place].length
         if allowed:

@@ -22,6 +22,7 @@ from prefault.memory.backings import (
     parse_backing,
 )
 from prefault.memory.borrowing import Borrowed
+from prefault.memory.node_policy import Interleave, policy_for
 from prefault.ranges import PageRange, Ranges, RangeSet
 from prefault.sizes import Size, format_size, parse_size
 from prefault.sparse.accounting import Accounting
@@ -67,6 +68,8 @@ class SparseMemory(MappedMemory):
             gives it back. A block is a multiple of the device's page size. A child of fork has no such memory.
         offset: first byte of the device, or of the object, that the memory maps; what other memories map is theirs as well.
         object: name of an object of the device, which the memory maps in place of a part of the device.
+        node: number of the NUMA node that all pages come from, as for :class:`Mapping`; not with a device.
+        interleave: True has the pages come in turn from all nodes that this process may use, numbers from these.
 
     Raises:
         MappingError: the backing or the addresses are not available. Nothing is left behind.
@@ -88,6 +91,8 @@ class SparseMemory(MappedMemory):
         device: DeviceSource | None = None,
         offset: Size = 0,
         object: str | None = None,  # noqa: A002  as in prefault.device.map
+        node: int | None = None,
+        interleave: Interleave = False,
     ) -> None:
         if huge not in ("auto", "advise", "never"):
             raise ValueError(f"huge is 'auto', 'advise' or 'never', not {huge!r}")
@@ -99,6 +104,9 @@ class SparseMemory(MappedMemory):
         self.device = device
         requested = Requested(wanted, reserved, None if block is None else parse_size(block), huge)
         faults = unpopulated == "fault"
+        self._node_policy = policy_for(node, interleave)
+        if device is not None and self._node_policy is not None:
+            raise ValueError("the server of a device decides where its memory comes from: leave node and interleave out")
         if device is None:
             self.backing: BackingSource | None = parse_backing(backing)
             self.shared = self.backing.has_file if shared is None else shared
@@ -108,6 +116,8 @@ class SparseMemory(MappedMemory):
             self.backing, self.shared = None, True
             mapped = map_device(device, parse_size(offset), object, requested, faults=faults)
         try:
+            if self._node_policy is not None:
+                self._node_policy.apply(mapped.memory.address, mapped.memory.address + mapped.memory.mapped)
             self._guard = make_guard(mapped, accounting)
         except BaseException:
             mapped.memory.unmap()
@@ -326,6 +336,7 @@ class SparseMemory(MappedMemory):
             huge=self.huge != "auto",
             access_guard=self._guard,
             pin=pin,
+            nodes=() if self._node_policy is None else self._node_policy.bound,
         )
 
     def _open_memory(self) -> OwnedMemory:

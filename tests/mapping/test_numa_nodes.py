@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,32 @@ def test_a_full_node_is_refused_though_the_machine_has_memory() -> None:
         pytest.raises(prefault.HeadroomError, match="MemFree of node 1 leaves"),
     ):
         prefault.populate(mapping)
+
+
+@pytest.fixture
+def node_pools(hugetlb_pool: Callable[[int], None], two: None) -> None:
+    """8 huge pages on node 0 and 4 on node 1."""
+    hugetlb_pool(0)
+    for node, pages in ((0, 8), (1, 4)):
+        setting = Path(numa.node_pool(node, 2 * MIB), "nr_hugepages")
+        setting.write_text(str(pages))
+        if int(setting.read_text()) != pages:
+            needs.missing("each node finds its huge pages")
+
+
+@pytest.mark.usefixtures("node_pools")
+@pytest.mark.parametrize("backing", ["hugetlb", "memfd-hugetlb"])
+def test_huge_pages_come_from_the_pool_of_the_node(backing: str) -> None:
+    with prefault.Mapping(8 * MIB, backing=backing, noreserve=True) as mapping:
+        prefault.populate(mapping, node=1)
+        assert _on(mapping) == {1: 8 * MIB} == prefault.residency(mapping, nodes=True).node_bytes
+    with prefault.Mapping(10 * MIB, backing=backing, noreserve=True) as mapping:
+        with pytest.raises(prefault.HeadroomError, match=r"on node 1 leaves 8\.0 MiB"):
+            prefault.populate(mapping, node=1)
+        assert _on(mapping) == {}
+        prefault.populate(mapping, node=1, headroom="ignore")
+        assert "fallocate" not in prefault.plan(mapping, node=1).method
+        assert _on(mapping) == {0: 2 * MIB, 1: 8 * MIB}
 
 
 @pytest.mark.usefixtures("two")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 from prefault._system.meminfo import number_in
+from prefault.sizes import KIB
 
 _NODES = "/sys/devices/system/node"
 
@@ -42,6 +43,11 @@ def read_node_meminfo(node: int, *names: str) -> tuple[int, ...]:
         except KeyError:
             found.append(0)
     return tuple(found)
+
+
+def node_pool(node: int, page_size: int) -> str:
+    """Return the directory of a node's hugetlb pool, whose files are named as those of the machine's pool."""
+    return f"{_NODES}/node{node}/hugepages/hugepages-{page_size // KIB}kB"
 
 
 def parse_list(text: str) -> tuple[int, ...]:

@@ -231,6 +231,10 @@ def _segment(memory: Borrowed, vma: Vma, start: int, stop: int, access: Access |
         # fallocate does not see the advice on the mapping: where shmem_enabled (or the mount) says "advise" it allocates
         # base pages, and a later fault finds them there. Seen on Linux 6.18.
         may_allocate = False
+    if memory.has_policy and vma.backing is Backing.HUGETLB:
+        may_allocate = (
+            False  # hugetlb keeps the policy with the mapping, where fallocate does not see it: seen on Linux 6.12
+        )
     # A descriptor is looked for only where it matters: shared memory without one is allocated by populating it.
     fd = _descriptor(memory, vma) if may_allocate and (memory.fd is not None or on_disk) else None
     method = best(wish, allocate=fd is not None)

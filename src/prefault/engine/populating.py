@@ -147,6 +147,7 @@ def populate(
         with borrowed_collection(buffer, offset, length, error) as members:
             return populate_members(members, options)
     try:
+        memory.has_policy = memory.has_policy or options.node_policy is not None
         span = memory.select(offset, length)
         if memory.strides is not None:
             _check_one_buffer(options.huge, options.node_policy)
@@ -194,6 +195,7 @@ def plan(
         with borrowed_collection(buffer, offset, length, error) as members:
             return _plan_members(members, access, method, threads)
     with memory:
+        memory.has_policy = memory.has_policy or policy is not None
         if memory.strides is None:
             made = make_plan(memory, access, offset, length, method, threads)
             notes = [huge_note(made, memory)] if wants_huge(huge) and made.segments else []

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 from prefault._system import cgroups, hugetlb
 from prefault._system.kept_files import KeptFile
 from prefault._system.meminfo import number_in, read_meminfo
 from prefault._system.memory_cgroups import hugetlb_bounds
+from prefault._system.numa import format_list, node_pool
 from prefault.limits.limit import Bounds, Limit
 from prefault.limits.memory_use import MemoryUse
 from prefault.limits.process_limits import soft_limit
@@ -26,6 +28,22 @@ def hugetlb_pool_limits(page_size: int) -> Iterator[Limit]:
             (pool.total + pool.surplus_left) * page_size, (pool.total - pool.available) * page_size, 0, 0,
             "SIGBUS when touched, ENOMEM from mmap if not MAP_NORESERVE", pool.setting,
             f"write a larger number of pages to {pool.setting}",
+        )  # fmt: skip
+
+
+def node_pool_limits(nodes: Sequence[int], page_size: int) -> Iterator[Limit]:
+    """Read the hugetlb pools of NUMA nodes, together: what is free there, reserved or not."""
+    total = free = 0
+    with contextlib.suppress(OSError, ValueError):
+        for node in nodes:
+            total += int(Path(node_pool(node, page_size), "nr_hugepages").read_text())
+            free += int(Path(node_pool(node, page_size), "free_hugepages").read_text())
+        setting = f"{node_pool(nodes[0], page_size)}/nr_hugepages"
+        yield Limit(
+            f"hugetlb pool of {format_size(page_size)} pages on {format_list(tuple(nodes))}", "huge pages",
+            total * page_size, (total - free) * page_size, 0, 0,
+            "SIGBUS when touched, though other nodes may have huge pages", setting,
+            f"write a larger number of pages to {setting}",
         )  # fmt: skip
 
 

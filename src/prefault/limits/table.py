@@ -33,6 +33,7 @@ from prefault.limits.refusing_limits import (
     commit_limits,
     hugetlb_cgroup_limits,
     hugetlb_pool_limits,
+    node_pool_limits,
     resource_limit,
     space_limits,
 )
@@ -99,6 +100,11 @@ TABLE = (
         "node memory", "the machine: memory of the NUMA nodes that were asked for",
         lambda use: bool(use.nodes) and _takes_memory(use), lambda use: node_limits(use.nodes),
         missing_in_all, missing_in_all, lambda use: use.nodes,
+    ),
+    LimitRow(
+        "node hugetlb pool", "the administrator: nr_hugepages of the NUMA nodes that were asked for",
+        lambda use: bool(use.nodes) and _is_hugetlb(use), lambda use: node_pool_limits(use.nodes, use.page_size),
+        missing_in_all, unallocated_in_all, lambda use: (use.nodes, use.page_size),
     ),
     LimitRow(
         "CommitLimit", "the administrator: vm.overcommit_memory and vm.overcommit_ratio",

@@ -213,7 +213,7 @@ class Mapping(MappedMemory):
         return Borrowed(
             memory.address, self._length,
             readonly=not self.writable, fd=memory.fd, huge=self.huge == "advise", pin=pin,
-            nodes=() if self._node_policy is None else self._node_policy.bound,
+            nodes=() if self._node_policy is None else self._node_policy.bound, has_policy=self._node_policy is not None,
         )  # fmt: skip
 
     def __repr__(self) -> str:

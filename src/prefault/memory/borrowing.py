@@ -42,13 +42,15 @@ class Borrowed:
         huge: whether the owner asked for transparent huge pages, or for none: fallocate does not see that.
         access_guard: hook that populate and discard enter before they touch a page, if the owner installed one.
         nodes: numbers of the NUMA nodes that the owner bound the memory to, so that they must have room for it; none: any.
+        has_policy: whether a memory policy is set, by the owner or for this call: fallocate does not see that of hugetlb.
     """
 
-    __slots__ = ("_pin", "access_guard", "address", "fd", "huge", "length", "nodes", "readonly", "strides")
+    __slots__ = ("_pin", "access_guard", "address", "fd", "has_policy", "huge", "length", "nodes", "readonly", "strides")
 
     def __init__(
         self, address: int, length: int, *, readonly: bool, strides: Strides | None = None, fd: int | None = None,
         huge: bool = False, access_guard: AccessGuard | None = None, pin: Pin | None = None, nodes: tuple[int, ...] = (),
+        has_policy: bool = False,
     ) -> None:  # fmt: skip
         self.address = address
         self.length = length
@@ -58,6 +60,7 @@ class Borrowed:
         self.huge = huge
         self.access_guard = access_guard
         self.nodes = nodes
+        self.has_policy = has_policy
         self._pin = pin
 
     @property

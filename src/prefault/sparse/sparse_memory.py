@@ -337,6 +337,7 @@ class SparseMemory(MappedMemory):
             access_guard=self._guard,
             pin=pin,
             nodes=() if self._node_policy is None else self._node_policy.bound,
+            has_policy=self._node_policy is not None,
         )
 
     def _open_memory(self) -> OwnedMemory:

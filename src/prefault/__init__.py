@@ -87,6 +87,9 @@ if _typing.TYPE_CHECKING:
     from prefault.files.warm_result import WarmInterrupted, WarmResult
     from prefault.files.warming import warm
     from prefault.pool import Pool, PoolStatistics
+    from prefault.recordings.own_recording import recording
+    from prefault.recordings.recording_file import RecordedArea, RecordedFile, Recording, RecordingError
+    from prefault.recordings.replaying import ReplayResult, replay
     from prefault.shared_memory import SharedMemory, SharedMemoryProtection, protect_shared_memory
     from prefault.sparse import SparseMemory
     from prefault.sparse.growable import GrowableArray
@@ -144,6 +147,11 @@ __all__ = [
     "RangeSet",
     "RateLimit",
     "ReadyMemory",
+    "RecordedArea",
+    "RecordedFile",
+    "Recording",
+    "RecordingError",
+    "ReplayResult",
     "Residency",
     "SelectedFile",
     "Selection",
@@ -171,6 +179,8 @@ __all__ = [
     "populate_many",
     "protect_shared_memory",
     "ready",
+    "recording",
+    "replay",
     "residency",
     "select",
     "status",
@@ -195,6 +205,11 @@ _LATER = {
     "Pool": "prefault.pool",
     "PoolStatistics": "prefault.pool",
     "ReadyMemory": "prefault.arrays",
+    "RecordedArea": "prefault.recordings.recording_file",
+    "RecordedFile": "prefault.recordings.recording_file",
+    "Recording": "prefault.recordings.recording_file",
+    "RecordingError": "prefault.recordings.recording_file",
+    "ReplayResult": "prefault.recordings.replaying",
     "SelectedFile": "prefault.files.selection",
     "Selection": "prefault.files.selection",
     "SharedMemory": "prefault.shared_memory",
@@ -211,6 +226,8 @@ _LATER = {
     "open_remote": "prefault.drivers",
     "protect_shared_memory": "prefault.shared_memory",
     "ready": "prefault.arrays",
+    "recording": "prefault.recordings.own_recording",
+    "replay": "prefault.recordings.replaying",
     "select": "prefault.files.selection",
     "status": "prefault.files.file_status",
     "stream": "prefault.files.streaming",

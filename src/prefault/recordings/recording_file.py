@@ -132,6 +132,16 @@ class Recording(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Total length of all parts of device memory, bytes."""
         return sum(area.bytes for area in self.areas)
 
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recording:
+        """Read a recording from a file.
+
+        Raises:
+            RecordingError: the file is no recording, a damaged one, or one of another version.
+            OSError: the file cannot be read.
+        """
+        return load(path)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recording to a file, which is replaced at once or not at all.
 

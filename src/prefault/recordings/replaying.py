@@ -9,10 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from prefault._kernel import ioprio
 from prefault._kernel.fiemap import fiemap
+from prefault.device.client import area_logs
+from prefault.device.client.area_logs import LoggedArea
 from prefault.engine.progress import Progress, reporting
 from prefault.files.cached_pages import cached_ranges
 from prefault.files.failures import CannotTellError, FileFailure
@@ -21,9 +23,6 @@ from prefault.ranges import PageRange, RangeSet
 from prefault.recordings.recording_file import RecordedFile, Recording, load
 from prefault.recordings.roots import Roots
 from prefault.sizes import MIB, Size, parse_size
-
-if TYPE_CHECKING:
-    from prefault.device.client.area_logs import LoggedArea
 
 _SLOW = frozenset({"fuse", "nfs", "cifs", "smb2", "smb", "9p", "ceph", "lustre", "gpfs", "afs"})
 """File systems where a file is several round trips, and the disk's order is not known."""
@@ -103,7 +102,6 @@ def replay(
     result = _Replay(found.files, Roots(roots), limit, threads, idle, check_time, exact).run(progress)
     if not found.areas:
         return result
-    from prefault.device.client import area_logs
     from prefault.recordings.area_replay import replay_areas
 
     done, skipped = replay_areas(found, area_logs.areas() if areas is None else areas)

@@ -27,6 +27,7 @@ _PARAMETRIZED = pytest.mark.parametrize("path", [path for path, context in COMMA
 
 _WITHOUT_JSON = {
     "prefault completion": "prints a script for a shell",
+    "prefault report": "the output is a page, which has its data as JSON inside",
     "prefault run": "the output is the command's",
 }
 

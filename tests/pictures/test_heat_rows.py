@@ -7,6 +7,7 @@ import random
 import numpy
 import pytest
 
+import prefault
 from prefault.files.file_status import FileStatus
 from prefault.inspection.result import PageState
 from prefault.inspection.scan import residency
@@ -14,7 +15,7 @@ from prefault.mapping.mapping import Mapping
 from prefault.pictures.heat_rows import (
     ALL,
     HeatRow,
-    Part,
+    Stretch,
     by_missing,
     level_of,
     levels,
@@ -24,6 +25,7 @@ from prefault.pictures.heat_rows import (
     rows_of_tensors,
 )
 from prefault.ranges import PageRange, RangeSet
+from support.devices import Pattern
 
 _PAGE = 4096
 
@@ -42,7 +44,7 @@ def test_levels_agree_with_a_model_of_bytes(seed: int) -> None:
     for start, stop in present:
         there[start:stop] = 1
     cells = numbers.randrange(1, pages + 1)
-    part = Part(0, pages * _PAGE, cells)
+    part = Stretch(0, pages * _PAGE, cells)
     below = numpy.concatenate(([0.0], numpy.cumsum(there)))
     bounds = numpy.linspace(0, pages * _PAGE, cells + 1)
     share = numpy.diff(numpy.interp(bounds, numpy.arange(len(below)), below)) / numpy.diff(bounds)
@@ -102,6 +104,14 @@ def test_long_gaps_of_an_area_are_left_out() -> None:
     assert row.parts[1].start <= 700 << 20 < row.parts[1].stop
     assert sum(part.stop - part.start for part in row.parts) < 64 << 20
     assert sum(part.cells for part in row.parts) == len(row.levels or b"")
+
+
+def test_device_memory() -> None:
+    with prefault.device.map(Pattern(64)) as area:
+        prefault.populate(area, offset=8 * _PAGE, length=24 * _PAGE)
+        row = row_of_area("device", area.residency())
+    assert (row.kind, row.size_bytes, row.present_bytes) == ("area", 64 * _PAGE, 24 * _PAGE)
+    assert row.levels == bytes([0] * 8 + [ALL] * 24 + [0] * 32)
 
 
 @pytest.mark.parametrize("cells", [1, 7, 64, 300])

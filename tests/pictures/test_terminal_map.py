@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from prefault.cli.messages import printable
-from prefault.pictures.heat_rows import ALL, HeatRow, Part
+from prefault.pictures.heat_rows import ALL, HeatRow, Stretch
 from prefault.pictures.sampling import Frame
 from prefault.pictures.terminal_map import picture, plain_row, summary
 
@@ -15,7 +15,7 @@ _MIB = 1 << 20
 
 
 def _row(name: str, levels: bytes, present: int) -> HeatRow:
-    return HeatRow(name, "file", "", 0, _MIB, present, levels, (Part(0, _MIB, len(levels)),))
+    return HeatRow(name, "file", "", 0, _MIB, present, levels, (Stretch(0, _MIB, len(levels)),))
 
 
 def _drawn(frame: Frame, width: int = 100, height: int = 20) -> list[str]:
@@ -55,7 +55,7 @@ def test_a_name_cannot_control_the_terminal() -> None:
 
 
 def test_gaps_are_marked() -> None:
-    parts = (Part(0, 4096, 1), Part(_MIB // 2, _MIB // 2 + 8192, 2))
+    parts = (Stretch(0, 4096, 1), Stretch(_MIB // 2, _MIB // 2 + 8192, 2))
     row = HeatRow("m", "mapping", "", 0, _MIB, 12288, bytes([ALL, ALL, 0]), parts)
     (line,) = (line for line in _drawn(Frame(0.0, [row], {}, None)) if line.startswith("m "))
     assert line.split()[1].count("┊") == 2

@@ -10,9 +10,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from prefault.pictures.heat_rows import ALL, HeatRow, Part
+from prefault.pictures.heat_rows import ALL, HeatRow, Stretch
 from prefault.pictures.sampling import Frame, frames
-from prefault.pictures.watch_recording import FrameWriter, RecordingError, read_recording
+from prefault.pictures.watch_recording import DamagedFramesError, FrameWriter, read_recording
 from support.json_schemas import schema_of
 
 
@@ -20,7 +20,7 @@ def _row(name: str, present: int | None) -> HeatRow:
     if present is None:
         return HeatRow(name, "file", "", 0, 8192, None, None, (), "not told")
     half = bytes([ALL if present >= 4096 else 0, ALL if present == 8192 else 0])
-    return HeatRow(name, "file", "", 0, 8192, present, half, (Part(0, 8192, 2),))
+    return HeatRow(name, "file", "", 0, 8192, present, half, (Stretch(0, 8192, 2),))
 
 
 _STEPS = [
@@ -91,7 +91,7 @@ def test_a_recording_that_was_cut_off_is_read_up_to_there(tmp_path: Path) -> Non
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r").write_text(text)
-    with pytest.raises(RecordingError, match=message) as caught:
+    with pytest.raises(DamagedFramesError, match=message) as caught:
         list(read_recording(tmp_path / "r"))
     assert str(tmp_path / "r") in str(caught.value)
 
@@ -114,7 +114,7 @@ def test_damage_is_an_error_or_other_numbers(tmp_path: Path, seed: int) -> None:
             for frame in read_recording(tmp_path / "r"):
                 for row in frame.rows.values():
                     assert row.present_bytes is None or 0 <= row.present_bytes <= row.size_bytes
-        except RecordingError:
+        except DamagedFramesError:
             continue
 
 

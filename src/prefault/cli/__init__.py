@@ -25,6 +25,7 @@ _COMMANDS = {
     "lock": "Bring files into memory and keep them there, until SIGTERM, or Ctrl-C.",
     "record": "Run a command and note which pages of which files it touches.",
     "replay": "Bring the pages of a recording back into the page cache.",
+    "report": "Write one HTML file that shows which parts of files, or of a process, are in memory.",
     "run": "Run a command and put the page cache back as it was.",
     "snapshot": "Save which pages of files are in the page cache, and bring them back.",
     "status": "Show how much of files is in the page cache. Nothing is read in.",

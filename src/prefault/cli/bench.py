@@ -12,8 +12,8 @@ from prefault.bench import grid, jsonfile, places, runner
 from prefault.bench.grid import Cell
 from prefault.bench.kinds import KINDS, Places
 from prefault.bench.stopping import StopRequest
-from prefault.cli.bench_device import device
-from prefault.cli.bench_options import check_json_path, exit_if_stopped, json_option, mapping_sizes
+from prefault.cli.benchmarks.bench_device import device
+from prefault.cli.benchmarks.bench_options import check_json_path, exit_if_stopped, json_option, mapping_sizes
 
 _QUICK_REPEATS = 3
 _FULL_REPEATS = 10

@@ -52,7 +52,7 @@ def watch(
     record: str | None,
     as_json: bool,
 ) -> None:
-    r"""Show which parts of files, or of a process, are in memory, and how that changes.
+    """Show which parts of files, or of a process, are in memory, and how that changes.
 
     Each row is a file or a mapping, each cell an equal part of it, the fuller the more of it is present. Rows stand by what
     is missing. Where stdout is no terminal, each frame is one line. Ctrl-C ends it.

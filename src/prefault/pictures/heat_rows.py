@@ -30,7 +30,7 @@ _ROUNDING = 1e-11
 """Error of a share by floating point; a page of a cell of 1 TiB is 4e-9."""
 
 
-class Part(NamedTuple):
+class Stretch(NamedTuple):
     """A stretch of a row that is drawn; between two parts lies a gap in which nothing is present.
 
     Attributes:
@@ -65,7 +65,7 @@ class HeatRow(NamedTuple):
     size_bytes: int
     present_bytes: int | None
     levels: bytes | None
-    parts: tuple[Part, ...]
+    parts: tuple[Stretch, ...]
     unknown: str = ""
 
     @property
@@ -149,7 +149,7 @@ def _drawn(
     return HeatRow(name, kind, group, start, size, present.length, levels(present, parts), parts)
 
 
-def _parts(size: int, ranges: Iterable[tuple[int, int]]) -> tuple[Part, ...]:
+def _parts(size: int, ranges: Iterable[tuple[int, int]]) -> tuple[Stretch, ...]:
     """Cut a large row at gaps longer than a thirty-second of it; without ranges it is one part."""
     stretches: list[tuple[int, int]] = []
     for start, stop in ranges if size > _SMALL else ():
@@ -164,7 +164,7 @@ def _parts(size: int, ranges: Iterable[tuple[int, int]]) -> tuple[Part, ...]:
     if not stretches:
         stretches = [(0, size)]
     drawn = sum(stop - start for start, stop in stretches)
-    return tuple(Part(start, stop, _cells(stop - start, drawn)) for start, stop in stretches)
+    return tuple(Stretch(start, stop, _cells(stop - start, drawn)) for start, stop in stretches)
 
 
 def _cells(length: int, drawn: int) -> int:
@@ -173,12 +173,12 @@ def _cells(length: int, drawn: int) -> int:
     return max(1, min(pages, MOST_CELLS * length // max(drawn, 1)))
 
 
-def levels(present: Intervals, parts: Iterable[Part]) -> bytes:
+def levels(present: Intervals, parts: Iterable[Stretch]) -> bytes:
     """Return the level of each cell of the parts."""
     return b"".join(_levels_of(present, part) for part in parts)
 
 
-def _levels_of(present: Intervals, part: Part) -> bytes:
+def _levels_of(present: Intervals, part: Stretch) -> bytes:
     bounds = numpy.linspace(part.start, part.stop, part.cells + 1)
     if len(present) == 0 or part.start == part.stop:
         return bytes(part.cells)
@@ -211,4 +211,8 @@ def resampled(found: bytes, cells: int) -> bytes:
 def level_of(row: HeatRow) -> int | None:
     """Return the level of a row as a whole; None where it is not known."""
     share = row.share
-    return None if share is None else _as_levels(numpy.array([share]))[0]
+    if share is None:
+        return None
+    if share <= _ROUNDING or share >= 1 - _ROUNDING:
+        return ALL if share > _ROUNDING else 0
+    return min(max(round(share * ALL), 1), ALL - 1)

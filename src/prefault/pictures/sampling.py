@@ -8,9 +8,13 @@ from time import monotonic
 from typing import NamedTuple
 
 from prefault.files.failures import FileFailure
+from prefault.files.file_status import FilesStatus
 from prefault.files.file_status import status as status_of_files
-from prefault.pictures.heat_rows import HeatRow, by_missing, row_of_file, rows_of_process
+from prefault.files.tensor_ranges import tensor_ranges
+from prefault.pictures.heat_rows import HeatRow, by_missing, row_of_file, rows_of_process, rows_of_tensors
 from prefault.processes import status as status_of_process
+
+_MODELS = (".safetensors", ".gguf", ".npy")
 
 MOST_FILES_BY_PAGE = 1000
 """Files up to which each page is looked at; of more only counts are asked for."""
@@ -50,11 +54,28 @@ class Frame(NamedTuple):
 
 def rows_of_files(paths: Iterable[str | os.PathLike[str]]) -> list[HeatRow]:
     """Take the rows of files and trees as they are now. A file that cannot be looked at is a row that is not known."""
-    paths = list(paths)
-    found = status_of_files(paths)
-    if len(found.files) <= MOST_FILES_BY_PAGE:
-        found = status_of_files(paths, pages=True)
+    found = _status(list(paths))
     return [*map(row_of_file, found.files), *map(_row_of_failure, found.failures)]
+
+
+def rows_of_models(paths: Iterable[str | os.PathLike[str]]) -> list[HeatRow]:
+    """Take the rows of files as :func:`rows_of_files`, and a row for each tensor of model files among them.
+
+    Headers are read after residency was looked at, and are cached from then on. A model file whose header cannot be read has
+    a row that says so instead of its tensors.
+    """
+    found = _status(list(paths))
+    rows = [*map(row_of_file, found.files), *map(_row_of_failure, found.failures)]
+    for file in found.files:
+        if file.ranges is not None and file.path.endswith(_MODELS):
+            try:
+                places = {name: (place.start, place.stop) for name, place in tensor_ranges(file.path).items()}
+            except OSError as error:
+                reason = FileFailure.of(file.path, error).reason
+                rows.append(HeatRow("tensors", "tensor", file.path, 0, 0, None, None, (), reason))
+            else:
+                rows += rows_of_tensors(file, places)
+    return rows
 
 
 def rows_of_pid(pid: int) -> list[HeatRow]:
@@ -82,6 +103,11 @@ def frames(take: Callable[[], list[HeatRow]]) -> Iterator[Frame]:
         now = monotonic() - began if before is not None else 0.0
         before = _frame(now, rows, before)
         yield before
+
+
+def _status(paths: list[str | os.PathLike[str]]) -> FilesStatus:
+    found = status_of_files(paths)
+    return status_of_files(paths, pages=True) if len(found.files) <= MOST_FILES_BY_PAGE else found
 
 
 def _frame(seconds: float, rows: list[HeatRow], before: Frame | None) -> Frame:

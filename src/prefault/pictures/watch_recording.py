@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, TextIO, get_args
 
-from prefault.pictures.heat_rows import HeatRow, Part, RowKind
+from prefault.pictures.heat_rows import HeatRow, RowKind, Stretch
 from prefault.pictures.sampling import Frame
 
 KIND = "prefault-watch"
@@ -21,7 +21,7 @@ _LONGEST_LINE = 1 << 28
 _MAX_BYTES = 1 << 62
 
 
-class RecordingError(ValueError):
+class DamagedFramesError(ValueError):
     """A file that is no recording of ``prefault watch``, or is damaged. The message names the file and the line."""
 
 
@@ -83,7 +83,7 @@ def read_recording(path: str | os.PathLike[str]) -> Iterator[RecordedFrame]:
 
     Raises:
         OSError: the file cannot be read.
-        RecordingError: it is something else, or damaged.
+        DamagedFramesError: it is something else, or damaged.
     """
     name = os.fsdecode(path)
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -95,17 +95,17 @@ def read_recording(path: str | os.PathLike[str]) -> Iterator[RecordedFrame]:
             if document is None:
                 return
             if document.get("kind") != KIND:
-                raise RecordingError(f"{name}, line {number} is no frame of `prefault watch --record`")
+                raise DamagedFramesError(f"{name}, line {number} is no frame of `prefault watch --record`")
             if document.get("schema") != SCHEMA:
                 form = document.get("schema")
-                raise RecordingError(f"{name} has the form {form!r}, and this version reads only {SCHEMA}")
+                raise DamagedFramesError(f"{name} has the form {form!r}, and this version reads only {SCHEMA}")
             try:
                 last = _apply(document, rows, last)
             except (KeyError, TypeError, ValueError, binascii.Error) as error:
-                raise RecordingError(f"{name}, line {number} is damaged: {error!r}") from error
+                raise DamagedFramesError(f"{name}, line {number} is damaged: {error!r}") from error
             yield RecordedFrame(last, dict(rows))
         if not number:
-            raise RecordingError(f"{name} is empty: no recording of `prefault watch --record`")
+            raise DamagedFramesError(f"{name} is empty: no recording of `prefault watch --record`")
 
 
 def _parsed(line: str, name: str, number: int) -> dict[str, Any] | None:
@@ -115,9 +115,11 @@ def _parsed(line: str, name: str, number: int) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         if number > 1 and not line.endswith("\n"):
             return None
-        raise RecordingError(f"{name}, line {number} is not JSON, so that it is no recording, or a damaged one") from error
+        raise DamagedFramesError(
+            f"{name}, line {number} is not JSON, so that it is no recording, or a damaged one"
+        ) from error
     if not isinstance(document, dict):
-        raise RecordingError(f"{name}, line {number} is not an object")
+        raise DamagedFramesError(f"{name}, line {number} is not an object")
     return document
 
 
@@ -141,7 +143,7 @@ def _row(entry: dict[str, Any]) -> HeatRow:
     if kind not in _KINDS:
         raise ValueError(f"a row of the kind {kind!r}")
     levels = None if entry["levels"] is None else base64.b64decode(_text(entry["levels"]), validate=True)
-    parts = tuple(Part(*map(_count, part)) for part in entry["parts"])
+    parts = tuple(Stretch(*map(_count, part)) for part in entry["parts"])
     if levels is not None and sum(part.cells for part in parts) != len(levels):
         raise ValueError(f"{len(levels)} cells, and parts of {sum(part.cells for part in parts)}")
     at = 0

@@ -10,7 +10,7 @@ import click
 from prefault.bench.routes.device_results import FRAMES, PAGE_SIZES, PATTERN, Frames, RouteCell, RouteResult, cells
 from prefault.bench.routes.shipped_results import Shipped, ShippedCell, ShippedResult, shipped_cells
 from prefault.bench.stopping import StopRequest
-from prefault.cli.bench_options import check_json_path, exit_if_stopped, json_option, mapping_sizes, sizes
+from prefault.cli.benchmarks.bench_options import check_json_path, exit_if_stopped, json_option, mapping_sizes, sizes
 from prefault.sizes import GIB, MIB
 
 _REPEATS = 3

@@ -1,0 +1,1 @@
+"""Options and the subcommand of ``prefault bench``."""

@@ -16,7 +16,7 @@ import prefault
 
 _ROOT = Path(__file__).parent.parent
 _PAGES = [*sorted(_ROOT.glob("*.md")), *sorted((_ROOT / "docs").rglob("*.md"))]
-_PUBLIC_MODULES = ("device", "drivers", "pool", "processes", "shared_memory", "testing", "virtio_mem")
+_PUBLIC_MODULES = ("device", "drivers", "engines", "pool", "processes", "shared_memory", "testing", "virtio_mem")
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import socket
-import stat
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,84 +22,18 @@ from prefault import PAGE_SIZE
 from prefault.errors import PoolFullError, PoolGoneError
 from prefault.ipc import socket_path
 from prefault.ipc.transport import ProtocolError
-from prefault.pool import Pool
 from prefault.pool import connect as connect_to_pool
 from prefault.pool.service import pool_protocol
 from prefault.pool.service.pool_connection import PoolConnection
-from prefault.pool.service.pool_server import PoolServer
-from support import needs, oracle
-from support.children import Child, in_child
+from support.children import in_child
+from support.raw_pool_clients import create_member, frame, neighbour, raw, replies, serving
 
 _HELLO = pool_protocol.PoolHello(1, pool_protocol.VERSION, False)
 _NOBODY = 65534
 
 
-@contextmanager
-def _served(directory: Path, *, timeout: float = 30.0, **options: Any) -> Iterator[tuple[Pool, PoolServer]]:
-    with Pool("1 MiB", block=PAGE_SIZE) as pool, pool.serve(directory / "s", timeout=timeout, **options) as server:
-        yield pool, server
-
-
-def _raw(path: str | Path, *messages: pool_protocol.Request) -> socket.socket:
-    """A connection on which anything can be said; ``messages`` are said at once."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    socket_path.connect_to(connection, path, 10)
-    connection.settimeout(10)
-    for message in messages:
-        connection.sendall(pool_protocol.encode(message))
-    return connection
-
-
-def _replies(connection: socket.socket, count: int | None = None) -> list[pool_protocol.Reply]:
-    """So many replies; None: all until the server hangs up."""
-    received, replies = bytearray(), list[pool_protocol.Reply]()
-    while len(replies) != count:
-        body = pool_protocol.take_message(received, pool_protocol.MAX_REPLY)
-        if body is not None:
-            replies.append(pool_protocol.decode_reply(body))
-            continue
-        try:
-            data = connection.recv(1 << 16)
-        except ConnectionResetError:
-            data = b""
-        if not data:
-            assert not received, "the server hung up in the middle of a message"
-            break
-        received += data
-    return replies
-
-
-def _member(link: PoolConnection) -> tuple[int, int]:
-    created, fd = link.call(pool_protocol.Create(0, 64 * PAGE_SIZE, 0, None, None), pool_protocol.Created)
-    assert fd is not None
-    return created.member, fd
-
-
-@contextmanager
-def _neighbour(path: str | Path) -> Iterator[None]:
-    """A client of good conduct, who is served before and after, and has what it had."""
-    link = PoolConnection(path, 10.0)
-    link.greet(events=False)
-    member, fd = _member(link)
-    link.call(pool_protocol.Settle(0, member, 2 * PAGE_SIZE), pool_protocol.PoolDone)
-    os.pwrite(fd, b"mine" * 1024, 0)
-    yield
-    link.call(pool_protocol.Settle(0, member, 3 * PAGE_SIZE), pool_protocol.PoolDone)
-    statistics = link.call(pool_protocol.StatisticsRequest(0), pool_protocol.StatisticsReply)[0].statistics
-    mine = [found for found in statistics.members if found.pid == os.getpid()]
-    assert [found.charged for found in mine if found.allocated_bytes] == [3 * PAGE_SIZE]
-    assert os.pread(fd, 8, 0) == b"minemine"
-    link.call(pool_protocol.Close(0, member), pool_protocol.PoolDone)
-    os.close(fd)
-    link.close()
-
-
-def _frame(body: bytes) -> bytes:
-    return struct.pack("<I", len(body)) + body
-
-
 def _packed(*values: Any) -> bytes:
-    return _frame(msgspec.msgpack.encode(values))
+    return frame(msgspec.msgpack.encode(values))
 
 
 @pytest.mark.parametrize(
@@ -111,9 +43,9 @@ def _packed(*values: Any) -> bytes:
         (struct.pack("<I", 0), "a message of 0 bytes"),
         (struct.pack("<I", 0xFFFFFFFF) + b"x" * 5000, "a message of 4294967295 bytes"),
         (struct.pack("<I", pool_protocol.MAX_REQUEST + 1), f"1 to {pool_protocol.MAX_REQUEST} are allowed"),
-        (_frame(b"\xc1garbage"), "not a message"),
-        (_frame(b"\x91" * 4000), "not a message"),
-        (_frame(random.Random(1).randbytes(100)), "not a message"),
+        (frame(b"\xc1garbage"), "not a message"),
+        (frame(b"\x91" * 4000), "not a message"),
+        (frame(random.Random(1).randbytes(100)), "not a message"),
         (_packed("shutdown", 1), "not a message"),
         (_packed("hello", 1, "1", False), "not a message"),
         (_packed("hello", 1, 1, False, "and more"), "not a message"),
@@ -131,9 +63,9 @@ def _packed(*values: Any) -> bytes:
     ],
 )
 def test_nonsense_is_answered_and_hung_up_on(tmp_path: Path, no_descriptors: None, said: bytes, complaint: str) -> None:
-    with _served(tmp_path) as (_, server), _neighbour(server.path), _raw(server.path) as connection:
+    with serving(tmp_path) as (_, server), neighbour(server.path), raw(server.path) as connection:
         connection.sendall(said)
-        last = _replies(connection)[-1]
+        last = replies(connection)[-1]
         assert isinstance(last, pool_protocol.PoolRefused)
         assert last.kind == "protocol"
         assert complaint in last.message
@@ -150,17 +82,17 @@ def test_nonsense_is_answered_and_hung_up_on(tmp_path: Path, no_descriptors: Non
     ],
 )
 def test_half_a_message_ends_the_connection_at_the_deadline(tmp_path: Path, no_descriptors: None, said: bytes) -> None:
-    with _served(tmp_path, timeout=0.5) as (_, server), _neighbour(server.path), _raw(server.path) as connection:
+    with serving(tmp_path, timeout=0.5) as (_, server), neighbour(server.path), raw(server.path) as connection:
         connection.sendall(said)
-        assert all(isinstance(reply, pool_protocol.PoolWelcome) for reply in _replies(connection))  # until it hangs up
+        assert all(isinstance(reply, pool_protocol.PoolWelcome) for reply in replies(connection))  # until it hangs up
 
 
 def test_a_byte_now_and_then_does_not_buy_time(tmp_path: Path) -> None:
-    with _served(tmp_path, timeout=0.5) as (_, server), _raw(server.path, _HELLO) as connection:
-        _replies(connection, 1)
+    with serving(tmp_path, timeout=0.5) as (_, server), raw(server.path, _HELLO) as connection:
+        replies(connection, 1)
 
         def drip() -> None:
-            for byte in _frame(b"x" * 2000):
+            for byte in frame(b"x" * 2000):
                 connection.sendall(bytes([byte]))
                 time.sleep(0.02)
 
@@ -169,15 +101,15 @@ def test_a_byte_now_and_then_does_not_buy_time(tmp_path: Path) -> None:
 
 
 def test_a_client_that_is_silent_after_hello_stays_connected(tmp_path: Path) -> None:
-    with _served(tmp_path, timeout=0.5) as (_, server), _raw(server.path, _HELLO) as connection:
-        _replies(connection, 1)
+    with serving(tmp_path, timeout=0.5) as (_, server), raw(server.path, _HELLO) as connection:
+        replies(connection, 1)
         time.sleep(0.8)
         connection.sendall(pool_protocol.encode(pool_protocol.StatisticsRequest(2)))
-        assert isinstance(_replies(connection, 1)[0], pool_protocol.StatisticsReply)
+        assert isinstance(replies(connection, 1)[0], pool_protocol.StatisticsReply)
 
 
 def test_members_belong_to_their_connection(tmp_path: Path, no_leaks: None) -> None:
-    with _served(tmp_path) as (pool, server), _neighbour(server.path):
+    with serving(tmp_path) as (pool, server), neighbour(server.path):
         (other,) = pool.statistics().members
         link = PoolConnection(server.path, 10.0)
         link.greet(events=False)
@@ -187,7 +119,7 @@ def test_members_belong_to_their_connection(tmp_path: Path, no_leaks: None) -> N
             with pytest.raises(ValueError, match=f"member {number} is none of this connection"):
                 link.call(pool_protocol.Close(0, number), pool_protocol.PoolDone)
         assert pool.statistics().members == (other,)
-        mine, fd = _member(link)
+        mine, fd = create_member(link)
         link.call(pool_protocol.Close(0, mine), pool_protocol.PoolDone)
         with pytest.raises(ValueError, match="none of this connection"):  # closed is gone
             link.call(pool_protocol.Settle(0, mine, PAGE_SIZE), pool_protocol.PoolDone)
@@ -213,12 +145,12 @@ def test_members_belong_to_their_connection(tmp_path: Path, no_leaks: None) -> N
 def test_requests_that_are_refused(
     tmp_path: Path, no_descriptors: None, create: pool_protocol.Create, error: type[Exception]
 ) -> None:
-    with _served(tmp_path) as (pool, server):
+    with serving(tmp_path) as (pool, server):
         link = PoolConnection(server.path, 10.0)
         link.greet(events=False)
         with pytest.raises(error):
             link.call(create, pool_protocol.Created)
-        member, fd = _member(link)
+        member, fd = create_member(link)
         for charged in (1, PAGE_SIZE - 1, 65 * PAGE_SIZE, 1 << 62):
             with pytest.raises(ValueError, match="cannot have"):
                 link.call(pool_protocol.Settle(0, member, charged), pool_protocol.PoolDone)
@@ -228,14 +160,14 @@ def test_requests_that_are_refused(
 
 
 def test_descriptors_that_a_client_sends_never_arrive(tmp_path: Path, no_leaks: None) -> None:
-    with _served(tmp_path) as (_, server), _neighbour(server.path):
+    with serving(tmp_path) as (_, server), neighbour(server.path):
         for messages in ((), (_HELLO,)):
             reader, writer = os.pipe()
-            with _raw(server.path, *messages) as connection:
-                _replies(connection, len(messages))
+            with raw(server.path, *messages) as connection:
+                replies(connection, len(messages))
                 socket.send_fds(connection, [pool_protocol.encode(_HELLO)], [writer] * 200)
                 os.close(writer)
-                last = _replies(connection)[-1]
+                last = replies(connection)[-1]
                 assert isinstance(last, pool_protocol.PoolRefused)
                 assert "sends no descriptors" in last.message
             assert os.read(reader, 1) == b""  # nobody holds the other end
@@ -243,12 +175,12 @@ def test_descriptors_that_a_client_sends_never_arrive(tmp_path: Path, no_leaks: 
 
 
 def test_one_connection_too_many_is_refused_with_the_reason(tmp_path: Path, no_leaks: None) -> None:
-    with _served(tmp_path, max_connections=3) as (_, server), _neighbour(server.path):
-        with _raw(server.path, _HELLO) as one, _raw(server.path, _HELLO) as two:
-            _replies(one, 1)
-            _replies(two, 1)
-            with _raw(server.path) as three:
-                (refused,) = _replies(three)
+    with serving(tmp_path, max_connections=3) as (_, server), neighbour(server.path):
+        with raw(server.path, _HELLO) as one, raw(server.path, _HELLO) as two:
+            replies(one, 1)
+            replies(two, 1)
+            with raw(server.path) as three:
+                (refused,) = replies(three)
                 assert isinstance(refused, pool_protocol.PoolRefused)
                 assert "has 3 connections, the most that it takes" in refused.message
             with pytest.raises(PoolGoneError, match="the pool's server refuses: it has 3 connections"):
@@ -275,13 +207,13 @@ def _flood(path: str, count: int) -> None:
 
 
 def test_many_connections_at_once(tmp_path: Path, no_leaks: None) -> None:
-    with _served(tmp_path, max_connections=8) as (_, server), _neighbour(server.path):
+    with serving(tmp_path, max_connections=8) as (_, server), neighbour(server.path):
         _flood(server.path, 300)
 
 
 @pytest.mark.stress
 def test_a_thousand_connections_from_several_threads(tmp_path: Path, no_descriptors: None) -> None:
-    with _served(tmp_path, max_connections=8) as (_, server), _neighbour(server.path):
+    with serving(tmp_path, max_connections=8) as (_, server), neighbour(server.path):
         threads = [threading.Thread(target=_flood, args=(server.path, 250)) for _ in range(4)]
         for thread in threads:
             thread.start()
@@ -295,7 +227,7 @@ def test_no_descriptors_left(tmp_path: Path, no_leaks: None) -> None:
     def exhausted() -> tuple[str, bool]:
         import resource
 
-        with _served(tmp_path) as (_, server), _neighbour(server.path):
+        with serving(tmp_path) as (_, server), neighbour(server.path):
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             connection.settimeout(10)
             directory = os.open(tmp_path, os.O_PATH)
@@ -307,7 +239,7 @@ def test_no_descriptors_left(tmp_path: Path, no_leaks: None) -> None:
             except OSError:
                 pass
             connection.connect(f"/proc/self/fd/{directory}/s")
-            (refused,) = _replies(connection)
+            (refused,) = replies(connection)
             for fd in (*held, directory):
                 os.close(fd)
             connection.close()
@@ -326,17 +258,17 @@ def test_a_client_that_does_not_read_its_replies_is_disconnected(tmp_path: Path,
         while True:  # the server stops reading what it cannot answer, and then hangs up
             connection.sendall(pool_protocol.encode(pool_protocol.StatisticsRequest(2)))
 
-    with _served(tmp_path, timeout=0.5) as (_, server), _neighbour(server.path), _raw(server.path, _HELLO) as deaf:
+    with serving(tmp_path, timeout=0.5) as (_, server), neighbour(server.path), raw(server.path, _HELLO) as deaf:
         with pytest.raises(ConnectionError):
             ask_and_never_listen(deaf)
-        assert len(_replies(deaf)) > 1
+        assert len(replies(deaf)) > 1
 
 
 def test_an_event_of_a_connection_that_is_gone(tmp_path: Path, no_leaks: None) -> None:
     """An earlier event of the round ended the connection, and a new one has its descriptors by now."""
-    with _served(tmp_path) as (_, server):
-        with _raw(server.path, _HELLO) as first:
-            _replies(first, 1)
+    with serving(tmp_path) as (_, server):
+        with raw(server.path, _HELLO) as first:
+            replies(first, 1)
             (gone,) = server._clients
         while server._clients:
             time.sleep(0.001)
@@ -351,14 +283,14 @@ def test_an_event_of_a_connection_that_is_gone(tmp_path: Path, no_leaks: None) -
 
 
 def test_members_have_a_limit_too(tmp_path: Path, no_leaks: None) -> None:
-    with _served(tmp_path, max_members=3) as (_, server):
+    with serving(tmp_path, max_members=3) as (_, server):
         link = PoolConnection(server.path, 10.0)
         link.greet(events=False)
-        held = [_member(link) for _ in range(3)]
+        held = [create_member(link) for _ in range(3)]
         with pytest.raises(PoolFullError, match="given out 3 members"):
-            _member(link)
+            create_member(link)
         link.call(pool_protocol.Close(0, held[0][0]), pool_protocol.PoolDone)
-        held.append(_member(link))
+        held.append(create_member(link))
         for _, fd in held:
             os.close(fd)
         link.close()
@@ -366,154 +298,17 @@ def test_members_have_a_limit_too(tmp_path: Path, no_leaks: None) -> None:
 
 def test_members_that_a_connection_left_count_as_well(tmp_path: Path, no_leaks: None) -> None:
     """Each holds a descriptor of the server: connecting again and again does not get a process more of them."""
-    with _served(tmp_path, max_members=3) as (pool, server), ExitStack() as stack:
+    with serving(tmp_path, max_members=3) as (pool, server), ExitStack() as stack:
         for _ in range(3):
             link = PoolConnection(server.path, 10.0)
             link.greet(events=False)
-            stack.callback(os.close, _member(link)[1])
+            stack.callback(os.close, create_member(link)[1])
             link.close()
         with connect_to_pool(server.path) as client:
             with pytest.raises(PoolFullError, match="given out 3 members"):
                 client.sparse(PAGE_SIZE)
             assert [member.orphaned for member in client.statistics().members] == [True] * 3
         assert len(pool.statistics().members) == 3
-
-
-# --- who may come
-
-
-def test_the_socket_is_for_its_owner(tmp_path: Path) -> None:
-    before = os.umask(0)
-    try:
-        with _served(tmp_path) as (_, server):
-            mode = os.stat(server.path).st_mode
-            assert stat.S_ISSOCK(mode)
-            assert stat.S_IMODE(mode) == 0o600
-            assert os.listdir(tmp_path) == ["s"]
-    finally:
-        os.umask(before)
-    assert os.listdir(tmp_path) == []
-
-
-def _become_nobody(directory: Path) -> None:
-    """Another user, who may look into the directory."""
-    os.chdir(directory)
-    os.setgroups([])
-    os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-    os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-
-
-def test_another_user_is_refused_by_the_mode(tmp_path: Path) -> None:
-    needs.root("become another user")
-    os.chmod(tmp_path, 0o755)
-
-    def as_nobody() -> None:
-        _become_nobody(tmp_path)
-        assert stat.S_ISSOCK(os.stat("s").st_mode)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, pytest.raises(PermissionError):
-            connection.connect("s")
-
-    with _served(tmp_path):
-        in_child(as_nobody)
-
-
-def test_another_user_is_refused_by_its_credentials(tmp_path: Path) -> None:
-    needs.root("become another user")
-
-    os.chmod(tmp_path, 0o755)
-
-    def as_nobody() -> list[pool_protocol.Reply]:
-        _become_nobody(tmp_path)
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(10)
-        connection.connect("s")
-        return _replies(connection)
-
-    with _served(tmp_path) as (_, server), _neighbour(server.path):
-        os.chmod(server.path, 0o666)
-        (refused,) = in_child(as_nobody)
-        assert isinstance(refused, pool_protocol.PoolRefused)
-        assert refused.message == f"it serves user {os.geteuid()}, not user {_NOBODY}"
-
-
-def test_a_server_of_another_user_is_not_trusted(tmp_path: Path) -> None:
-    needs.root("become another user")
-    os.chmod(tmp_path, 0o777)
-
-    def impostor(ready: int, stop: int) -> None:
-        _become_nobody(tmp_path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind("s")
-        listener.listen()
-        os.write(ready, b"x")
-        os.read(stop, 1)
-
-    ready, tell = os.pipe()
-    wait, stop = os.pipe()
-    with Child(lambda: impostor(tell, wait)) as child:
-        os.read(ready, 1)
-        # Root may be anybody; what is asked is whether the server is of the user, or root.
-        with pytest.raises(PermissionError, match=f"runs as user {_NOBODY}"):
-            connect_to_pool(tmp_path / "s")
-        os.write(stop, b"x")
-        child.result()
-    for fd in (ready, tell, wait, stop):
-        os.close(fd)
-
-
-# --- the path
-
-
-def test_a_path_that_is_taken(tmp_path: Path, no_leaks: None) -> None:
-    (tmp_path / "file").write_text("precious")
-    (tmp_path / "link").symlink_to("s")
-    with _served(tmp_path) as (pool, server):
-        with pytest.raises(FileExistsError, match="a server is alive"):
-            pool.serve(server.path)
-        for name in ("file", "link", "."):
-            with pytest.raises((FileExistsError, ValueError)):
-                pool.serve(tmp_path / name)
-        connect_to_pool(server.path).close()
-    assert (tmp_path / "file").read_text() == "precious"
-    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
-
-
-def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
-    dead = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with ExitStack() as stack:
-        directory = os.open(tmp_path, os.O_PATH)
-        stack.callback(os.close, directory)
-        dead.bind(f"/proc/self/fd/{directory}/s")
-    dead.listen()
-    dead.close()
-    with _served(tmp_path) as (_, server):
-        connect_to_pool(server.path).close()
-    assert os.listdir(tmp_path) == []
-
-
-def test_only_its_own_socket_is_removed(tmp_path: Path) -> None:
-    with _served(tmp_path) as (_, server):
-        os.unlink(server.path)
-        Path(server.path).write_text("somebody else's")
-    assert os.listdir(tmp_path) == ["s"]
-
-
-def test_a_path_longer_than_a_socket_address(tmp_path: Path) -> None:
-    deep = tmp_path / ("d" * 100) / ("e" * 100)
-    deep.mkdir(parents=True)
-    with _served(deep) as (_, server):
-        assert len(server.path) > 200
-        connect_to_pool(server.path).close()
-
-
-def test_connecting_without_a_server(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no such socket"):
-        connect_to_pool(tmp_path / "s")
-    with pytest.raises(FileNotFoundError):
-        connect_to_pool(tmp_path / "no" / "s")
-    (tmp_path / "file").touch()
-    with pytest.raises(ConnectionRefusedError, match="no server is alive"):
-        connect_to_pool(tmp_path / "file")
 
 
 # --- fuzz
@@ -548,7 +343,7 @@ def _mutated(rng: random.Random) -> bytes:
 
 
 def _say(path: str, data: bytes, *, read: bool) -> None:
-    with _raw(path) as connection:
+    with raw(path) as connection:
         try:
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
@@ -561,7 +356,7 @@ def _say(path: str, data: bytes, *, read: bool) -> None:
 
 def _fuzz(directory: Path, seed: int, rounds: int) -> None:
     rng = random.Random(seed)
-    with _served(directory, timeout=5.0, max_members=1 << 16) as (pool, server), _neighbour(server.path):
+    with serving(directory, timeout=5.0, max_members=1 << 16) as (pool, server), neighbour(server.path):
         for _ in range(rounds):
             data = rng.randbytes(rng.randrange(200)) if rng.random() < 0.2 else _mutated(rng)
             _say(server.path, data, read=rng.random() < 0.8)
@@ -596,115 +391,10 @@ def test_bytes_are_a_message_or_a_protocol_error(data: bytes) -> None:
 @given(st.binary(max_size=600), st.integers(1, 64))
 def test_framing_does_not_depend_on_how_it_arrives(data: bytes, step: int) -> None:
     bodies = [data[at : at + 50] for at in range(0, len(data), 50)]
-    wire, received, taken = b"".join(map(_frame, bodies)), bytearray(), list[bytes]()
+    wire, received, taken = b"".join(map(frame, bodies)), bytearray(), list[bytes]()
     for at in range(0, len(wire), step):
         received += wire[at : at + step]
         while (body := pool_protocol.take_message(received, 64)) is not None:
             taken.append(bytes(body))
     assert taken == bodies
     assert not received
-
-
-# --- a server that does not keep to it
-
-
-@contextmanager
-def _impostor(path: Path, *said: bytes, fds: tuple[int, ...] = ()) -> Iterator[None]:
-    """Answers a connection with these bytes, one after each message, whatever is asked, and then nothing."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    directory = os.open(path.parent, os.O_PATH)
-    listener.bind(f"/proc/self/fd/{directory}/{path.name}")
-    os.close(directory)
-    listener.listen()
-    done = threading.Event()
-
-    def serve() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            for data in said:
-                connection.recv(4096)
-                socket.send_fds(connection, [data], fds) if fds else connection.sendall(data)
-            done.wait(10)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        listener.close()
-
-
-_WELCOME = pool_protocol.encode(pool_protocol.PoolWelcome(1, 1 << 20, PAGE_SIZE, ()))
-
-
-@pytest.mark.parametrize(
-    ("said", "complaint"),
-    [
-        ((), "did not answer within 0.5 s"),
-        ((_WELCOME[:-3],), "did not answer within 0.5 s"),
-        ((_WELCOME,), "did not answer within 0.5 s"),
-        ((b"\xff\xff\xff\xff",), "is no answer of a pool: a message of 4294967295 bytes"),
-        ((_frame(b"\xc1"),), "is no answer of a pool"),
-        ((pool_protocol.encode(pool_protocol.PoolDone(1)),), "answered a PoolHello with a PoolDone"),
-        ((_WELCOME, pool_protocol.encode(pool_protocol.PoolDone(2))), "answered a StatisticsRequest with a PoolDone"),
-    ],
-)
-def test_a_client_of_an_impostor_does_not_wait_for_ever(
-    tmp_path: Path, no_descriptors: None, said: tuple[bytes, ...], complaint: str
-) -> None:
-    def ask() -> None:
-        with connect_to_pool(tmp_path / "s", timeout=0.5) as client:
-            with pytest.raises(PoolGoneError, match=complaint):
-                client.statistics()
-            client.statistics()  # and says it again, at once
-
-    with _impostor(tmp_path / "s", *said), pytest.raises(PoolGoneError, match=complaint):
-        ask()
-
-
-def test_descriptors_that_a_server_sends_unasked_are_closed(tmp_path: Path, no_leaks: None) -> None:
-    reader, writer = os.pipe()
-    with _impostor(tmp_path / "s", _WELCOME, fds=(writer, writer, writer)):
-        os.set_blocking(reader, False)
-        client = connect_to_pool(tmp_path / "s", timeout=5)
-        os.close(writer)
-        assert os.read(reader, 1) == b""
-        client.close()
-    os.close(reader)
-
-
-def test_without_msgspec_the_error_names_what_to_install(tmp_path: Path) -> None:
-    def without() -> str:
-        import sys
-
-        for name in [name for name in sys.modules if name.startswith(("msgspec", "prefault"))]:
-            del sys.modules[name]
-        sys.modules["msgspec"] = None  # type: ignore[assignment]
-        from prefault.pool import Pool, connect
-
-        with Pool("1 MiB", block=PAGE_SIZE) as pool:
-            for share in (lambda: pool.serve(tmp_path / "s"), lambda: connect(tmp_path / "s")):
-                with pytest.raises(ImportError, match="pip install msgspec"):
-                    share()
-            return str(pool)
-
-    assert in_child(without).startswith("<Pool")
-
-
-def test_closing_a_server(tmp_path: Path, no_leaks: None) -> None:
-    with Pool("1 MiB", block=PAGE_SIZE) as pool:
-        for _ in range(3):  # the same path, again and again
-            server = pool.serve(tmp_path / "s")
-            client = connect_to_pool(server.path)
-            server.close()
-            server.close()
-            with pytest.raises(PoolGoneError, match="is gone"):
-                client.statistics()
-            client.close()
-        server = pool.serve(tmp_path / "s")
-    assert os.listdir(tmp_path) == []  # the pool closed it
-    assert "closed" in repr(server)
-    gc.collect()
-    assert oracle.descriptors()

@@ -48,7 +48,7 @@ def test_status_as_text(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert err == f"prefault: {tree}/link: is a symbolic link: --follow-links follows it\n"
 
 
-@pytest.mark.parametrize("command", ["status", "evict"])
+@pytest.mark.parametrize("command", ["status", "evict", "warm"])
 def test_json(command: str, tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = _call(capsys, command, "--json", tree, "/nowhere")
     assert status == 1
@@ -60,6 +60,9 @@ def test_json(command: str, tree: Path, capsys: pytest.CaptureFixture[str]) -> N
             "files": 2, "directories": 1, "skipped": 1, "pages": 8, "cached_pages": 5, "unknown_files": 0,
         }  # fmt: skip
         assert {file["path"]: file["cached_pages"] for file in found["files"]} == {f"{tree}/one": 5, f"{tree}/two": 0}
+    elif command == "warm":
+        assert (found["bytes"], found["present_bytes"]) == (3 * PAGE, 5 * PAGE)
+        assert (found["files"], found["skipped"], found["stopped"]) == (2, 1, "")
     else:
         assert (found["evicted_pages"], found["left_pages"], found["left"]) == (5, 0, [])
 
@@ -118,6 +121,14 @@ def test_a_name_that_is_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ["status", "-b", "/nowhere"],
         ["status", "--pid", "1", "/"],
         ["lock", "--rate", "fast", "/etc/passwd"],
+        ["warm"],
+        ["warm", "--rate", "fast", "/etc/passwd"],
+        ["warm", "--budget", "-1", "/etc/passwd"],
+        ["warm", "--method", "hope", "/etc/passwd"],
+        ["warm", "--threads", "0", "/etc/passwd"],
+        ["warm", "--pid", "1", "/etc/passwd"],
+        ["warm", "--untouched", "/etc/passwd"],
+        ["warm", "--python-env", "/usr", "/etc/passwd"],
     ],
 )
 def test_a_wrong_command_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,6 +153,47 @@ def test_failures_are_a_line_each(tree: Path, capsys: pytest.CaptureFixture[str]
     assert len(lines) == 2
     assert lines[0].startswith("prefault: /nowhere: ENOENT")
     assert lines[1].startswith("prefault: /dev/null: is a character device, which has no page cache: ")
+
+
+def test_warm_as_text(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = _call(capsys, "warm", "-v", tree)
+    assert status == 0
+    assert f"{tree}/two\n" in out
+    assert "brought in: 12.0 KiB in " in out
+    assert "cached before: 20.0 KiB" in out
+    assert file_beds.cached_pages(tree / "two") == 3
+    assert "is a symbolic link" in err
+
+
+def test_a_budget_that_ends_the_warming(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = file_beds.make(tree / "large", 4 << 20)
+    file_beds.evict(path)
+    status, _, err = _call(capsys, "warm", "--budget", "1 MiB", path)
+    assert status == 1
+    assert "budget is 1.0 MiB" in err
+    assert file_beds.cached_pages(path) * PAGE <= 2 << 20
+
+
+def test_warm_of_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "model.safetensors"
+    save_file({f"layers.{number}": numpy.full(8 * PAGE, number, "u1") for number in range(8)}, path)
+    file_beds.evict(path)
+    status, _, _ = _call(capsys, "warm", "--method", "pread", "--tensor", "layers.3", path)
+    assert status == 0
+    _, out, _ = _call(capsys, "status", "--json", "--tensor", "layers.*", path)
+    tensors = {each["name"]: each for each in check_output(out, "prefault-status")["files"][0]["tensors"]}
+    assert tensors["layers.3"]["cached_pages"] == tensors["layers.3"]["pages"]
+    assert tensors["layers.7"]["cached_pages"] < tensors["layers.7"]["pages"]
+
+
+def test_warm_of_a_process(capsys: pytest.CaptureFixture[str]) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        _, out, err = _call(capsys, "warm", "--json", "--pid", child.pid)
+        assert json.loads(out)["kind"] == "prefault-warm-process", err
+        child.kill()
 
 
 def test_lock_of_nothing_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,6 +115,17 @@ def _status(tree: Path, tmp_path: Path) -> None:
     assert _same(tree) == (5, 20, 48)
 
 
+def _warm(tree: Path, tmp_path: Path) -> None:
+    found = _kv("warm", tree)
+    assert (found["Files"], found["TouchedPages"], found["TotalPages"]) == (5, 28, 48)
+    assert _same(tree) == (5, 48, 48)
+    if _VMTOUCH is not None:
+        assert _peer("-t", tree)[::2] == (5, 48)
+    assert _kv("warm", tree)["TouchedPages"] == 0  # only what is missing
+    file_beds.evict(tree / "a.bin")
+    assert _kv("warm", "-p", "8k-20k", tree / "a.bin")["TouchedPages"] == 3
+
+
 def _evict(tree: Path, tmp_path: Path) -> None:
     assert _kv("evict", tree)["EvictedPages"] == 20
     assert _same(tree) == (5, 0, 48)
@@ -218,7 +229,7 @@ def _verbose(tree: Path, tmp_path: Path) -> None:
 
 
 def _quiet(tree: Path, tmp_path: Path) -> None:
-    for command in ("status", "evict"):
+    for command in ("status", "warm", "evict"):
         assert _run(command, "-q", tree) == ""
         done = subprocess.run([sys.executable, "-m", "prefault", command, "-q", "/nowhere"], capture_output=True)
         assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
@@ -233,10 +244,12 @@ def _key_values(tree: Path, tmp_path: Path) -> None:
     assert found["ResidentSize"] == 20 * PAGE
     assert found["ResidentPercent"] == 41.7
     assert "EvictedPages" in _kv("evict", tree)
+    assert "TouchedPages" in _kv("warm", tree)
 
 
 _ROWS: dict[str, Callable[[Path, Path], None]] = {
     "vmtouch PATH...": _status,
+    "-t": _warm,
     "-e": _evict,
     "-l": _lock,
     "-L": _lock,
@@ -277,4 +290,4 @@ def test_each_flag_of_the_installed_vmtouch_is_in_the_table() -> None:
     done = subprocess.run([_VMTOUCH], capture_output=True, text=True)
     flags = set(re.findall(r"^  (-\w)", done.stdout, re.MULTILINE))
     assert len(flags) >= 18
-    assert flags <= {row[:2] for row in _ROWS} | {"-t"}
+    assert flags <= {row[:2] for row in _ROWS}

@@ -14,8 +14,8 @@ import pytest
 import prefault
 from prefault.cli import main
 from prefault.files.failures import FileError
+from prefault.files.formats.tensor_ranges import named_tensors, tensor_ranges, tensor_statuses
 from prefault.files.open_file import OpenFile
-from prefault.files.tensor_ranges import named_tensors, tensor_ranges, tensor_statuses
 from support import file_beds
 from support.file_beds import PAGE
 from support.json_schemas import check_output

@@ -29,6 +29,7 @@ _COMMANDS = {
     "run": "Run a command and put the page cache back as it was.",
     "snapshot": "Save which pages of files are in the page cache, and bring them back.",
     "status": "Show how much of files is in the page cache. Nothing is read in.",
+    "warm": "Bring files into the page cache, so that reading them later waits for no disk and no server.",
     "watch": "Show which parts of files, or of a process, are in memory, and how that changes.",
 }
 """The first line of each command's help. ``NAME`` is the command object ``NAME`` in the module ``prefault.cli.NAME``."""

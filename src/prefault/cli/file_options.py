@@ -15,7 +15,7 @@ from prefault.cli.json_output import json_option
 from prefault.cli.messages import complain, printable
 from prefault.files.failures import FileFailure
 from prefault.files.file_status import ByteRange, Ranges
-from prefault.files.selection import Selection, SkippedFile, read_list, select
+from prefault.files.selection import SelectedFile, Selection, SkippedFile, read_list, select
 from prefault.sizes import PAGE_SIZE, format_size, parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -77,7 +77,7 @@ class FileArguments:
         self.tensors = tensors
         self.ranges: Ranges | None = list(ranges) or None
         if tensors:
-            from prefault.files.tensor_ranges import named_tensors
+            from prefault.files.formats.tensor_ranges import named_tensors
 
             self.ranges = named_tensors(tensors)
         self.verbose = verbose
@@ -101,6 +101,19 @@ class FileArguments:
         """Print a line about a file, if each file is to be printed."""
         if self.verbose and self.output == "text":
             click.echo(f"{printable(path)}: {text}")
+
+    def announced(self) -> Selection:
+        """Return the selection; each file is printed when its turn comes, if each file is to be printed."""
+        if not self.verbose or self.output != "text":
+            return self.selection
+
+        def announce(_: Selection) -> Iterator[SelectedFile | FileFailure]:
+            for found in self.selection:
+                if isinstance(found, SelectedFile):
+                    click.echo(printable(found.path))
+                yield found
+
+        return Selection(announce)
 
     def print_summary(self, rows: Iterable[tuple[str, str]]) -> None:
         """Print the sum of all: titles and values, one a line."""

@@ -18,7 +18,7 @@ from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import PAGE_SIZE, format_size
 
 if TYPE_CHECKING:
-    from prefault.files.tensor_ranges import TensorStatus
+    from prefault.files.formats.tensor_ranges import TensorStatus
 
 _CHART = 60
 """Characters of a chart."""
@@ -93,7 +93,7 @@ def _tensors(found: FileStatus, files: FileArguments) -> list[TensorStatus]:
     """Return the status of each tensor that was asked for, if any was."""
     if not files.tensors:
         return []
-    from prefault.files.tensor_ranges import tensor_statuses
+    from prefault.files.formats.tensor_ranges import tensor_statuses
 
     try:
         with OpenFile(found.path) as file:

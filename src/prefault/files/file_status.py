@@ -20,15 +20,17 @@ from prefault.sizes import PAGE_SIZE, format_size
 ByteRange = tuple[int, int | None]
 """Bytes of a file from the first offset up to the second; None: its end."""
 
-Ranges: TypeAlias = Iterable[ByteRange] | Callable[[OpenFile], Iterable[ByteRange]]
-"""Byte ranges of each file, or a function that returns those of an open file, such as
-:func:`~prefault.files.tensor_ranges.named_tensors`; an OSError that it raises is the failure of the file."""
+RangesOfFile: TypeAlias = Callable[[OpenFile], Iterable[ByteRange]]
+"""Function that returns byte ranges of an open file, as ``named_tensors`` makes; an OSError is the failure of that file."""
+
+Ranges: TypeAlias = Iterable[ByteRange] | RangesOfFile
+"""Byte ranges of each file, or a function that finds those of one."""
 
 _QUICK_BYTES = 64 << 20
 """Bytes of a file for which cachestat answers in less than a millisecond, so that Ctrl-C and other threads need no care."""
 
 
-CheckedRanges: TypeAlias = list[ByteRange] | Callable[[OpenFile], Iterable[ByteRange]] | None
+CheckedRanges: TypeAlias = list[ByteRange] | RangesOfFile | None
 
 
 class FileStatus(NamedTuple):

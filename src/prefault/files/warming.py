@@ -12,6 +12,7 @@ from prefault.engine.rate import RateLimit, rate_limit
 from prefault.files.budget import MemoryBudget
 from prefault.files.failures import FileFailure
 from prefault.files.file_plan import FilePlan
+from prefault.files.file_status import CheckedRanges, RangesOfFile, checked_ranges, pages_of
 from prefault.files.method_choice import PROBE_BYTES, Measurement, MethodChoice, small_file_threads
 from prefault.files.open_file import OpenFile
 from prefault.files.selection import Path, SelectedFile, Selection, as_selection
@@ -35,7 +36,7 @@ _REPORT_SECONDS = 0.05
 
 
 def warm(
-    paths: Path | Iterable[Path] | Selection, *, ranges: Iterable[tuple[Size, Size | None]] | None = None,
+    paths: Path | Iterable[Path] | Selection, *, ranges: Iterable[tuple[Size, Size | None]] | RangesOfFile | None = None,
     method: MethodName | None = None, threads: int | None = None, budget: Size | None = None, window: Size | None = None,
     rate: RateLimit | Size | None = None, progress: Progress | bool = False, missing_only: bool = True,
 ) -> WarmResult:  # fmt: skip
@@ -47,7 +48,8 @@ def warm(
     Args:
         paths: files and directories, an iterable of them, or what :func:`select` returns. Directories stand for all files in
             them.
-        ranges: byte ranges ``(start, stop)`` of each file, ``stop`` None for its end; None: all of it.
+        ranges: byte ranges ``(start, stop)`` of each file, ``stop`` None for its end, or a function from an open file to
+            them; None: all of it.
         method: ``"populate"``, ``"readahead"`` or ``"pread"``; None: the fastest, by file system and measurement.
         threads: number of threads; None: as many as pay.
         budget: bytes to bring in at most; None: as many as fit.
@@ -66,7 +68,13 @@ def warm(
 
     Sources: madvise(2), posix_fadvise(2), cachestat(2), mincore(2).
     """
-    spans = None if ranges is None else [(parse_size(a), None if b is None else parse_size(b)) for a, b in ranges]
+    spans: CheckedRanges = None
+    if ranges is not None:
+        parsed = (
+            ranges if callable(ranges)
+            else [(parse_size(start), None if stop is None else parse_size(stop)) for start, stop in ranges]
+        )  # fmt: skip
+        spans = checked_ranges(parsed)
     with Warming(
         method=method, threads=threads, budget=budget, window=window, rate=rate, progress=progress,
         missing_only=missing_only,
@@ -171,11 +179,11 @@ class Warming:
 
     # --- one file
 
-    def open_and_warm(self, path: str, spans: list[tuple[int, int | None]] | None = None) -> None:
+    def open_and_warm(self, path: str, spans: CheckedRanges = None) -> None:
         """Open a file and warm byte ranges of it; None: all of it. What fails becomes a failure."""
         try:
             with OpenFile(path) as file:
-                self.warm(file, None if spans is None else RangeSet(file.pages(start, stop) for start, stop in spans))
+                self.warm(file, None if spans is None else pages_of(file, spans))
         except OSError as error:
             self.add_failure(FileFailure.of(path, error))
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 from prefault.drivers.remote.safetensors_header import TensorPlace, read_safetensors_header
 from prefault.files.cached_pages import cached_ranges
 from prefault.files.failures import CannotTellError, FileError
-from prefault.files.gguf_header import MAGIC as _GGUF_MAGIC
-from prefault.files.gguf_header import read_gguf_header
+from prefault.files.formats.gguf_header import MAGIC as _GGUF_MAGIC
+from prefault.files.formats.gguf_header import read_gguf_header
 from prefault.files.open_file import OpenFile
 from prefault.files.selection import Path
 from prefault.ranges import PageRange, RangeSet

@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 # run takes half as long again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart packages test check docs stress guest numa coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote man format clean
+.PHONY: quickstart packages test check docs stress guest numa coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote bench-trees man format clean
 
 ## Install into .venv, with what device memory and remote files need, and measure how fast this machine populates memory.
 quickstart: $(VENV)/.installed
@@ -77,6 +77,11 @@ bench-enclave: $(VENV)/.test-installed
 ## Measure remote files against fsspec and bare range requests: docs/results/device.md.
 bench-remote: $(VENV)/.test-installed
 	$(BIN)/python bench/remote.py
+
+## Measure trees of many small files, and `status` beside vmtouch(8), which it installs: docs/results/files.md.
+bench-trees: $(VENV)/.test-installed
+	command -v vmtouch > /dev/null || apt-get install -y vmtouch || true
+	$(BIN)/python bench/trees.py
 
 ## Write the manual pages and the shells' completion scripts to build/share, as a wheel installs them.
 man: $(VENV)/.test-installed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import NamedTuple
 
-from prefault._kernel._call import POINTER, UINT, declare_syscall, fail
+from prefault._kernel._call import POINTER, UINT, declare_quick, declare_syscall, fail
 
 NR_CACHESTAT = 451
 
@@ -53,12 +53,19 @@ def cachestat(fd: int, offset: int = 0, length: int = 0) -> PageCache:
     return PageCache(answer.nr_cache, answer.nr_dirty, answer.nr_writeback, answer.nr_evicted, answer.nr_recently_evicted)
 
 
-class CachestatCall:
-    """Calls of cachestat(2) on one file after the other by one thread, with the same structures: a third of the time."""
+# No types: ctypes would call a converter for each argument, a third of the time of the whole call.
+_quick_syscall = declare_quick("syscall")
+
+
+class QuickCachestat:
+    """Calls of cachestat(2) on one small file after another, by one thread: a quarter of the time of :func:`cachestat`.
+
+    The structures are used again, and the GIL is kept: a file of 16 MiB takes the kernel 0.1 ms.
+    """
 
     def __init__(self) -> None:
         self._span, self._answer = CachestatRange(), Cachestat()
-        self._addresses = ctypes.addressof(self._span), ctypes.addressof(self._answer)
+        self._arguments = ctypes.byref(self._span), ctypes.byref(self._answer), 0
 
     def __call__(self, fd: int, length: int) -> tuple[int, int]:
         """Return how many of the pages of the first ``length`` bytes are cached, and how many of them are dirty.
@@ -67,6 +74,7 @@ class CachestatCall:
             OSError: as :func:`cachestat`.
         """
         self._span.len = length
-        if _cachestat(fd, *self._addresses, 0):
+        if _quick_syscall(NR_CACHESTAT, fd, *self._arguments):
             fail("cachestat")
-        return self._answer.nr_cache, self._answer.nr_dirty
+        answer = self._answer
+        return answer.nr_cache, answer.nr_dirty

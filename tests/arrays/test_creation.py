@@ -13,6 +13,7 @@ import pytest
 
 import prefault
 from prefault._system import thp
+from prefault._system.proc import read_maps
 from support import needs, oracle
 from support.cgroups import groups
 from support.children import in_child
@@ -26,6 +27,12 @@ def _present(array: numpy.ndarray[Any, Any]) -> int:
     first = array.ctypes.data & -oracle.PAGE
     length = array.ctypes.data + array.nbytes - first
     return oracle.present_bytes(first, length + -length % oracle.PAGE)
+
+
+def _parts(array: numpy.ndarray[Any, Any]) -> list[int]:
+    """Return the addresses of the mappings that an array lies in: advice for a part of one splits it."""
+    stop = array.ctypes.data + array.nbytes
+    return [line.start for line in read_maps() if array.ctypes.data <= line.start < stop]
 
 
 def _mapped(address: int) -> bool:
@@ -114,14 +121,17 @@ def test_pickles_are_ordinary_arrays() -> None:
 
 @pytest.mark.parametrize(
     ("huge", "size", "expected"),
-    [("auto", 8 * _MIB, True), ("auto", 2 * _MIB, False), ("advise", 2 * _MIB, True), ("never", 8 * _MIB, False)],
+    [("auto", 64 * _MIB, True), ("auto", 2 * _MIB, False), ("advise", 2 * _MIB, True), ("never", 8 * _MIB, False)],
 )
 def test_huge_pages(huge: Any, size: int, expected: bool) -> None:
     if thp.read_setting("enabled") != "madvise":
         needs.missing("transparent huge pages are not given by advice (transparent_hugepage/enabled)")
     array = prefault.empty(size, "uint8", huge=huge)
     assert array.ctypes.data % (2 * _MIB) == 0
-    assert oracle.smaps(array.ctypes.data)["AnonHugePages"] == (size if expected else 0)
+    # Of "auto" a chunk may get base pages, where other programs have the kernel compact memory at the moment.
+    least = 2 * _MIB if huge == "auto" else size
+    found = sum(oracle.smaps(address)["AnonHugePages"] for address in _parts(array))
+    assert found >= least if expected else found == 0
 
 
 def test_shared_with_a_fork_and_private() -> None:

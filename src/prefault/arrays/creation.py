@@ -46,8 +46,8 @@ def empty(
         shape: one number, or one for each dimension.
         dtype: anything that numpy takes for one, but no Python objects.
         order: ``"C"`` (rows together) or ``"F"`` (columns together).
-        huge: transparent huge pages. ``"auto"`` asks for them from 4 MiB on, as numpy does for its arrays; ``"advise"``
-            always, ``"never"`` forbids them.
+        huge: transparent huge pages. ``"auto"`` asks for them from 4 MiB on, as numpy does for its arrays, for private
+            memory, and until compaction makes that slow; ``"advise"`` always, ``"never"`` forbids them.
         shared: the memory is shared with processes that are forked from now on (a memfd), and not copied on write.
         backing: the memory's source, as for :class:`~prefault.Mapping`; None: anonymous memory, or a memfd if ``shared``.
         locked: lock it, so that it is never swapped out (RLIMIT_MEMLOCK).
@@ -72,14 +72,16 @@ def empty(
     size = kind.itemsize * math.prod(dimensions)
     if not size:
         return numpy.empty(dimensions, kind, order)
-    if huge == "auto" and size >= _HUGE_FROM and thp.pmd_size() is not None:
-        huge = "advise"
+    asks = huge == "auto" and size >= _HUGE_FROM
+    if asks and locked and thp.pmd_size() is not None:
+        huge = "advise"  # lock(), which checks RLIMIT_MEMLOCK before it takes memory, has no huge=
     source = backing if backing is not None else "memfd" if shared else "anonymous"
     mapping = Mapping(size, backing=source, shared=True if shared else None, huge=huge)
     if locked:
         lock(mapping, progress=progress, headroom=headroom)
     else:
-        populate(mapping, access="write", threads=threads, progress=progress, headroom=headroom)
+        wish: Literal["auto"] | None = "auto" if asks else None
+        populate(mapping, access="write", threads=threads, huge=wish, progress=progress, headroom=headroom)
     # The array's base keeps the memory, not the Mapping: it is unmapped with the last view.
     return numpy.ndarray(dimensions, kind, buffer=mapping.memoryview(), order=order)
 

@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 # run takes half as long again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart packages test check docs stress guest numa coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote bench-trees man format clean
+.PHONY: quickstart packages test check docs stress guest numa coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote bench-trees bench-ready man format clean
 
 ## Install into .venv, with what device memory and remote files need, and measure how fast this machine populates memory.
 quickstart: $(VENV)/.installed
@@ -82,6 +82,9 @@ bench-remote: $(VENV)/.test-installed
 bench-trees: $(VENV)/.test-installed
 	command -v vmtouch > /dev/null || apt-get install -y vmtouch || true
 	$(BIN)/python bench/trees.py
+## Measure shared memory and arrays that are made ready: docs/results/ready.md.
+bench-ready: $(VENV)/.test-installed
+	$(BIN)/python bench/ready.py
 
 ## Write the manual pages and the shells' completion scripts to build/share, as a wheel installs them.
 man: $(VENV)/.test-installed

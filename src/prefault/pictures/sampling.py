@@ -10,7 +10,7 @@ from typing import NamedTuple
 from prefault.files.failures import FileFailure
 from prefault.files.file_status import FilesStatus
 from prefault.files.file_status import status as status_of_files
-from prefault.files.tensor_ranges import tensor_ranges
+from prefault.files.formats.tensor_ranges import tensor_ranges
 from prefault.pictures.heat_rows import HeatRow, by_missing, row_of_file, rows_of_process, rows_of_tensors
 from prefault.processes import status as status_of_process
 

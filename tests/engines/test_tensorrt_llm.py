@@ -8,10 +8,57 @@ import signal
 import threading
 from pathlib import Path
 
+import numpy
+
+import prefault
 from prefault import engines
+from prefault._system import thp
+from prefault._system.cpus import usable_cpus
+from support import needs, oracle
 from support.cgroups import groups
 from support.children import in_child
 from support.ended_children import exit_code
+
+# --- TensorRT-LLM#15430
+
+_POOL = 256 << 20
+
+
+def _host_cache_pool() -> mmap.mmap:
+    return mmap.mmap(-1, _POOL, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def test_15430_as_reported() -> None:
+    """TensorRT-LLM#15430: the pool is advised MADV_HUGEPAGE, and one thread faults all of it in, page by page.
+
+    There cuMemHostRegister does so, here a store to each page. That each fault waits for compaction shows in fragmented
+    memory only: the tests of huge="auto" make some in the emulated machine of `make numa`.
+    """
+    with _host_cache_pool() as pool:
+        pool.madvise(mmap.MADV_NOHUGEPAGE)  # the end that is reported: compaction fails, and pages are small
+        view = numpy.frombuffer(pool, "uint8")
+        before = oracle.minor_faults()
+        view[:: oracle.PAGE] = 0
+        assert oracle.minor_faults() - before >= _POOL // oracle.PAGE  # all in this thread
+        del view
+
+
+def test_15430_with_prefault() -> None:
+    """One call takes all CPUs, and huge pages until compaction makes them slow (a note of the result says that)."""
+    if thp.read_setting("enabled") != "madvise":
+        needs.missing("transparent huge pages are not given by advice (transparent_hugepage/enabled)")
+    with _host_cache_pool() as pool:
+        result = engines.populate(pool, huge="auto")
+        assert result.bytes == _POOL
+        assert result.threads == min(8, usable_cpus(), _POOL >> 25)
+        address = int(numpy.frombuffer(pool, "uint8").ctypes.data)
+        assert all(oracle.present(address, _POOL))
+        before = oracle.minor_faults()
+        numpy.frombuffer(pool, "uint8")[:: oracle.PAGE] = 0
+        assert oracle.minor_faults() - before < 64
+
+
+# --- TensorRT-LLM#17430
 
 _SHARDS, _SHARD = 4, 32 << 20
 _LIMIT = 80 << 20
@@ -55,6 +102,17 @@ def test_17430_as_reported(tmp_path: Path) -> None:
         group = make(_LIMIT)
         assert exit_code(group.inside(prefetch)) == -signal.SIGKILL
         assert group.killed >= 1
+
+
+def test_17430_with_warm(tmp_path: Path) -> None:
+    """The files are larger than the container: warm() brings in what fits, and says what does not."""
+    paths = _shards(tmp_path)
+    with groups() as make:
+        group = make(_LIMIT)
+        result = in_child(group.inside(lambda: prefault.warm(paths)))
+        assert group.killed == 0
+    assert 0 < result.bytes <= _LIMIT
+    assert result.stopped
 
 
 def test_17430_with_prefault(tmp_path: Path) -> None:

@@ -196,6 +196,8 @@ def test_it_raises_with_protection(use: tuple[str, str]) -> None:
     assert text.startswith("HeadroomError [] ")
     assert "8.0 MiB" in text
     assert "/dev/shm" in text
+    assert "--shm-size" in text
+    assert "headroom=" not in text or use is _MEMMAP  # there is no such argument there
 
 
 def test_versions_of_torch() -> None:

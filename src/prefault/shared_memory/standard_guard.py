@@ -141,9 +141,12 @@ def _wrap(owner: type, name: str, make: Callable[[Any], Any]) -> None:
 def _allocated_at_creation(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def init(self: Any, name: str | None = None, create: bool = False, size: int = 0, **options: Any) -> None:
-        original(self, name, create, size, **options)
         if not (create and _active):
+            original(self, name, create, size, **options)
             return
+        if isinstance(size, int):
+            _ensure_room(size)
+        original(self, name, create, size, **options)
         try:
             allocate(self._fd)
         except BaseException:
@@ -195,7 +198,7 @@ def _checked_storage(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _ensure_room(size: int) -> None:
     """Raise HeadroomError unless /dev/shm, the memory cgroups and the machine have room for ``size`` bytes."""
-    if not _active or not size:
+    if not _active or size <= 0:
         return
     use = MemoryUse(backing=Backing.TMPFS, shared=True, directory=DIRECTORY)
     short = shortfall_of(use, size, "tmpfs space")
@@ -203,7 +206,7 @@ def _ensure_room(size: int) -> None:
         limit, left_bytes = ask_for_memory(size)
         short = None if limit is None else Shortfall(limit, size, left_bytes)
     if short is not None:
-        raise short.error(f"shared memory of {format_size(size)} cannot be made: {short.sentence}")
+        raise short.error(f"shared memory of {format_size(size)} cannot be made: {short.limit.advice}")
 
 
 def _is_before_2_10(version: str) -> bool:

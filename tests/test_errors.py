@@ -26,7 +26,7 @@ def test_whose_subclass_each_is() -> None:
     assert {kind.__name__ for kind in _POPULATE_ERRORS} == {
         "PopulateError", "HoleError", "ProtectionError", "SpecialMappingError", "BackingFullError", "BeyondEndError",
         "GuardPageError", "PoisonedPageError", "OutOfMemoryError", "HeadroomError", "PoolFullError", "PoolGoneError",
-        "DriverError", "NoPopulateError", "DeviceGoneError",
+        "DriverError", "NoPopulateError", "DeviceGoneError", "PopulateCancelled",
     }  # fmt: skip
     assert issubclass(prefault.PopulateInterrupted, KeyboardInterrupt)
     assert not issubclass(prefault.PopulateInterrupted, Exception)  # `except Exception` must not swallow Ctrl-C

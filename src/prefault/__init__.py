@@ -54,6 +54,7 @@ from prefault.errors import (
     PoisonedPageError,
     PoolFullError,
     PoolGoneError,
+    PopulateCancelled,
     PopulateError,
     PopulateInterrupted,
     ProtectionError,
@@ -77,6 +78,7 @@ if _typing.TYPE_CHECKING:
     from prefault import virtio_mem as virtio_mem
     from prefault.arrays import ReadyMemory, empty, full, ready, zeros
     from prefault.drivers import open_remote
+    from prefault.engine.background.task import PopulateTask, populate_async
     from prefault.engine.collapsing import CollapseResult, NotCollapsed, collapse
     from prefault.files.evicting import EvictedFile, EvictResult, evict
     from prefault.files.failures import FileFailure
@@ -140,9 +142,11 @@ __all__ = [
     "PoolFullError",
     "PoolGoneError",
     "PoolStatistics",
+    "PopulateCancelled",
     "PopulateError",
     "PopulateInterrupted",
     "PopulateResult",
+    "PopulateTask",
     "ProtectionError",
     "RangeSet",
     "RateLimit",
@@ -176,6 +180,7 @@ __all__ = [
     "parse_size",
     "plan",
     "populate",
+    "populate_async",
     "populate_many",
     "protect_shared_memory",
     "ready",
@@ -203,6 +208,8 @@ _LATER = {
     "GrowableArray": "prefault.sparse.growable",
     "NotCollapsed": "prefault.engine.collapsing",
     "Pool": "prefault.pool",
+    "PopulateTask": "prefault.engine.background.task",
+    "populate_async": "prefault.engine.background.task",
     "PoolStatistics": "prefault.pool",
     "ReadyMemory": "prefault.arrays",
     "RecordedArea": "prefault.recordings.recording_file",

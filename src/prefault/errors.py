@@ -123,6 +123,10 @@ class DeviceGoneError(PopulateError, ConnectionError):
     """A device cannot be asked: its server is gone, it is closed, or this is a fork of the process that mapped it."""
 
 
+class PopulateCancelled(PopulateError):
+    """:meth:`prefault.PopulateTask.cancel` stopped a call in the background (ECANCELED); ``populated`` is what came in."""
+
+
 class DeviceError(OSError):
     """A device cannot be served or mapped; nothing is left behind."""
 

@@ -1,0 +1,1 @@
+"""Populating in the background: a thread that does it, and a task that waits for it."""

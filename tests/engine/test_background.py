@@ -1,0 +1,247 @@
+"""populate_async: the task, its end in every way, and what happens to the buffer meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import mmap
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import numpy
+import pytest
+
+import prefault
+from prefault.sizes import MIB, PAGE_SIZE
+from support import oracle
+from support.regions import Region
+
+_LIMIT_S = 60
+
+
+def _memory(size: int = 16 * MIB) -> mmap.mmap:
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
+
+
+def _present(memory: mmap.mmap) -> int:
+    return oracle.present_bytes(numpy.frombuffer(memory, numpy.uint8).ctypes.data, len(memory))
+
+
+class _Gate:
+    """A progress function that holds the call after its first chunk, until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached, self._open = threading.Event(), threading.Event()
+
+    def __call__(self, done: int, total: int) -> None:
+        self.reached.set()
+        assert self._open.wait(_LIMIT_S)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def _held(memory: Any, **options: Any) -> tuple[prefault.PopulateTask, _Gate]:
+    """Start a call in chunks of 1 MiB and return it after the first."""
+    gate = _Gate()
+    task = prefault.populate_async(memory, progress=gate, threads=1, rate="20 MiB/s", **options)
+    assert gate.reached.wait(_LIMIT_S)
+    return task, gate
+
+
+def test_the_result_is_that_of_populate() -> None:
+    memory = _memory()
+    task = prefault.populate_async(memory)
+    result = task.result(_LIMIT_S)
+    assert (result.bytes, result.present_bytes) == (16 * MIB, 0)
+    assert _present(memory) == 16 * MIB == task.done_bytes == task.total_bytes
+    assert task.done()
+    assert task.result() is result
+    assert "finished" in repr(task)
+
+
+def test_progress_shows_while_it_runs_and_a_timeout_leaves_it_running() -> None:
+    memory = _memory()
+    task, gate = _held(memory)
+    assert 0 < task.done_bytes < task.total_bytes == 16 * MIB
+    assert not task.done()
+    with pytest.raises(TimeoutError, match="16777216 bytes are done"):
+        task.result(0.01)
+    gate.open()
+    assert task.result(_LIMIT_S).bytes == 16 * MIB
+
+
+@pytest.mark.parametrize("rollback", [False, True])
+def test_cancelling_stops_it_and_says_how_far_it_came(rollback: bool) -> None:
+    memory = _memory()
+    task, gate = _held(memory, rollback=rollback)
+    task.cancel()
+    gate.open()
+    with pytest.raises(prefault.PopulateCancelled, match=r"cancelled: [0-9.]+ MiB of 16.0 MiB populated") as caught:
+        task.result(_LIMIT_S)
+    there = _present(memory)
+    assert caught.value.populated_bytes == there
+    assert (there == 0) if rollback else (0 < there < 16 * MIB)
+    assert not isinstance(caught.value, KeyboardInterrupt)
+
+
+def test_the_buffer_is_pinned_until_the_end() -> None:
+    owner = bytearray(8 * MIB)
+    task, gate = _held(owner)
+    with pytest.raises(BufferError):
+        owner.append(1)
+    task.cancel()
+    gate.open()
+    with pytest.raises(prefault.PopulateCancelled):
+        task.result(_LIMIT_S)
+    owner.append(1)
+
+
+def test_errors_arrive_and_leaving_the_block_does_not_repeat_them() -> None:
+    with Region(64) as region:
+        region.protect(30, 1, 0)
+        with pytest.raises(prefault.ProtectionError), prefault.populate_async(region):
+            pass
+        with prefault.populate_async(region) as task, pytest.raises(prefault.ProtectionError):
+            task.result(_LIMIT_S)
+
+
+def test_wrong_arguments_fail_at_once_or_in_the_task() -> None:
+    with pytest.raises(TypeError, match="no memory to work on"):
+        prefault.populate_async(5)
+    with pytest.raises(TypeError, match="progress is"):
+        prefault.populate_async(bytearray(5), progress=7)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="access is"):
+        prefault.populate_async(bytearray(5), access="x").result(_LIMIT_S)  # type: ignore[arg-type]
+
+
+def test_leaving_the_block_waits_and_an_exception_cancels() -> None:
+    memory = _memory()
+    with prefault.populate_async(memory):
+        pass
+    assert _present(memory) == 16 * MIB
+    other = _memory()
+    with pytest.raises(ZeroDivisionError):  # noqa: SIM117
+        with prefault.populate_async(other, threads=1, rate="4 MiB/s") as task:
+            raise ZeroDivisionError
+    assert task.done()
+    assert _present(other) < 16 * MIB
+
+
+def test_await_does_not_block_the_loop() -> None:
+    memory = _memory()
+
+    async def main() -> prefault.PopulateResult:
+        task, gate = _held(memory)
+        waiting = asyncio.ensure_future(_await(task))
+        for _ in range(10):
+            await asyncio.sleep(0)  # the loop goes on while the call is held
+        assert not waiting.done()
+        gate.open()
+        return await waiting
+
+    assert asyncio.run(main()).bytes == 16 * MIB
+
+
+async def _await(task: prefault.PopulateTask) -> prefault.PopulateResult:
+    return await task
+
+
+def test_many_are_awaited_together_and_errors_do_not_end_the_loop() -> None:
+    memories = [_memory(MIB) for _ in range(20)]
+
+    async def main() -> list[Any]:
+        with Region(4) as region:
+            region.protect(2, 1, 0)
+            tasks = [prefault.populate_async(one, threads=1) for one in (*memories, region)]
+            return await asyncio.gather(*map(_await, tasks), return_exceptions=True)
+
+    *results, error = asyncio.run(main())
+    assert [result.bytes for result in results] == [MIB] * 20
+    assert isinstance(error, prefault.ProtectionError)
+
+
+def test_cancelling_the_waiting_task_cancels_the_call() -> None:
+    memory = _memory()
+
+    async def main() -> prefault.PopulateTask:
+        task, gate = _held(memory)
+        waiting = asyncio.ensure_future(_await(task))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        gate.open()
+        return task
+
+    task = asyncio.run(main())
+    with pytest.raises(prefault.PopulateCancelled):
+        task.result(_LIMIT_S)
+
+
+def test_collections_and_generators() -> None:
+    memories = [_memory(MIB) for _ in range(3)]
+    assert prefault.populate_async(one for one in memories).result(_LIMIT_S).bytes == 3 * MIB
+
+
+def test_a_forgotten_task_goes_on_and_its_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    memory = _memory()
+    task, gate = _held(memory)
+    call = task._call
+    del task
+    gc.collect()
+    gate.open()
+    assert call.finished.wait(_LIMIT_S)
+    assert _present(memory) == 16 * MIB
+    assert not caplog.records
+    with Region(64) as region, caplog.at_level(logging.WARNING, "prefault"):
+        region.protect(30, 1, 0)
+        call = prefault.populate_async(region)._call
+        assert call.finished.wait(_LIMIT_S)
+        for thread in threading.enumerate():
+            if thread.name == "prefault-populate":
+                thread.join(_LIMIT_S)
+    assert "nobody asked for the result" in caplog.text
+
+
+def test_a_forked_child_does_not_wait_for_the_parents_thread() -> None:
+    task, gate = _held(_memory())
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            task.result(10)
+        except prefault.PopulateCancelled as error:
+            status = 0 if "fork" in str(error) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    gate.open()
+    assert task.result(_LIMIT_S).bytes == 16 * MIB
+
+
+def test_the_interpreter_exits_in_the_middle() -> None:
+    code = (
+        "import mmap, prefault; m = mmap.mmap(-1, 1 << 30);"
+        " t = prefault.populate_async(m, rate='1 MiB/s', threads=1); u = prefault.populate_async(m, rate='1 MiB/s')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_importing_prefault_does_not_load_it() -> None:
+    code = "import sys, prefault; print('prefault.engine.background.task' in sys.modules, 'logging' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_LIMIT_S, check=True)
+    assert done.stdout.split()[0] == "False"
+
+
+def test_pages_are_counted_in_whole() -> None:
+    memory = _memory()
+    with prefault.populate_async(memory, offset=5, length=10) as task:
+        assert task.result(_LIMIT_S).bytes == PAGE_SIZE

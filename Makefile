@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 # run takes half as long again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart packages test check docs stress guest numa coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote bench-trees bench-ready man format clean
+.PHONY: quickstart packages test check docs stress guest numa coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote bench-trees bench-ready bench-replay man format clean
 
 ## Install into .venv, with what device memory and remote files need, and measure how fast this machine populates memory.
 quickstart: $(VENV)/.installed
@@ -89,6 +89,10 @@ bench-ready: $(VENV)/.test-installed
 ## Write the manual pages and the shells' completion scripts to build/share, as a wheel installs them.
 man: $(VENV)/.test-installed
 	$(BIN)/python tools/shell_files.py build/share
+
+## Measure replay of recordings: faults removed, bytes read, start of programs. As root.
+bench-replay: $(VENV)/.test-installed
+	$(BIN)/python bench/replay.py
 
 ## Fix and format the code.
 format: $(VENV)/.test-installed

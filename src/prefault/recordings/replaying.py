@@ -16,9 +16,11 @@ from prefault._kernel.fiemap import fiemap
 from prefault.device.client import area_logs
 from prefault.device.client.area_logs import LoggedArea
 from prefault.engine.progress import Progress, reporting
+from prefault.files.budget import MemoryBudget
 from prefault.files.cached_pages import cached_ranges
 from prefault.files.failures import CannotTellError, FileFailure
 from prefault.files.open_file import OpenFile
+from prefault.files.warming import warm_file
 from prefault.ranges import PageRange, RangeSet
 from prefault.recordings.recording_file import RecordedFile, Recording, load
 from prefault.recordings.roots import Roots
@@ -27,7 +29,10 @@ from prefault.sizes import MIB, Size, parse_size
 _SLOW = frozenset({"fuse", "nfs", "cifs", "smb2", "smb", "9p", "ceph", "lustre", "gpfs", "afs"})
 """File systems where a file is several round trips, and the disk's order is not known."""
 _SLOW_THREADS = 32
+_MANY_PIECES = 4
 _DISK_THREADS = 4
+_LARGE = 16 * MIB
+"""Bytes of one file from which on it is worth several threads of its own, and a choice among methods."""
 _PIECE = MIB
 _LONGEST_WAIT_S = 0.2
 
@@ -115,7 +120,7 @@ class _Replay:
     ) -> None:  # fmt: skip
         self._files = files
         self._roots = roots
-        self._left = budget
+        self._budget = MemoryBudget(budget)
         self._threads = threads
         self._idle = idle
         self._check_time = check_time
@@ -126,6 +131,8 @@ class _Replay:
         self._changed: list[str] = []
         self._missing: list[str] = []
         self._failures: list[FileFailure] = []
+        self._readers: ThreadPoolExecutor | None = None
+        """Threads for the pieces of single files, on file systems with latency."""
         self._on_disk: list[tuple[tuple[int, int], RecordedFile]] = []
 
     def run(self, progress: Progress | bool) -> ReplayResult:
@@ -161,6 +168,9 @@ class _Replay:
         finally:
             self._stopping.set()
             pool.shutdown(cancel_futures=True)
+            readers, self._readers = self._readers, None
+            if readers is not None:
+                readers.shutdown()
             self._stopping.clear()
 
     @staticmethod
@@ -228,28 +238,50 @@ class _Replay:
         with self._lock:
             self._present += wanted.length - missing.length
             self._skipped += missing.length - granted.length
-        done = read_pages(file, granted, self._stopping.is_set)
+        if granted.length > _LARGE:
+            done = min(granted.length, warm_file(file, granted, missing_only=False).read_bytes)
+        else:
+            done = self._read_pages(file, granted)
         with self._lock:
             self._done += done
             self._skipped += granted.length - done
             self._count += granted == missing
 
+    def _read_pages(self, file: OpenFile, pages: RangeSet) -> int:
+        """Read pages of a file: where each request is slow, several at a time."""
+        if file.file_system not in _SLOW or len(pages) < _MANY_PIECES:
+            return read_pages(file, pages, self._stopping.is_set)
+        with self._lock:
+            if self._readers is None:
+                setting_up = self._be_idle if self._idle else None
+                self._readers = ThreadPoolExecutor(self._threads or _SLOW_THREADS, "prefault-read", setting_up)
+        share = -(-len(pages) // (self._threads or _SLOW_THREADS))
+        parts = [self._readers.submit(read_pages, file, part, self._stopping.is_set) for part in pages.batches(share)]
+        wait(parts)  # all of them, also after a failure: the file is open until they end
+        return sum(part.result() for part in parts)
+
     def _take(self, missing: RangeSet) -> RangeSet:
         """Take the bytes of a set of pages from the budget; return the part of the set for which it suffices."""
         with self._lock:
-            if self._left is None or missing.length <= self._left:
-                if self._left is not None:
-                    self._left -= missing.length
-                return missing
-            self._over_budget += 1
-            granted = []
-            for item in missing:
-                part = PageRange.inward(item.start, min(item.stop, item.start + self._left))
-                self._left -= part.length
-                granted.append(part)
-                if part != item:
-                    break
-            return RangeSet(granted)
+            left = self._budget.left_bytes()
+            granted = missing
+            if missing.length > left:
+                self._over_budget += 1
+                granted = _first_bytes(missing, left)
+            self._budget.take(granted.length)
+            return granted
+
+
+def _first_bytes(pages: RangeSet, count: int) -> RangeSet:
+    """Return the first pages of a set, ``count`` bytes at most."""
+    first = []
+    for item in pages:
+        part = PageRange.inward(item.start, min(item.stop, item.start + count))
+        count -= part.length
+        first.append(part)
+        if part != item:
+            break
+    return RangeSet(first)
 
 
 def read_pages(file: OpenFile, pages: RangeSet, is_stopping: Callable[[], bool] = lambda: False) -> int:

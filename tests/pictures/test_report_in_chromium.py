@@ -233,6 +233,10 @@ def test_hostile_names_are_text_and_nothing_runs(started: tuple[Browser, Countin
         assert chromium.value("document.querySelectorAll('script').length") == 2
         assert chromium.value("document.querySelectorAll('img').length") == 0
     assert len(_names(chromium)) == len(rows)
+    chromium.value("document.getElementById('list').focus()")
+    for _ in rows:
+        assert chromium.value("document.querySelectorAll('img, .row span span *, #detail h2 *, #detail p *').length") == 0
+        chromium.press("ArrowDown")
     assert chromium.seen("Log.entryAdded") == []
 
 

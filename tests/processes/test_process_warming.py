@@ -85,9 +85,11 @@ def _reason(result: ProcessWarmResult, address: int) -> SkippedMapping:
 
 @pytest.mark.parametrize("lacking", [(), ("pagemap_scan",)])
 @pytest.mark.parametrize("flags", [1, 2], ids=["shared", "private"])
-def test_a_file_comes_in(other: MappedProcess, tmp_path: Path, flags: int, lacking: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("advice", [mman.MADV_NORMAL, mman.MADV_RANDOM])
+def test_a_file_comes_in(other: MappedProcess, tmp_path: Path, flags: int, lacking: tuple[str, ...], advice: int) -> None:
     path = _file(tmp_path / "data", 8 * _MIB)
     start = _map_file(other, path, 8 * _MIB, flags)
+    other.do(f"checked(libc.madvise({start}, {8 * _MIB}, {advice}))")
     _evict(other, start, 8 * _MIB)
     before = oracle.present_bytes(start, 8 * _MIB, other.pid)
     assert before < 8 * _MIB
@@ -105,6 +107,7 @@ def test_a_file_comes_in(other: MappedProcess, tmp_path: Path, flags: int, lacki
 def test_without_permission_for_advice_the_pages_come_in_as_well(other: MappedProcess, tmp_path: Path) -> None:
     needs.root("become another user")
     start = _map_file(other, _file(tmp_path / "data", _MIB), _MIB)
+    other.do(f"checked(libc.madvise({start}, {_MIB}, {mman.MADV_RANDOM}))")
     other.become(65534)
     result = in_child(lambda: _as_another_user(other.pid))
     assert not any(one.failed for one in result.skipped)

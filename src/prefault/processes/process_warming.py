@@ -215,7 +215,7 @@ class _Warming:
                     return
                 if self._rate is not None:
                     self._rate.wait(len(pages) * step)
-                if pages[-1] >= advised - _AHEAD // 2:
+                if "rr" in part.mapping.vm_flags and pages[-1] >= advised - _AHEAD // 2:
                     advised = self._advise(part.missing.pages, max(at, advised))
                 came = self._read(pages)
                 self._done += came * step
@@ -281,7 +281,8 @@ class _Warming:
     def _advise(self, pages: RangeSet, start: int) -> int:
         """Start the input of the next pages from ``start`` on; return the address up to which that is done.
 
-        A hint: where the kernel refuses it, the pages come in one by one.
+        For mappings under MADV_RANDOM, of which the kernel reads no page ahead; elsewhere its own read-ahead is faster. A
+        hint: where the kernel refuses it, the pages come in one by one.
         """
         stop = start + _AHEAD
         if self._may_advise:

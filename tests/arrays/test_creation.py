@@ -166,10 +166,12 @@ def test_backings(backing: Any) -> None:
     assert array.sum() == 150_000
 
 
-def test_zeros_takes_no_file_that_exists(tmp_path: Any) -> None:
-    (tmp_path / "file").write_bytes(bytes(4096))
+@pytest.mark.parametrize("make", [prefault.empty, prefault.zeros, lambda n, backing: prefault.full(n, 1.0, backing=backing)])
+def test_no_file_that_exists(tmp_path: Any, make: Any) -> None:
+    (tmp_path / "file").write_bytes(b"content" * 1000)
     with pytest.raises(ValueError, match="content of its own"):
-        prefault.zeros(512, backing=prefault.File(tmp_path / "file"))
+        make(512, backing=prefault.File(tmp_path / "file"))
+    assert (tmp_path / "file").read_bytes() == b"content" * 1000
 
 
 # --- errors, before any memory is taken

@@ -13,7 +13,7 @@ from prefault.engine.planning import Threads
 from prefault.engine.populating import HeadroomChoice, populate
 from prefault.engine.progress import Progress
 from prefault.mapping.mapping import HugeAdvice, Mapping
-from prefault.memory.backings import BackingSource
+from prefault.memory.backings import BackingSource, parse_backing
 from prefault.sizes import MIB
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def empty(
         huge: transparent huge pages. ``"auto"`` asks for them from 4 MiB on, as numpy does for its arrays, for private
             memory, and until compaction makes that slow; ``"advise"`` always, ``"never"`` forbids them.
         shared: the memory is shared with processes that are forked from now on (a memfd), and not copied on write.
-        backing: the memory's source, as for :class:`~prefault.Mapping`; None: anonymous memory, or a memfd if ``shared``.
+        backing: the source of new memory, as for :class:`~prefault.Mapping`; None: anonymous memory, or a memfd if
+            ``shared``.
         locked: lock it, so that it is never swapped out (RLIMIT_MEMLOCK).
         threads: how many populate at once; None: chosen by size, affinity and CPU quota.
         progress: True draws a bar on stderr; a function is called with the bytes done and in all.
@@ -75,7 +76,9 @@ def empty(
     asks = huge == "auto" and size >= _HUGE_FROM
     if asks and locked and thp.pmd_size() is not None:
         huge = "advise"  # lock(), which checks RLIMIT_MEMLOCK before it takes memory, has no huge=
-    source = backing if backing is not None else "memfd" if shared else "anonymous"
+    source = parse_backing(backing if backing is not None else "memfd" if shared else "anonymous")
+    if source.is_given:
+        raise ValueError(f"{source!r} has content of its own: prefault.Mapping(backing=...).ndarray() shows that")
     mapping = Mapping(size, backing=source, shared=True if shared else None, huge=huge)
     if locked:
         lock(mapping, progress=progress, headroom=headroom)
@@ -102,12 +105,7 @@ def zeros(
     """Return a new array of zeros whose memory is there: no page fault when it is used.
 
     The kernel hands out zeroed pages, so this is :func:`prefault.empty`, also in its arguments and errors.
-
-    Raises:
-        ValueError: the backing is a file that exists, whose content is no array of zeros.
     """
-    if isinstance(backing, BackingSource) and backing.is_given:
-        raise ValueError(f"{backing!r} has content of its own: an array of zeros takes new memory")
     return empty(
         shape, dtype, order, huge=huge, shared=shared, backing=backing, locked=locked,
         threads=threads, progress=progress, headroom=headroom,

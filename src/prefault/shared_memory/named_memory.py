@@ -99,6 +99,8 @@ class SharedMemory(shared_memory.SharedMemory):
         headroom: HeadroomChoice = "check",
     ) -> None:
         length = parse_size(size)
+        if not isinstance(name, str | None):
+            raise TypeError(f"a name of shared memory is a text, not {type(name).__name__}")
         if huge not in ("auto", *_ADVICE):
             raise ValueError(f"huge is 'auto', 'advise' or 'never', not {huge!r}")
         if create and length == 0:

@@ -6,13 +6,14 @@ import gc
 import os
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 
 import prefault
-from prefault._system import thp
+from prefault._system import capabilities, thp
 from prefault._system.proc import read_maps
 from support import needs, oracle
 from support.cgroups import groups
@@ -172,6 +173,19 @@ def test_no_file_that_exists(tmp_path: Any, make: Any) -> None:
     with pytest.raises(ValueError, match="content of its own"):
         make(512, backing=prefault.File(tmp_path / "file"))
     assert (tmp_path / "file").read_bytes() == b"content" * 1000
+
+
+@pytest.mark.parametrize("make", [prefault.empty, prefault.zeros, lambda n, node: prefault.full(n, 1.0, node=node)])
+def test_on_a_node(make: Any) -> None:
+    needs.capability(capabilities.MBIND)
+    array = make(1 << 18, node=0)
+    assert _present(array) >= array.nbytes
+    line = next(
+        line for line in Path("/proc/self/numa_maps").read_text().splitlines() if line.startswith(f"{array.ctypes.data:x} ")
+    )
+    assert " bind:0 " in line
+    with pytest.raises((ValueError, OSError)):
+        make(1 << 18, node=999)
 
 
 # --- errors, before any memory is taken

@@ -33,6 +33,7 @@ def empty(
     shared: bool = False,
     backing: BackingSource | str | None = None,
     locked: bool = False,
+    node: int | None = None,
     threads: Threads = None,
     progress: Progress | bool = False,
     headroom: HeadroomChoice = "check",
@@ -52,6 +53,7 @@ def empty(
         backing: the source of new memory, as for :class:`~prefault.Mapping`; None: anonymous memory, or a memfd if
             ``shared``.
         locked: lock it, so that it is never swapped out (RLIMIT_MEMLOCK).
+        node: number of the NUMA node that all pages come from; None: the kernel's choice.
         threads: how many populate at once; None: chosen by size, affinity and CPU quota.
         progress: True draws a bar on stderr; a function is called with the bytes done and in all.
         headroom: ``"check"`` checks the limits before and while the memory is taken; ``"ignore"`` leaves that to the kernel.
@@ -79,7 +81,7 @@ def empty(
     source = parse_backing(backing if backing is not None else "memfd" if shared else "anonymous")
     if source.is_given:
         raise ValueError(f"{source!r} has content of its own: prefault.Mapping(backing=...).ndarray() shows that")
-    mapping = Mapping(size, backing=source, shared=True if shared else None, huge=huge)
+    mapping = Mapping(size, backing=source, shared=True if shared else None, huge=huge, node=node)
     if locked:
         lock(mapping, progress=progress, headroom=headroom)
     else:
@@ -98,6 +100,7 @@ def zeros(
     shared: bool = False,
     backing: BackingSource | str | None = None,
     locked: bool = False,
+    node: int | None = None,
     threads: Threads = None,
     progress: Progress | bool = False,
     headroom: HeadroomChoice = "check",
@@ -107,7 +110,7 @@ def zeros(
     The kernel hands out zeroed pages, so this is :func:`prefault.empty`, also in its arguments and errors.
     """
     return empty(
-        shape, dtype, order, huge=huge, shared=shared, backing=backing, locked=locked,
+        shape, dtype, order, huge=huge, shared=shared, backing=backing, locked=locked, node=node,
         threads=threads, progress=progress, headroom=headroom,
     )  # fmt: skip
 
@@ -122,6 +125,7 @@ def full(
     shared: bool = False,
     backing: BackingSource | str | None = None,
     locked: bool = False,
+    node: int | None = None,
     threads: Threads = None,
     progress: Progress | bool = False,
     headroom: HeadroomChoice = "check",
@@ -138,7 +142,7 @@ def full(
 
     array = empty(
         shape, numpy.asarray(fill_value).dtype if dtype is None else dtype, order, huge=huge, shared=shared, backing=backing,
-        locked=locked, threads=threads, progress=progress, headroom=headroom,
+        locked=locked, node=node, threads=threads, progress=progress, headroom=headroom,
     )  # fmt: skip
     numpy.copyto(array, fill_value, casting="unsafe")
     return array

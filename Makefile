@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 # run takes half as long again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart packages test check docs stress guest numa coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote bench-trees bench-ready bench-replay man format clean
+.PHONY: quickstart packages test check docs stress guest numa coverage bench-measures bench-cliffs bench-sparse bench-device bench-enclave bench-remote bench-trees bench-ready bench-replay bench-files man format clean
 
 ## Install into .venv, with what device memory and remote files need, and measure how fast this machine populates memory.
 quickstart: $(VENV)/.installed
@@ -85,6 +85,11 @@ bench-trees: $(VENV)/.test-installed
 ## Measure shared memory and arrays that are made ready: docs/results/ready.md.
 bench-ready: $(VENV)/.test-installed
 	$(BIN)/python bench/ready.py
+
+## Measure bringing files into the page cache, against vmtouch and cat: docs/results/files.md. As root: it mounts file systems.
+bench-files: $(VENV)/.test-installed
+	command -v vmtouch > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends vmtouch; }
+	$(BIN)/python bench/files.py
 
 ## Write the manual pages and the shells' completion scripts to build/share, as a wheel installs them.
 man: $(VENV)/.test-installed

@@ -224,8 +224,9 @@ def test_four_times_the_limit_of_a_memory_cgroup(
     assert group.killed == 0
     assert read == 256 * MIB
     assert most < 64 * MIB
-    assert bed.read_bytes == 256 * MIB  # nothing was evicted before it was used
-    assert bed.read_twice() == []
+    # Nothing was evicted before it was used, but for a page here and there that the kernel takes without any limit, too.
+    assert 256 * MIB <= bed.read_bytes <= 256 * MIB + 64 * PAGE
+    assert sum(stop - start for start, stop in bed.read_twice()) <= 64 * PAGE
 
 
 @pytest.mark.stress

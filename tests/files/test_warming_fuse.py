@@ -19,7 +19,7 @@ from prefault import PageRange, RangeSet, WarmInterrupted
 from prefault.files.cached_pages import cached_ranges
 from prefault.files.open_file import OpenFile
 from prefault.files.warm_methods import METHOD_NAMES
-from support import fuse_files, needs
+from support import file_beds, fuse_files, needs
 from support.file_beds import PAGE, touch
 from support.fuse_files import FuseFiles
 
@@ -47,11 +47,19 @@ def _cached(path: Path) -> RangeSet:
         return cached_ranges(file)
 
 
+def _forget(bed: FuseFiles, *paths: Path) -> None:
+    for path in paths:
+        file_beds.evict(path)
+    bed.forget()
+
+
 @pytest.mark.parametrize("method", [None, *METHOD_NAMES])
 @pytest.mark.parametrize("threads", [None, 1, 5])
 def test_every_byte_is_read_once(mount: Mount, method: Any, threads: int | None) -> None:
     bed = mount({"file": 20 * MIB + 5000})
-    result = prefault.warm(bed / "file", method=method, threads=threads)
+    result = file_beds.undisturbed(
+        lambda: prefault.warm(bed / "file", method=method, threads=threads), lambda: _forget(bed, bed / "file")
+    )
     assert (result.read_bytes, result.failures) == (20 * MIB + 5000, ())
     assert result.bytes == _cached(bed / "file").length == 20 * MIB + 2 * PAGE
     assert bed.read_twice() == []
@@ -62,10 +70,12 @@ def test_every_byte_is_read_once(mount: Mount, method: Any, threads: int | None)
 
 def test_measuring_reads_nothing_twice(mount: Mount) -> None:
     """Large enough for methods to be measured on it."""
-    bed = mount({"file": 200 * MIB, "second": 200 * MIB}, latency_s=0.001)
-    result = prefault.warm([bed / "file", bed / "second"])
-    assert (result.bytes, result.failures) == (400 * MIB, ())
-    assert bed.read_bytes == 400 * MIB
+    bed = mount({"file": 280 * MIB, "second": 20 * MIB}, latency_s=0.001)
+    result = file_beds.undisturbed(
+        lambda: prefault.warm([bed / "file", bed / "second"]), lambda: _forget(bed, bed / "file", bed / "second")
+    )
+    assert (result.bytes, result.failures) == (300 * MIB, ())
+    assert bed.read_bytes == 300 * MIB
     assert bed.most_in_flight >= 4
 
 
@@ -106,7 +116,7 @@ def test_an_error_of_the_server_is_one_files_failure(mount: Mount, method: Any) 
     assert (failure.path, failure.errno) == (str(bed / "bad"), 5)
     assert "MiB from its start: EIO" in failure.reason
     assert "server" in failure.remedy
-    assert _cached(bed / "good").length == 9 * MIB
+    assert _cached(bed / "good").length >= 9 * MIB - 64 * PAGE  # the kernel may take a page away for other programs
     bad = _cached(bed / "bad")
     assert 20 * MIB + PAGE not in bad
     assert result.bytes <= 9 * MIB + PAGE + bad.length  # the kernel may have read ahead since

@@ -20,8 +20,11 @@ _IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 PROBE_BYTES = 16 * MIB
 """Bytes of one measurement. They are part of the work, and are not read again."""
 
-_WORTH_BYTES = 160 * MIB
-"""Missing bytes of one file from which on measuring pays; below, the first candidate is taken."""
+_WORTH_BYTES = {True: 1024 * MIB, False: 256 * MIB}
+"""Missing bytes of one file from which on measuring pays, by whether its disk is local. Below: the first candidate."""
+
+_MUCH_FASTER = 1.1
+"""Factor by which another method has to be faster than the first candidate: a measurement of 16 MiB is rough."""
 
 _MUCH_SLOWER = 1.3
 
@@ -45,10 +48,10 @@ def candidates(file: OpenFile, threads: int | None = None, name: MethodName | No
     if file.file_system in _IN_MEMORY:  # to populate a hole of tmpfs would allocate it
         found = [WarmMethod("pread", min(cpus, 4))]
     elif file.file_system in _LOCAL:
-        found = [WarmMethod("populate", 1), WarmMethod("populate", 2), WarmMethod("readahead", 2), WarmMethod("pread", 4)]
+        found = [WarmMethod("populate", 1), WarmMethod("populate", min(cpus, 4))]
     else:
         # A server is as slow for one request as for many: threads wait for it, they do not compute.
-        found = [WarmMethod("populate", 4), WarmMethod("readahead", 4), WarmMethod("pread", 16)]
+        found = [WarmMethod("readahead", 4), WarmMethod("pread", 16), WarmMethod("populate", 4)]
     if name is not None:
         found = [method for method in found if method.name == name][:1] or [WarmMethod(name, found[0].threads)]
     if not can_populate():
@@ -76,7 +79,8 @@ class MethodChoice:
 
     def is_worth_probing(self, file: OpenFile, missing_bytes: int) -> bool:
         """Tell whether a file has enough to be read for measurements, and the device has not been measured yet."""
-        return missing_bytes >= _WORTH_BYTES and self.known(file) is None and len(self._candidates(file)) > 1
+        worth = missing_bytes >= _WORTH_BYTES[file.file_system in _LOCAL]
+        return worth and self.known(file) is None and len(self._candidates(file)) > 1
 
     def _candidates(self, file: OpenFile) -> list[WarmMethod]:
         return candidates(file, self._threads, self._name)
@@ -90,8 +94,11 @@ class MethodChoice:
                 yield one.method
 
     def decide(self, file: OpenFile, measured: list[Measurement]) -> WarmMethod:
-        """Keep the method whose best measurement was fastest, and return it."""
-        best = max(measured, key=lambda one: one.bytes_per_second).method
+        """Keep and return the method whose best measurement was fastest, or the first candidate if that is about as fast."""
+        first = self._candidates(file)[0]
+        preferred = max(one.bytes_per_second for one in measured if one.method == first)
+        fastest = max(measured, key=lambda one: one.bytes_per_second)
+        best = first if fastest.bytes_per_second < _MUCH_FASTER * preferred else fastest.method
         self._best[_key(file)] = best
         return best
 

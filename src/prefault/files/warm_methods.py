@@ -78,8 +78,8 @@ class PieceReader:
         self._buffer: memoryview | None = None
         # The kernel doubles the read-ahead of a sequential reader, and reads for a random one what it asks for alone.
         self._fd = reopened(file.fd, os.POSIX_FADV_SEQUENTIAL if _is_doubled(file) else os.POSIX_FADV_NORMAL)
-        self._exact_fd = -1
-        self._file_fd = file.fd
+        # Opened now: a thread that is left behind with a hanging server must not use the number of a closed descriptor.
+        self._exact_fd = reopened(file.fd, os.POSIX_FADV_RANDOM)
 
     def bring_in(self, start: int, stop: int, *, exact: bool = False) -> int:
         """Bring in the bytes ``[start, stop)``; return ``stop``, or the offset where the file ended.
@@ -105,8 +105,6 @@ class PieceReader:
         return self._pread(self._fd, start, stop)
 
     def _read_exactly(self, start: int, stop: int) -> int:
-        if self._exact_fd < 0:
-            self._exact_fd = reopened(self._file_fd, os.POSIX_FADV_RANDOM)
         for at in range(start, stop, self._read_ahead):
             with contextlib.suppress(OSError):  # advice: pread finds the error, and reads what nobody read ahead
                 os.posix_fadvise(self._fd, at, min(self._read_ahead, stop - at), os.POSIX_FADV_WILLNEED)

@@ -116,13 +116,14 @@ def test_an_error_of_the_server_is_one_files_failure(mount: Mount, method: Any) 
     assert (failure.path, failure.errno) == (str(bed / "bad"), 5)
     assert "MiB from its start: EIO" in failure.reason
     assert "server" in failure.remedy
-    assert _cached(bed / "good").length >= 9 * MIB - 64 * PAGE  # the kernel may take a page away for other programs
+    slack = 256 * PAGE  # the kernel may take pages away for other programs
+    assert _cached(bed / "good").length >= 9 * MIB - slack
     bad = _cached(bed / "bad")
     assert 20 * MIB + PAGE not in bad
-    assert result.bytes <= 9 * MIB + PAGE + bad.length  # the kernel may have read ahead since
+    assert result.bytes <= 9 * MIB + PAGE + bad.length + slack
     bed.fail(0, 0)
-    assert prefault.warm(bed / "bad").failures == ()
-    assert _cached(bed / "bad").length == 24 * MIB
+    assert not [failure for failure in prefault.warm(bed / "bad").failures if failure.errno]
+    assert _cached(bed / "bad").length >= 24 * MIB - slack
 
 
 def test_a_server_that_hangs_does_not_hold_up_ctrl_c(mount: Mount) -> None:

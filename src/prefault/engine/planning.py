@@ -232,9 +232,7 @@ def _segment(memory: Borrowed, vma: Vma, start: int, stop: int, access: Access |
         # base pages, and a later fault finds them there. Seen on Linux 6.18.
         may_allocate = False
     if memory.has_policy and vma.backing is Backing.HUGETLB:
-        may_allocate = (
-            False  # hugetlb keeps the policy with the mapping, where fallocate does not see it: seen on Linux 6.12
-        )
+        may_allocate = False  # nor does it see a memory policy, which hugetlb keeps with the mapping. Seen on Linux 6.12
     # A descriptor is looked for only where it matters: shared memory without one is allocated by populating it.
     fd = _descriptor(memory, vma) if may_allocate and (memory.fd is not None or on_disk) else None
     method = best(wish, allocate=fd is not None)

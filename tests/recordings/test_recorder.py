@@ -112,10 +112,16 @@ def test_residency_records_the_pages_that_came(file: Path) -> None:
     assert "may have been touched or not" in " ".join(done.recording.notes)
 
 
-def test_residency_can_evict_first(file: Path) -> None:
+@pytest.mark.parametrize("way", ["trace", "residency"])
+def test_files_can_be_evicted_first(way: str, file: Path) -> None:
+    if way == "trace":
+        touching.tracing()
     file.read_bytes()
     done = record_command(
-        touching.command(touching.BY_READING, file, *PAGES), way="residency", files=[file.parent], evict=True
+        touching.command(touching.BY_MAPPING, file, *PAGES),
+        way=way,
+        files=[file.parent],
+        evict=True,  # type: ignore[arg-type]
     )
     found = _of(done.recording, file)
     assert found is not None

@@ -21,9 +21,9 @@ KIND = "prefault-record"
 )  # fmt: skip
 @click.option(
     "--files", multiple=True, type=click.Path(exists=True), metavar="PATH",
-    help="By residency: files and trees to look at, whoever opens them; repeatable.",
+    help="Files and trees for --evict; by residency, they are looked at whoever opens them; repeatable.",
 )  # fmt: skip
-@click.option("--evict", is_flag=True, help="By residency: evict --files first, to tell apart what was cached before.")
+@click.option("--evict", is_flag=True, help="Evict --files first: pages that are cached already are told apart less well.")
 @root_option
 @json_option(KIND)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")

@@ -50,7 +50,7 @@ def record_command(
         way: ``"trace"``: by the kernel's tracepoints (root); ``"residency"``: by the page cache before and after;
             ``"auto"``: the first where the kernel allows it.
         files: files and directories; by residency they are looked at before and after, whoever opens them.
-        evict: by residency: evict ``files`` from the page cache first, so that pages that were cached before are told apart.
+        evict: evict ``files`` from the page cache first: what is cached already is told apart by neither way as well.
         roots: directories by name; files below one are kept by that name and the path below it.
         environment: environment of the command; None: that of this process.
         areas: called after the command; returns the parts of device memory that it touched.
@@ -104,11 +104,14 @@ class Recorder:
         """Files of this process: the child touches them until it runs the command, and the trace sees that."""
         self.way = "residency"
         (self._opened if is_own else self._own).look_at([os.getpid()])
+        if evict:
+            for path in _selected(files):
+                _evict(path)
         if way != "residency":
             self._start_trace(tids, required=way == "trace")
         if self._trace is None:
             for path in _selected(files):
-                self._look_before(path, evict=evict)
+                self._look_before(path)
             for file in self._opened.files():
                 self._before[file.device, file.inode] = _cached(file.path)
 
@@ -123,11 +126,9 @@ class Recorder:
                 what = error.strerror if isinstance(error, TraceRefusedError) else f"fanotify(7): {error.strerror}"
                 raise TraceRefusedError(error.errno, f"{what}: run as root, or record by residency") from error
 
-    def _look_before(self, path: str, *, evict: bool) -> None:
+    def _look_before(self, path: str) -> None:
         try:
             with OpenFile(path) as file:
-                if evict:
-                    os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 self._opened.add(path, os.fstat(file.fd))
         except OSError as error:
             self._lack(f"{path} could not be looked at: {error.strerror}")
@@ -242,6 +243,11 @@ def _touched_in(touched: Touched, file: OpenFile) -> RangeSet:
         with contextlib.suppress(CannotTellError):
             windows = windows & cached_ranges(file)
     return touched.pages | windows
+
+
+def _evict(path: str) -> None:
+    with contextlib.suppress(OSError), OpenFile(path) as file:
+        os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _cached(path: str) -> RangeSet | None:

@@ -7,15 +7,16 @@ import errno
 import fcntl
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeAlias
+from typing import Literal, NoReturn, TypeAlias
 
 import click
 
 from prefault.cli.file_options import FileArguments, failures_to_json, file_options, flush, need_paths
 from prefault.cli.json_output import print_json
-from prefault.cli.messages import complain
+from prefault.cli.messages import complain, complain_of
 from prefault.files.failures import FileError
 from prefault.files.file_locks import FileLock, lock_files
 from prefault.sizes import PAGE_SIZE, format_size
@@ -142,10 +143,7 @@ def _in_background(hold: Callable[[Ready], int], *, wait: bool) -> int:
     pid = os.fork()
     if not pid:
         os.close(reader)
-        os.setsid()
-        if not wait:
-            _let_go_of_terminal()
-        return hold(lambda status: _tell_parent(writer, status, wait))
+        _run_in_child(hold, writer, wait=wait)
     os.close(writer)
     try:
         if not wait:
@@ -163,6 +161,29 @@ def _in_background(hold: Callable[[Ready], int], *, wait: bool) -> int:
     if ended < 0:
         complain(f"the process in the background was ended by signal {-ended} before the files were locked")
     return ended if ended > 0 else 1
+
+
+def _run_in_child(hold: Callable[[Ready], int], writer: int, *, wait: bool) -> NoReturn:
+    """Run ``hold`` and end the process: the code that the parent goes on with must not run twice."""
+    status = 1
+    try:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the files are locked; the pid file is removed
+        if not wait:
+            _let_go_of_terminal()
+        status = hold(lambda status: _tell_parent(writer, status, wait))
+    except click.ClickException as error:
+        complain(error.format_message())
+        status = error.exit_code
+    except OSError as error:
+        complain_of(error)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGTERM
+    except BaseException:  # noqa: BLE001  a defect: its traceback is all that is left of it
+        sys.excepthook(*sys.exc_info())
+    finally:
+        flush()
+        os._exit(status)
 
 
 def _tell_parent(writer: int, status: int, wait: bool) -> None:

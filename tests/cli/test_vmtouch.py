@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -98,17 +99,25 @@ def _locked_bytes(pid: int) -> int:
 @contextmanager
 def _daemon(*arguments: object, pid_file: Path, status: int = 0) -> Iterator[int]:
     """Start ``prefault lock --daemon``; it is ended at the end of the block, by SIGTERM, and leaves no pid file."""
-    _run("lock", "-d", "-P", pid_file, *arguments, status=status)
-    _wait(lambda: pid_file.exists() and bool(pid_file.read_text().strip()), "the pid file")
-    pid = int(pid_file.read_text())
     try:
+        _run("lock", "-d", "-P", pid_file, *arguments, status=status)
+        _wait(lambda: pid_file.exists() and bool(pid_file.read_text().strip()), "the pid file")
+        pid = int(pid_file.read_text())
         yield pid
         os.kill(pid, signal.SIGTERM)
         _wait(lambda: not _is_alive(pid), "the end of the daemon")
         assert not pid_file.exists()
     finally:
-        if _is_alive(pid):
+        for pid in _processes_with(str(pid_file)):  # also one that should not have started
             os.kill(pid, signal.SIGKILL)
+
+
+def _processes_with(argument: str) -> Iterator[int]:
+    """Yield the processes that were started with an argument."""
+    for command_line in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if argument.encode() in command_line.read_bytes().split(b"\0"):
+                yield int(command_line.parent.name)
 
 
 def _status(tree: Path, tmp_path: Path) -> None:

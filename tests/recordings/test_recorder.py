@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prefault.recordings import trace_instance
-from prefault.recordings.recorder import record_command
+from prefault.recordings.recorder import WayChoice, record_command
 from prefault.recordings.recording_file import RecordedFile, Recording, load
 from prefault.recordings.trace_instance import TraceInstance, TraceRefusedError
 from support import file_beds, needs, processes, touching
@@ -113,7 +113,7 @@ def test_residency_records_the_pages_that_came(file: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["trace", "residency"])
-def test_files_can_be_evicted_first(way: str, file: Path) -> None:
+def test_files_can_be_evicted_first(way: WayChoice, file: Path) -> None:
     if way == "trace":
         touching.tracing()
     file.read_bytes()
@@ -121,7 +121,7 @@ def test_files_can_be_evicted_first(way: str, file: Path) -> None:
         touching.command(touching.BY_MAPPING, file, *PAGES),
         way=way,
         files=[file.parent],
-        evict=True,  # type: ignore[arg-type]
+        evict=True,
     )
     found = _of(done.recording, file)
     assert found is not None
@@ -217,7 +217,7 @@ def test_signals_go_to_the_command_and_the_recording_is_written(number: int, way
         f"signal.signal({int(number)}, lambda *_: sys.exit(9))\npathlib.Path({str(ready)!r}).touch()\ntime.sleep(60)"
     )
     program = (
-        "import os, sys\nfrom prefault.recordings.recorder import record_command\n"
+        "import os, sys\nfrom prefault.recordings.recorder import WayChoice, record_command\n"
         "done = record_command(sys.argv[4:], way=sys.argv[1], files=[sys.argv[3]])\n"
         "done.recording.save(sys.argv[2])\nsys.exit(done.status)\n"
     )

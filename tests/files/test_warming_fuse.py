@@ -91,6 +91,10 @@ def test_nothing_but_the_missing_pages_of_the_ranges_is_asked_for(mount: Mount, 
     spans = [(3 * MIB + 17, 40 * MIB + 5), (50 * MIB, 50 * MIB + 1), (63 * MIB, 64 * MIB)]
     asked = RangeSet(PageRange.outward(*span) for span in spans)
     result = prefault.warm(path, ranges=spans, method=method)
+    if result.evicted_bytes:  # the kernel took pages away for other programs: what was asked for is known all the same
+        assert result.bytes + result.evicted_bytes == (asked - before).length
+        assert all(PageRange.outward(start, start + size) in asked for start, size in bed.asked())
+        return
     assert result.bytes == (asked - before).length
     assert result.present_bytes == (asked & before).length
     assert _cached(path) == asked | before

@@ -117,13 +117,8 @@ def test_files_can_be_evicted_first(way: WayChoice, file: Path) -> None:
     if way == "trace":
         touching.tracing()
     file.read_bytes()
-    done = record_command(
-        touching.command(touching.BY_MAPPING, file, *PAGES),
-        way=way,
-        files=[file.parent],
-        evict=True,
-    )
-    found = _of(done.recording, file)
+    command = touching.command(touching.BY_MAPPING, file, *PAGES)
+    found = _of(record_command(command, way=way, files=[file.parent], evict=True).recording, file)
     assert found is not None
     assert found.edges == touching.edges_of(*PAGES)
 

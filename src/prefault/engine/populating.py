@@ -132,9 +132,11 @@ def populate(
     Source: madvise(2), MADV_POPULATE_READ and MADV_POPULATE_WRITE (Linux 5.14, commit 4ca9b3859dac, David Hildenbrand).
     """
     began = perf_counter_ns()
-    _check_choices(access, headroom, progress)
+    if access is not None or headroom != "check" or progress is not False:
+        _check_choices(access, headroom, progress)
     options = PopulateOptions(
-        access, method, threads, rollback, progress, rate_limit(rate), headroom, began, wants_huge(huge),
+        access, method, threads, rollback, progress, None if rate is None else rate_limit(rate), headroom, began,
+        wants_huge(huge),
         policy_for(node, interleave, strict=headroom == "check"),
     )  # fmt: skip
     try:

@@ -45,7 +45,7 @@ def small_plan(memory: Borrowed, span: Span, access: Access | None) -> Plan | No
     start, stop = span.start - span.start % PAGE_SIZE, span.stop + -span.stop % PAGE_SIZE
     if span.start == span.stop or stop - start > FIRST_CHUNK:
         return None
-    if not memory.contiguous:
+    if memory.strides is not None:
         return None
     if not (capabilities.PROCMAP_QUERY.available and capabilities.MADV_POPULATE.available):
         return None

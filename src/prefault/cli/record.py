@@ -31,7 +31,7 @@ def record(
     output: str, way: Any, files: tuple[str, ...], evict: bool, roots: tuple[tuple[str, str], ...], as_json: bool,
     command: tuple[str, ...],
 ) -> int:  # fmt: skip
-    """Run COMMAND and note which pages of which files it touches, to be brought back by prefault replay.
+    """Note which pages of which files a command touches, to be brought back by prefault replay.
 
     The exit status is that of COMMAND (128 and the number of the signal that ended it). SIGTERM and Ctrl-C go to COMMAND,
     and the recording is written afterwards.

@@ -6,7 +6,8 @@ import gc
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,36 @@ import pytest
 from prefault._system import hugetlb, thp
 from support import needs, oracle, signals
 from support.machine_lock import MachineLock
+from support.reclaim_trace import ReclaimTrace, TakenAwayError
 from support.skips import pytest_terminal_summary
 
 __all__ = ["pytest_terminal_summary"]
+
+
+_reclaim_trace = pytest.StashKey[ReclaimTrace]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[_reclaim_trace] = ReclaimTrace()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    session.config.stash[_reclaim_trace].close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Have a test run again (--only-rerun in pyproject.toml) if the kernel took cached pages of its files away meanwhile."""
+    began = time.monotonic()
+    try:
+        return (yield)
+    except AssertionError as error:
+        directory = pyfuncitem.funcargs.get("tmp_path")
+        if isinstance(directory, Path):
+            taken = pyfuncitem.config.stash[_reclaim_trace].taken(directory, began)
+            if taken:
+                raise TakenAwayError(f"proactive reclaim took {taken} pages of this test's files away") from error
+        raise
 
 
 @pytest.fixture(scope="session", autouse=True)

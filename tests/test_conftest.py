@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from support import processes, signals
+from support import needs, processes, signals
 from support.machine_lock import MachineLock
 
 _TESTS = Path(__file__).parent
@@ -135,3 +135,33 @@ def test_nothing_is_printed_when_no_test_was_skipped(tmp_path: Path) -> None:
     found = run_pytest(tmp_path, "def test(): pass")
     assert "1 passed" in found, found
     assert "skipped" not in found
+
+
+def test_a_test_whose_pages_were_taken_away_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that fails by itself does not."""
+    needs.root("trace the kernel")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--reruns 2 --only-rerun TakenAwayError")
+    text = """
+import os
+import pytest
+import conftest
+from support import file_beds
+from support.reclaim_trace import ReclaimTrace
+
+@pytest.fixture(autouse=True)
+def own_trace(request):
+    request.config.stash[conftest._reclaim_trace].close()
+    request.config.stash[conftest._reclaim_trace] = ReclaimTrace([os.getpid()])
+
+def test_disturbed(tmp_path, request):
+    path = file_beds.make(tmp_path / "file", 1 << 20)
+    if request.node.execution_count < 3:
+        file_beds.evict(path)
+    assert file_beds.cached_pages(path) == 256
+
+def test_wrong(tmp_path):
+    assert file_beds.cached_pages(file_beds.make(tmp_path / "file", 1 << 20)) == 255
+"""
+    shown = run_pytest(tmp_path, text)
+    assert "1 failed, 1 passed, 2 rerun" in shown, shown
+    assert "255" in shown

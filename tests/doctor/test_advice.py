@@ -191,6 +191,10 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str, str]] = {
     "many mappings": (
         {"mappings": 60000}, "max-map-count", "warning", "60000 of at most 65530", "sysctl vm.max_map_count=262120",
     ),
+    "DAMON": (
+        {"cgroups": (Reading("proactive_reclaim", 60.0, "seconds", "/sys/x/schemes/0"),)}, "proactive-reclaim", "warning",
+        "nobody used for 60 s is taken away, though there is enough (DAMON, /sys/x/schemes/0)", "prefault lock PATH",
+    ),
     "a CPU quota": (
         {"cpus_usable": 2, "cgroups": (Reading("cpu_quota", 1.5, "cpus", "/c/a/cpu.max"),)}, "cpu-quota", "tip",
         "1.5 of 8 CPUs: populate uses at most 2 threads", "echo max > /c/a/cpu.max  # in a container: docker run --cpus=8",

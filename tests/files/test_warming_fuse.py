@@ -57,9 +57,7 @@ def _forget(bed: FuseFiles, *paths: Path) -> None:
 @pytest.mark.parametrize("threads", [None, 1, 5])
 def test_every_byte_is_read_once(mount: Mount, method: Any, threads: int | None) -> None:
     bed = mount({"file": 20 * MIB + 5000})
-    result = file_beds.undisturbed(
-        lambda: prefault.warm(bed / "file", method=method, threads=threads), lambda: _forget(bed, bed / "file")
-    )
+    result = prefault.warm(bed / "file", method=method, threads=threads)
     assert (result.read_bytes, result.failures) == (20 * MIB + 5000, ())
     assert result.bytes == _cached(bed / "file").length == 20 * MIB + 2 * PAGE
     assert bed.read_twice() == []
@@ -71,9 +69,7 @@ def test_every_byte_is_read_once(mount: Mount, method: Any, threads: int | None)
 def test_measuring_reads_nothing_twice(mount: Mount) -> None:
     """Large enough for methods to be measured on it."""
     bed = mount({"file": 280 * MIB, "second": 20 * MIB}, latency_s=0.001)
-    result = file_beds.undisturbed(
-        lambda: prefault.warm([bed / "file", bed / "second"]), lambda: _forget(bed, bed / "file", bed / "second")
-    )
+    result = prefault.warm([bed / "file", bed / "second"])
     assert (result.bytes, result.failures) == (300 * MIB, ())
     assert bed.read_bytes == 300 * MIB
     assert bed.most_in_flight >= 4
@@ -91,10 +87,6 @@ def test_nothing_but_the_missing_pages_of_the_ranges_is_asked_for(mount: Mount, 
     spans = [(3 * MIB + 17, 40 * MIB + 5), (50 * MIB, 50 * MIB + 1), (63 * MIB, 64 * MIB)]
     asked = RangeSet(PageRange.outward(*span) for span in spans)
     result = prefault.warm(path, ranges=spans, method=method)
-    if result.evicted_bytes:  # the kernel took pages away for other programs: what was asked for is known all the same
-        assert result.bytes + result.evicted_bytes == (asked - before).length
-        assert all(PageRange.outward(start, start + size) in asked for start, size in bed.asked())
-        return
     assert result.bytes == (asked - before).length
     assert result.present_bytes == (asked & before).length
     assert _cached(path) == asked | before
@@ -120,14 +112,13 @@ def test_an_error_of_the_server_is_one_files_failure(mount: Mount, method: Any) 
     assert (failure.path, failure.errno) == (str(bed / "bad"), 5)
     assert "MiB from its start: EIO" in failure.reason
     assert "server" in failure.remedy
-    slack = 256 * PAGE  # the kernel may take pages away for other programs
-    assert _cached(bed / "good").length >= 9 * MIB - slack
+    assert _cached(bed / "good").length >= 9 * MIB - 64 * PAGE  # the kernel may take a page away for other programs
     bad = _cached(bed / "bad")
     assert 20 * MIB + PAGE not in bad
-    assert result.bytes <= 9 * MIB + PAGE + bad.length + slack
+    assert result.bytes <= 9 * MIB + PAGE + bad.length  # the kernel may have read ahead since
     bed.fail(0, 0)
-    assert not [failure for failure in prefault.warm(bed / "bad").failures if failure.errno]
-    assert _cached(bed / "bad").length >= 24 * MIB - slack
+    assert prefault.warm(bed / "bad").failures == ()
+    assert _cached(bed / "bad").length == 24 * MIB
 
 
 def test_a_server_that_hangs_does_not_hold_up_ctrl_c(mount: Mount) -> None:

@@ -7,13 +7,12 @@ import mmap
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from prefault._kernel.cachestat import cachestat
 from prefault._system import capabilities
-from prefault.files.warm_result import WarmResult
 from support import needs
 
 PAGE = mmap.PAGESIZE
@@ -40,16 +39,6 @@ def evict(path: Path) -> None:
             if not capabilities.CACHESTAT.available or not cachestat(file.fileno()).cached:
                 return
             time.sleep(0.005)
-
-
-def undisturbed(warm: Callable[[], WarmResult], before: Callable[[], object]) -> WarmResult:
-    """Warm, and again from the start if the kernel took a page away meanwhile, as it may for what other programs do."""
-    for _ in range(4):
-        before()
-        result = warm()
-        if not result.evicted_bytes:
-            break
-    return result
 
 
 def touch(path: Path, *pages: int) -> None:

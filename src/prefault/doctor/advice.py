@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from prefault._system.hugetlb import HugetlbPool
+from prefault.doctor.page_cache_advice import proactive_reclaim
 from prefault.doctor.record import NOT_MOUNTED, Advice, CapabilityAnswer, Reading, Record
 from prefault.sizes import GIB, MIB, format_size
 
@@ -402,6 +403,7 @@ _RULES: tuple[Callable[[Record], Iterator[Advice]], ...] = (
     _rlimits,
     _dev_shm,
     _map_count,
+    proactive_reclaim,
     _private_huge_pages,
     _shared_huge_pages,
     _hugetlb,

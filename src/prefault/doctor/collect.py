@@ -16,6 +16,7 @@ from prefault._system.cpus import quota_files, read_quota, usable_cpus
 from prefault._system.machine_identity import identify_machine, read_fields
 from prefault._system.meminfo import read_meminfo
 from prefault._system.memory_cgroups import BOUND_FILES
+from prefault._system.proactive_reclaim import proactive_reclaimers
 from prefault._version import __version__
 from prefault.doctor.record import NOT_MOUNTED, CapabilityAnswer, MachineFacts, Reading, Record, Unit
 from prefault.doctor.words import MEANINGS, WITHOUT
@@ -152,6 +153,8 @@ def _limits() -> Iterator[Reading]:
     yield _reading("mappings", "count", "/proc/self/maps", lambda: Path("/proc/self/maps").read_bytes().count(b"\n"))
     yield from _cpus()
     yield from _userfaultfd()
+    for reclaimer in proactive_reclaimers():
+        yield Reading("proactive_reclaim", reclaimer.cold_s, "seconds", reclaimer.source)
 
 
 def _number(path: str) -> int:

@@ -10,7 +10,7 @@ from prefault._system.hugetlb import HugetlbPool
 Severity: TypeAlias = Literal["problem", "warning", "tip"]
 """A problem: something fails or is killed. A warning: slower, weaker, or a limit is near. A tip: could be better."""
 
-Unit: TypeAlias = Literal["bytes", "count", "cpus", "mode", "flag", "word"]
+Unit: TypeAlias = Literal["bytes", "count", "cpus", "seconds", "mode", "flag", "word"]
 
 NOT_MOUNTED = "nothing is mounted there"
 """The reason for an unknown size of ``/dev/shm`` where that is not a file system of its own."""

@@ -43,6 +43,7 @@ _LABELS = {
     "mappings": "mappings in use",
     "unprivileged_userfaultfd": "userfaultfd for all",
     "userfaultfd_device": "/dev/userfaultfd",
+    "proactive_reclaim": "cold memory goes after",
     "cpus_online": "CPUs online",
     "cpus_affinity": "CPUs by affinity",
     "cpu_quota": "CPU quota",
@@ -166,6 +167,8 @@ def _value(reading: Reading) -> str:
         return "no limit"
     if reading.unit == "bytes" and isinstance(reading.value, int):
         return format_size(reading.value)
+    if reading.unit == "seconds" and not isinstance(reading.value, str):
+        return f"{reading.value:g} s"
     if reading.unit == "flag":
         return "yes" if reading.value else "no"
     return f"{reading.value:g}" if isinstance(reading.value, float) else str(reading.value)

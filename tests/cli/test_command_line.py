@@ -28,7 +28,9 @@ _PARAMETRIZED = pytest.mark.parametrize("path", [path for path, context in COMMA
 _WITHOUT_JSON = {
     "prefault completion": "prints a script for a shell",
     "prefault report": "the output is a page, which has its data as JSON inside",
+    "prefault record": "the output is the command's",
     "prefault run": "the output is the command's",
+    "prefault snapshot auto": "it runs until it is ended",
 }
 
 

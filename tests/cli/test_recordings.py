@@ -37,12 +37,11 @@ def test_record_and_replay(way: str, file: Path, tmp_path: Path) -> None:
         touching.tracing()
     recording = tmp_path / "a.rec"
     command = touching.command(touching.BY_READING, file, *PAGES)
-    done = prefault("record", "-o", recording, "--way", way, "--files", file, "--json", "--", *command)
+    done = prefault("record", "-o", recording, "--way", way, "--files", file, "--", *command)
     assert done.returncode == 0, done.stderr
-    told = check_output(done.stdout, "prefault-record")
-    assert (told["way"], told["recording"]) == (way, str(recording))
-    assert told["files"] >= 1
-    assert told["file_bytes"] >= 4 * PAGE
+    assert done.stdout == ""
+    assert f"recorded by {way}" in done.stderr
+    assert load(recording).file_bytes >= 4 * PAGE
     file_beds.evict(file)
     done = prefault("replay", recording, "--json", "--idle", "--no-progress")
     assert check_output(done.stdout, "prefault-replay")["complete"] is True
@@ -143,7 +142,8 @@ def test_auto_ends_with_a_snapshot_also_when_it_takes_none_before(file: Path, tm
 def test_run_keeps_the_cache(file: Path) -> None:
     file_beds.touch(file, 1)
     program = touching.BY_READING.replace("for page", "import time; time.sleep(0.3)\nfor page") + "time.sleep(0.1)\n"
-    done = prefault("run", "--keep-cache", "--json", "--", *touching.command(program, file, *PAGES))
+    done = prefault("run", "--keep-cache", "--", *touching.command(program, file, *PAGES))
     assert done.returncode == 0, done.stderr
-    assert check_output(done.stdout, "prefault-run")["evicted_bytes"] >= 4 * PAGE
+    assert " evicted" in done.stderr
+    assert done.stdout == ""
     assert file_beds.cached_pages(file) == 1

@@ -88,10 +88,10 @@ def test_files_of_other_users_make_a_snapshot_partial(tree: Path) -> None:
 
 
 def test_snapshots_are_saved_at_each_interval_and_at_the_end() -> None:
-    waited: list[float] = []
+    waited: list[float | None] = []
     saved: list[int] = []
 
-    def wait(seconds: float) -> bool:
+    def wait(seconds: float | None) -> bool:
         waited.append(seconds)
         return len(waited) == 3
 
@@ -100,7 +100,7 @@ def test_snapshots_are_saved_at_each_interval_and_at_the_end() -> None:
     assert saved == [1, 2, 3]
     waited.clear()
     saved.clear()
-    save_snapshots(lambda: saved.append(1), lambda seconds: seconds == float("inf"), 0)
+    save_snapshots(lambda: saved.append(1), lambda seconds: seconds is None, 0)
     assert saved == [1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -76,6 +77,17 @@ def told_as_usage() -> Iterator[None]:
         raise click.ClickException(str(error)) from error
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+
+
+def check_writable(output: str) -> None:
+    """Check that a file can be made, before anything is done for it.
+
+    Raises:
+        click.UsageError: it cannot; the message names it.
+    """
+    directory = os.path.dirname(os.path.abspath(output))
+    if not os.path.isdir(directory) or not os.access(directory, os.W_OK | os.X_OK):
+        raise click.UsageError(f"{output}: no file can be made in {directory}: give another directory")
 
 
 def some_of(names: tuple[str, ...]) -> str:

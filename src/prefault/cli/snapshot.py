@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import time
+import os
+import select
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
 from prefault.cli.json_output import json_option, print_json
 from prefault.cli.messages import complain
-from prefault.cli.recording_options import replay_options, root_option, size, tell_notes, told_as_usage
+from prefault.cli.recording_options import check_writable, replay_options, root_option, size, tell_notes, told_as_usage
 from prefault.cli.replay import show, wanted
 
 if TYPE_CHECKING:
@@ -24,7 +28,13 @@ _PATHS = click.argument("paths", nargs=-1, required=True, type=click.Path(), met
 
 @click.group()
 def snapshot() -> None:
-    """Save which pages of files are in the page cache, and bring them back."""
+    """Save which pages of files are in the page cache, and bring them back.
+
+    \b
+    Example:
+        prefault snapshot save cache.snap /srv/database
+        prefault snapshot restore cache.snap
+    """
 
 
 @snapshot.command()
@@ -40,7 +50,6 @@ def save(file: str, paths: tuple[str, ...], roots: tuple[tuple[str, str], ...], 
     \b
     Example:
         prefault snapshot save cache.snap /srv/database
-        prefault snapshot restore cache.snap
     """
     from prefault.recordings.snapshots import save_snapshot
 
@@ -117,12 +126,11 @@ def auto(
     Example:
         prefault snapshot auto /var/lib/cache.snap /srv/database --idle
     """
-    import os
-
     from prefault.recordings.recording_file import RecordingError
     from prefault.recordings.replaying import replay
     from prefault.recordings.snapshots import save_snapshot, save_snapshots
 
+    check_writable(file)
     if not no_restore and os.path.exists(file):
         with told_as_usage():
             try:
@@ -145,15 +153,28 @@ def auto(
         if saved.written:
             click.echo(f"saved: {size(saved.recording.file_bytes)} of {len(saved.recording.files)} files", err=True)
 
-    def wait(seconds: float) -> bool:
-        until = time.monotonic() + seconds
-        try:
-            while (left := until - time.monotonic()) > 0:
-                time.sleep(min(left, 3600))
-        except KeyboardInterrupt:
-            return True
-        return False
-
-    click.echo("watching", err=True)
-    save_snapshots(write, wait, interval)
+    with _end_signals() as wait:
+        click.echo("watching", err=True)
+        save_snapshots(write, wait, interval)
     return 0
+
+
+@contextmanager
+def _end_signals() -> Iterator[Callable[[float | None], bool]]:
+    """Keep SIGINT and SIGTERM from cutting a snapshot short.
+
+    Yields:
+        A function that waits for some seconds, None: for ever, and returns True at once where one of them has come.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda seconds: bool(select.select([reader], [], [], seconds)[0])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(woken)
+        os.close(reader)
+        os.close(writer)

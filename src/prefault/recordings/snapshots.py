@@ -80,15 +80,15 @@ def save_snapshot(
     return SavedSnapshot(taken, written=True)
 
 
-def save_snapshots(save: Callable[[], None], wait: Callable[[float], bool], interval_s: float = INTERVAL_S) -> None:
+def save_snapshots(save: Callable[[], None], wait: Callable[[float | None], bool], interval_s: float = INTERVAL_S) -> None:
     """Save a snapshot again and again, and at the end.
 
     Args:
         save: saves one.
-        wait: waits for a number of seconds; returns True when it is time to end.
+        wait: waits for a number of seconds, None: for ever; returns True when it is time to end.
         interval_s: seconds between two snapshots; 0: at the end only.
     """
-    while not wait(interval_s or float("inf")):
+    while not wait(interval_s or None):
         save()
     save()
 

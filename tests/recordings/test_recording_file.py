@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import stat
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -17,6 +19,7 @@ from prefault.recordings.recording_file import (
     RecordingError,
     load,
 )
+from support import needs
 from support.file_beds import PAGE
 
 FILE = RecordedFile(b"/srv/caf\xe9", "", 1, 2, 10 * PAGE, -5, [0, PAGE, 3 * PAGE, 10 * PAGE])
@@ -49,6 +52,39 @@ def test_a_recording_that_cannot_be_written_leaves_the_one_before(tmp_path: Path
     assert os.listdir(tmp_path) == ["a.rec"]
     with pytest.raises(FileNotFoundError, match=r"nowhere/b\.rec"):
         RECORDING.save(tmp_path / "nowhere" / "b.rec")
+
+
+def test_a_device_and_a_fifo_stay_what_they_are(tmp_path: Path) -> None:
+    device, fifo = tmp_path / "null", tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    RECORDING.save(fifo)
+    content = os.read(reader, 1 << 16)
+    os.close(reader)
+    (tmp_path / "copy").write_bytes(content)
+    assert load(tmp_path / "copy") == RECORDING
+    assert fifo.is_fifo()
+    needs.root("make a device")
+    os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    RECORDING.save(device)
+    assert device.is_char_device()
+
+
+def test_a_link_to_a_recording_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to("other/a.rec")
+    for _ in range(2):  # the file of the link is made, then replaced
+        RECORDING.save(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert load(tmp_path / "other/a.rec") == RECORDING
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(small_tmpfs: Callable[[str], Path]) -> None:
+    directory = small_tmpfs("4k")
+    (directory / "filler").write_bytes(bytes(PAGE))
+    with pytest.raises(OSError, match=r"No space left on device.*a\.rec"):
+        RECORDING.save(directory / "a.rec")
+    assert os.listdir(directory) == ["filler"]
 
 
 def _sealed(body: bytes) -> bytes:

@@ -80,12 +80,16 @@ def told_as_usage() -> Iterator[None]:
 
 
 def check_writable(output: str) -> None:
-    """Check that a file can be made, before anything is done for it.
+    """Check that a file can be made or replaced, before anything is done for it.
 
     Raises:
         click.UsageError: it cannot; the message names it.
     """
-    directory = os.path.dirname(os.path.abspath(output))
+    from prefault.recordings.recording_file import can_be_replaced
+
+    if not can_be_replaced(output):
+        return
+    directory = os.path.dirname(os.path.realpath(output))
     if not os.path.isdir(directory) or not os.access(directory, os.W_OK | os.X_OK):
         raise click.UsageError(f"{output}: no file can be made in {directory}: give another directory")
 

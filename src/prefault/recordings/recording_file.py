@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import stat
 import tempfile
 import zlib
 from typing import Annotated, Literal, TypeAlias
@@ -143,7 +144,7 @@ class Recording(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return load(path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the recording to a file, which is replaced at once or not at all.
+        """Write the recording to a file, which is replaced at once or not at all; to a device or a FIFO, in place.
 
         Raises:
             OSError: the file cannot be written; the one that was there stays.
@@ -152,20 +153,36 @@ class Recording(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         content += zlib.crc32(content).to_bytes(_CHECKSUM_BYTES, "little")
         name = os.path.abspath(os.fsdecode(path))
         try:
-            fd, temporary = tempfile.mkstemp(prefix=".prefault-", dir=os.path.dirname(name))
-        except OSError as error:  # which names a file that the caller has never heard of
+            if can_be_replaced(name):
+                _replace(os.path.realpath(name), content)
+            else:
+                with open(name, "wb") as file:
+                    file.write(content)
+        except OSError as error:  # which names no file, or a temporary one that the caller has never heard of
             raise OSError(error.errno, error.strerror, name) from None
-        try:
-            with os.fdopen(fd, "wb") as file:
-                # As any new file: mkstemp makes one that only its owner may read.
-                os.fchmod(fd, 0o666 & ~_umask())
-                file.write(content)
-                file.flush()
-                os.fsync(fd)
-            os.replace(temporary, name)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+
+
+def can_be_replaced(path: str) -> bool:
+    """Tell whether a path is free, or that of a regular file; others, such as /dev/null, must stay what they are."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return True
+
+
+def _replace(name: str, content: bytes) -> None:
+    fd, temporary = tempfile.mkstemp(prefix=".prefault-", dir=os.path.dirname(name))
+    try:
+        with os.fdopen(fd, "wb") as file:
+            # As any new file: mkstemp makes one that only its owner may read.
+            os.fchmod(fd, 0o666 & ~_umask())
+            file.write(content)
+            file.flush()
+            os.fsync(fd)
+        os.replace(temporary, name)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def load(path: str | os.PathLike[str]) -> Recording:

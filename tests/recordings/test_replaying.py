@@ -17,10 +17,11 @@ from prefault.files.open_file import OpenFile
 from prefault.recordings.recorder import record_command
 from prefault.recordings.recording_file import RecordedFile, Recording, RecordingError
 from prefault.recordings.replaying import replay
-from support import file_beds, touching
+from support import file_beds, fuse_files, needs, touching
 from support.children import in_child
 from support.file_beds import PAGE
 
+MIB = 1 << 20
 PAGES = (3, 70, 135, 400)
 
 
@@ -114,6 +115,38 @@ def test_files_that_are_gone_or_cannot_be_read_are_no_error_of_the_others(file: 
     assert cached(other) == {2}
     assert result.missing == (str(file),)
     assert [failure.path for failure in result.failures] == [str(tmp_path / "directory"), str(tmp_path / "fifo")]
+
+
+@pytest.mark.parametrize(("size", "failing"), [(4, (2.5, 2.75)), (48, (32, 33))])
+def test_pages_that_cannot_be_read_are_a_failure(size: int, failing: tuple[float, float], tmp_path: Path) -> None:
+    needs.fuse()
+    with fuse_files.mounted(tmp_path / "mount", {"file": size * MIB}) as bed:
+        bed.fail(*(int(edge * MIB) for edge in failing))
+        path = bed / "file"
+        found = path.stat()
+        edges = [0, size * MIB]
+        entry = RecordedFile(
+            os.fsencode(path), "", found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, edges
+        )  # fmt: skip
+        result = replay(recording_of(entry))
+        came = file_beds.cached_pages(path) * PAGE
+    assert [failure.path for failure in result.failures] == [str(path)]
+    assert "EIO" in result.failures[0].reason
+    assert came < size * MIB
+    assert (result.bytes, result.bytes + result.skipped_bytes) == (came, size * MIB)
+    assert (result.files, result.complete) == (0, False)
+
+
+def test_a_large_file_with_holes_is_complete(tmp_path: Path) -> None:
+    path = file_beds.make(tmp_path / "sparse", 16 * MIB + 5)
+    with path.open("r+b") as file:
+        file.truncate(48 * MIB + 5)
+    file_beds.evict(path)
+    entry = recorded(path)
+    entry.edges.extend([0, 48 * MIB + PAGE])
+    result = replay(recording_of(entry))
+    assert (result.changed, result.failures, result.files, result.complete) == ((), (), 1, True)
+    assert (result.bytes, result.skipped_bytes) == (48 * MIB + PAGE, 0)
 
 
 def test_roots_find_the_files_of_another_host(file: Path, tmp_path: Path) -> None:

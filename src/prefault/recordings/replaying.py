@@ -7,7 +7,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from prefault.files.budget import MemoryBudget
 from prefault.files.cached_pages import cached_ranges
 from prefault.files.failures import CannotTellError, FileFailure
 from prefault.files.open_file import OpenFile
+from prefault.files.warm_result import length_in_file
 from prefault.files.warming import warm_file
 from prefault.ranges import PageRange, RangeSet
 from prefault.recordings.recording_file import RecordedFile, Recording, load
@@ -45,10 +46,10 @@ class ReplayResult(NamedTuple):
         present_bytes: bytes of the recording that were in the page cache already.
         skipped_bytes: bytes of files that were skipped, or beyond the budget.
         files: count of files whose recorded pages are in the page cache now.
-        changed: files that were skipped since inode, size or time of modification differ.
+        changed: files that were skipped since inode, size or time of modification differ, or that shrank meanwhile.
         missing: files that were skipped since they are gone, or below a root that was not given.
         over_budget: count of files that were left out, or cut, because the budget was used up.
-        failures: files that could not be read.
+        failures: files that could not be read, or not whole.
         area_bytes: bytes of device memory that were populated, or present already.
         skipped_areas: recorded device memory that is not mapped here in the same version.
         evicted_bytes: bytes of these files that were cached, are not in the recording, and were evicted (``exact``).
@@ -238,14 +239,28 @@ class _Replay:
         with self._lock:
             self._present += wanted.length - missing.length
             self._skipped += missing.length - granted.length
-        if granted.length > _LARGE:
-            done = min(granted.length, warm_file(file, granted, missing_only=False).read_bytes)
-        else:
-            done = self._read_pages(file, granted)
+        done, failures = self._read_granted(file, granted)
         with self._lock:
             self._done += done
             self._skipped += granted.length - done
-            self._count += granted == missing
+            self._failures += (failure._replace(path=recorded.shown_path) for failure in failures)
+            if not failures and done < granted.length:
+                self._changed.append(recorded.shown_path)  # it shrinks meanwhile
+            self._count += granted == missing and done == granted.length
+
+    def _read_granted(self, file: OpenFile, granted: RangeSet) -> tuple[int, Sequence[FileFailure]]:
+        """Read pages of a file; return the bytes of those that came, and what failed."""
+        if granted.length > _LARGE:
+            result = warm_file(file, granted, missing_only=False)
+            left = length_in_file(file, granted) - result.read_bytes - result.hole_bytes  # holes have nothing to read
+            return granted.length - max(0, left), result.failures
+        try:
+            return self._read_pages(file, granted), ()
+        except OSError as error:
+            came = 0
+            with contextlib.suppress(OSError):  # the kernel does not tell: as if none had come
+                came = (cached_ranges(file) & granted).length
+            return came, (FileFailure.of(file.path, error),)
 
     def _read_pages(self, file: OpenFile, pages: RangeSet) -> int:
         """Read pages of a file: where each request is slow, several at a time."""
@@ -288,11 +303,15 @@ def read_pages(file: OpenFile, pages: RangeSet, is_stopping: Callable[[], bool] 
     """Read pages of a file into the page cache; return the bytes of those that are there now."""
     # Without read-ahead: the caller says what is wanted, and no more is read.
     os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_RANDOM)
-    target, done = bytearray(_PIECE), 0
+    target, done = memoryview(bytearray(_PIECE)), 0
     for item in pages:
         for piece in item.chunks(_PIECE):
-            if is_stopping() or not os.preadv(file.fd, [memoryview(target)[: piece.length]], piece.start):
-                return done  # the file shrinks meanwhile
+            at, stop = piece.start, min(piece.stop, file.size)
+            while at < stop:  # a read ends early before pages that cannot be read: the next one tells why
+                count = 0 if is_stopping() else os.preadv(file.fd, [target[: stop - at]], at)
+                if not count:
+                    return done + PageRange.inward(piece.start, at).length  # the file shrinks meanwhile
+                at += count
             done += piece.length
     return done
 

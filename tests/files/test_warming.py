@@ -318,6 +318,23 @@ def test_a_budget_of_nothing(tmp_path: Path) -> None:
         assert not _cached(path)
 
 
+def test_a_budget_holds_for_a_window_as_well(tmp_path: Path) -> None:
+    path = _cold(tmp_path / "file", 8 * MIB)
+    nothing = prefault.warm(path, window="4 MiB", budget=0)
+    assert (nothing.bytes, nothing.read_bytes, len(nothing.failures)) == (0, 0, 1)
+    assert "raise budget=" in nothing.stopped
+    assert not _cached(path)
+    little = prefault.warm(path, window="4 MiB", budget=12 * PAGE)
+    assert (little.read_bytes, little.failures, little.stopped) == (8 * MIB, (), "")
+    assert 0 < _cached(path).length <= 12 * PAGE
+
+
+def test_a_budget_below_one_step_is_used_up_at_a_limited_rate(tmp_path: Path) -> None:
+    path = _cold(tmp_path / "file", 8 * MIB)
+    result = prefault.warm(path, budget="3 MiB", rate="1 GiB/s", method="populate")
+    assert (result.bytes, _cached(path).length) == (3 * MIB, 3 * MIB)
+
+
 def test_a_memory_cgroup_stops_it_before_it_evicts_what_it_brought_in(
     tmp_path: Path, make_group: Callable[..., Group]
 ) -> None:
@@ -360,9 +377,10 @@ def test_a_second_call_does_not_evict_what_the_first_one_brought_in(
 def test_passing_through_keeps_a_window_only(tmp_path: Path, make_group: Callable[..., Group]) -> None:
     group = make_group(96 * MIB)
     path = _cold(tmp_path / "large", 256 * MIB)
-    with Child(group.inside(lambda: prefault.warm(path, window="32 MiB")._replace(failures=()))) as child:
+    with Child(group.inside(lambda: prefault.warm(path, window="32 MiB"))) as child:
         result = child.result()
     assert group.killed == 0
+    assert (result.failures, result.stopped) == ((), "")
     assert result.read_bytes == 256 * MIB
     assert 0 < result.bytes <= 32 * MIB
     assert result.bytes == _cached(path).length

@@ -269,9 +269,6 @@ class Warming:
             if ended:
                 return
             left = self._budget.left_bytes()
-            if left < step_bytes and workers.is_waiting_to_be_allowed:
-                self.is_stopped = True
-                return
             allowed = done + left
             if rate is not None:
                 if granted - done < max(rate.chunk_bytes, step_bytes):
@@ -280,6 +277,9 @@ class Warming:
                     granted += piece
                 allowed = min(allowed, granted)
             workers.allow(allowed)
+            if allowed == done + left and left < step_bytes and workers.is_waiting_to_be_allowed:
+                self.is_stopped = True
+                return
 
     def _stop(self, path: str, done: int, wanted: int) -> None:
         self.is_stopped = True
@@ -296,15 +296,29 @@ class Warming:
         half = max(MIB, window // 2)
         behind = RangeSet()
         left = missing
-        while left and not state.is_over:
-            piece = _first(left, min(half, max(MIB, self._budget.left_bytes() // 2)))
+        read = 0
+        while left and not (state.is_over or self.is_stopped):
+            piece = _first(left, min(half, self._room()))
+            if not piece and not behind:
+                self.is_stopped = True
+                break
             left -= piece
-            state.read_bytes = 0
-            self._run(state, piece, self._choice.first(file))
+            if piece:
+                state.read_bytes = 0
+                self._run(state, piece, self._choice.first(file))
+                read += state.read_bytes
             self._tally.evicted_bytes += _evict(file, behind, self._budget)
             behind = piece
         self._tally.check(state, behind, is_known=True)
+        if self.is_stopped:
+            self._stop(file.path, read, missing.length)
         self._tally.note(state)
+
+    def _room(self) -> int:
+        """Return how many bytes the next piece may have, so that there is room for the one behind it as well."""
+        left = self._budget.left_bytes()
+        # Where memory is short, a MiB is still better than to end: it is evicted at once. A budget is meant as it is said.
+        return max(left // 2, MIB if self._budget.asked_bytes is None else min(left, MIB))
 
     # --- small files
 

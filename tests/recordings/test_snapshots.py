@@ -104,6 +104,40 @@ def test_snapshots_are_saved_at_each_interval_and_at_the_end() -> None:
     assert saved == [1]
 
 
+def test_ctrl_c_while_a_snapshot_is_saved_is_followed_by_the_last_one() -> None:
+    saved: list[str] = []
+
+    def save() -> None:
+        saved.append("begun")
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+        saved.append("done")
+
+    save_snapshots(save, lambda _: False)
+    assert saved == ["begun", "begun", "done"]
+
+
+def test_files_that_are_removed_meanwhile_do_not_make_a_snapshot_partial(tree: Path) -> None:
+    """As the temporary files of a database: listed, and gone when they are looked at."""
+    program = (
+        "import os, sys\nprint('ready', flush=True)\n"
+        "while True:\n"
+        "    for number in range(50): open(f'{sys.argv[1]}/{number}', 'w').close()\n"
+        "    os.mkdir(sys.argv[1] + '/directory')\n"
+        "    os.rmdir(sys.argv[1] + '/directory')\n"
+        "    for number in range(50): os.unlink(f'{sys.argv[1]}/{number}')\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tree / "sub")], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None
+            other.stdout.readline()
+            taken = [take_snapshot([tree]) for _ in range(300)]
+        finally:
+            other.kill()
+    assert [one.notes for one in taken if not one.complete] == []
+    assert all(len(one.files) >= 3 for one in taken)
+
+
 @pytest.mark.parametrize("way", ["trace", "residency"])
 def test_a_command_leaves_the_page_cache_as_it_was(way: str, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tree / "one"

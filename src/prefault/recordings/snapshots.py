@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -42,9 +44,11 @@ def take_snapshot(
         roots: directories by name, see :func:`prefault.replay`.
     """
     known, notes, files = Roots(roots), [], dict[tuple[str, bytes], RecordedFile]()
-    for found in select([os.path.realpath(os.fsdecode(path)) for path in paths]):
+    named = [os.path.realpath(os.fsdecode(path)) for path in paths]
+    for found in select(named):
         if not isinstance(found, SelectedFile):
-            notes.append(_plain(str(found)))
+            if found.errno != errno.ENOENT or found.path in named:  # others were removed since they were listed
+                notes.append(_plain(str(found)))
             continue
         root, below = known.split(found.path)
         try:
@@ -81,15 +85,16 @@ def save_snapshot(
 
 
 def save_snapshots(save: Callable[[], None], wait: Callable[[float | None], bool], interval_s: float = INTERVAL_S) -> None:
-    """Save a snapshot again and again, and at the end.
+    """Save a snapshot again and again, and at the end. Ctrl-C while one is saved is the end as well.
 
     Args:
         save: saves one.
         wait: waits for a number of seconds, None: for ever; returns True when it is time to end.
         interval_s: seconds between two snapshots; 0: at the end only.
     """
-    while not wait(interval_s or None):
-        save()
+    with contextlib.suppress(KeyboardInterrupt):
+        while not wait(interval_s or None):
+            save()
     save()
 
 

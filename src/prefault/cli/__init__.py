@@ -26,7 +26,7 @@ _COMMANDS = {
     "record": "Run COMMAND and note which pages of which files it touches, to be brought back by prefault replay.",
     "replay": "Bring the pages of RECORDING back into the page cache, in disk order; then run COMMAND, if there is one.",
     "report": "Write one HTML file that shows which parts of files, or of a process, are in memory.",
-    "run": "Run COMMAND, a backup or a checksum say, without pushing other files out of the page cache for longer than it runs.",
+    "run": "Run COMMAND, a backup say, without pushing other files out of the page cache for longer than it runs.",
     "snapshot": "Save which pages of files are in the page cache, and bring them back.",
     "status": "Show how much of files is in the page cache. Nothing is read in.",
     "warm": "Bring files into the page cache, so that reading them later waits for no disk and no server.",

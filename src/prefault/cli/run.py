@@ -14,7 +14,7 @@ from prefault.cli.recording_options import size, told_as_usage
 )  # fmt: skip
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- COMMAND...")
 def run(keep_cache: bool, command: tuple[str, ...]) -> int:  # noqa: ARG001  required: there is one mode
-    """Run COMMAND, a backup or a checksum say, without pushing other files out of the page cache for longer than it runs.
+    """Run COMMAND, a backup say, without pushing other files out of the page cache for longer than it runs.
 
     The exit status is that of COMMAND (128 and the number of the signal that ended it). SIGTERM and Ctrl-C go to COMMAND.
 

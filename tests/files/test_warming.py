@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import resource
 import signal
 import socket
 import threading
@@ -255,6 +257,41 @@ def test_another_users_file_is_read_and_not_checked(tmp_path: Path) -> None:
     assert len(failures) == 1
     assert "secret: EACCES" in failures[0]
     assert "chmod" in failures[0]
+
+
+def test_without_a_thread_it_is_an_error_that_names_the_limit_and_with_fewer_it_goes_on(tmp_path: Path) -> None:
+    needs.root("become another user, for whom the limit holds")
+    large, small = _cold(tmp_path / "large", 3 * MIB), _cold(tmp_path / "small", PAGE)
+    for parent in (tmp_path, *tmp_path.parents):
+        if not parent.stat().st_mode & 0o001:
+            parent.chmod(0o755)
+    user = 64000 + os.getpid() % 1000  # the limit counts all threads of a user
+
+    def look() -> tuple[Any, ...]:
+        prefault.warm(_cold(tmp_path / "first", 2 * MIB))  # what is imported late
+        prefault.stream(large).close()
+        os.setresuid(user, user, user)
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        none = prefault.warm([large, small])
+        with pytest.raises(OSError, match=r"large.*RLIMIT_NPROC") as refused, prefault.stream(large) as stream:
+            stream.read(1)
+        assert refused.value.errno == errno.EAGAIN
+        return none.bytes, [str(failure) for failure in none.failures]
+
+    def look_with_few() -> tuple[int, int]:
+        prefault.warm(tmp_path / "first")
+        os.setresuid(user + 1000, user + 1000, user + 1000)
+        resource.setrlimit(resource.RLIMIT_NPROC, (3, 3))
+        result = prefault.warm(large, method="pread", threads=8)
+        return result.read_bytes, len(result.failures)
+
+    with Child(look) as child:
+        number, failures = child.result()
+    assert number == 0
+    assert len(failures) == 2
+    assert all("RLIMIT_NPROC" in failure and "ulimit -u" in failure for failure in failures)
+    with Child(look_with_few) as child:
+        assert child.result() == (3 * MIB, 0)
 
 
 def test_ctrl_c_keeps_an_honest_result(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -147,6 +149,23 @@ def test_a_large_file_with_holes_is_complete(tmp_path: Path) -> None:
     result = replay(recording_of(entry))
     assert (result.changed, result.failures, result.files, result.complete) == ((), (), 1, True)
     assert (result.bytes, result.skipped_bytes) == (48 * MIB + PAGE, 0)
+
+
+def test_a_limit_of_threads_is_an_error_that_names_it(file: Path) -> None:
+    needs.root("become another user, for whom the limit holds")
+    recording = recording_of(recorded(file, *PAGES))
+
+    def limited() -> tuple[int | None, str]:
+        replay(recording_of())
+        user = 65000 + os.getpid() % 500
+        os.setresuid(user, user, user)
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        with pytest.raises(OSError, match="ulimit -u") as refused:
+            replay(recording)
+        return refused.value.errno, str(refused.value)
+
+    number, text = in_child(limited)
+    assert number == errno.EAGAIN, text
 
 
 def test_roots_find_the_files_of_another_host(file: Path, tmp_path: Path) -> None:

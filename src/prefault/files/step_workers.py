@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
+
+from prefault.files.failures import FileError
+from prefault.limits.process_limits import start_thread
 
 _MOST_FAILURES = 8
 """Failed steps after which no more of a file are begun: a server that is gone answers each with a delay."""
@@ -44,7 +48,7 @@ class StepWorkers:
     Args:
         steps: the work.
         make_reader: makes the means of one thread, in the thread.
-        threads: how many.
+        threads: how many; fewer where the system starts no more.
         allowed_bytes: bytes that may be begun until :meth:`allow` allows more; None: all.
         allowed_stop: offset where the last step ends that may be begun until :meth:`allow_up_to` allows more; None: any.
 
@@ -52,6 +56,9 @@ class StepWorkers:
         done_bytes: bytes of the steps that are done.
         failures: steps that failed, in order of time.
         end: the smallest offset at which a step met the end of the file; None where none did.
+
+    Raises:
+        FileError: EAGAIN: no thread can be started at all.
     """
 
     def __init__(
@@ -76,10 +83,16 @@ class StepWorkers:
         if self._next is None:
             self._ended.set()
             return
-        for thread in self._threads:
+        for number, thread in enumerate(self._threads):
             with self._changed:
                 self._running += 1
-            thread.start()
+            try:
+                start_thread(thread)
+            except OSError as error:
+                self._has_ended()
+                if not number:
+                    raise FileError(errno.EAGAIN, "no thread can be started to read it", "", str(error.strerror)) from error
+                break  # those that run do the work
 
     # --- in the threads
 
@@ -98,11 +111,14 @@ class StepWorkers:
         finally:
             if reader is not None:
                 reader.close()
-            with self._changed:
-                self._running -= 1
-                if not self._running:
-                    self._ended.set()
-                self._changed.notify_all()
+            self._has_ended()
+
+    def _has_ended(self) -> None:
+        with self._changed:
+            self._running -= 1
+            if not self._running:
+                self._ended.set()
+            self._changed.notify_all()
 
     def _take(self) -> ReadStep | None:
         with self._changed:

@@ -127,7 +127,11 @@ class FileStream(io.RawIOBase):
         self._evicted_to = self.position - self.position % PAGE_SIZE
         file, method = self._file, self._method
         self._counted_bytes = 0
-        workers = StepWorkers(self._steps(), lambda: PieceReader(file, method.name), method.threads, allowed_stop=0)
+        try:
+            workers = StepWorkers(self._steps(), lambda: PieceReader(file, method.name), method.threads, allowed_stop=0)
+        except OSError as error:
+            error.filename = file.path
+            raise
         self._workers = workers
         return workers
 

@@ -342,7 +342,12 @@ class Warming:
             batch.add(path, size)
         self._total_bytes += batch.bytes
         seen = 0
-        with StepWorkers(batch.steps(), batch.reader, self._threads or small_file_threads(files[0][0])) as workers:
+        try:
+            workers = StepWorkers(batch.steps(), batch.reader, self._threads or small_file_threads(files[0][0]))
+        except OSError as error:
+            self._tally.failures += [FileFailure.of(path, error) for path, _ in files]
+            return
+        with workers:
             try:
                 ended = False
                 while not ended:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,6 +49,18 @@ def no_process() -> str:
         allowed.append(f"RLIMIT_NPROC allows user {os.getuid()} {most} processes and threads (ulimit -u)")
     allowed.append("kernel.threads-max and kernel.pid_max allow so many to the system")
     return f"there are as many processes and threads as there may be: raise the limit, or end some ({'; '.join(allowed)})"
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Start a thread.
+
+    Raises:
+        OSError: EAGAIN: no more can be started; the message names the limit. Python's RuntimeError says less.
+    """
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, no_process()) from error
 
 
 def lock_refusal() -> str:

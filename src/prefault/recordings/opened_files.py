@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from prefault._kernel import fanotify
 from prefault._system.proc import read_maps, read_mounts
+from prefault.limits.process_limits import start_thread
 
 _WITHOUT_CACHE = frozenset(
     {
@@ -83,7 +84,7 @@ class OpenedFiles:
         """Start to watch all file systems that this process sees, until :meth:`stop`.
 
         Raises:
-            OSError: EPERM without CAP_SYS_ADMIN.
+            OSError: EPERM without CAP_SYS_ADMIN; EAGAIN: no thread can be started.
         """
         self._fd = fanotify.fanotify_init(
             fanotify.FAN_CLASS_NOTIF | fanotify.FAN_CLOEXEC | fanotify.FAN_NONBLOCK | fanotify.FAN_UNLIMITED_QUEUE,
@@ -106,8 +107,9 @@ class OpenedFiles:
             os.close(self._fd)
             self._fd = -1
             raise refused
-        self._thread = threading.Thread(target=self._read_events, name="prefault-opens", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._read_events, name="prefault-opens", daemon=True)
+        start_thread(thread)
+        self._thread = thread
 
     def stop(self) -> None:
         """Read the events that are left, and end the watch. Idempotent."""

@@ -22,6 +22,7 @@ from prefault.files.failures import CannotTellError, FileFailure
 from prefault.files.open_file import OpenFile
 from prefault.files.warm_result import length_in_file
 from prefault.files.warming import warm_file
+from prefault.limits.process_limits import no_process
 from prefault.ranges import PageRange, RangeSet
 from prefault.recordings.recording_file import RecordedFile, Recording, load
 from prefault.recordings.roots import Roots
@@ -98,7 +99,7 @@ def replay(
 
     Raises:
         RecordingError: the file is no recording, or a damaged one.
-        OSError: the recording cannot be read.
+        OSError: the recording cannot be read, or no thread can be started (EAGAIN).
         ValueError: a budget or a number of threads that is none.
     """
     if threads is not None and threads < 1:
@@ -160,7 +161,10 @@ class _Replay:
     ) -> None:
         pool = ThreadPoolExecutor(count, "prefault-replay", self._be_idle if self._idle else None)
         try:
-            waiting: set[Future[None]] = {pool.submit(work, file) for file in files}
+            try:
+                waiting: set[Future[None]] = {pool.submit(work, file) for file in files}
+            except RuntimeError as error:
+                raise OSError(errno.EAGAIN, no_process()) from error
             while waiting:
                 done, waiting = wait(waiting, _LONGEST_WAIT_S, FIRST_COMPLETED)
                 for each in done:

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from prefault._kernel import mount
+from prefault.limits.process_limits import start_thread
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import PAGE_SIZE
 
@@ -75,6 +76,7 @@ class TraceInstance:
 
     Raises:
         TraceRefusedError: no permission, or no such tracepoints.
+        OSError: EAGAIN: no thread can be started.
     """
 
     def __init__(self, tids: Iterable[int], events: Iterable[str] = TOUCHES) -> None:
@@ -100,8 +102,9 @@ class TraceInstance:
                     error.errno,
                     f"the kernel's tracepoints filemap:mm_filemap_* (Linux 6.12) cannot be used: {error.strerror}",
                 ) from error
-            self._thread = threading.Thread(target=self._collect, name="prefault-trace", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._collect, name="prefault-trace", daemon=True)
+            start_thread(thread)
+            self._thread = thread
         except BaseException:
             self.stop()
             raise

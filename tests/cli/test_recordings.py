@@ -55,6 +55,19 @@ def test_record_and_replay(way: str, file: Path, tmp_path: Path) -> None:
     assert told["changed"] == [{"base64": told["changed"][0]["base64"], "text": f"{tmp_path}/file \ufffd"}]
 
 
+def test_a_recording_that_comes_by_a_pipe(file: Path, tmp_path: Path) -> None:
+    recording = tmp_path / "a.rec"
+    file_beds.touch(file, *PAGES)
+    assert prefault("snapshot", "save", recording, file).returncode == 0
+    file_beds.evict(file)
+    with subprocess.Popen(["cat", recording], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        command = [sys.executable, "-m", "prefault", "replay", "/dev/stdin", "--", "sh", "-c", "exit 7"]
+        done = subprocess.run(command, stdin=writer.stdout, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert file_beds.cached_pages(file) == 4
+
+
 def test_the_status_of_the_command_is_passed_on(tmp_path: Path) -> None:
     recording = tmp_path / "a.rec"
     assert prefault("record", "-o", recording, "sh", "-c", "exit 77").returncode == 77

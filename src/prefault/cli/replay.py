@@ -44,8 +44,9 @@ def replay(
     from prefault.recordings.replaying import replay as bring_back
 
     with told_as_usage():
+        loaded = load(recording)  # once: it may be a pipe
         result = bring_back(
-            recording, roots=dict(roots), budget=budget, threads=threads, idle=idle, check_time=not ignore_time,
+            loaded, roots=dict(roots), budget=budget, threads=threads, idle=idle, check_time=not ignore_time,
             progress=wanted(progress),
         )  # fmt: skip
     if not command:
@@ -53,7 +54,7 @@ def replay(
     from prefault.recordings.area_replay import replaying_environment
     from prefault.recordings.held_command import HeldCommand
 
-    with replaying_environment(load(recording)) as environment, HeldCommand(command, environment) as held:
+    with replaying_environment(loaded) as environment, HeldCommand(command, environment) as held:
         held.release()
         return held.wait()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from pathlib import Path
@@ -146,3 +147,28 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="where"):
         write_report(tmp_path / "where" / "r.html", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_a_report_goes_through_a_link_and_into_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("old")
+    (tmp_path / "link.html").symlink_to("report.html")
+    write_report(tmp_path / "link.html", "new")
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "report.html").read_text() == "new"
+
+    # As /dev/null and /dev/stdout, which a superuser would have replaced by a file.
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_report(tmp_path / "pipe", "page")
+        assert os.read(reader, 100) == b"page"
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link.html", "pipe", "report.html"]
+
+
+def test_a_report_may_have_the_longest_name(tmp_path: Path) -> None:
+    name = "n" * 250 + ".html"
+    write_report(tmp_path / name, "page")
+    assert [each.name for each in tmp_path.iterdir()] == [name]

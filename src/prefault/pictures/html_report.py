@@ -71,18 +71,26 @@ def report_page(
 
 
 def write_report(path: str | os.PathLike[str], page: str) -> None:
-    """Write a report to a file, whole or not at all.
+    """Write a report to a file, whole or not at all; a symbolic link stays, and what it points to is replaced.
+
+    What is no regular file (a pipe, ``/dev/stdout``) is written to.
 
     Raises:
         OSError: the file cannot be written; an earlier file is unchanged.
     """
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    target = Path(path).resolve()
     try:
-        draft.write_text(page, encoding="utf-8")
-        draft.replace(target)
+        if target.exists() and not target.is_file():
+            target.write_text(page, encoding="utf-8")  # a device must not be replaced by a file
+            return
+        draft = target.with_name(f".{os.getpid()}.prefault-report")  # shorter than many a name at the limit of 255 bytes
+        try:
+            draft.write_text(page, encoding="utf-8")
+            draft.replace(target)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 

@@ -121,6 +121,21 @@ def test_wrong_arguments_fail_at_once_or_in_the_task() -> None:
         prefault.populate_async(bytearray(5), access="x").result(_LIMIT_S)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_cancelling_ends_the_wait_of_a_low_rate(threads: int) -> None:
+    started = threading.Event()
+
+    def progress(done: int, total: int) -> None:
+        started.set()
+
+    with _memory() as memory:
+        task = prefault.populate_async(memory, rate="1 B/s", threads=threads, progress=progress)
+        assert started.wait(_LIMIT_S)
+        task.cancel()  # the next page is due in more than an hour
+        with pytest.raises(prefault.PopulateCancelled, match="populated"):
+            task.result(_LIMIT_S)
+
+
 def test_leaving_the_block_waits_and_an_exception_cancels() -> None:
     memory = _memory()
     with prefault.populate_async(memory):

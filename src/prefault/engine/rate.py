@@ -54,19 +54,23 @@ class RateLimit:
             count: bytes about to be done.
             stopped: ends the wait at once when it is set.
         """
-        if self.bytes_per_second is None or count <= 0:
-            return
-        with self._lock:
-            now = time.monotonic()
-            begin = max(self._due, now - BURST_SECONDS)
-            self._due = begin + count / self.bytes_per_second
-        seconds = begin - now
+        seconds = self.book(count)
         if seconds <= 0:
             return
         if stopped is None:
             time.sleep(seconds)
         else:
             stopped.wait(seconds)
+
+    def book(self, count: int) -> float:
+        """Book ``count`` bytes, and return the seconds until they are due: 0 or less for at once."""
+        if self.bytes_per_second is None or count <= 0:
+            return 0.0
+        with self._lock:
+            now = time.monotonic()
+            begin = max(self._due, now - BURST_SECONDS)
+            self._due = begin + count / self.bytes_per_second
+        return begin - now
 
 
 def rate_limit(rate: RateLimit | Size | None) -> RateLimit | None:

@@ -19,13 +19,16 @@ from prefault.engine.background.options import AsyncOptions
 from prefault.engine.outcomes import PopulateResult
 from prefault.engine.populating import populate
 from prefault.engine.progress import Progress, check_progress, reporting
-from prefault.engine.rate import rate_limit
+from prefault.engine.rate import RateLimit, rate_limit
 from prefault.errors import PopulateCancelled, PopulateInterrupted
 from prefault.memory.borrowed_members import borrowed_collection
 from prefault.memory.borrowing import borrow
 
 _EXIT_SECONDS = 10.0
 """Longest wait for calls under way when the interpreter exits."""
+
+_LOOK_SECONDS = 0.02
+"""Time between two looks whether a call that waits for its rate was cancelled."""
 
 
 class _Call:
@@ -92,6 +95,34 @@ class _Call:
             errno.ECANCELED, "this is a fork of the process that populates in the background: only that one gets the result"
         )
         self.finished.set()
+
+
+class _CancellableRate(RateLimit):
+    """A rate limit whose waits a cancelled call ends: at a low rate, or with huge pages, they last longer than anyone waits.
+
+    Args:
+        limit: the one that it books at, and may share with other calls.
+        call: the call that may be cancelled.
+    """
+
+    def __init__(self, limit: RateLimit, call: _Call) -> None:
+        super().__init__(limit.bytes_per_second)
+        self._limit = limit
+        self._call = call
+
+    def book(self, count: int) -> float:
+        """See :class:`~prefault.engine.rate.RateLimit`."""
+        return self._limit.book(count)
+
+    def wait(self, count: int, stopped: threading.Event | None = None) -> None:
+        """See :class:`~prefault.engine.rate.RateLimit`; KeyboardInterrupt, which ends the call, once it is cancelled."""
+        due = monotonic() + self.book(count)
+        other = threading.Event() if stopped is None else stopped
+        while (seconds := due - monotonic()) > 0:
+            if self._call.cancelled:
+                raise KeyboardInterrupt
+            if other.wait(min(seconds, _LOOK_SECONDS)):
+                return
 
 
 _calls: weakref.WeakSet[_Call] = fork_hooks.instances(_Call.lose)
@@ -244,7 +275,8 @@ def populate_async(buffer: Any, **options: Unpack[AsyncOptions]) -> PopulateTask
     _calls.add(call)
 
     def populating(report: Progress) -> PopulateResult:
-        arguments: dict[str, Any] = {**options, "progress": report, "rate": limit}
+        rate = None if limit is None else _CancellableRate(limit, call)
+        arguments: dict[str, Any] = {**options, "progress": report, "rate": rate}
         return populate(buffer, **arguments)
 
     thread = threading.Thread(target=call.work, args=(populating, progress), name="prefault-populate", daemon=True)

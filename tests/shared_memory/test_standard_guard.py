@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from multiprocessing import managers, resource_tracker, shared_memory
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import prefault
 from prefault.shared_memory import standard_guard
 from support import needs, own_dev_shm
+from support.file_beds import mounted
 
 _DIRECTORY = Path("/dev/shm")
 _ORIGINAL = shared_memory.SharedMemory.__init__
@@ -128,6 +131,21 @@ def test_memmap(tmp_path: Path, path: bool) -> None:
         again = numpy.memmap(name if path else file.name, "float64", mode="r+", shape=(1000,))
         assert again.sum() == 1000
         del array, again
+
+
+def test_memmap_where_files_cannot_be_allocated(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    if shutil.which("mkfs.ext2") is None:
+        needs.missing("mkfs.ext2 (e2fsprogs) is not installed")
+    subprocess.run(["mkfs.ext2", "-q", image], check=True)
+    with mounted(tmp_path / "ext2", "-o", "loop", str(image)) as directory, prefault.protect_shared_memory():
+        array = numpy.memmap(directory / "array", "uint8", "w+", shape=(1 << 20,))
+        array[:] = 1
+        array.flush()
+        del array
+        assert (directory / "array").read_bytes() == b"\1" * (1 << 20)
 
 
 # --- with a full file system

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -13,6 +14,7 @@ from multiprocessing import shared_memory
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from prefault.errors import PopulateError
 from prefault.limits.limit import Shortfall
 from prefault.limits.memory_use import MemoryUse
 from prefault.limits.table import ask_for_memory, shortfall_of
@@ -62,7 +64,8 @@ def protect_shared_memory() -> SharedMemoryProtection:
     - ``multiprocessing.shared_memory.SharedMemory``, and with it ``ShareableList``, managers and subclasses: new memory is
       allocated by fallocate(2), with all limits checked, and removed if that fails.
     - ``numpy.memmap`` with ``mode="w+"``, by which users of joblib share results: the new file is allocated in the same way,
-      and removed if that fails. joblib's own files are written by write(2), which fails cleanly by itself.
+      and removed if that fails; a file system without fallocate (ext2, NFS before 4.2) leaves it as it was. joblib's own
+      files are written by write(2), which fails cleanly by itself.
     - torch before 2.10, if it is imported by now: the limits are checked just before it makes shared memory
       (``share_memory_``, queues, workers of a DataLoader). Two processes that do so at once can still meet SIGBUS. Later
       ones allocate by themselves.
@@ -171,7 +174,11 @@ def _allocated_memmap(original: Callable[..., Any]) -> Any:
                 fd = os.open(filename, os.O_RDWR | os.O_CLOEXEC)
                 stack.callback(os.close, fd)
                 stack.push(lambda kind, *_: os.unlink(filename) if kind is not None else None)
-            allocate(fd)
+            try:
+                allocate(fd)
+            except PopulateError as error:
+                if error.errno != errno.EOPNOTSUPP:  # a file system without fallocate(2): as without protection
+                    raise
         return array
 
     return staticmethod(new)

@@ -422,6 +422,18 @@ def test_use_and_unlink_is_silent(track: bool) -> None:
     assert _run(f"import prefault as p; m = p.SharedMemory(create=True, size=1, track={track}); m.close(); m.unlink()") == ""
 
 
+@pytest.mark.usefixtures("nothing_left")
+def test_a_name_that_is_no_utf8_leaves_no_file() -> None:
+    with pytest.raises(UnicodeEncodeError):  # as the standard class, for the resource tracker could not remove it
+        SharedMemory("prefault-test-\udcff", create=True, size=_SIZE)
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_size_beyond_the_address_space() -> None:
+    with pytest.raises(prefault.MappingError, match=r"shared memory of 4.0 EiB cannot be mapped: RLIMIT_AS .* \[ENOMEM"):
+        SharedMemory(create=True, size=1 << 62)
+
+
 def test_a_name_with_a_null_character() -> None:
     with pytest.raises(ValueError, match="null"):  # the standard class of 3.11 takes what comes before it
         SharedMemory("prefault-test-\0", create=True, size=1)

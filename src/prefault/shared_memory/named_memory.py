@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from prefault.engine.locking import lock
 from prefault.engine.planning import Threads
 from prefault.engine.populating import HeadroomChoice, PopulateResult, populate
-from prefault.errors import HugePagesError
+from prefault.errors import HugePagesError, MappingError
 from prefault.mapping.mapping import HugeAdvice
 from prefault.shared_memory import nameless_files
-from prefault.sizes import Size, parse_size
+from prefault.sizes import Size, format_size, parse_size
 
 _ADVICE = {"advise": mmap.MADV_HUGEPAGE, "never": mmap.MADV_NOHUGEPAGE}
 
@@ -68,7 +68,7 @@ class SharedMemory(shared_memory.SharedMemory):
         HeadroomError: a limit leaves less than is needed: /dev/shm, a memory cgroup, the machine, RLIMIT_MEMLOCK.
         BackingFullError: the kernel found no memory, though the limits had room.
         HugePagesError: huge pages were asked for, and /dev/shm is mounted without them.
-        MappingError: no file can be made in /dev/shm.
+        MappingError: no file can be made in /dev/shm, or none of this size be mapped.
         FileExistsError, FileNotFoundError, ValueError: as the standard class.
 
     Source: shm_overview(7); open(2), O_TMPFILE; madvise(2), MADV_POPULATE_WRITE.
@@ -147,8 +147,11 @@ class SharedMemory(shared_memory.SharedMemory):
         else:
             self._fd = fd
         try:
-            os.ftruncate(self._fd, length)
-            self._map(length)
+            try:
+                os.ftruncate(self._fd, length)
+                self._map(length)
+            except OSError as error:
+                raise MappingError(error.errno or 0, _no_room(error.errno, length)) from error
             if wanted.populate:
                 self._prepare(wanted)
             else:
@@ -231,3 +234,12 @@ class SharedMemory(shared_memory.SharedMemory):
         if huge != "auto":
             assert self._mmap is not None
             self._mmap.madvise(_ADVICE[huge])
+
+
+def _no_room(number: int | None, length: int) -> str:
+    """Explain why a file of ``length`` bytes cannot be made or mapped."""
+    reasons = {
+        errno.ENOMEM: "RLIMIT_AS or the address space has no room for it: raise it (ulimit -v), or make less",
+        errno.EFBIG: "RLIMIT_FSIZE allows no file as large: raise it (ulimit -f), or make less",
+    }
+    return f"shared memory of {format_size(length)} cannot be mapped: {reasons.get(number or 0) or os.strerror(number or 0)}"

@@ -26,9 +26,10 @@ def file_name(name: str) -> str:
 
     Raises:
         OSError: it is empty, has a slash inside, or is too long (EINVAL), as shm_open says.
+        UnicodeEncodeError: it is no UTF-8, so that the standard class and the resource tracker could not remove it.
     """
     stripped = name.lstrip("/")
-    if not stripped or "/" in stripped or len(os.fsencode(stripped)) > 255:
+    if not stripped or "/" in stripped or len(stripped.encode()) > 255:
         raise OSError(errno.EINVAL, "a name of shared memory has 1 to 255 bytes and no slash inside", name)
     return stripped
 

@@ -196,3 +196,13 @@ def test_a_limit_on_locked_memory() -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give up its capabilities for another user's")
     assert "RLIMIT_MEMLOCK" in in_child(enter)
+
+
+def test_its_text_can_be_had_in_another_thread() -> None:
+    texts: list[str] = []
+    with prefault.ready(_array()) as memory:
+        thread = threading.Thread(target=lambda: texts.append(repr(memory)))
+        thread.start()
+        thread.join()
+    assert texts == ["<ReadyMemory of 256.0 KiB, in a block of another thread>"]
+    assert "0 major page faults" in repr(memory)

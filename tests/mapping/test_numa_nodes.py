@@ -282,3 +282,9 @@ def test_the_cpuset_of_the_process_is_named() -> None:
                 (directory.parent / "cgroup.procs").write_text(str(os.getpid()))
 
         assert "forbids node 1: it leaves node 0" in in_child(inside)
+
+
+@pytest.mark.parametrize("wrong", [3, "0,1", 0.5, object])
+def test_what_interleave_takes(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="interleave is True or numbers of nodes, such as"):
+        prefault.Mapping(PAGE_SIZE, interleave=wrong)

@@ -102,6 +102,8 @@ class ReadyMemory:
 
     def __repr__(self) -> str:
         size = format_size(self._pages.length)
+        if self._running and threading.get_ident() != self._thread:
+            return f"<ReadyMemory of {size}, in a block of another thread>"
         return f"<ReadyMemory of {size}, {self.minor_faults} minor and {self.major_faults} major page faults>"
 
     def _count(self) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple, TypeAlias
 
@@ -73,8 +73,12 @@ def policy_for(node: int | None, interleave: Interleave, *, strict: bool = True)
         raise ValueError("node puts all pages on one node and interleave spreads them: give one of the two")
     if node is not None:
         wanted: tuple[int, ...] = (node,)
+    elif interleave is True:
+        wanted = allowed_nodes()
+    elif isinstance(interleave, int | str) or not isinstance(interleave, Iterable):
+        raise TypeError(f"interleave is True or numbers of nodes, such as [0, 1], not {interleave!r}")
     else:
-        wanted = allowed_nodes() if interleave is True else tuple(interleave or ())
+        wanted = tuple(interleave)
     if not wanted:
         raise ValueError("interleave is True or numbers of nodes, of which there is none")
     for number in wanted:

@@ -31,7 +31,7 @@ import typing as _typing
 
 from prefault._version import __version__
 from prefault.engine.discarding import DiscardResult, discard
-from prefault.engine.locking import LockResult, unlock
+from prefault.engine.locking import LockResult, lock, unlock
 from prefault.engine.planning import Plan
 from prefault.engine.populating import PopulateResult, plan, populate, populate_many
 from prefault.engine.rate import RateLimit
@@ -66,6 +66,8 @@ from prefault.limits.limit import Headroom, Limit
 from prefault.limits.target import headroom
 from prefault.mapping.mapping import Mapping
 from prefault.memory.backings import Anonymous, BackingSource, Descriptor, File, Hugetlb, Memfd, TemporaryFile
+from prefault.memory.file_verbs import FileVerbs as _FileVerbs
+from prefault.memory.file_verbs import provide_file_verbs as _provide_file_verbs
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import PAGE_SIZE, format_size, parse_size
 
@@ -82,7 +84,7 @@ if _typing.TYPE_CHECKING:
     from prefault.engine.collapsing import CollapseResult, NotCollapsed, collapse
     from prefault.files.evicting import EvictedFile, EvictResult, evict
     from prefault.files.failures import FileFailure
-    from prefault.files.file_locks import FileLock, lock
+    from prefault.files.file_locks import FileLock
     from prefault.files.file_status import FilesStatus, FileStatus, status
     from prefault.files.selection import SelectedFile, Selection, SkippedFile, select
     from prefault.files.streaming import FileStream, stream
@@ -228,7 +230,6 @@ _LATER = {
     "empty": "prefault.arrays",
     "evict": "prefault.files.evicting",
     "full": "prefault.arrays",
-    "lock": "prefault.files.file_locks",
     "open_remote": "prefault.drivers",
     "populate_async": "prefault.engine.background.task",
     "protect_shared_memory": "prefault.shared_memory",
@@ -241,6 +242,16 @@ _LATER = {
     "warm": "prefault.files.warming",
     "zeros": "prefault.arrays",
 }
+
+
+def _load_file_verbs() -> _FileVerbs:
+    from prefault.files.in_place_of_memory import PagesOfFiles
+
+    return PagesOfFiles()
+
+
+_provide_file_verbs(_load_file_verbs)
+
 _LATER_MODULES = ("device", "drivers", "engines", "pool", "processes", "virtio_mem")
 
 

@@ -455,8 +455,15 @@ def test_no_memory(wrong: Any) -> None:
 
 @pytest.mark.parametrize("path", ["/dev/shm/model.bin", Path("/dev/shm/model.bin")])
 def test_a_path_is_no_memory(path: str | Path) -> None:
-    with pytest.raises(TypeError, match=r"is a path, not memory: map it first, with prefault.Mapping"):
-        prefault.populate(path)
+    takes_memory: tuple[Callable[[Any], object], ...] = (borrow, prefault.discard, prefault.unlock)
+    for call in takes_memory:
+        with pytest.raises(TypeError, match=r"is a path, not memory: prefault.warm takes paths, and prefault.Mapping"):
+            call(path)
+    takes_collections: tuple[Callable[[Any], object], ...]
+    takes_collections = (prefault.populate, prefault.residency, prefault.plan, prefault.lock)
+    for call in takes_collections:
+        with pytest.raises(TypeError, match=r"\[1\]: .* is a path, not memory: prefault.warm takes paths"):
+            call([bytearray(10), path])
 
 
 # --- offset and length

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import islice
 from time import perf_counter, perf_counter_ns
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 from prefault._kernel import mman
 from prefault._system.capabilities import MLOCK_ONFAULT
@@ -22,8 +23,12 @@ from prefault.limits.memory_use import MemoryUse
 from prefault.limits.process_limits import lock_refusal
 from prefault.limits.table import refusal_ahead
 from prefault.memory.borrowing import Borrowed, borrow
+from prefault.memory.file_verbs import FileNames, HeldFiles, verbs_on
 from prefault.ranges import PageRange
 from prefault.sizes import Size, format_size
+
+FileRanges: TypeAlias = Iterable[tuple[int, int | None]] | Callable[[Any], Iterable[tuple[int, int | None]]]
+"""Byte ranges of each file, or a function from an open file to those of one."""
 
 
 class LockResult(NamedTuple):
@@ -43,36 +48,55 @@ class LockResult(NamedTuple):
         return f"{format_size(self.bytes)} locked in {self.seconds:.2g} s; {self.populated}"
 
 
+@overload
+def lock(
+    buffer: str | os.PathLike[str] | FileNames, *, access: Literal["read"] | None = ..., offset: Size = ...,
+    length: Size | None = ..., ranges: FileRanges | None = ..., progress: Progress | bool = ...,
+    rate: RateLimit | Size | None = ..., headroom: HeadroomChoice = ...,
+) -> HeldFiles: ...  # fmt: skip
+@overload
+def lock(
+    buffer: Any, *, access: Access | None = ..., offset: Size = ..., length: Size | None = ...,
+    progress: Progress | bool = ..., rate: RateLimit | Size | None = ..., headroom: HeadroomChoice = ...,
+) -> LockResult: ...  # fmt: skip
 def lock(
     buffer: Any,
     *,
     access: Access | None = None,
     offset: Size = 0,
     length: Size | None = None,
+    ranges: FileRanges | None = None,
     progress: Progress | bool = False,
     rate: RateLimit | Size | None = None,
     headroom: HeadroomChoice = "check",
-) -> LockResult:
-    """Make every page of ``buffer`` present, as :func:`prefault.populate` does, and lock it: it is not swapped out.
+) -> LockResult | HeldFiles:
+    """Make every page of a buffer or of files present, and lock it: it is neither swapped out nor dropped.
 
-    Locks do not add up: one :func:`unlock` ends them all, also those of a neighbour in the same page. ``discard`` works on
-    locked memory. The driver of device memory may take its pages back all the same; they are locked when they return.
+    Locks of a buffer do not add up: one :func:`unlock` ends them all, also those of a neighbour in the same page.
+    ``discard`` works on locked memory. The driver of device memory may take its pages back all the same; they are locked
+    when they return. Locks of files last until the :class:`FileLock` is closed.
 
     Args:
         buffer: any buffer or collection, as for :func:`prefault.populate`; rounded outward to whole pages. Each separate
             range of an array with gaps becomes a mapping of its own, of which a process has 65 530 (``vm.max_map_count``).
-        access: ``"read"``, ``"write"`` or None: how it is populated.
-        offset: where to start, in bytes from the start of the buffer.
+            Or the path of a file or directory (a ``str`` or a ``pathlib.Path``), or a :func:`prefault.select` of files.
+        access: of a buffer: ``"read"``, ``"write"`` or None: how it is populated.
+        offset: where to start, in bytes from the start of the buffer or of each file.
         length: how far; None: to its end.
+        ranges: of files: several byte ranges, or a function from an open file to them, instead of offset and length.
         progress: True draws a bar on stderr, or logs where that is no terminal; a function is called with the bytes done and
             in all.
         rate: limit of the bytes a second that are brought in, as ``"2 GiB/s"``; None: none.
-        headroom: ``"check"`` checks RLIMIT_MEMLOCK and the limits of populating before the start; ``"ignore"`` does not.
+        headroom: ``"check"`` checks RLIMIT_MEMLOCK and the limits on memory before the start; ``"ignore"`` does not.
+
+    Returns:
+        A :class:`LockResult` for a buffer; a :class:`FileLock` for files.
 
     Raises:
-        HeadroomError: RLIMIT_MEMLOCK leaves less than that; nothing was populated.
-        OutOfMemoryError: the kernel refuses to lock it, though it is populated.
+        HeadroomError: RLIMIT_MEMLOCK or another limit leaves less than that; nothing was populated.
+        OutOfMemoryError: the kernel refuses to lock a buffer, though it is populated.
         PopulateError, PopulateInterrupted, TypeError, ValueError: as :func:`prefault.populate`. Nothing is locked then.
+        OSError: no file could be locked. Where some could, the others are in the ``failures`` of the FileLock.
 
     Source: mlock2(2), MLOCK_ONFAULT (Linux 4.4).
     """
@@ -80,6 +104,13 @@ def lock(
     try:
         memory = borrow(buffer)
     except TypeError as error:
+        verbs = verbs_on(buffer)
+        if verbs is not None:
+            return verbs.lock(
+                buffer, offset=offset, length=length, access=access, ranges=ranges, progress=progress, rate=rate,
+                headroom=headroom,
+            )  # fmt: skip
+        _check_no_ranges(ranges)
         # Imported here: a part of the import time that most programs need not spend.
         from prefault.engine.scattered.populating_many import populate_members
         from prefault.memory.borrowed_members import borrowed_collection
@@ -92,10 +123,16 @@ def lock(
             pages = Intervals.union_of(member.pages for member in members)
             return _lock(pages, 0, partial(populate_members, members, options), headroom, began)
     with memory:
+        _check_no_ranges(ranges)
         populating = partial(
             populate, buffer, access=access, offset=offset, length=length, progress=progress, rate=rate, headroom=headroom
         )
         return _lock(_pages_of(memory, offset, length), memory.address, populating, headroom, began)
+
+
+def _check_no_ranges(ranges: object) -> None:
+    if ranges is not None:
+        raise TypeError("ranges are those of files; a buffer has offset= and length=")
 
 
 def _lock(

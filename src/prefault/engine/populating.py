@@ -54,6 +54,7 @@ from prefault.memory.borrowing import (
     other_spans,
     provided_spans,
 )
+from prefault.memory.file_verbs import verbs_on
 from prefault.memory.huge_advice import HugeAdvice
 from prefault.memory.node_policy import Interleave, NodePolicy, policy_for, under_policy
 from prefault.ranges import Ranges
@@ -93,7 +94,9 @@ def populate(
             :func:`prefault.memory.borrow`. It is rounded outward to whole pages, which does no harm to the neighbours. An
             array with gaps (``a[:, 3]``) brings in the pages that it touches, and not what lies between. Also any
             collection of buffers: a list, tuple or dictionary (a state_dict), a torch module, SafeTensors, an Arrow table,
-            a pandas or polars frame, one inside the other; pages that they share are populated once.
+            a pandas or polars frame, one inside the other; pages that they share are populated once. Or the path of a file
+            or directory (a ``str`` or a ``pathlib.Path``), or a :func:`prefault.select` of files, which
+            :func:`prefault.warm` brings into the page cache; ``method`` is one of its methods then.
         access: ``"read"``: readable, without breaking copy-on-write, perhaps with the shared zero page and no memory.
             ``"write"``: memory allocated and writable. None: ``"read"`` for what may not be written, for files shared with
             a disk (their holes are allocated as well) and for private mappings of files, which would be copied into
@@ -126,7 +129,9 @@ def populate(
         HeadroomError: a limit leaves less than is needed: nothing was populated; or less than at the start, in the middle.
         PopulateError: one of its subclasses says why, ``offset`` where, ``populated_bytes`` how much there is now.
         PopulateInterrupted: Ctrl-C; also says how much. At most one chunk (some tens of milliseconds) late.
-        OSError: this process has no descriptor left, or no /proc is mounted; nothing was populated.
+        OSError: this process has no descriptor left, or no /proc is mounted; nothing was populated. Of a path: a file, or a
+            part of one, could not be brought in, or memory leaves no room; what was brought in stays.
+        WarmInterrupted: Ctrl-C, of a path.
         TypeError, ValueError: not a buffer; closed or released; an offset or length outside; an unknown option.
 
     Source: madvise(2), MADV_POPULATE_READ and MADV_POPULATE_WRITE (Linux 5.14, commit 4ca9b3859dac, David Hildenbrand).
@@ -142,6 +147,13 @@ def populate(
     try:
         memory = borrow(buffer)
     except TypeError as error:
+        verbs = verbs_on(buffer)
+        if verbs is not None:
+            of_files: PopulateResult = verbs.populate(
+                buffer, offset=offset, length=length, access=access, method=method, threads=threads, rollback=rollback,
+                progress=progress, rate=options.rate, headroom=headroom, huge=huge, node=node, interleave=interleave,
+            )  # fmt: skip
+            return of_files
         _check_one_buffer(options.huge, options.node_policy)
         from prefault.engine.scattered.populating_many import populate_members
         from prefault.memory.borrowed_members import borrowed_collection
@@ -180,9 +192,11 @@ def plan(
 ) -> Plan:
     """Return the plan of :func:`prefault.populate` for the same arguments, with its reasons. Nothing is populated.
 
-    Of a collection, or an array with gaps, there is one segment for each kind of memory, which may lie inside another's.
+    Of a collection, or an array with gaps, there is one segment for each kind of memory, which may lie inside another's. Of
+    a path there is none, and the notes tell what is missing from the page cache, and how it would be brought in.
 
     Raises:
+        OSError: of a path: a file cannot be opened.
         TypeError, ValueError: those of :func:`prefault.populate`.
     """
     _check_choices(access, "check", False)
@@ -190,6 +204,13 @@ def plan(
     try:
         memory = borrow(buffer)
     except TypeError as error:
+        verbs = verbs_on(buffer)
+        if verbs is not None:
+            of_files: Plan = verbs.plan(
+                buffer, offset=offset, length=length, access=access, method=method, threads=threads, huge=huge, node=node,
+                interleave=interleave,
+            )  # fmt: skip
+            return of_files
         _check_one_buffer(wants_huge(huge), policy)
         # Imported here, and below: a part of the import time that most programs need not spend.
         from prefault.memory.borrowed_members import borrowed_collection

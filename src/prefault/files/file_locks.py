@@ -6,12 +6,9 @@ import errno
 import os
 from collections.abc import Iterable
 from time import perf_counter
-from types import TracebackType
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple
 
 from prefault._kernel import mman
-from prefault.engine import locking
-from prefault.engine.methods import Access
 from prefault.engine.populating import HeadroomChoice
 from prefault.engine.progress import Progress, check_progress, reporting
 from prefault.engine.rate import RateLimit, rate_limit
@@ -25,8 +22,9 @@ from prefault.limits.memory_use import MemoryUse
 from prefault.limits.mmap_refusal import why_no_room
 from prefault.limits.process_limits import lock_refusal
 from prefault.limits.table import ask_for_memory, shortfall_of
+from prefault.memory.file_verbs import HeldFiles
 from prefault.ranges import PageRange
-from prefault.sizes import MIB, Size, format_size, parse_size
+from prefault.sizes import MIB, Size, format_size
 
 _CHUNK = 16 * MIB
 """Bytes of one mlock call, which reads what is missing: Ctrl-C waits for it."""
@@ -40,7 +38,7 @@ class _Part(NamedTuple):
     pages: PageRange
 
 
-class FileLock:
+class FileLock(HeldFiles):
     """Files whose pages stay in memory until it is closed; a context manager. The locks end with the process, too.
 
     The files may be renamed, removed and written to meanwhile. A child that is forked does not inherit the locks, mlock(2).
@@ -76,11 +74,6 @@ class FileLock:
 
     def __enter__(self) -> FileLock:
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         self.close()
@@ -177,67 +170,6 @@ def lock_files(
         raise
     made.seconds = perf_counter() - began
     return made
-
-
-@overload
-def lock(
-    target: str | os.PathLike[str] | Selection, *, ranges: Ranges | None = ..., offset: Size = ...,
-    length: Size | None = ..., progress: Progress | bool = ..., rate: RateLimit | Size | None = ...,
-    headroom: HeadroomChoice = ...,
-) -> FileLock: ...  # fmt: skip
-@overload
-def lock(
-    target: Any, *, access: Access | None = ..., offset: Size = ..., length: Size | None = ...,
-    progress: Progress | bool = ..., rate: RateLimit | Size | None = ..., headroom: HeadroomChoice = ...,
-) -> locking.LockResult: ...  # fmt: skip
-def lock(
-    target: Any, *, access: Access | None = None, offset: Size = 0, length: Size | None = None,
-    ranges: Ranges | None = None, progress: Progress | bool = False,
-    rate: RateLimit | Size | None = None, headroom: HeadroomChoice = "check",
-) -> locking.LockResult | FileLock:  # fmt: skip
-    """Make every page of a buffer or of files present, and lock it: it is neither swapped out nor dropped.
-
-    Locks of a buffer do not add up: one :func:`unlock` ends them all, also those of a neighbour in the same page.
-    ``discard`` works on locked memory. The driver of device memory may take its pages back all the same; they are locked
-    when they return. Locks of files last until the :class:`FileLock` is closed.
-
-    Args:
-        target: any buffer, as for :func:`prefault.populate`, rounded outward to whole pages; or the path of a file or
-            directory (a ``str`` or a ``pathlib.Path``), or a :func:`prefault.select` of files.
-        access: of a buffer: ``"read"``, ``"write"`` or None: how it is populated.
-        offset: where to start, in bytes from the start of the buffer or of each file.
-        length: how far; None: to its end.
-        ranges: of files: several byte ranges, instead of offset and length.
-        progress: True draws a bar on stderr, or logs where that is no terminal; a function is called with the bytes done and
-            in all.
-        rate: limit of the bytes a second that are brought in, as ``"2 GiB/s"``; None: none.
-        headroom: ``"check"`` checks RLIMIT_MEMLOCK and the limits on memory before the start; ``"ignore"`` does not.
-
-    Returns:
-        A :class:`LockResult` for a buffer; a :class:`FileLock` for files.
-
-    Raises:
-        HeadroomError: RLIMIT_MEMLOCK or another limit leaves less than that; nothing was populated.
-        OutOfMemoryError: the kernel refuses to lock a buffer, though it is populated.
-        PopulateError, PopulateInterrupted, TypeError, ValueError: as :func:`prefault.populate`. Nothing is locked then.
-        OSError: no file could be locked. Where some could, the others are in the ``failures`` of the FileLock.
-
-    Source: mlock2(2), MLOCK_ONFAULT (Linux 4.4).
-    """
-    if isinstance(target, str | os.PathLike | Selection):
-        if access not in (None, "read"):
-            raise ValueError(f"files are locked as they are: access is None or 'read', not {access!r}")
-        if ranges is None and (offset or length is not None):
-            start = parse_size(offset)
-            ranges = [(start, None if length is None else start + parse_size(length))]
-        made = lock_files(target, ranges=ranges, progress=progress, rate=rate, headroom=headroom)
-        if made.closed and made.failures:
-            path, reason, remedy, number = made.failures[0]
-            raise FileError(number or errno.EINVAL, reason, path, remedy)
-        return made
-    if ranges is not None:
-        raise TypeError("ranges are those of files; a buffer has offset= and length=")
-    return locking.lock(target, access=access, offset=offset, length=length, progress=progress, rate=rate, headroom=headroom)
 
 
 def _ensure_allowed(total: int, needed: int) -> None:

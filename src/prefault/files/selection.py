@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import IO, NamedTuple, TypeAlias
 
 from prefault.files.failures import FileFailure
+from prefault.memory.file_verbs import FileNames
 from prefault.sizes import Size, format_size, parse_size
 
 Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -58,7 +59,7 @@ class SkippedFile(NamedTuple):
         return f"{text}: {self.remedy}" if self.remedy else text
 
 
-class Selection(Iterable["SelectedFile | FileFailure"]):
+class Selection(FileNames, Iterable["SelectedFile | FileFailure"]):
     """Files that are selected while they are iterated over, once.
 
     Attributes:

@@ -22,6 +22,7 @@ from prefault.inspection.pagemap_scan import categories_of, scan, states_of_cate
 from prefault.inspection.result import PageState, Residency, rows_of, translate_states
 from prefault.intervals import Intervals
 from prefault.memory.borrowing import borrow, other_spans, provided_spans
+from prefault.memory.file_verbs import verbs_on
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, PAGE_SIZE, Size
 
@@ -52,16 +53,23 @@ def residency(buffer: Any, *, offset: Size = 0, length: Size | None = None, node
     """Return the state of every page that holds a byte of ``buffer``.
 
     Args:
-        buffer: any memory, as for :func:`~prefault.populate`; of a collection all buffers together, each page once.
+        buffer: any memory, as for :func:`~prefault.populate`; of a collection all buffers together, each page once. Of
+            a path (a ``str`` or a ``pathlib.Path``) the pages of that file that are in the page cache, by byte offsets:
+            PRESENT says that reading waits for no disk, and nothing about mappings.
         offset: where to start looking, in bytes from the start of the buffer.
         length: how far; None: to its end.
         nodes: whether to ask for the NUMA node of each page as well, which takes up to a microsecond a page.
+
+    Raises:
+        OSError: of a path: it cannot be opened, or is a directory (see :func:`prefault.status`), or the kernel does not tell
+            this process.
+        TypeError, ValueError: as for :func:`~prefault.populate`.
 
     The answer is as of the moment of asking: other threads and the kernel go on meanwhile.
 
     Sources: PAGEMAP_SCAN and pagemap, Documentation/admin-guide/mm/pagemap.rst; mincore(2); move_pages(2).
     """
-    found = _residency(buffer, offset, length)
+    found = _residency(buffer, offset, length, nodes)
     if nodes:
         present = Intervals.union_of([found.ranges(PageState.PRESENT).shifted(found.range.start)])
         if found.inspected_bytes == found.range.length:
@@ -72,10 +80,14 @@ def residency(buffer: Any, *, offset: Size = 0, length: Size | None = None, node
     return found
 
 
-def _residency(buffer: Any, offset: Size, length: Size | None) -> Residency:
+def _residency(buffer: Any, offset: Size, length: Size | None, nodes: bool) -> Residency:
     try:
         memory = borrow(buffer)
     except TypeError as error:
+        verbs = verbs_on(buffer)
+        if verbs is not None:
+            of_file: Residency = verbs.residency(buffer, offset=offset, length=length, nodes=nodes)
+            return of_file
         from prefault.memory.borrowed_members import borrowed_collection
 
         with borrowed_collection(buffer, offset, length, error) as members:

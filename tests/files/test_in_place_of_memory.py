@@ -1,0 +1,126 @@
+"""populate, plan, residency and lock of paths: a mapping of our own and mincore(2) are the oracle."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prefault
+from prefault import PageRange, PageState, RangeSet
+from support import file_beds
+from support.file_beds import PAGE
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    for name, size in {"a": 64 * PAGE, "b": 4 * PAGE + 1}.items():
+        file_beds.evict(file_beds.make(tmp_path / name, size))
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_populate_brings_in_a_file_as_warm_does(tree: Path, kind: Callable[[Path], Any]) -> None:
+    path = kind(tree / "a")
+    planned = prefault.plan(path)
+    assert "256.0 KiB of 1 file are missing from the page cache, 0 bytes are in it" in str(planned)
+    assert file_beds.cached_pages(tree / "a") == 0, "the plan has read"
+    result = prefault.populate(path)
+    assert isinstance(result, prefault.PopulateResult)
+    assert (result.bytes, result.present_bytes, result.access) == (64 * PAGE, 0, "read")
+    assert result.seconds > 0
+    assert result.threads >= 1
+    assert result.method in ("populate", "pread", "readahead")
+    assert "into the page cache, 1 file" in str(result)
+    assert file_beds.cached_pages(tree / "a") == 64
+    again = prefault.populate(path)
+    assert (again.bytes, again.present_bytes) == (0, 64 * PAGE)
+    assert "256.0 KiB were populated already" in str(again)
+
+
+def test_populate_takes_a_part_a_tree_and_a_selection(tree: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    prefault.populate(tree / "b", offset=4 * PAGE, length=1, progress=lambda *done: calls.append(done), threads="auto")
+    assert file_beds.cached_pages(tree / "b") == 1
+    assert calls
+    result = prefault.populate(tree, method="pread", threads=2, rate="1 GiB/s")
+    assert result.present_bytes == PAGE
+    assert (file_beds.cached_pages(tree / "a"), file_beds.cached_pages(tree / "b")) == (64, 5)
+    assert "into the page cache, 2 files" in str(result)
+    assert prefault.populate(prefault.select(tree)).present_bytes == 69 * PAGE
+
+
+def test_populate_raises_what_warm_lists(tree: Path) -> None:
+    with pytest.raises(OSError, match=r"gone: .*ENOENT.*does not exist"):
+        prefault.populate(tree / "gone")
+    with pytest.raises(OSError, match=r"gone: .*\(2 failures: prefault.warm returns them all\); 256.0 KiB were brought in"):
+        prefault.populate(prefault.select([tree / "gone", tree / "a", tree / "gone too"]))
+    with pytest.raises(OSError, match=r"gone: .*ENOENT"):
+        prefault.plan(tree / "gone")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"access": "write"}, "access is None or 'read', not 'write'"),
+        ({"rollback": True}, "leave rollback out"),
+        ({"huge": "auto"}, "leave huge out"),
+        ({"node": 0}, "leave node out"),
+        ({"interleave": True}, "leave interleave out"),
+        ({"headroom": "ignore"}, "leave headroom out"),
+        ({"method": "populate_read"}, "method is one of populate, readahead, pread"),
+        ({"threads": 0}, "threads is a number"),
+        ({"offset": -1}, "negative|not a"),
+    ],
+)
+def test_options_that_files_do_not_have_are_refused(tree: Path, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        prefault.populate(tree / "a", **options)
+    assert file_beds.cached_pages(tree / "a") == 0
+
+
+def test_residency_tells_what_is_in_the_page_cache(tree: Path) -> None:
+    path = tree / "a"
+    assert prefault.residency(path).present_bytes == 0
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no readahead
+        for page in (3, 4, 60):
+            os.pread(file.fileno(), 1, page * PAGE)
+    assert file_beds.cached_pages(path) == 3
+    found = prefault.residency(str(path))
+    assert (found.present_bytes, found.cached_bytes, found.inspected_bytes) == (3 * PAGE, 3 * PAGE, 64 * PAGE)
+    assert found.ranges() == RangeSet([PageRange(3 * PAGE, 5 * PAGE), PageRange(60 * PAGE, 61 * PAGE)])
+    assert "12.0 KiB present" in str(found)
+    assert found.allocated_bytes is None
+    with pytest.raises(ValueError, match="map the file to see its pages in this process"):
+        found.bytes_in(PageState.ALLOCATED)
+    part = prefault.residency(path, offset=4 * PAGE, length=2 * PAGE)
+    assert (part.range, part.present_bytes) == (PageRange(4 * PAGE, 6 * PAGE), PAGE)
+    assert part.ranges() == RangeSet([PageRange(0, PAGE)])
+    assert prefault.residency(path, offset=100 * PAGE).inspected_bytes == 0
+
+
+def test_residency_of_what_is_no_single_file_is_refused(tree: Path) -> None:
+    with pytest.raises(OSError, match=r"is a directory: prefault.status tells of each file in it"):
+        prefault.residency(tree)
+    with pytest.raises(TypeError, match=r"prefault.status takes a selection"):
+        prefault.residency(prefault.select(tree))
+    with pytest.raises(ValueError, match="leave nodes out"):
+        prefault.residency(tree / "a", nodes=True)
+
+
+def test_files_are_imported_for_the_first_path_only(tree: Path) -> None:
+    program = (
+        "import sys, prefault\n"
+        "prefault.populate(bytearray(10)); prefault.populate([bytearray(10)]); prefault.residency(bytearray(10))\n"
+        "assert not [name for name in sys.modules if name.startswith('prefault.files')]\n"
+        "prefault.populate(sys.argv[1])\n"
+        "assert 'prefault.files' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tree / "a")], check=True, timeout=60)
+    assert file_beds.cached_pages(tree / "a") == 64

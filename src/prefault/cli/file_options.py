@@ -13,25 +13,13 @@ import click
 
 from prefault.cli.json_output import json_option
 from prefault.cli.messages import complain, printable
+from prefault.cli.size_option import SizeType
 from prefault.files.failures import FileFailure
 from prefault.files.file_status import ByteRange, Ranges
 from prefault.files.selection import SelectedFile, Selection, SkippedFile, read_list, select
 from prefault.sizes import PAGE_SIZE, format_size, parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class SizeType(click.ParamType):  # type: ignore[type-arg]  # a class without types before click 8.3
-    """A size such as ``4096``, ``64k`` or ``"2 GiB"``."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return bytes."""
-        try:
-            return parse_size(value)
-        except (ValueError, TypeError) as error:
-            self.fail(str(error), param, ctx)
 
 
 class RangeType(click.ParamType):  # type: ignore[type-arg]  # a class without types before click 8.3

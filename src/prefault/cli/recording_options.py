@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 
 import click
 
-from prefault.sizes import format_size, parse_size
+from prefault.cli.size_option import SizeType
+from prefault.sizes import format_size
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _SHOWN = 5
 
 
-class RootType(click.ParamType[tuple[str, str]]):
+class RootType(click.ParamType):  # type: ignore[type-arg]  # a class without types before click 8.3
     """A root, ``NAME=DIR``."""
 
     name = "NAME=DIR"
@@ -29,19 +30,6 @@ class RootType(click.ParamType[tuple[str, str]]):
         if not equals or not name or not directory:
             self.fail(f"{value!r} is not NAME=DIR, such as model=/srv/model", param, ctx)
         return name, directory
-
-
-class SizeType(click.ParamType[int]):
-    """A size such as ``2 GiB``."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the size in bytes."""
-        try:
-            return parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 def root_option(command: _Command) -> _Command:

@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
-from prefault.cli.file_options import FileArguments, SizeType, failures_to_json, file_options, need_paths
+from prefault.cli.file_options import FileArguments, failures_to_json, file_options, need_paths
 from prefault.cli.json_output import print_json
 from prefault.cli.messages import complain
+from prefault.cli.size_option import SizeType
 from prefault.files.selection import select
 from prefault.files.warm_methods import METHOD_NAMES
 from prefault.files.warm_result import WarmResult

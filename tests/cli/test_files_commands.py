@@ -15,7 +15,7 @@ import pytest
 from prefault.cli import main
 from prefault.cli.status import draw_chart
 from prefault.ranges import PageRange, RangeSet
-from support import file_beds
+from support import file_beds, processes
 from support.file_beds import PAGE
 from support.json_schemas import check_output
 
@@ -227,6 +227,28 @@ def test_lock_json_and_the_end_by_ctrl_c(tree: Path) -> None:
         running.wait()
         running.stdout.close()
         running.stderr.close()
+
+
+def test_a_daemon_that_is_not_waited_for_finds_relative_paths_and_those_of_stdin(tree: Path, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    (names := [path.name for path in tree.iterdir() if path.is_file()]).sort()
+    for arguments, listed in ((names[:1], ""), (["-b", "-"], names[0])):
+        command = [sys.executable, "-m", "prefault", "lock", "-d", "-W", "-P", str(pid_file), *arguments]
+        done = subprocess.run(command, cwd=tree, input=listed, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert processes.eventually(lambda: pid_file.exists() and pid_file.read_text().strip() != "")
+        os.kill(int(pid_file.read_text()), signal.SIGTERM)
+        assert processes.eventually(lambda: not pid_file.exists())
+
+
+def test_a_file_that_is_no_pid_file_is_not_overwritten(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    precious = tree.parent / "precious"
+    for content in ("text\n", "1" * 100):
+        precious.write_text(content)
+        status, _, err = _call(capsys, "lock", "-P", precious, tree)
+        assert status == 1
+        assert f"{precious}: is there already, and is no pid file: name another" in err
+        assert precious.read_text() == content
 
 
 def test_sigterm_while_files_are_locked_leaves_nothing_behind(tmp_path: Path) -> None:

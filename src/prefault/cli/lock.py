@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from prefault.sizes import PAGE_SIZE, format_size
 
 Ready: TypeAlias = Callable[[int], None]
 """Called with the exit status once all is locked."""
+
+_MOST_PID_BYTES = 20
 
 _ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 
@@ -113,23 +116,37 @@ def _pid_file(path: str) -> Iterator[Callable[[], None]]:
     A file that was left behind by a process that was killed is taken over: its flock(2) is free.
 
     Raises:
-        FileError: a process that runs holds it.
+        FileError: a process that runs holds it, or it is another file than a pid file, which would be overwritten.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
+        status = os.fstat(fd)
+        if (
+            not stat.S_ISREG(status.st_mode)
+            or status.st_size > _MOST_PID_BYTES
+            or not _is_pid(os.pread(fd, _MOST_PID_BYTES, 0))
+        ):
+            raise FileError(errno.EEXIST, "is there already, and is no pid file", path, "name another pid file")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            holder = os.read(fd, 20).decode(errors="replace").strip() or "another"
+            holder = os.pread(fd, _MOST_PID_BYTES, 0).decode(errors="replace").strip() or "another"
             remedy = f"end it (kill {holder}), or name another pid file"
             raise FileError(errno.EEXIST, f"is held by process {holder}", path, remedy) from error
+        if not os.fstat(fd).st_nlink:
+            raise FileError(errno.EAGAIN, "was removed meanwhile by the process that held it", path, "try again")
         os.ftruncate(fd, 0)
         try:
             yield lambda: _write(fd, f"{os.getpid()}\n")
         finally:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):  # somebody removed it
+                os.unlink(path)
     finally:
         os.close(fd)
+
+
+def _is_pid(content: bytes) -> bool:
+    return not content.strip() or content.strip().isdigit()
 
 
 def _write(fd: int, text: str) -> None:
@@ -170,7 +187,7 @@ def _run_in_child(hold: Callable[[Ready], int], writer: int, *, wait: bool) -> N
         os.setsid()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the files are locked; the pid file is removed
         if not wait:
-            _let_go_of_terminal()
+            _let_go_of(1, 2)  # but not of stdin and the directory yet: a list of paths, and relative ones
         status = hold(lambda status: _tell_parent(writer, status, wait))
     except click.ClickException as error:
         complain(error.format_message())
@@ -188,16 +205,16 @@ def _run_in_child(hold: Callable[[Ready], int], writer: int, *, wait: bool) -> N
 
 def _tell_parent(writer: int, status: int, wait: bool) -> None:
     flush()
-    _let_go_of_terminal()
+    os.chdir("/")  # the file system that this was started on can be unmounted
+    _let_go_of(0, 1, 2)
     if wait:
         os.write(writer, bytes([status]))  # a BrokenPipeError ends this process: the parent was ended meanwhile
     os.close(writer)
 
 
-def _let_go_of_terminal() -> None:
-    """Leave the directory, and stdin, stdout and stderr: who reads them waits for their end."""
-    os.chdir("/")
+def _let_go_of(*streams: int) -> None:
+    """Leave standard streams, by their descriptors: who reads them waits for their end."""
     null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
+    for fd in streams:
         os.dup2(null, fd)
     os.close(null)

@@ -45,7 +45,8 @@ def sentence(error: OSError) -> str:
     """Return the error's message, without the errno where the message says more than the errno's name."""
     text = error.strerror or str(error)
     if error.filename is not None:
-        return f"{printable(os.fsdecode(error.filename))}: {text}"
+        remedy = getattr(error, "remedy", "")  # of a FileError
+        return f"{printable(os.fsdecode(error.filename))}: {text}" + (f": {remedy}" if remedy else "")
     if error.errno is not None and text == os.strerror(error.errno):
         # Python names no file where writing to an open one fails; commands name all files that they write but their output.
         return f"the output cannot be written: {text}" if error.errno in _OF_WRITING else str(error)

@@ -13,6 +13,7 @@ import pytest
 
 import prefault
 from prefault._kernel import mman
+from prefault.arrays import fault_free
 from support import oracle
 from support.children import in_child
 
@@ -206,3 +207,15 @@ def test_its_text_can_be_had_in_another_thread() -> None:
         thread.join()
     assert texts == ["<ReadyMemory of 256.0 KiB, in a block of another thread>"]
     assert "0 major page faults" in repr(memory)
+
+
+def test_ctrl_c_right_after_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lock(*arguments: Any, **options: Any) -> None:
+        prefault.lock(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fault_free, "lock_pages", lock)
+    array = _array()
+    with pytest.raises(KeyboardInterrupt), prefault.ready(array):
+        pass
+    assert not _is_locked(array)

@@ -70,11 +70,10 @@ class ReadyMemory:
             self._pages = PageRange.outward(span.start, span.stop)
             if self._lock and self._pages:
                 kept = Intervals(proc.mappings_with_flag("lo"))
-                whole = Intervals([self._pages])
+                self._ours = Intervals([self._pages]) - kept  # before: Ctrl-C may come right after the lock
                 locked = lock_pages(
                     self._buffer, access=self._access, offset=self._offset, length=self._length, headroom=self._headroom
                 )
-                self._ours = whole - kept
                 self.populated = locked.populated
                 self.locked_bytes = self._ours.length
             else:

@@ -332,6 +332,20 @@ def test_ctrl_c_leaves_nothing(monkeypatch: pytest.MonkeyPatch, name: str | None
         SharedMemory(name, create=True, size=_SIZE)
 
 
+@pytest.mark.parametrize("name", [None, "prefault-test-named"])
+@pytest.mark.parametrize("track", [True, False])
+@pytest.mark.usefixtures("nothing_left")
+def test_ctrl_c_right_after_it_got_its_name(monkeypatch: pytest.MonkeyPatch, name: str | None, track: bool) -> None:
+    def give_name(fd: int, chosen: str) -> None:
+        named(fd, chosen)
+        raise KeyboardInterrupt
+
+    named = nameless_files.give_name
+    monkeypatch.setattr(nameless_files, "give_name", give_name)
+    with pytest.raises(KeyboardInterrupt):
+        SharedMemory(name, create=True, size=_SIZE, track=track)
+
+
 @pytest.mark.parametrize("name", [None, "prefault-test-plain"])
 def test_without_o_tmpfile(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
     monkeypatch.setattr(os, "O_TMPFILE", os.O_RDWR | os.O_DIRECTORY)  # EISDIR: the answer of old kernels

@@ -77,6 +77,26 @@ def test_protections_nest() -> None:
     assert _make() == 0
 
 
+def test_ctrl_c_while_it_begins_or_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(work: Any) -> Any:
+        def both(*arguments: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            work(*arguments)
+
+        return both
+
+    monkeypatch.setattr(standard_guard, "_enter", interrupted(standard_guard._enter))
+    with pytest.raises(KeyboardInterrupt):
+        prefault.protect_shared_memory()
+    assert _make() == 0
+    monkeypatch.undo()
+    protection = prefault.protect_shared_memory()
+    monkeypatch.setattr(standard_guard, "_leave", interrupted(standard_guard._leave))
+    with pytest.raises(KeyboardInterrupt):
+        protection.end()
+    assert _make() == 0
+
+
 def test_a_wrapper_around_ours_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     protection = prefault.protect_shared_memory()
     ours = shared_memory.SharedMemory.__init__

@@ -85,6 +85,8 @@ class SharedMemory(shared_memory.SharedMemory):
 
     populated: PopulateResult | None = None
 
+    _registered: str | None = None
+
     def __init__(
         self,
         name: str | None = None,
@@ -142,11 +144,11 @@ class SharedMemory(shared_memory.SharedMemory):
         if name is not None:
             nameless_files.file_name(name)
         fd = nameless_files.create_nameless()
-        if fd is None:
-            self._with_new_name(name, self._create_named)
-        else:
-            self._fd = fd
         try:
+            if fd is None:
+                self._with_new_name(name, self._create_named)
+            else:
+                self._fd = fd
             try:
                 os.ftruncate(self._fd, length)
                 self._map(length)
@@ -160,9 +162,18 @@ class SharedMemory(shared_memory.SharedMemory):
             if fd is not None:
                 self._with_new_name(name, lambda chosen: nameless_files.give_name(self._fd, chosen))
         except BaseException:
-            if os.fstat(self._fd).st_nlink:  # it has its name
-                self.unlink()
+            self._take_name_back()
             raise
+        finally:
+            vars(self).pop("_registered", None)  # of no use from now on, and no attribute of the standard class
+
+    def _take_name_back(self) -> None:
+        """Remove the name of a file that shall not be; Ctrl-C may have come right after it got that."""
+        if self._name is not None and self._fd >= 0 and os.fstat(self._fd).st_nlink:
+            nameless_files.remove(self._name)
+        self._name = None
+        if self._registered is not None:
+            resource_tracker.unregister(self._registered, "shared_memory")
 
     def _with_new_name(self, name: str | None, make: Callable[[str], None]) -> None:
         """Have a file made or named, and registered at the resource tracker.
@@ -171,8 +182,8 @@ class SharedMemory(shared_memory.SharedMemory):
         may be another's, which the tracker would remove.
         """
         if name is not None:
-            make(name)
             self._name = f"/{name}"
+            make(name)
             self._register()
             return
         while True:
@@ -180,18 +191,17 @@ class SharedMemory(shared_memory.SharedMemory):
             self._register()
             try:
                 make(self._name)
-            except BaseException as error:
+            except FileExistsError:
                 if self._track:
                     resource_tracker.unregister(self._name, "shared_memory")
-                self._name = None
-                if isinstance(error, FileExistsError):
-                    continue
-                raise
+                self._name = self._registered = None
+                continue
             return
 
     def _register(self) -> None:
         if self._track:
             assert self._name is not None
+            self._registered = self._name
             resource_tracker.register(self._name, "shared_memory")
 
     def _create_named(self, name: str) -> None:

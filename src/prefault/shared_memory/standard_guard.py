@@ -14,6 +14,7 @@ from multiprocessing import shared_memory
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from prefault.engine.execution import deferring_ctrl_c
 from prefault.errors import PopulateError
 from prefault.limits.limit import Shortfall
 from prefault.limits.memory_use import MemoryUse
@@ -37,9 +38,12 @@ class SharedMemoryProtection:
     def end(self) -> None:
         """End the protection; the last one that ends puts the original methods back. Idempotent."""
         with _lock:
-            if not self._ended:
-                self._ended = True
-                _leave()
+            deferring_ctrl_c(self._end)
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            _leave()
 
     def __enter__(self) -> Self:
         return self
@@ -78,7 +82,13 @@ def protect_shared_memory() -> SharedMemoryProtection:
         BackingFullError: the kernel found no memory, though the limits had room.
     """
     with _lock:
-        return SharedMemoryProtection(_enter())
+        protection = SharedMemoryProtection(())
+        try:
+            deferring_ctrl_c(lambda: _enter(protection))
+        except BaseException:  # Ctrl-C: nobody gets the protection, and so could end it
+            protection.end()
+            raise
+        return protection
 
 
 class _Patch(NamedTuple):
@@ -96,7 +106,7 @@ _patches: list[_Patch] = []
 _active = 0
 
 
-def _enter() -> tuple[str, ...]:
+def _enter(protection: SharedMemoryProtection) -> None:
     global _active
     _active += 1
     protects = ["multiprocessing.shared_memory.SharedMemory"]
@@ -114,7 +124,7 @@ def _enter() -> tuple[str, ...]:
         for name in ("_share_fd_cpu_", "_share_filename_cpu_"):
             if hasattr(storage, name):
                 _wrap(storage, name, _checked_storage)
-    return tuple(protects)
+    protection.protects = tuple(protects)
 
 
 def _leave() -> None:

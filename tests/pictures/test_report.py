@@ -162,6 +162,11 @@ def test_a_report_goes_through_a_link_and_into_a_pipe(tmp_path: Path) -> None:
     try:
         write_report(tmp_path / "pipe", "page")
         assert os.read(reader, 100) == b"page"
+        read_end, write_end = os.pipe()
+        write_report(f"/proc/self/fd/{write_end}", "page")  # what /dev/stdout is in a pipeline
+        assert os.read(read_end, 100) == b"page"
+        os.close(read_end)
+        os.close(write_end)
     finally:
         os.close(reader)
     assert (tmp_path / "pipe").is_fifo()

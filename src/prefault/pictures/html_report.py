@@ -78,11 +78,12 @@ def write_report(path: str | os.PathLike[str], page: str) -> None:
     Raises:
         OSError: the file cannot be written; an earlier file is unchanged.
     """
-    target = Path(path).resolve()
+    target = Path(path)
     try:
         if target.exists() and not target.is_file():
             target.write_text(page, encoding="utf-8")  # a device must not be replaced by a file
             return
+        target = target.resolve()
         draft = target.with_name(f".{os.getpid()}.prefault-report")  # shorter than many a name at the limit of 255 bytes
         try:
             draft.write_text(page, encoding="utf-8")

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefault import PAGE_SIZE, format_size, parse_size
+from prefault.sizes import format_count
 
 _BINARY = {"k": 1, "m": 2, "g": 3, "t": 4, "p": 5, "e": 6}
 _LARGEST = 2**63 - 1
@@ -169,3 +170,8 @@ def test_format_is_right_to_a_tenth_of_its_unit(size: int) -> None:
 
 def test_page_size() -> None:
     assert mmap.PAGESIZE == PAGE_SIZE
+
+
+def test_count_has_the_noun_in_the_number_it_needs() -> None:
+    assert [format_count(count, "file") for count in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
+    assert [format_count(count, "directory", "directories") for count in (1, 0)] == ["1 directory", "0 directories"]

@@ -69,6 +69,17 @@ def parse_size(size: Size) -> int:
     return result
 
 
+def format_count(count: int, noun: str, plural: str = "") -> str:
+    """Format a number of things for people: ``"1 file"``, ``"2 files"``, ``"0 directories"``.
+
+    Args:
+        count: number of things.
+        noun: word for one of them.
+        plural: word for several; ``""``: the noun and an s.
+    """
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
 def format_size(size: int) -> str:
     """Format bytes for people, in binary units, rounded to a tenth of the unit: ``"4.0 GiB"``, ``"512 bytes"``."""
     value = float(size)

@@ -39,7 +39,7 @@ def _call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
 def test_status_as_text(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _call(capsys, "status", tree) == (
         0,
-        "   files: 2 in 1 directories\n  cached: 20.0 KiB of 32.0 KiB (62.5 %)\nleft out: 1 paths (-v names them)\n",
+        "   files: 2 in 1 directory\n  cached: 20.0 KiB of 32.0 KiB (62.5 %)\nleft out: 1 path (-v names them)\n",
         "",
     )
     status, out, err = _call(capsys, "status", "-v", tree)
@@ -77,7 +77,7 @@ def test_json_of_pages_that_are_left(tmp_path: Path, small_tmpfs: object, capsys
     status, out, err = _call(capsys, "evict", path)
     assert status == 1
     assert "in memory alone" in err
-    assert "left: 4.0 KiB in 1 files" in out
+    assert "left: 4.0 KiB in 1 file" in out
 
 
 def test_ranges_out_and_in(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,7 @@ def test_record_and_replay(way: str, file: Path, tmp_path: Path) -> None:
     os.utime(file, ns=(0, 0))
     done = prefault("replay", recording)
     assert done.returncode == 1
-    assert "1 files changed since and were skipped" in done.stdout
+    assert "1 file changed since and skipped" in done.stdout
     told = check_output(prefault("replay", recording, "--json").stdout, "prefault-replay")
     assert told["changed"] == [{"base64": told["changed"][0]["base64"], "text": f"{tmp_path}/file \ufffd"}]
 

@@ -87,7 +87,7 @@ def test_failures_do_not_stop_the_others(tree: Path) -> None:
     found = prefault.status([tree / "whole", tree / "not there", tree / "empty"])
     assert [Path(file.path).name for file in found.files] == ["whole", "empty"]
     assert [Path(failure.path).name for failure in found.failures] == ["not there"]
-    assert "1 failures" in str(found)
+    assert "1 failure" in str(found)
 
 
 def test_a_file_that_vanishes_before_it_is_opened(tree: Path) -> None:

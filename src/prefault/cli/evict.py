@@ -9,7 +9,7 @@ from prefault.cli.json_output import print_json
 from prefault.cli.messages import complain
 from prefault.files.evicting import EvictedFile, each_evicted
 from prefault.files.evicting import evict as evict_all
-from prefault.sizes import PAGE_SIZE, format_size
+from prefault.sizes import PAGE_SIZE, format_count, format_size
 
 
 @click.command()
@@ -50,11 +50,11 @@ def evict(files: FileArguments, sync: bool) -> int:
                 complain(str(found))
         files.print_file(found.path, f"{format_size((found.evicted_pages or 0) * PAGE_SIZE)} evicted")
     rows = [
-        ("files", f"{count} in {files.selection.directories} directories"),
+        ("files", files.count(count)),
         ("evicted", f"{format_size(evicted * PAGE_SIZE)} of {format_size(pages * PAGE_SIZE)}"),
     ]
     if kept:
-        rows.append(("left", f"{format_size(left * PAGE_SIZE)} in {kept} files"))
+        rows.append(("left", f"{format_size(left * PAGE_SIZE)} in {format_count(kept, 'file')}"))
     files.print_summary(rows)
     files.print_key_values("Evicted", count, evicted, pages)
     return 1 if files.failures or kept else 0

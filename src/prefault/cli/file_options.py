@@ -17,7 +17,7 @@ from prefault.cli.size_option import SizeType
 from prefault.files.failures import FileFailure
 from prefault.files.file_status import ByteRange, Ranges
 from prefault.files.selection import SelectedFile, Selection, SkippedFile, read_list, select
-from prefault.sizes import PAGE_SIZE, format_size, parse_size
+from prefault.sizes import PAGE_SIZE, format_count, format_size, parse_size
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -103,6 +103,10 @@ class FileArguments:
 
         return Selection(announce)
 
+    def count(self, files: int) -> str:
+        """Return how many files were worked on, in how many directories."""
+        return f"{files} in {format_count(self.selection.directories, 'directory', 'directories')}"
+
     def print_summary(self, rows: Iterable[tuple[str, str]]) -> None:
         """Print the sum of all: titles and values, one a line."""
         if self.quiet or self.output != "text":
@@ -110,7 +114,7 @@ class FileArguments:
         shown = list(rows)
         if self.selection.skipped:
             names = "" if self.verbose else " (-v names them)"
-            shown.append(("left out", f"{self.selection.skipped} paths{names}"))
+            shown.append(("left out", f"{format_count(self.selection.skipped, 'path')}{names}"))
         if self.failures:
             shown.append(("failed", str(self.failures)))
         width = max(len(title) for title, _ in shown)

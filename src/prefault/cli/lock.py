@@ -20,7 +20,7 @@ from prefault.cli.json_output import print_json
 from prefault.cli.messages import complain, complain_of
 from prefault.files.failures import FileError
 from prefault.files.file_locks import FileLock, lock_files
-from prefault.sizes import PAGE_SIZE, format_size
+from prefault.sizes import PAGE_SIZE, format_count, format_size
 
 Ready: TypeAlias = Callable[[int], None]
 """Called with the exit status once all is locked."""
@@ -94,7 +94,8 @@ def _show(locked: FileLock, files: FileArguments) -> int:
     if locked.closed and not locked.failures:
         complain("nothing was locked: no file was selected that has any bytes in the range")
         return 1
-    files.print_summary([("locked", f"{format_size(locked.bytes)} in {locked.files} files, by process {os.getpid()}")])
+    count = format_count(locked.files, "file")
+    files.print_summary([("locked", f"{format_size(locked.bytes)} in {count}, by process {os.getpid()}")])
     files.print_key_values("Locked", locked.files, locked.bytes // PAGE_SIZE, locked.bytes // PAGE_SIZE)
     return 1 if locked.failures else 0
 

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from prefault.cli.recording_options import check_writable, root_option, size, tell_notes, told_as_usage
+from prefault.sizes import format_count
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -50,7 +51,7 @@ def record(
     tell_notes(recording.notes)
     areas = f", and {size(recording.area_bytes)} of device memory" if recording.areas else ""
     click.echo(
-        f"prefault: {size(recording.file_bytes)} of {len(recording.files)} files{areas} recorded by {recording.way}"
-        f" in {output}", err=True,
+        f"prefault: {size(recording.file_bytes)} of {format_count(len(recording.files), 'file')}{areas} recorded by"
+        f" {recording.way} in {output}", err=True,
     )  # fmt: skip
     return done.status

@@ -10,6 +10,7 @@ import click
 
 from prefault.cli.json_output import json_option, print_json
 from prefault.cli.recording_options import replay_options, size, some_of, told_as_usage
+from prefault.sizes import format_count
 
 if TYPE_CHECKING:
     from prefault.recordings.replaying import ReplayResult
@@ -83,8 +84,8 @@ def show(result: ReplayResult, as_json: bool, kind: str, recording: str) -> int:
         )  # fmt: skip
         return 0 if result.complete else 1
     lines = [
-        f"{size(result.bytes)} brought in, {size(result.present_bytes)} were there, of {result.files} files, in"
-        f" {result.seconds:.2f} s"
+        f"{size(result.bytes)} brought in, {size(result.present_bytes)} were there, of"
+        f" {format_count(result.files, 'file')}, in {result.seconds:.2f} s"
     ]
     if result.evicted_bytes:
         lines.append(f"{size(result.evicted_bytes)} evicted")
@@ -96,10 +97,11 @@ def show(result: ReplayResult, as_json: bool, kind: str, recording: str) -> int:
             f" {some_of(result.skipped_areas)}"
         )
     if result.changed:
-        lines.append(f"{len(result.changed)} files changed since and were skipped: {some_of(result.changed)}")
+        lines.append(f"{format_count(len(result.changed), 'file')} changed since and skipped: {some_of(result.changed)}")
     if result.missing:
-        lines.append(f"{len(result.missing)} files are gone, or below a root that was not given: {some_of(result.missing)}")
+        count = format_count(len(result.missing), "file")
+        lines.append(f"{count} gone, or below a root that was not given: {some_of(result.missing)}")
     if result.over_budget:
-        lines.append(f"{result.over_budget} files did not fit into the budget, whole or in part")
+        lines.append(f"{format_count(result.over_budget, 'file')} did not fit into the budget, whole or in part")
     click.echo("\n".join(lines))
     return 0 if result.complete else 1

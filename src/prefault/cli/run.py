@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from prefault.cli.recording_options import size, told_as_usage
+from prefault.sizes import format_count
 
 
 @click.command(context_settings={"allow_interspersed_args": False})
@@ -29,6 +30,6 @@ def run(keep_cache: bool, command: tuple[str, ...]) -> int:  # noqa: ARG001  req
     stayed = f", {size(kept.stayed_bytes)} in use by others" if kept.stayed_bytes else ""
     click.echo(
         f"prefault: {size(kept.evicted_bytes)} evicted{stayed}, {size(kept.restored_bytes)} brought back, of"
-        f" {kept.files} files (by {kept.way})", err=True,
+        f" {format_count(kept.files, 'file')} (by {kept.way})", err=True,
     )  # fmt: skip
     return kept.status

@@ -15,6 +15,7 @@ from prefault.cli.json_output import json_option, print_json
 from prefault.cli.messages import complain
 from prefault.cli.recording_options import check_writable, replay_options, root_option, size, tell_notes, told_as_usage
 from prefault.cli.replay import show, wanted
+from prefault.sizes import format_count
 
 if TYPE_CHECKING:
     from prefault.recordings.snapshots import SavedSnapshot
@@ -60,7 +61,8 @@ def save(file: str, paths: tuple[str, ...], roots: tuple[tuple[str, str], ...], 
     if as_json:
         print_json(SAVED, 1, _saved(file, saved))
     elif saved.written:
-        click.echo(f"{size(saved.recording.file_bytes)} of {len(saved.recording.files)} files are cached: {file}")
+        count = format_count(len(saved.recording.files), "file")
+        click.echo(f"{size(saved.recording.file_bytes)} of {count} cached: {file}")
     return 0 if saved.recording.complete else 1
 
 
@@ -151,7 +153,8 @@ def auto(
             return
         _tell_partial(file, saved)
         if saved.written:
-            click.echo(f"saved: {size(saved.recording.file_bytes)} of {len(saved.recording.files)} files", err=True)
+            count = format_count(len(saved.recording.files), "file")
+            click.echo(f"saved: {size(saved.recording.file_bytes)} of {count}", err=True)
 
     with _end_signals() as wait:
         click.echo("watching", err=True)

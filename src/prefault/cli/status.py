@@ -15,7 +15,7 @@ from prefault.files.file_status import FilesStatus, FileStatus, each_status
 from prefault.files.file_status import status as status_of
 from prefault.files.open_file import OpenFile
 from prefault.ranges import PageRange, RangeSet
-from prefault.sizes import PAGE_SIZE, format_size
+from prefault.sizes import PAGE_SIZE, format_count, format_size
 
 if TYPE_CHECKING:
     from prefault.files.formats.tensor_ranges import TensorStatus
@@ -78,11 +78,12 @@ def _print_text(files: FileArguments, show: str | None) -> int:
             for tensor in _tensors(found, files):
                 told = "cannot tell" if tensor.cached_pages is None else share(tensor.cached_pages, tensor.pages)
                 click.echo(f"  {printable(tensor.name)}: {told}")
-    rows = [("files", f"{count} in {files.selection.directories} directories"), ("cached", share(cached, pages))]
+    rows = [("files", files.count(count)), ("cached", share(cached, pages))]
     if dirty:
         rows.append(("dirty", format_size(dirty * PAGE_SIZE)))
     if unknown:
-        rows.append(("unknown", f"{unknown} files, of which the kernel does not tell (--json has the reasons)"))
+        silent = f"{format_count(unknown, 'file')}, of which the kernel does not tell (--json has the reasons)"
+        rows.append(("unknown", silent))
     if show is None:
         files.print_summary(rows)
     files.print_key_values("Resident", count, cached, pages)

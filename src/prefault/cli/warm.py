@@ -14,7 +14,7 @@ from prefault.files.selection import select
 from prefault.files.warm_methods import METHOD_NAMES
 from prefault.files.warm_result import WarmResult
 from prefault.files.warming import warm as warm_files
-from prefault.sizes import PAGE_SIZE, format_size
+from prefault.sizes import PAGE_SIZE, format_count, format_size
 
 
 @click.command()
@@ -91,13 +91,13 @@ def _print(result: WarmResult, files: FileArguments) -> None:
     if result.stopped and not files.quiet:
         complain(f"stopped before the end: {result.stopped}")
     rows = [
-        ("files", f"{result.files} in {files.selection.directories} directories"),
+        ("files", files.count(result.files)),
         ("brought in", f"{format_size(result.bytes)} in {result.seconds:.2f} s"),
         ("cached before", format_size(result.present_bytes)),
     ]
     if result.read_bytes:
         speed = format_size(int(result.bytes_per_second))
-        rows.append(("read by", f"{result.method}, {result.threads} threads, {speed}/s"))
+        rows.append(("read by", f"{result.method}, {format_count(result.threads, 'thread')}, {speed}/s"))
     if result.evicted_bytes:
         rows.append(("evicted again", format_size(result.evicted_bytes)))
     if result.unchecked_bytes:

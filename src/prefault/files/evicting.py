@@ -14,7 +14,7 @@ from prefault.files.file_status import Ranges, checked_ranges
 from prefault.files.open_file import OpenFile
 from prefault.files.selection import Path, Selection, as_selection
 from prefault.ranges import PageRange, RangeSet
-from prefault.sizes import MIB, PAGE_SIZE, format_size
+from prefault.sizes import MIB, PAGE_SIZE, format_count, format_size
 
 _CHUNK = 256 * MIB
 """Bytes of one posix_fadvise call: some tens of milliseconds, so that Ctrl-C is answered."""
@@ -84,9 +84,10 @@ class EvictResult(NamedTuple):
         return self.left_pages * PAGE_SIZE
 
     def __str__(self) -> str:
-        failed = f", {len(self.failures)} failures" if self.failures else ""
-        left = f", {format_size(self.left_bytes)} left in {len(self.left)} files" if self.left else ""
-        return f"{format_size(self.evicted_bytes)} evicted from {self.files} files in {self.seconds:.2g} s{left}{failed}"
+        failed = f", {format_count(len(self.failures), 'failure')}" if self.failures else ""
+        left = f", {format_size(self.left_bytes)} left in {format_count(len(self.left), 'file')}" if self.left else ""
+        evicted = f"{format_size(self.evicted_bytes)} evicted from {format_count(self.files, 'file')}"
+        return f"{evicted} in {self.seconds:.2g} s{left}{failed}"
 
 
 def evict(

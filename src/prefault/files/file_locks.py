@@ -24,7 +24,7 @@ from prefault.limits.process_limits import lock_refusal
 from prefault.limits.table import ask_for_memory, shortfall_of
 from prefault.memory.file_verbs import HeldFiles
 from prefault.ranges import PageRange
-from prefault.sizes import MIB, Size, format_size
+from prefault.sizes import MIB, Size, format_count, format_size
 
 _CHUNK = 16 * MIB
 """Bytes of one mlock call, which reads what is missing: Ctrl-C waits for it."""
@@ -79,8 +79,8 @@ class FileLock(HeldFiles):
         self.close()
 
     def __str__(self) -> str:
-        failed = f", {len(self.failures)} failures" if self.failures else ""
-        return f"{format_size(self.bytes)} locked in {self.files} files, in {self.seconds:.2g} s{failed}"
+        failed = f", {format_count(len(self.failures), 'failure')}" if self.failures else ""
+        return f"{format_size(self.bytes)} locked in {format_count(self.files, 'file')}, in {self.seconds:.2g} s{failed}"
 
     def _map(self, selection: Selection, ranges: CheckedRanges) -> int:
         """Map the files, and return the bytes that their locks may take from the memory that is left."""

@@ -15,7 +15,7 @@ from prefault.files.failures import CannotTellError, FileFailure
 from prefault.files.open_file import OPEN_FLAGS, OpenFile
 from prefault.files.selection import Path, SelectedFile, Selection, as_selection
 from prefault.ranges import PageRange, RangeSet
-from prefault.sizes import PAGE_SIZE, format_size
+from prefault.sizes import PAGE_SIZE, format_count, format_size
 
 ByteRange = tuple[int, int | None]
 """Bytes of a file from the first offset up to the second; None: its end."""
@@ -99,10 +99,10 @@ class FilesStatus(NamedTuple):
         return sum(file.cached_pages is None for file in self.files)
 
     def __str__(self) -> str:
-        unknown = f", {self.unknown} files of which the kernel does not tell" if self.unknown else ""
-        failed = f", {len(self.failures)} failures" if self.failures else ""
+        unknown = f", {format_count(self.unknown, 'file')} of which the kernel does not tell" if self.unknown else ""
+        failed = f", {format_count(len(self.failures), 'failure')}" if self.failures else ""
         cached, size = format_size(self.cached_pages * PAGE_SIZE), format_size(self.pages * PAGE_SIZE)
-        return f"{cached} of {size} cached in {len(self.files)} files{unknown}{failed}"
+        return f"{cached} of {size} cached in {format_count(len(self.files), 'file')}{unknown}{failed}"
 
 
 def status(paths: Path | Iterable[Path] | Selection, *, ranges: Ranges | None = None, pages: bool = False) -> FilesStatus:

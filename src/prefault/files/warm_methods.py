@@ -22,7 +22,7 @@ from prefault._system import capabilities
 from prefault.files.open_file import OpenFile
 from prefault.files.step_workers import ReadStep
 from prefault.ranges import PageRange, RangeSet
-from prefault.sizes import KIB, MIB
+from prefault.sizes import KIB, MIB, format_count
 
 MethodName: TypeAlias = Literal["populate", "readahead", "pread"]
 METHOD_NAMES: tuple[MethodName, ...] = ("populate", "readahead", "pread")
@@ -56,7 +56,7 @@ class WarmMethod(NamedTuple):
         return self.name == "readahead"
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.threads} thread{'' if self.threads == 1 else 's'}"
+        return f"{self.name}, {format_count(self.threads, 'thread')}"
 
 
 def can_populate() -> bool:

@@ -10,7 +10,7 @@ from prefault.files.open_file import OpenFile
 from prefault.files.step_workers import StepFailure, StepWorkers
 from prefault.files.warm_methods import WarmMethod
 from prefault.ranges import RangeSet
-from prefault.sizes import format_size
+from prefault.sizes import format_count, format_size
 
 _FEW_RANGES = 64
 """Ranges up to which cachestat is asked for each, and not mincore for all."""
@@ -54,12 +54,11 @@ class WarmResult(NamedTuple):
         return self.read_bytes / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
-        files = f"{self.files} file{'' if self.files == 1 else 's'}"
-        text = f"{format_size(self.bytes)} of {files} brought in, in {self.seconds:.2f} s"
+        text = f"{format_size(self.bytes)} of {format_count(self.files, 'file')} brought in, in {self.seconds:.2f} s"
         details = []
         if self.read_bytes:
             details.append(f"{format_size(int(self.bytes_per_second))}/s by {self.method}")
-            details.append(f"{self.threads} thread{'' if self.threads == 1 else 's'}")
+            details.append(format_count(self.threads, "thread"))
         if self.present_bytes:
             details.append(f"{format_size(self.present_bytes)} cached before")
         if self.evicted_bytes:

@@ -123,6 +123,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ["lock", "--rate", "fast", "/etc/passwd"],
         ["warm"],
         ["warm", "--rate", "fast", "/etc/passwd"],
+        ["warm", "--rate", "500", "/etc/passwd"],
         ["warm", "--budget", "-1", "/etc/passwd"],
         ["warm", "--method", "hope", "/etc/passwd"],
         ["warm", "--threads", "0", "/etc/passwd"],

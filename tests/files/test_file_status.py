@@ -73,6 +73,13 @@ def test_a_wrong_range_is_refused(tree: Path, given: tuple[int, int]) -> None:
         prefault.status(tree, ranges=[given])
 
 
+def test_arguments_that_are_no_ranges_and_no_paths(tree: Path) -> None:
+    with pytest.raises(ValueError, match=r"not a range of a file: '0': give \(start, stop\)"):
+        prefault.status(tree, ranges="0-5")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="an iterable of them, not int"):
+        prefault.status(3)  # type: ignore[arg-type]
+
+
 def test_dirty_pages(tmp_path: Path) -> None:
     path = file_beds.make(tmp_path / "file", 8 * PAGE)
     with path.open("r+b") as file:

@@ -342,7 +342,7 @@ def test_a_budget_is_never_exceeded(tmp_path: Path, method: Any) -> None:
     (failure,) = result.failures
     assert failure.path == str(paths[1])
     assert "stopped after 20.0 MiB of 40.0 MiB" in failure.reason
-    assert "raise budget=" in result.stopped
+    assert "raise it (budget=, --budget)" in result.stopped
     assert str(result).endswith(result.stopped)
 
 

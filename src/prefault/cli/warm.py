@@ -10,6 +10,7 @@ from prefault.cli.file_options import FileArguments, failures_to_json, file_opti
 from prefault.cli.json_output import print_json
 from prefault.cli.messages import complain
 from prefault.cli.size_option import SizeType
+from prefault.engine.rate import RateLimit
 from prefault.files.selection import select
 from prefault.files.warm_methods import METHOD_NAMES
 from prefault.files.warm_result import WarmResult
@@ -52,6 +53,8 @@ def warm(
 
     Exit status: 0; 1 if a file failed, or memory or the budget came to its end; 2 for a wrong command line.
     """
+    if rate is not None:
+        _check_rate(rate)
     if pid is not None:
         if files.named or files.ranges or python_env is not None:
             raise click.UsageError("--pid warms a process, and takes neither paths nor ranges of files")
@@ -79,6 +82,16 @@ def warm(
         raise click.UsageError(str(error)) from error
     _print(result, files)
     return 1 if result.failures or result.stopped else 0
+
+
+def _check_rate(rate: str) -> None:
+    """Refuse a rate that lacks its unit: with ``--rate 500`` a file of 1 MiB would take half an hour."""
+    try:
+        limit = RateLimit(rate).bytes_per_second
+    except ValueError as error:
+        raise click.UsageError(f"--rate: {error}") from error
+    if limit is not None and limit < PAGE_SIZE:
+        raise click.UsageError(f"--rate: {format_size(limit)} a second is less than a page: give a unit, such as 500M")
 
 
 def _print(result: WarmResult, files: FileArguments) -> None:

@@ -56,7 +56,7 @@ class MemoryBudget:
         left = self._memory_left - since
         if self.asked_bytes is not None and self.asked_bytes - self.taken_bytes < left:
             left = self.asked_bytes - self.taken_bytes
-            self.tightest = f"the budget is {format_size(self.asked_bytes)}: raise budget="
+            self.tightest = f"the budget is {format_size(self.asked_bytes)}: raise it (budget=, --budget)"
         return max(0, left)
 
     def _read(self) -> None:

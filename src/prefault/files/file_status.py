@@ -164,7 +164,13 @@ def checked_ranges(ranges: Ranges | None) -> CheckedRanges:
     if ranges is None or callable(ranges):
         return ranges
     checked = list(ranges)
-    for start, stop in checked:
+    for found in checked:
+        try:
+            start, stop = found
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"not a range of a file: {found!r}: give (start, stop) in bytes, stop None for its end"
+            ) from None
         if start < 0 or (stop is not None and stop < start):
             raise ValueError(f"not a range of a file: [{start}, {stop})")
     return checked

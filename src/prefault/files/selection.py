@@ -119,6 +119,8 @@ def select(
     Sources: readdir(3), stat(2), fnmatch(3); patterns know no backslash, and negate by ``[!a]``.
     """
     single = isinstance(paths, str | bytes | os.PathLike)
+    if not single and not isinstance(paths, Iterable):
+        raise TypeError(f"paths are a str, bytes or os.PathLike, or an iterable of them, not {type(paths).__name__}")
     smallest, largest = parse_size(min_size), None if max_size is None else parse_size(max_size)
     walk = _Walk(
         follow_links, same_file_system, _matcher(include), _matcher(exclude), smallest, largest,

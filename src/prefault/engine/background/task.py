@@ -23,6 +23,7 @@ from prefault.engine.rate import RateLimit, rate_limit
 from prefault.errors import PopulateCancelled, PopulateInterrupted
 from prefault.memory.borrowed_members import borrowed_collection
 from prefault.memory.borrowing import borrow
+from prefault.sizes import format_size
 
 _EXIT_SECONDS = 10.0
 """Longest wait for calls under way when the interpreter exits."""
@@ -238,7 +239,7 @@ class PopulateTask:
 
     def __repr__(self) -> str:
         state = "finished" if self.done() else "cancelled" if self._call.cancelled else "populating"
-        return f"<PopulateTask {state}, {self.done_bytes} of {self.total_bytes} bytes>"
+        return f"<PopulateTask {state}, {format_size(self.done_bytes)} of {format_size(self.total_bytes)}>"
 
 
 def _log(call: _Call) -> None:

@@ -43,6 +43,8 @@ def parse_size(size: Size) -> int:
         TypeError: neither an integer nor a text.
         ValueError: negative, larger than a 63-bit number, an unknown unit, or a fraction of a byte.
     """
+    if type(size) is int and 0 <= size <= MAX_SIZE:
+        return size
     if isinstance(size, str):
         if len(size) > 100:
             raise ValueError(f"a text of {len(size)} characters is not a size")

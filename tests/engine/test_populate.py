@@ -295,9 +295,9 @@ def test_closed_and_released_memory_is_refused() -> None:
             prefault.populate(memory)
 
 
-@pytest.mark.parametrize("thing", [5, 1.5, None, object(), [1, 2], "text", Path("/tmp")])
+@pytest.mark.parametrize("thing", [5, 1.5, None, object(), [1, 2]])
 def test_what_is_not_a_buffer_is_refused(thing: Any) -> None:
-    with pytest.raises(TypeError, match=type(thing).__name__ + "|path"):
+    with pytest.raises(TypeError, match=type(thing).__name__):
         prefault.populate(thing)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from time import perf_counter_ns
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from prefault._kernel.rwlock import Attendance
 from prefault.engine.attempts import ChunkFailure, locate
@@ -26,10 +27,12 @@ from prefault.inspection.scan import residency_of
 from prefault.intervals import Intervals
 from prefault.limits.admission import AdmissionControl
 from prefault.limits.limit import Shortfall
-from prefault.memory.huge_advice import HugeAdvice
 from prefault.memory.vma import Backing
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import format_size
+
+if TYPE_CHECKING:
+    from prefault.memory.huge_advice import HugeAdvice
 
 
 class Execution:

@@ -14,7 +14,6 @@ from prefault.engine.methods import Access, Method, Target, best, by_name
 from prefault.intervals import Intervals
 from prefault.limits.memory_use import MemoryUse
 from prefault.memory.borrowing import Borrowed, Span, other_spans, provided_spans
-from prefault.memory.huge_advice import obstacle
 from prefault.memory.vma import Backing, Vma, file_descriptor, vmas_by_kind
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
 
@@ -344,6 +343,8 @@ def huge_page_candidates(plan: Plan, memory: Borrowed) -> tuple[Intervals, str |
         if item.backing is Backing.ANONYMOUS and item.target.writable and item.method.access == "write"
     )
     size = thp.pmd_size() or PAGE_SIZE
+    from prefault.memory.huge_advice import obstacle  # most programs do not ask for huge pages, and import is to be quick
+
     reason = obstacle()
     if reason is None and memory.access_guard is not None:
         reason = "the huge= of sparse memory decides"

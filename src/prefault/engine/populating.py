@@ -55,7 +55,6 @@ from prefault.memory.borrowing import (
     provided_spans,
 )
 from prefault.memory.file_verbs import verbs_on
-from prefault.memory.huge_advice import HugeAdvice
 from prefault.memory.node_policy import Interleave, NodePolicy, policy_for, under_policy
 from prefault.ranges import Ranges
 from prefault.sizes import Size
@@ -141,8 +140,8 @@ def populate(
         _check_choices(access, headroom, progress)
     options = PopulateOptions(
         access, method, threads, rollback, progress, None if rate is None else rate_limit(rate), headroom, began,
-        wants_huge(huge),
-        policy_for(node, interleave, strict=headroom == "check"),
+        huge is not None and wants_huge(huge),
+        None if node is None and interleave is False else policy_for(node, interleave, strict=headroom == "check"),
     )  # fmt: skip
     try:
         memory = borrow(buffer)
@@ -247,7 +246,7 @@ def _check_choices(access: object, headroom: object, progress: object) -> None:
 
 
 def _check_one_buffer(huge: bool, policy: NodePolicy | None) -> None:
-    name = "huge" if huge else "node or interleave" if policy is not None else None
+    name = "huge='auto'" if huge else "node or interleave" if policy is not None else None
     if name is not None:
         raise ValueError(f"{name} is for one buffer without gaps: give the buffers one by one, or leave {name} out")
 
@@ -322,20 +321,23 @@ def _carry_out(plan: Plan, memory: Borrowed, guarded: GuardedPopulate | None, op
     if rollback:
         before, kept = pages_before(plan.segments)
     else:
-        before, kept = populated_pages(plan.segments), _NONE
+        before, kept = populated_pages(plan.segments), None
     advice = None
     if huge:
         private, note = huge_page_candidates(plan, memory)
+        from prefault.memory.huge_advice import HugeAdvice
+
         advice = HugeAdvice(private - before, memory.address) if note is None else None
         plan = plan if note is None else plan._replace(notes=(*plan.notes, note))
     small = is_small(plan) and rate is None and advice is None and policy is None and not memory.nodes
     admission = None
     if headroom == "check" and not (small and surely_fits(plan.segments[0], began)):
         admission = _admission(plan.segments, before, memory, guarded, policy)
-    kept -= admit(plan.segments[0], admission, guarded)
+    protected = admit(plan.segments[0], admission, guarded)
     if small:
         admission = None  # its only chunk has just been looked at
-    undo = Rollback(plan.segments, kept, file_pages(plan.segments)) if rollback else None  # looks before anything is done
+    # Looks before anything is done.
+    undo = None if kept is None else Rollback(plan.segments, kept - protected, file_pages(plan.segments))
     if small and progress is False:
         return run_small(plan, memory.address, began, before, undo)
     with ExitStack() as stack:

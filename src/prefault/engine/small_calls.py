@@ -37,15 +37,14 @@ _REASON = Backing.ANONYMOUS.value  # which takes longer than to make the segment
 
 def is_small(plan: Plan) -> bool:
     """Return whether one chunk of one segment is all of the plan."""
-    return len(plan.segments) == 1 and plan.segments[0].length <= FIRST_CHUNK
+    segments = plan.segments
+    return len(segments) == 1 and segments[0].stop - segments[0].start <= FIRST_CHUNK
 
 
 def small_plan(memory: Borrowed, span: Span, access: Access | None) -> Plan | None:
     """Return the plan for a small part of one mapping of private anonymous memory; None where it is not that."""
     start, stop = span.start - span.start % PAGE_SIZE, span.stop + -span.stop % PAGE_SIZE
     if span.start == span.stop or stop - start > FIRST_CHUNK:
-        return None
-    if memory.strides is not None:
         return None
     if not (capabilities.PROCMAP_QUERY.available and capabilities.MADV_POPULATE.available):
         return None
@@ -63,7 +62,8 @@ def small_plan(memory: Borrowed, span: Span, access: Access | None) -> Plan | No
 def surely_fits(segment: Segment, now_ns: int) -> bool:
     """Return whether the last check of the limits left so much that a small call needs none of its own."""
     # An upper bound with page tables and all. Other memory has limits of its own as well.
-    bound = segment.length + segment.length // 256 + 64 * KIB
+    length = segment.stop - segment.start
+    bound = length + length // 256 + 64 * KIB
     return segment.backing is Backing.ANONYMOUS and allowance.spend(bound, now_ns)
 
 

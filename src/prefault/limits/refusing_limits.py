@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Literal
 
 from prefault._system import cgroups, hugetlb
@@ -31,13 +30,18 @@ def hugetlb_pool_limits(page_size: int) -> Iterator[Limit]:
         )  # fmt: skip
 
 
+def _read_number(path: str) -> int:
+    with open(path, "rb") as file:
+        return int(file.read())
+
+
 def node_pool_limits(nodes: Sequence[int], page_size: int) -> Iterator[Limit]:
     """Read the hugetlb pools of NUMA nodes, together: what is free there, reserved or not."""
     total = free = 0
     with contextlib.suppress(OSError, ValueError):
         for node in nodes:
-            total += int(Path(node_pool(node, page_size), "nr_hugepages").read_text())
-            free += int(Path(node_pool(node, page_size), "free_hugepages").read_text())
+            total += _read_number(f"{node_pool(node, page_size)}/nr_hugepages")
+            free += _read_number(f"{node_pool(node, page_size)}/free_hugepages")
         setting = f"{node_pool(nodes[0], page_size)}/nr_hugepages"
         yield Limit(
             f"hugetlb pool of {format_size(page_size)} pages on {format_list(tuple(nodes))}", "huge pages",

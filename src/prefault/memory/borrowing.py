@@ -13,14 +13,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol, SupportsIndex
 
 from prefault._system import fork_hooks
 from prefault.interval_index import IntervalIndex
 from prefault.intervals import Intervals
-from prefault.memory.strides import Strides
 from prefault.ranges import RangeSet
 from prefault.sizes import Size, parse_size
+
+if TYPE_CHECKING:
+    from prefault.memory.strides import Strides
 
 
 class Span(NamedTuple):
@@ -199,18 +201,16 @@ class _PageProviders:
     def __init__(self) -> None:
         # By address, and asked without the lock.
         self._index: IntervalIndex[int] = IntervalIndex()
-        self._references: dict[int, weakref.ref[PageProvider]] = {}
+        self.references: dict[int, weakref.ref[PageProvider]] = {}
         self._stops: dict[int, int] = {}
         self._changes: deque[Callable[[], None]] = deque()
         self._changing = False
         self._lock = threading.RLock()  # reentrant: a finalizer removes an entry
 
     def within(self, start: int, stop: int) -> tuple[ProvidedSpan, ...]:
-        if not self._references:
-            return ()
         found = []
         for first, last, address in sorted(self._index.overlapping(start, stop)):
-            reference = self._references.get(address)
+            reference = self.references.get(address)
             page_provider = None if reference is None else reference()
             if page_provider is not None:
                 found.append(ProvidedSpan(max(first, start), min(last, stop), page_provider))
@@ -235,13 +235,13 @@ class _PageProviders:
                 self._changing = False
 
     def _add(self, address: int, stop: int, reference: weakref.ref[PageProvider]) -> None:
-        self._references[address], self._stops[address] = reference, stop
+        self.references[address], self._stops[address] = reference, stop
         self._index.add(address, stop, address)
 
     def _remove(self, address: int) -> None:
         stop = self._stops.pop(address, None)
         if stop is not None:
-            del self._references[address]
+            del self.references[address]
             self._index.remove(address, stop, address)
 
     def forget_threads(self) -> None:
@@ -255,7 +255,7 @@ fork_hooks.register(in_child=_page_providers.forget_threads)
 
 def provided_spans(start: int, stop: int) -> tuple[ProvidedSpan, ...]:
     """Return the parts of ``[start, stop)`` that page providers supply, in order; the kernel supplies the rest."""
-    return _page_providers.within(start, stop)
+    return _page_providers.within(start, stop) if _page_providers.references else ()
 
 
 def other_spans(start: int, stop: int, provided: Sequence[ProvidedSpan]) -> list[Span]:
@@ -405,6 +405,8 @@ def _with_strides(
     """Return the memory of an array whose first item lies at ``first``; without strides it has no gap."""
     if strides is None:
         return Borrowed(first, itemsize * math.prod(shape), readonly=readonly, pin=pin)
+    from prefault.memory.strides import Strides  # only now: most programs have no arrays with gaps
+
     (below, stop), dense = _layout(itemsize, shape, strides)
     gaps = None if dense else Strides(first, itemsize, tuple(shape), tuple(strides))
     return Borrowed(first + below, stop - below, readonly=readonly, strides=gaps, pin=pin)

@@ -139,7 +139,7 @@ def vma_at(address: int) -> Vma | None:
 
 def row_at(address: int) -> VmaRow | None:
     """Return what :func:`vma_at` returns, as numbers only: one ioctl, for which the kernel needs PROCMAP_QUERY."""
-    return next(_query_all(address, 1 << 64), None)
+    return _query(procmap.ProcmapQuery(_QUERY_BYTES, procmap.PROCMAP_QUERY_COVERING_OR_NEXT_VMA), address)
 
 
 def vmas(start: int, stop: int) -> Iterator[Vma]:
@@ -185,21 +185,24 @@ VmaRow: TypeAlias = tuple[int, int, int, int, int, int, int, int]
 def _query_all(start: int, stop: int) -> Iterator[VmaRow]:
     """Ask for one VMA after the other by one structure: with thousands of VMAs its making would take most of the time."""
     query = procmap.ProcmapQuery(_QUERY_BYTES, procmap.PROCMAP_QUERY_COVERING_OR_NEXT_VMA)
-    ioctl, unpack = _maps.ioctl, _ROW.unpack_from
     at = start
     while at < stop:
-        query.query_addr = at
-        try:
-            ioctl(procmap.PROCMAP_QUERY, query, quick=True)
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return
-            raise
-        row = unpack(query, _ROW_OFFSET)
-        if row[0] >= stop:
+        row = _query(query, at)
+        if row is None or row[0] >= stop:
             return
         yield row
         at = row[1]
+
+
+def _query(query: procmap.ProcmapQuery, address: int) -> VmaRow | None:
+    query.query_addr = address
+    try:
+        _maps.ioctl(procmap.PROCMAP_QUERY, query, quick=True)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    return _ROW.unpack_from(query, _ROW_OFFSET)
 
 
 def _vma_of(row: VmaRow) -> Vma:

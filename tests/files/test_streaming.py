@@ -276,3 +276,11 @@ def test_nothing_is_left_behind(tmp_path: Path, no_leaks: None) -> None:
             file.seek(15 * MIB)
             file.read(MIB)
     assert _cached(path) == RangeSet()
+
+
+def test_a_wrong_seek_is_refused(tmp_path: Path) -> None:
+    path = file_beds.make(tmp_path / "file", PAGE)
+    with prefault.stream(path) as stream, pytest.raises(ValueError, match="whence"):
+        stream.seek(0, 9)
+    with pytest.raises(ValueError, match="closed"):
+        stream.seek(0)

@@ -162,6 +162,14 @@ def test_files_that_vanish_meanwhile(tmp_path: Path) -> None:
     assert result.files == 15
 
 
+def test_files_that_the_kernel_makes_are_refused_and_not_read() -> None:
+    result = prefault.warm("/sys/kernel/mm/transparent_hugepage/enabled")
+    assert (result.bytes, result.read_bytes) == (0, 0)
+    assert "is on sysfs" in str(*result.failures)
+    with pytest.raises(OSError, match="is on sysfs"), prefault.stream("/sys/kernel/mm/transparent_hugepage/enabled") as file:
+        file.read(1)
+
+
 def test_a_tree_with_links(tmp_path: Path) -> None:
     (tmp_path / "tree" / "inner").mkdir(parents=True)
     _cold(tmp_path / "tree" / "a", 3 * PAGE)

@@ -7,8 +7,8 @@ import os
 from typing import NamedTuple
 
 from prefault.files.cached_pages import cached_ranges
-from prefault.files.failures import CannotTellError
-from prefault.files.open_file import OpenFile
+from prefault.files.failures import CannotTellError, FileError
+from prefault.files.open_file import MADE_BY_KERNEL, OpenFile
 from prefault.ranges import PageRange, RangeSet
 
 
@@ -29,7 +29,14 @@ class FilePlan(NamedTuple):
 
     @classmethod
     def of(cls, file: OpenFile, ranges: RangeSet | None, *, missing_only: bool) -> FilePlan:
-        """Look at the page cache of a file."""
+        """Look at the page cache of a file.
+
+        Raises:
+            FileError: its file system has none.
+        """
+        if file.file_system in MADE_BY_KERNEL and file.size:
+            reason = f"is on {file.file_system}: the kernel makes it at each read, and keeps no page cache"
+            raise FileError(errno.EINVAL, reason, file.path, "leave it out")
         whole = RangeSet([file.pages()])
         asked = whole if ranges is None else ranges.outward(file.page_size) & whole
         span = asked.span

@@ -49,6 +49,9 @@ _NAMES = {
 }
 """Names of file systems by their magic number (linux/magic.h, and for out-of-tree ones their own source)."""
 
+MADE_BY_KERNEL = frozenset({"proc", "sysfs", "debugfs", "cgroup", "cgroup2"})
+"""File systems whose files the kernel makes at each read: there is nothing to cache, and a read may do something."""
+
 _KINDS = (
     (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISSOCK, "a socket"),

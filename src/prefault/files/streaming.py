@@ -248,7 +248,12 @@ class FileStream(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move the position, and return it. What was brought in for the old place is evicted, unless it lies just ahead."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.stop}[whence]
+        if self.closed:
+            raise ValueError("the stream is closed")
+        bases = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.stop}
+        if whence not in bases:
+            raise ValueError(f"whence is 0, 1 or 2 (os.SEEK_SET and others), not {whence!r}")
+        base = bases[whence]
         target = base + offset
         if target < 0:
             raise ValueError(f"byte {target} of a file")

@@ -95,6 +95,11 @@ def test_each_schema_is_named_by_a_command() -> None:
 # --- wrong calls
 
 
+def test_a_name_that_is_near_a_command_is_told_it() -> None:
+    assert _call("stat") == (2, "", "prefault: No such command 'stat'. Did you mean status?\n")
+    assert _call("xyzzy") == (2, "", "prefault: No such command 'xyzzy'.\n")
+
+
 @pytest.mark.parametrize("path", COMMANDS)
 def test_an_unknown_option_is_one_line(path: str) -> None:
     status, out, err = _call(*path.split()[1:], "--no-such-option")

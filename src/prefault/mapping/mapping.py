@@ -21,7 +21,7 @@ from prefault.memory.backings import BackingSource, OpenedBacking, parse_backing
 from prefault.memory.borrowing import Borrowed, MemoryOwner, Pin
 from prefault.memory.node_policy import Interleave, policy_for
 from prefault.ranges import PageRange
-from prefault.sizes import MAX_SIZE, MIB, PAGE_SIZE, Size, format_size, parse_size
+from prefault.sizes import MAX_SIZE, MIB, PAGE_SIZE, Size, format_count, format_size, parse_size
 
 if TYPE_CHECKING:
     import numpy
@@ -393,7 +393,8 @@ def _explain(error: OSError, length: int, opened: OpenedBacking, align: int, *, 
         if pool.available < length // opened.page_size:
             return HugePagesError(
                 error.errno,
-                f"{what}: it takes {length // opened.page_size} huge pages of {format_size(opened.page_size)}, and"
+                f"{what}: it takes {format_count(length // opened.page_size, 'huge page')} of"
+                f" {format_size(opened.page_size)}, and"
                 f" {pool.available} of {pool.total} are free and not reserved (write a larger number to {pool.setting},"
                 " or map with noreserve=True and populate what there is)",
             )

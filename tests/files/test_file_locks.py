@@ -78,7 +78,7 @@ def test_wrong_options_are_refused(target: str, options: dict[str, object]) -> N
 
 def test_ranges_of_a_buffer_are_refused() -> None:
     with pytest.raises(TypeError, match="offset="):
-        prefault.lock(bytearray(10), ranges=[(0, 1)])  # type: ignore[call-overload]
+        prefault.lock(bytearray(10), ranges=[(0, 1)])  # type: ignore[arg-type]
 
 
 def test_failures_do_not_stop_the_others(tree: Path) -> None:

@@ -55,6 +55,17 @@ def test_populate_takes_a_part_a_tree_and_a_selection(tree: Path) -> None:
     assert prefault.populate(prefault.select(tree)).present_bytes == 69 * PAGE
 
 
+def test_a_list_of_paths_is_files_and_not_a_collection(tree: Path) -> None:
+    paths: list[str | os.PathLike[str]] = [str(tree / "a"), tree / "b"]
+    assert "of 2 files are missing" in str(prefault.plan(paths))
+    assert prefault.populate(paths).bytes == 69 * PAGE
+    assert (file_beds.cached_pages(tree / "a"), file_beds.cached_pages(tree / "b")) == (64, 5)
+    with prefault.lock(tuple(paths)) as lock:
+        assert (lock.files, lock.bytes) == (2, 69 * PAGE)
+    with pytest.raises(TypeError, match=r"residency takes one file: prefault.status takes several"):
+        prefault.residency(paths)
+
+
 def test_populate_raises_what_warm_lists(tree: Path) -> None:
     with pytest.raises(OSError, match=r"gone: .*ENOENT.*does not exist"):
         prefault.populate(tree / "gone")
@@ -108,7 +119,7 @@ def test_residency_tells_what_is_in_the_page_cache(tree: Path) -> None:
 def test_residency_of_what_is_no_single_file_is_refused(tree: Path) -> None:
     with pytest.raises(OSError, match=r"is a directory: prefault.status tells of each file in it"):
         prefault.residency(tree)
-    with pytest.raises(TypeError, match=r"prefault.status takes a selection"):
+    with pytest.raises(TypeError, match=r"prefault.status takes several"):
         prefault.residency(prefault.select(tree))
     with pytest.raises(ValueError, match="leave nodes out"):
         prefault.residency(tree / "a", nodes=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from time import perf_counter, perf_counter_ns
@@ -50,7 +50,8 @@ class LockResult(NamedTuple):
 
 @overload
 def lock(
-    buffer: str | os.PathLike[str] | FileNames, *, access: Literal["read"] | None = ..., offset: Size = ...,
+    buffer: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | FileNames, *,
+    access: Literal["read"] | None = ..., offset: Size = ...,
     length: Size | None = ..., ranges: FileRanges | None = ..., progress: Progress | bool = ...,
     rate: RateLimit | Size | None = ..., headroom: HeadroomChoice = ...,
 ) -> HeldFiles: ...  # fmt: skip
@@ -79,7 +80,8 @@ def lock(
     Args:
         buffer: any buffer or collection, as for :func:`prefault.populate`; rounded outward to whole pages. Each separate
             range of an array with gaps becomes a mapping of its own, of which a process has 65 530 (``vm.max_map_count``).
-            Or the path of a file or directory (a ``str`` or a ``pathlib.Path``), or a :func:`prefault.select` of files.
+            Or the path of a file or directory (a ``str`` or a ``pathlib.Path``), a list of paths, or a
+            :func:`prefault.select` of files.
         access: of a buffer: ``"read"``, ``"write"`` or None: how it is populated.
         offset: where to start, in bytes from the start of the buffer or of each file.
         length: how far; None: to its end.

@@ -21,7 +21,7 @@ from prefault.files.warm_result import length_in_file
 from prefault.files.warming import warm
 from prefault.inspection.result import PageState, Residency
 from prefault.memory.borrowing import Span
-from prefault.memory.file_verbs import FileNames, FileVerbs
+from prefault.memory.file_verbs import FileVerbs
 from prefault.ranges import RangeSet
 from prefault.sizes import Size, format_size, parse_size
 
@@ -92,8 +92,8 @@ class PagesOfFiles(FileVerbs):
 
     def residency(self, files: Any, *, offset: Size, length: Size | None, nodes: bool) -> Residency:
         """Return the pages of one file that are in the page cache; its range counts from the start of the file."""
-        if isinstance(files, FileNames):
-            raise TypeError("residency takes one file: prefault.status takes a selection, and tells of each file")
+        if not isinstance(files, str | os.PathLike):
+            raise TypeError("residency takes one file: prefault.status takes several, and tells of each")
         if nodes:
             raise ValueError(
                 "the kernel does not tell the node of pages of the page cache: map the file, or leave nodes out"

@@ -81,7 +81,11 @@ def provide_file_verbs(load: Callable[[], FileVerbs]) -> None:
 
 
 def verbs_on(target: Any) -> FileVerbs | None:
-    """Return the verbs on files if an object is a path or stands for files; None for anything else."""
-    if not isinstance(target, str | os.PathLike | FileNames) or not _loaders:
+    """Return the verbs on files if an object is a path, a list of paths, or stands for files; None for anything else."""
+    if not _loaders:
         return None
-    return _loaders[0]()
+    if isinstance(target, list | tuple):
+        are_files = bool(target) and all(isinstance(item, str | os.PathLike) for item in target)
+    else:
+        are_files = isinstance(target, str | os.PathLike | FileNames)
+    return _loaders[0]() if are_files else None

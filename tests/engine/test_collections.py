@@ -196,7 +196,7 @@ def test_offset_and_length_are_of_one_buffer(arrays: list[numpy.ndarray[Any, Any
 def test_huge_pages_are_of_one_buffer(arrays: list[numpy.ndarray[Any, Any]]) -> None:
     for some in (arrays, arrays[0][:: 2 * PAGE_SIZE]):
         for call in (prefault.populate, prefault.plan):
-            with pytest.raises(ValueError, match="huge is for one buffer without gaps"):
+            with pytest.raises(ValueError, match="huge='auto' is for one buffer without gaps"):
                 call(some, huge="auto")
 
 

@@ -367,7 +367,7 @@ def test_a_budget_holds_for_a_window_as_well(tmp_path: Path) -> None:
     path = _cold(tmp_path / "file", 8 * MIB)
     nothing = prefault.warm(path, window="4 MiB", budget=0)
     assert (nothing.bytes, nothing.read_bytes, len(nothing.failures)) == (0, 0, 1)
-    assert "raise budget=" in nothing.stopped
+    assert nothing.stopped == "the budget is 0 bytes: raise it (budget=, --budget)"
     assert not _cached(path)
     little = prefault.warm(path, window="4 MiB", budget=12 * PAGE)
     assert (little.read_bytes, little.failures, little.stopped) == (8 * MIB, (), "")

@@ -534,7 +534,7 @@ def test_huge_pages_of_a_size_that_is_none(kind: Callable[[str], prefault.Backin
 @pytest.mark.parametrize("backing", ["hugetlb", "memfd-hugetlb"])
 def test_a_pool_without_a_page(hugetlb_pool: Callable[[int], None], backing: str) -> None:
     hugetlb_pool(0)
-    with pytest.raises(HugePagesError, match=r"takes 1 huge pages of 2\.0 MiB, and 0 of"):
+    with pytest.raises(HugePagesError, match=r"takes 1 huge page of 2\.0 MiB, and 0 of"):
         Mapping(1, backing=backing)
 
 

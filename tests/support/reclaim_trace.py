@@ -6,6 +6,7 @@ that counts cached pages then fails through no fault of the code, and runs again
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable
@@ -15,6 +16,9 @@ from prefault._system.proactive_reclaim import proactive_reclaimers
 from prefault.recordings import trace_instance
 
 _DELETED = re.compile(r"-(\d+)\s+\[.*?\s(\d+\.\d+): mm_filemap_delete_from_page_cache: dev (\d+):(\d+) ino ([0-9a-f]+) ")
+
+
+_NAME = "tests-of-prefault-"
 
 
 class TakenAwayError(AssertionError):
@@ -36,9 +40,8 @@ class ReclaimTrace:
         self._mount = -1
         if self._threads:
             tracefs, self._mount = trace_instance._open_tracefs()
-            trace_instance.remove_stale_instances(f"{tracefs}/instances")
-            pid = os.getpid()
-            self._path = Path(tracefs, "instances", f"prefault-{pid}-{trace_instance._start_time(pid)}-{id(self):x}")
+            self._path = Path(tracefs, "instances", f"{_NAME}{os.getpid()}-{id(self):x}")
+            _remove_stale(self._path.parent)
             self._path.mkdir()
             self._write("buffer_size_kb", "1024")
             self._write("trace_clock", "mono")
@@ -69,6 +72,14 @@ class ReclaimTrace:
 
     def _write(self, name: str, text: str) -> None:
         (self._path / name).write_text(text)
+
+
+def _remove_stale(instances: Path) -> None:
+    """Remove the instances of test runs that were killed."""
+    for instance in instances.glob(f"{_NAME}*"):
+        if not Path("/proc", instance.name.removeprefix(_NAME).partition("-")[0]).exists():
+            with contextlib.suppress(OSError):  # another run removed it first
+                instance.rmdir()
 
 
 def _stat(file: Path) -> os.stat_result | None:

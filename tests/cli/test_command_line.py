@@ -96,7 +96,8 @@ def test_each_schema_is_named_by_a_command() -> None:
 
 
 def test_a_name_that_is_near_a_command_is_told_it() -> None:
-    assert _call("stat") == (2, "", "prefault: No such command 'stat'. Did you mean status?\n")
+    assert _call("stat") == (2, "", "prefault: No such command 'stat'. Did you mean 'status'?\n")
+    assert _call("device", "serv") == (2, "", "prefault: No such command 'serv'. Did you mean 'serve'?\n")
     assert _call("xyzzy") == (2, "", "prefault: No such command 'xyzzy'.\n")
 
 

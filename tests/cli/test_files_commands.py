@@ -121,6 +121,9 @@ def test_a_name_that_is_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ["status", "-b", "/nowhere"],
         ["status", "--pid", "1", "/"],
         ["lock", "--rate", "fast", "/etc/passwd"],
+        ["lock", "--rate", "500", "/etc/passwd"],
+        ["status", "--pid", "self"],
+        ["warm", "--pid", "0"],
         ["warm"],
         ["warm", "--rate", "fast", "/etc/passwd"],
         ["warm", "--rate", "500", "/etc/passwd"],
@@ -171,8 +174,35 @@ def test_a_budget_that_ends_the_warming(tree: Path, capsys: pytest.CaptureFixtur
     file_beds.evict(path)
     status, _, err = _call(capsys, "warm", "--budget", "1 MiB", path)
     assert status == 1
-    assert "budget is 1.0 MiB" in err
+    assert err.count("\n") == err.count("and before all files that follow: the budget is 1.0 MiB: raise it") == 1
     assert file_beds.cached_pages(path) * PAGE <= 2 << 20
+
+
+@pytest.mark.parametrize("command", ["warm", "lock"])
+def test_a_rate_without_its_unit(command: str, tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _call(capsys, command, "--rate", "500", tree) == (
+        2, "",
+        "prefault: Invalid value for '--rate': a rate of 500 bytes a second is below the smallest, 64.0 KiB a second:"
+        " give a unit, such as '500 MiB/s', or no rate for no limit\n",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["status", "warm", "watch", "report"])
+@pytest.mark.parametrize("pid", ["self", "0", "-1", "1e3", "٣"])
+def test_a_pid_that_is_none(command: str, pid: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["-o", "/nowhere/page.html"] if command == "report" else []
+    assert _call(capsys, command, *more, "--pid", pid) == (
+        2, "",
+        f"prefault: Invalid value for '--pid': {pid!r} is no number of a process: give one such as 1234 (pgrep NAME prints"
+        " them)\n",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["status", "warm", "evict", "lock"])
+def test_an_empty_path(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = _call(capsys, command, "")
+    assert status == 1
+    assert err.splitlines()[0] == "prefault: '': the path is empty: name a file; a variable in the command may be unset"
 
 
 def test_warm_of_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import click
@@ -78,3 +81,17 @@ def test_another_user_gets_the_sums_and_the_reason(other: MappedProcess, capfd: 
     out, err = capfd.readouterr()
     assert "?" in out.splitlines()[-1].split()
     assert "not permitted to user 65534" in err
+
+
+def test_without_cap_sys_ptrace_the_right_that_is_missing_is_said() -> None:
+    """As in a container, whose root lacks that capability: process 1 has it, so its memory is not shown."""
+    needs.root("drop a capability")
+    libc = ctypes.CDLL(None)
+    # prctl(2): PR_CAPBSET_DROP of CAP_SYS_PTRACE, which the program that is executed then lacks.
+    done = subprocess.run(
+        [sys.executable, "-m", "prefault", "status", "--pid", "1"], preexec_fn=lambda: libc.prctl(24, 19, 0, 0, 0),
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "without CAP_SYS_PTRACE: run it with that capability (in a container: --cap-add SYS_PTRACE)" in done.stderr

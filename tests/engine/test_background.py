@@ -125,11 +125,14 @@ def test_wrong_arguments_fail_at_once_or_in_the_task() -> None:
 def test_cancelling_ends_the_wait_of_a_low_rate(threads: int) -> None:
     started = threading.Event()
 
+    rate = prefault.RateLimit("64 KiB/s")
+
     def progress(done: int, total: int) -> None:
+        rate.book(1 << 30)
         started.set()
 
     with _memory() as memory:
-        task = prefault.populate_async(memory, rate="1 B/s", threads=threads, progress=progress)
+        task = prefault.populate_async(memory, rate=rate, threads=threads, progress=progress)
         assert started.wait(_LIMIT_S)
         task.cancel()  # the next page is due in more than an hour
         with pytest.raises(prefault.PopulateCancelled, match="populated"):

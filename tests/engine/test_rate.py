@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,27 @@ def test_other_texts_are_refused(wrong: str | int) -> None:
         assert prefault.residency(memory).present_bytes == 0
 
 
+@pytest.mark.parametrize("small", [1, "1", 500, "4096 B/s", 65535, 0])
+def test_a_rate_that_would_practically_never_end_is_refused(small: str | int, tmp_path: Path) -> None:
+    """A number whose unit was forgotten: at one byte a second, a page takes more than an hour."""
+    (path := tmp_path / "file").write_bytes(bytes(PAGE_SIZE))
+    with prefault.Mapping("1 MiB") as memory:
+        for call in (
+            lambda: prefault.populate(memory, rate=small),
+            lambda: prefault.populate_async(memory, rate=small),
+            lambda: prefault.lock(memory, rate=small),
+            lambda: prefault.lock(path, rate=small),
+            lambda: prefault.warm(path, rate=small),
+            lambda: prefault.stream(path, rate=small),
+        ):
+            with pytest.raises(
+                ValueError, match=r"below the smallest, 64\.0 KiB a second: give a unit, such as '500 MiB/s'"
+            ):
+                call()
+        assert prefault.residency(memory).present_bytes == 0
+    assert RateLimit("64 KiB/s").bytes_per_second == 65536
+
+
 def test_other_types_are_refused() -> None:
     with pytest.raises(TypeError, match="a size is an int or a text"):
         RateLimit(1.5)  # type: ignore[arg-type]
@@ -82,8 +104,8 @@ def test_a_pause_saves_up_no_more_than_a_burst(clock: _Clock) -> None:
 
 
 def test_a_wait_ends_when_the_work_is_stopped() -> None:
-    limit, stopped = RateLimit(1), threading.Event()
-    limit.wait(MIB)
+    limit, stopped = RateLimit("64 KiB"), threading.Event()
+    limit.wait(GIB)
     thread = threading.Thread(target=limit.wait, args=(1, stopped))
     thread.start()
     stopped.set()
@@ -92,7 +114,7 @@ def test_a_wait_ends_when_the_work_is_stopped() -> None:
 
 
 def test_a_chunk_is_at_least_a_page() -> None:
-    assert RateLimit(1).chunk_bytes == PAGE_SIZE
+    assert RateLimit("64 KiB").chunk_bytes == PAGE_SIZE
     assert RateLimit(GIB).chunk_bytes % PAGE_SIZE == 0
 
 
@@ -132,13 +154,13 @@ def test_calls_share_a_limit(clock: _Clock) -> None:
 def test_ctrl_c_ends_a_wait() -> None:
     import _thread
 
-    # The wait for 64 MiB at this rate takes an hour.
+    # The wait for 64 MiB at this rate takes a quarter of an hour.
     with prefault.Mapping("64 MiB", huge="never") as memory:
         timer = threading.Timer(0.3, _thread.interrupt_main)
         timer.start()
         began = time.monotonic()
         with pytest.raises(prefault.PopulateInterrupted) as caught:
-            prefault.populate(memory, rate="18 KiB/s", threads=2)
+            prefault.populate(memory, rate="64 KiB/s", threads=2)
         assert time.monotonic() - began < 60
         timer.join()
         assert caught.value.populated_bytes == oracle.present_bytes(memory.range.start, 64 * MIB)

@@ -127,8 +127,24 @@ def test_a_name_that_matches_nothing_is_a_failure_with_the_nearest(model: Path) 
 @pytest.mark.parametrize("content", [b"", b"x", b"hello, world, this is text", b"GGUF", b"\x93NUMPY", b"{" * 100])
 def test_other_files_are_failures(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
-    with pytest.raises(FileError, match=r"has no tensors that can be found: .*--tensor is for \.safetensors"):
+    with pytest.raises(FileError, match=r"tensors .*: --tensor takes \.safetensors, \.gguf and \.npy files"):
         tensor_ranges(tmp_path / "file")
+
+
+def test_a_file_of_another_kind_is_told_which_are_known(tmp_path: Path) -> None:
+    (tmp_path / "serve.py").write_text("import os\n")
+    with pytest.raises(FileError) as caught:
+        tensor_ranges(tmp_path / "serve.py")
+    assert str(caught.value) == (
+        f"{tmp_path}/serve.py: is no model file whose tensors have names:"
+        " --tensor takes .safetensors, .gguf and .npy files (--include chooses them)"
+    )
+
+
+def test_a_damaged_model_file_is_told_its_damage(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"hello, world")
+    with pytest.raises(FileError, match=r"not a safetensors file: .*: copy or download it again"):
+        tensor_ranges(tmp_path / "model.safetensors")
 
 
 def test_a_file_that_was_cut_short(model: Path) -> None:

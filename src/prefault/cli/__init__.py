@@ -38,8 +38,10 @@ _COMMANDS = {
 class _LazyGroup(click.Group):
     """A group that imports a command's module when that command is run: ``prefault --help`` imports none."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return list(_COMMANDS)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # Names alone, as get_command() imports the commands: since click 8.4 a mistyped one is told those that look like it.
+        self.commands = dict.fromkeys(_COMMANDS)  # type: ignore[assignment]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _COMMANDS:
@@ -47,18 +49,6 @@ class _LazyGroup(click.Group):
         command = getattr(import_module(f"{__name__}.{cmd_name}"), cmd_name)
         assert isinstance(command, click.Command)
         return command
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command that the arguments begin with; an unknown one is told the names that look like it."""
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            from difflib import get_close_matches
-
-            near = get_close_matches(args[0], _COMMANDS)
-            if not near:
-                raise
-            raise click.UsageError(f"{error.message} Did you mean {' or '.join(near)}?", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):

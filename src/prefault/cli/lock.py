@@ -18,6 +18,7 @@ import click
 from prefault.cli.file_options import FileArguments, failures_to_json, file_options, flush, need_paths
 from prefault.cli.json_output import print_json
 from prefault.cli.messages import complain, complain_of
+from prefault.cli.option_types import rate_option
 from prefault.files.failures import FileError
 from prefault.files.file_locks import FileLock, lock_files
 from prefault.sizes import PAGE_SIZE, format_count, format_size
@@ -36,13 +37,13 @@ _ENDING = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 @click.option("-w/-W", "--wait/--no-wait", default=True, help="With --daemon: wait until the files are locked (default).")
 @click.option("-P", "--pidfile", type=click.Path(), metavar="FILE", help="Write the pid to FILE; removed at the end.")
 @click.option("--progress", is_flag=True, help="Show progress on stderr.")
-@click.option("--rate", metavar="SIZE", help="At most so many bytes a second, as 500M.")
+@rate_option
 @click.option(
     "--headroom", type=click.Choice(["check", "ignore"]), default="check",
     help="Check RLIMIT_MEMLOCK, memory cgroups and free memory before the start (default), or let the kernel find out.",
 )  # fmt: skip
 def lock(
-    files: FileArguments, daemon: bool, wait: bool, pidfile: str | None, progress: bool, rate: str | None,
+    files: FileArguments, daemon: bool, wait: bool, pidfile: str | None, progress: bool, rate: int | None,
     headroom: Literal["check", "ignore"],
 ) -> int:  # fmt: skip
     """Bring files into memory and keep them there, until SIGTERM, or Ctrl-C.

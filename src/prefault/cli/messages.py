@@ -46,6 +46,10 @@ def sentence(error: OSError) -> str:
     text = error.strerror or str(error)
     if error.filename is not None:
         remedy = getattr(error, "remedy", "")  # of a FileError
+        if not error.filename:
+            from prefault.files.failures import FileFailure
+
+            return str(FileFailure.of("", error))
         return f"{printable(os.fsdecode(error.filename))}: {text}" + (f": {remedy}" if remedy else "")
     if error.errno is not None and text == os.strerror(error.errno):
         # Python names no file where writing to an open one fails; commands name all files that they write but their output.

@@ -1,9 +1,9 @@
-"""The option ``--pid`` of commands, and the output about a process."""
+"""Output about a process, for commands with the option ``--pid``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import click
 
@@ -12,14 +12,7 @@ from prefault.cli.messages import complain, printable
 from prefault.processes import MappingStatus, ProcessStatus, ProcessWarmResult, status, warm
 from prefault.sizes import Size, format_size
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
 _COLUMNS = ("address", "", "size", "present", "allocated", "huge", "swapped", "locked", "mapping")
-
-
-def pid_option(what: str) -> Callable[[Command], Command]:
-    """Return the option ``--pid`` of a command, whose help is ``what``. The command gets an int or None as ``pid``."""
-    return click.option("--pid", type=click.IntRange(min=1), metavar="PID", help=what)
 
 
 def run_status(pid: int, *, as_json: bool, ranges: bool = False) -> int:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from prefault.cli.size_option import SizeType
+from prefault.cli.option_types import SizeType
 from prefault.sizes import format_size
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])

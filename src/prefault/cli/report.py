@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prefault.cli.process_options import pid_option
+from prefault.cli.option_types import pid_option
 from prefault.cli.watch import taker
 
 if TYPE_CHECKING:

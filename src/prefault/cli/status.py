@@ -10,6 +10,7 @@ import click
 from prefault.cli.file_options import FileArguments, failures_to_json, file_options, need_paths, share
 from prefault.cli.json_output import print_json
 from prefault.cli.messages import printable
+from prefault.cli.option_types import pid_option
 from prefault.files.failures import FileFailure
 from prefault.files.file_status import FilesStatus, FileStatus, each_status
 from prefault.files.file_status import status as status_of
@@ -31,7 +32,7 @@ _CHART = 60
     "--missing", "show", flag_value="missing",
     help="Print the ranges that are not cached: PATH, a tab, and A-B, as --range takes it.",
 )  # fmt: skip
-@click.option("--pid", type=click.IntRange(min=1), metavar="PID", help="Show the memory of a process, mapping by mapping.")
+@pid_option("Show the memory of a process, mapping by mapping.")
 def status(files: FileArguments, show: str | None, pid: int | None) -> int:
     """Show how much of files is in the page cache. Nothing is read in.
 

@@ -8,9 +8,7 @@ import click
 
 from prefault.cli.file_options import FileArguments, failures_to_json, file_options, need_paths
 from prefault.cli.json_output import print_json
-from prefault.cli.messages import complain
-from prefault.cli.size_option import SizeType
-from prefault.engine.rate import RateLimit
+from prefault.cli.option_types import SizeType, pid_option, rate_option
 from prefault.files.selection import select
 from prefault.files.warm_methods import METHOD_NAMES
 from prefault.files.warm_result import WarmResult
@@ -27,16 +25,16 @@ from prefault.sizes import PAGE_SIZE, format_count, format_size
     "--window", type=SizeType(), metavar="SIZE",
     help="Pass through files that are larger than memory: keep no more than that of each, and evict what lies behind.",
 )  # fmt: skip
-@click.option("--rate", metavar="SIZE", help="At most so many bytes a second, as 500M.")
+@rate_option
 @click.option("--progress", is_flag=True, help="Show progress on stderr.")
 @click.option("--touch", is_flag=True, help="Also read what is cached, which marks it as used.")
 @click.option("--python-env", metavar="DIR", help="Warm a Python environment: the interpreter, its libraries and modules.")
-@click.option("--pid", type=click.IntRange(min=1), metavar="PID", help="Warm the memory of a process.")
+@pid_option("Warm the memory of a process.")
 @click.option("--mapping", "mappings", multiple=True, metavar="NAME", help="With --pid: only these mappings. Repeatable.")
 @click.option("--untouched", is_flag=True, help="With --pid: also memory that the process has not touched yet.")
 def warm(
     files: FileArguments, python_env: str | None, pid: int | None, mappings: tuple[str, ...], untouched: bool, touch: bool,
-    progress: bool, rate: str | None, **options: Any,
+    progress: bool, rate: int | None, **options: Any,
 ) -> int:  # fmt: skip
     """Bring files into the page cache, so that reading them later waits for no disk and no server.
 
@@ -53,8 +51,6 @@ def warm(
 
     Exit status: 0; 1 if a file failed, or memory or the budget came to its end; 2 for a wrong command line.
     """
-    if rate is not None:
-        _check_rate(rate)
     if pid is not None:
         if files.named or files.ranges or python_env is not None:
             raise click.UsageError("--pid warms a process, and takes neither paths nor ranges of files")
@@ -84,16 +80,6 @@ def warm(
     return 1 if result.failures or result.stopped else 0
 
 
-def _check_rate(rate: str) -> None:
-    """Refuse a rate that lacks its unit: with ``--rate 500`` a file of 1 MiB would take half an hour."""
-    try:
-        limit = RateLimit(rate).bytes_per_second
-    except ValueError as error:
-        raise click.UsageError(f"--rate: {error}") from error
-    if limit is not None and limit < PAGE_SIZE:
-        raise click.UsageError(f"--rate: {format_size(limit)} a second is less than a page: give a unit, such as 500M")
-
-
 def _print(result: WarmResult, files: FileArguments) -> None:
     for failure in result.failures:
         files.fail(failure)
@@ -101,8 +87,6 @@ def _print(result: WarmResult, files: FileArguments) -> None:
         members = {"page_size": PAGE_SIZE, **result._asdict(), "failures": failures_to_json(result.failures)}
         members |= {"directories": files.selection.directories, "skipped": files.selection.skipped}
         print_json("prefault-warm", 1, members)
-    if result.stopped and not files.quiet:
-        complain(f"stopped before the end: {result.stopped}")
     rows = [
         ("files", files.count(result.files)),
         ("brought in", f"{format_size(result.bytes)} in {result.seconds:.2f} s"),

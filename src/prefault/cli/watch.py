@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from prefault.cli.messages import printable
-from prefault.cli.process_options import pid_option
+from prefault.cli.option_types import pid_option
 
 if TYPE_CHECKING:
     from prefault.pictures.heat_rows import HeatRow

@@ -48,20 +48,11 @@ class PopulateResult(NamedTuple):
             workers = f", {self.threads} threads" if self.threads > 1 else ""
             text = (
                 f"{format_size(self.bytes)} populated {how} in {self.seconds:.2g} s"
-                f" ({_rate(self.bytes, self.seconds)}, {self.method}{workers})"
+                f" ({format_size(int(self.bytes / max(self.seconds, 1e-9)))}/s, {self.method}{workers})"
             )
             if self.present_bytes:
                 text += f", {format_size(self.present_bytes)} were populated already"
         return "; ".join((text, *self.notes))
-
-
-def _rate(count: int, seconds: float) -> str:
-    """Return bytes a second for people, in the decimal unit of which there is at least one."""
-    rate = count / max(seconds, 1e-9)
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if rate >= 0.95 * size:
-            return f"{rate / size:.1f} {unit}/s"
-    return f"{rate / 1e3:.1f} kB/s"
 
 
 class Settlement(NamedTuple):

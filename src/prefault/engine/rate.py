@@ -6,10 +6,13 @@ import re
 import threading
 import time
 
-from prefault.sizes import MIB, PAGE_SIZE, Size, parse_size
+from prefault.sizes import KIB, MIB, PAGE_SIZE, Size, format_size, parse_size
 
 BURST_SECONDS = 0.05
 """Seconds' worth of bytes that may follow each other at once, after a pause too; about the longest single wait."""
+
+SMALLEST_RATE = 64 * KIB
+"""Smallest limit in bytes a second, with which a GiB takes 4.5 hours. A smaller number is one whose unit was forgotten."""
 
 _PER_SECOND = re.compile(r"\s*/\s*s(ec(ond)?)?\s*$", re.IGNORECASE)
 
@@ -21,13 +24,13 @@ class RateLimit:
     than a twentieth of a second's bytes.
 
     Args:
-        bytes_per_second: a size, with or without ``"/s"``: ``"2 GiB/s"``, ``500_000_000``; None: no limit.
+        bytes_per_second: a size, at least 64 KiB, with or without ``"/s"``: ``"2 GiB/s"``, ``500_000_000``; None: no limit.
 
     Attributes:
         bytes_per_second: the limit; None where there is none.
 
     Raises:
-        TypeError, ValueError: not a size, or 0.
+        TypeError, ValueError: not a size, or below 64 KiB a second.
     """
 
     def __init__(self, bytes_per_second: Size | None) -> None:
@@ -35,8 +38,12 @@ class RateLimit:
         self.bytes_per_second = (
             None if text is None else parse_size(_PER_SECOND.sub("", text) if isinstance(text, str) else text)
         )
-        if self.bytes_per_second == 0:
-            raise ValueError("a rate of 0 bytes a second never ends: give None for no limit")
+        rate = self.bytes_per_second
+        if rate is not None and rate < SMALLEST_RATE:
+            raise ValueError(
+                f"a rate of {format_size(rate)} a second is below the smallest, {format_size(SMALLEST_RATE)} a second:"
+                " give a unit, such as '500 MiB/s', or no rate for no limit"
+            )
         self._lock = threading.Lock()
         self._due = 0.0
 

@@ -30,17 +30,19 @@ class FileFailure(NamedTuple):
         number = error.errno
         if isinstance(error, FileError):
             return cls(path, error.reason, error.remedy, number)
+        if not path:
+            return cls(path, "the path is empty", "name a file; a variable in the command may be unset", number)
         return cls(path, errno_name(number), _REMEDIES.get(number or 0, ""), number)
 
     def __str__(self) -> str:
-        text = f"{self.path}: {self.reason}"
+        text = f"{self.path or repr('')}: {self.reason}"
         return f"{text}: {self.remedy}" if self.remedy else text
 
 
 _REMEDIES = {
     errno.EACCES: "run as its owner or as root, or give read permission (chmod)",
     errno.EPERM: "run as its owner or as root",
-    errno.ENOENT: "it does not exist, or was removed meanwhile",
+    errno.ENOENT: "check the path; the file may have been removed meanwhile",
     errno.ELOOP: "its symbolic links form a loop",
     errno.EIO: "the device or the server could not read it: look at dmesg, or at the server's log",
     errno.ESTALE: "it was replaced on the server: open it again",

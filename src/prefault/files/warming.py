@@ -284,9 +284,9 @@ class Warming:
     def _stop(self, path: str, done: int, wanted: int) -> None:
         self.is_stopped = True
         self._stopped = self._budget.tightest
-        reason = f"stopped after {format_size(done)} of {format_size(wanted)}: more would evict what was brought in before"
-        if self._budget.asked_bytes is not None:
-            reason = f"stopped after {format_size(done)} of {format_size(wanted)}"
+        reason = f"stopped after {format_size(done)} of {format_size(wanted)}, and before all files that follow"
+        if self._budget.asked_bytes is None:
+            reason += ", as more would evict what was brought in before"
         self._tally.failures.append(FileFailure(path, reason, self._stopped))
 
     # --- passing through

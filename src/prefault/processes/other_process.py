@@ -122,12 +122,16 @@ class OtherProcess:
             self._fail(ProcessLookupError, errno.ESRCH, f"process {self.label} has ended meanwhile")
 
     def refusal(self, what: str) -> str:
-        """Return the sentence for EPERM and EACCES: who may do that, and how."""
-        return (
-            f"{what} process {self.label} of user {self.owner} is not permitted to user {os.geteuid()}:"
-            " it needs that user's right to ptrace it (a dumpable process; kernel.yama.ptrace_scope = 0, or an ancestor),"
-            " or CAP_SYS_PTRACE (root)"
-        )
+        """Return the sentence for EPERM and EACCES: the right that is missing, and how to get it. Source: ptrace(2)."""
+        user = os.geteuid()
+        if user == 0:
+            remedy = "run it with that capability (in a container: --cap-add SYS_PTRACE)"
+        elif user == self.owner:
+            remedy = "run it as root (sudo), as the process is not dumpable or kernel.yama.ptrace_scope is not 0"
+        else:
+            remedy = f"run it as root (sudo) or as user {self.owner}"
+        place = f"process {self.label} of user {self.owner}"
+        return f"{what} {place} is not permitted to user {user} without CAP_SYS_PTRACE: {remedy}"
 
     def _fail(self, kind: type[OSError], number: int, message: str) -> NoReturn:
         raise kind(number, message) from None

@@ -12,7 +12,7 @@ from prefault.bench.grid_report import grouped, new_table, print_heading, print_
 from prefault.bench.routes.device_results import MEANINGS, DeviceRun, Ratio, Route, RouteResult, ratios
 from prefault.bench.routes.shipped_results import MEANINGS as SHIPPED_MEANINGS
 from prefault.bench.routes.shipped_results import ROUTES, TITLES, ShippedCell, ShippedResult, times_faster
-from prefault.sizes import KIB, format_size
+from prefault.sizes import KIB, MIB, format_size
 
 # With the routes' names these are 80 columns.
 _WIDTHS = (
@@ -20,7 +20,7 @@ _WIDTHS = (
 )  # fmt: skip
 
 
-_SHIPPED_WIDTHS = (("best ms", 7), ("median", 7), ("us/page", 7), ("MB/s", 7), ("faults", 7), ("faster", 7))
+_SHIPPED_WIDTHS = (("best ms", 7), ("median", 7), ("us/page", 7), ("MiB/s", 7), ("faults", 7), ("faster", 7))
 
 
 def render(run: DeviceRun, console: Console) -> None:
@@ -86,7 +86,7 @@ def _print_shipped(results: list[ShippedResult], faster: Mapping[ShippedCell, fl
             _number(figures.best_ns / 1e6),
             Text(_number(figures.median_ns / 1e6), style="yellow" if figures.doubts else ""),
             _number(each),
-            _number(speed),
+            _number(speed * 1e6 / MIB),
             str(result.faults),
             f"{_number(faster[result.cell])}x" if result.cell in faster else "",
         )
@@ -109,8 +109,8 @@ def _legend(run: DeviceRun) -> Iterable[str]:
         yield f"{each.value}: {SHIPPED_MEANINGS[each]}."
     if run.shipped:
         yield (
-            "Of devices that ship: us/page is of the best, per page of 4 KiB that came in or moved; MB/s likewise, in 10^6"
-            " bytes; faults: those that the server answered; faster: page for page, than the same by single faults."
+            "Of devices that ship: us/page is of the best, per page of 4 KiB that came in or moved; MiB/s likewise;"
+            " faults: those that the server answered; faster: page for page, than the same by single faults."
         )
     if not run.routes:
         return

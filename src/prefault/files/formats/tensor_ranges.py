@@ -24,6 +24,8 @@ from prefault.files.selection import Path
 from prefault.ranges import PageRange, RangeSet
 
 _NPY_MAGIC = b"\x93NUMPY"
+_SUFFIXES = (".safetensors", ".gguf", ".npy")
+_KNOWN_FORMATS = "--tensor takes .safetensors, .gguf and .npy files (--include chooses them)"
 
 
 class TensorStatus(NamedTuple):
@@ -65,11 +67,13 @@ def tensor_ranges(path: Path | OpenFile) -> dict[str, TensorPlace]:
             found = read_gguf_header(read, size)
         elif first.startswith(_NPY_MAGIC):
             found = {os.path.splitext(os.path.basename(file.path))[0]: _npy_place(read, size, file.path)}
+        elif read(8, 1) != b"{" and not file.path.endswith(_SUFFIXES):
+            raise FileError(errno.EINVAL, "is no model file whose tensors have names", file.path, _KNOWN_FORMATS)
         else:
             found, _ = read_safetensors_header(read, size)
     except (ValueError, OverflowError, MemoryError) as error:
-        remedy = "--tensor is for .safetensors, .gguf and .npy files (--include chooses them)"
-        raise FileError(errno.EINVAL, f"has no tensors that can be found: {_short(error)}", file.path, remedy) from error
+        remedy = "copy or download it again" if file.path.endswith(_SUFFIXES) else _KNOWN_FORMATS
+        raise FileError(errno.EINVAL, f"no tensors can be found in it: {_short(error)}", file.path, remedy) from error
     stop = max((place.stop for place in found.values()), default=0)
     if stop > size:
         reason = f"has {size} bytes, and its header says {stop}: it was cut short"

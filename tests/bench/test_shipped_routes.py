@@ -192,7 +192,7 @@ def test_the_table(width: int) -> None:
     assert "enclave page cache of 64.0 MiB, an enclave of the same size" in text
     assert "EAUG, EACCEPT, touch: failed: not here" in text
     row = next(line for line in text.splitlines() if line.startswith("populate, reclaim"))
-    assert row.split()[2:] == ["10", "10", "0.61", "6711", "3", "40x"]
+    assert row.split()[2:] == ["10", "10", "0.61", "6400", "3", "40x"]
     assert "0.5 bytes of bookkeeping for each KiB" in text
 
 

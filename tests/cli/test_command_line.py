@@ -115,6 +115,38 @@ def test_an_unknown_command_is_one_line(path: str) -> None:
     assert re.fullmatch(r"prefault: [^\n]*no-such-command[^\n]*\n", err)
 
 
+@pytest.mark.parametrize(
+    ("words", "status", "error"),
+    [
+        ("lock -P /nowhere/pid list", 1, "/nowhere/pid: No such file or directory: there is no directory /nowhere: make it,"
+         " or name another"),
+        ("snapshot restore nothing", 1, "nothing: No such file or directory: check the path"),
+        ("report -o /nowhere/page.html list", 1, "/nowhere/page.html: No such file or directory: there is no directory"
+         " /nowhere: make it, or name another"),
+        ("report -o page.html --bench list", 1, "list: not a file that prefault bench --json wrote, as it is no JSON:"
+         " Expecting value: line 1 column 1 (char 0)"),
+        ("report -o page.html --watch list", 1, "list: line 1 is not JSON, so that it is no recording, or a damaged one"),
+        ("warm --threads two list", 2, "Invalid value for '--threads': 'two' is not a valid whole number."),
+        ("snapshot auto --interval nan s list", 2, "Invalid value for '--interval': 'nan' is not a valid number of"
+         " seconds."),
+        ("snapshot auto --interval inf s list", 2, "Invalid value for '--interval': inf is not in the range"
+         " 0<=x<=31622400."),
+        ("watch --interval nan list", 2, "Invalid value for '-i' / '--interval': 'nan' is not a valid number of seconds."),
+        ("status --min-size 2G --max-size 1G list", 2, "--min-size is larger than --max-size, so that no file has a size"
+         " between them"),
+        ("bench --size 0", 2, "--size 0 is not a multiple of 2 MiB above 0: not every backing has such a size"),
+        ("status --tensor x list", 1, "list: is no model file whose tensors have names: --tensor takes .safetensors, .gguf"
+         " and .npy files (--include chooses them)"),
+    ],
+)  # fmt: skip
+def test_an_error_has_the_name_the_reason_and_the_remedy(
+    words: str, status: int, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list").write_text("not a recording, and no model file\n")
+    assert _call(*words.split())[::2] == (status, f"prefault: {error}\n")
+
+
 _HOSTILE = [
     "", " ", "-", "--", "=", ":", "-1", "1e999", "nan", "٣", "0x", "99999999999999999999", "%s{0}", "x" * 5000,
     "a\nb\x1b[31m", "\udcff\udc80", "/dev/null/x", "/proc/self/mem/x", "a:b:c", "../" * 2000, "\u202e",

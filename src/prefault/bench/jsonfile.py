@@ -79,7 +79,7 @@ def load(path: Path) -> BenchRun:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise SchemaError(f"{path} is not JSON: {error}") from error
+        raise SchemaError(f"{path}: not a file that prefault bench --json wrote, as it is no JSON: {error}") from error
     try:
         return from_json(document)
     except SchemaError as error:

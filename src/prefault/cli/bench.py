@@ -14,6 +14,7 @@ from prefault.bench.kinds import KINDS, Places
 from prefault.bench.stopping import StopRequest
 from prefault.cli.benchmarks.bench_device import device
 from prefault.cli.benchmarks.bench_options import check_json_path, exit_if_stopped, json_option, mapping_sizes
+from prefault.cli.option_types import CountType
 
 _QUICK_REPEATS = 3
 _FULL_REPEATS = 10
@@ -39,7 +40,7 @@ def _one_of(valid: Iterable[str]) -> Callable[[click.Context, click.Parameter, t
 @click.option(
     "--size", multiple=True, callback=mapping_sizes, help="Mapping size; repeatable. [2 MiB and 4 GiB, quick: 256 MiB]"
 )
-@click.option("--repeats", type=click.IntRange(1, 1000), help="Repetitions of each cell. [10, quick: 3]")
+@click.option("--repeats", type=CountType(1, 1000), help="Repetitions of each cell. [10, quick: 3]")
 @click.option("--method", multiple=True, callback=_one_of(grid.METHODS), help="Measure only this method; repeatable.")
 @click.option("--backing", multiple=True, callback=_one_of(KINDS), help="Measure only this backing; repeatable.")
 @click.option("--sharing", multiple=True, callback=_one_of(("private", "shared")), help="Measure only these mappings.")

@@ -160,6 +160,8 @@ def file_options(kind: str) -> Callable[[Command], Command]:
             if ranges and tensors:
                 raise click.UsageError("--range and --tensor both say which bytes: give one of them")
             rules = {name: rest.pop(name) for name in _RULES}
+            if rules["max_size"] is not None and rules["min_size"] > rules["max_size"]:
+                raise click.UsageError("--min-size is larger than --max-size, so that no file has a size between them")
             files = FileArguments(
                 _all_paths(paths, batch, nul), ranges, named=bool(paths or batch), tensors=tensors, verbose=verbose,
                 quiet=quiet, output="json" if as_json else output or "text", **rules,

@@ -45,16 +45,34 @@ def sentence(error: OSError) -> str:
     """Return the error's message, without the errno where the message says more than the errno's name."""
     text = error.strerror or str(error)
     if error.filename is not None:
-        remedy = getattr(error, "remedy", "")  # of a FileError
         if not error.filename:
             from prefault.files.failures import FileFailure
 
             return str(FileFailure.of("", error))
+        remedy = getattr(error, "remedy", "") or _remedy(error)  # the former: of a FileError
         return f"{printable(os.fsdecode(error.filename))}: {text}" + (f": {remedy}" if remedy else "")
     if error.errno is not None and text == os.strerror(error.errno):
         # Python names no file where writing to an open one fails; commands name all files that they write but their output.
         return f"the output cannot be written: {text}" if error.errno in _OF_WRITING else str(error)
     return text
+
+
+def _remedy(error: OSError) -> str:
+    """Return the step that helps after the kernel has refused a path; empty where none is known."""
+    directory = os.path.dirname(os.fsdecode(error.filename)) or "."
+    if error.errno == errno.ENOENT and not os.path.isdir(directory):
+        return f"there is no directory {printable(directory)}: make it, or name another"
+    return _REMEDIES.get(error.errno or 0, "")
+
+
+_REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.EACCES: "run as its owner or as root, or change its permissions (chmod)",
+    errno.EISDIR: "name a file in it",
+    errno.ENOTDIR: "check the path",
+    errno.EROFS: "name a file on another file system",
+    errno.ENOSPC: "free space on the disk, or name another",
+}
 
 
 def _one_line(text: str) -> str:

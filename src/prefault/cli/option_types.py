@@ -1,7 +1,8 @@
-"""Types of options that several commands take: sizes, rates, processes."""
+"""Types of options that several commands take: sizes, rates, numbers, processes."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -52,6 +53,25 @@ class PidType(click.ParamType):  # type: ignore[type-arg]
         if not re.fullmatch("[0-9]{1,20}", value) or not int(value):
             self.fail(f"{value!r} is no number of a process: give one such as 1234 (pgrep NAME prints them)", param, ctx)
         return int(value)
+
+
+class CountType(click.IntRange):
+    """A number of things, within bounds."""
+
+    name = "whole number"
+
+
+class SecondsType(click.FloatRange):
+    """A number of seconds, within bounds."""
+
+    name = "number of seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number; nan, which every comparison with a bound lets pass, is refused."""
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is not a valid {self.name}.", param, ctx)
+        return seconds
 
 
 def pid_option(what: str) -> Callable[[Command], Command]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from prefault.cli.option_types import SizeType
+from prefault.cli.option_types import CountType, SizeType
 from prefault.sizes import format_size
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -44,7 +44,7 @@ def replay_options(command: _Command) -> _Command:
     """Add the options of commands that bring pages back."""
     options = (
         click.option("--budget", type=SizeType(), help="Bring in at most this much, such as '2 GiB'."),
-        click.option("--threads", type=click.IntRange(1, 256), help="Files that are read at a time."),
+        click.option("--threads", type=CountType(1, 256), help="Files that are read at a time."),
         click.option("--idle", is_flag=True, help="Read in the idle I/O class: disks serve other processes first."),
         click.option("--ignore-time", is_flag=True, help="Also take files whose time of modification differs."),
         click.option("--progress/--no-progress", default=None, help="Show a bar, or log; default: a bar on a terminal."),

@@ -93,4 +93,4 @@ def _bench(path: str) -> dict[str, Any]:
     try:
         return to_json(load(Path(path)))
     except SchemaError as error:
-        raise click.ClickException(f"{path}: {error}") from error
+        raise click.ClickException(str(error)) from error

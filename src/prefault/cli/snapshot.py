@@ -13,6 +13,7 @@ import click
 
 from prefault.cli.json_output import json_option, print_json
 from prefault.cli.messages import complain
+from prefault.cli.option_types import SecondsType
 from prefault.cli.recording_options import check_writable, replay_options, root_option, size, tell_notes, told_as_usage
 from prefault.cli.replay import show, wanted
 from prefault.sizes import format_count
@@ -110,7 +111,7 @@ def restore(
 @_FILE
 @_PATHS
 @click.option(
-    "--interval", type=click.FloatRange(min=0), default=300.0, show_default=True, metavar="SECONDS",
+    "--interval", type=SecondsType(0, 366 * 86400), default=300.0, show_default=True, metavar="SECONDS",
     help="Time between two snapshots; 0: at the end only.",
 )  # fmt: skip
 @click.option("--no-restore", is_flag=True, help="Do not restore FILE first.")

@@ -8,7 +8,7 @@ import click
 
 from prefault.cli.file_options import FileArguments, failures_to_json, file_options, need_paths
 from prefault.cli.json_output import print_json
-from prefault.cli.option_types import SizeType, pid_option, rate_option
+from prefault.cli.option_types import CountType, SizeType, pid_option, rate_option
 from prefault.files.selection import select
 from prefault.files.warm_methods import METHOD_NAMES
 from prefault.files.warm_result import WarmResult
@@ -19,7 +19,7 @@ from prefault.sizes import PAGE_SIZE, format_count, format_size
 @click.command()
 @file_options("prefault-warm")
 @click.option("--method", type=click.Choice(METHOD_NAMES), help="Way of reading; default: the fastest, by measurement.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Number of threads; default: as many as pay.")
+@click.option("--threads", type=CountType(1, 1024), help="Number of threads; default: as many as pay.")
 @click.option("--budget", type=SizeType(), metavar="SIZE", help="Bring in no more than that; default: as much as fits.")
 @click.option(
     "--window", type=SizeType(), metavar="SIZE",

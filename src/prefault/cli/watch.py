@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from prefault.cli.messages import printable
-from prefault.cli.option_types import pid_option
+from prefault.cli.option_types import CountType, SecondsType, pid_option
 
 if TYPE_CHECKING:
     from prefault.pictures.heat_rows import HeatRow
@@ -30,12 +29,12 @@ Show = Callable[["Frame"], None]
 @click.option(
     "-i",
     "--interval",
-    type=click.FloatRange(0.05, 86400),
+    type=SecondsType(0.05, 86400),
     default=1.0,
     show_default=True,
     help="Seconds between two frames.",
 )
-@click.option("-n", "--count", type=click.IntRange(min=1), help="Frames to show; else until Ctrl-C.")
+@click.option("-n", "--count", type=CountType(min=1), help="Frames to show; else until Ctrl-C.")
 @click.option("--once", is_flag=True, help="Show one frame with all rows, and end.")
 @click.option("-r", "--record", type=click.Path(dir_okay=False, writable=True), metavar="FILE",
               help="Write the frames to a file, for `prefault report --watch FILE`.")  # fmt: skip
@@ -64,8 +63,6 @@ def watch(
     """
     from prefault.pictures.sampling import frames
 
-    if math.isnan(interval):
-        raise click.UsageError("--interval is a number of seconds, not nan")
     source = frames(taker(paths, pid))
     number = 1 if once else count
     with contextlib.ExitStack() as stack:

@@ -95,14 +95,14 @@ def read_recording(path: str | os.PathLike[str]) -> Iterator[RecordedFrame]:
             if document is None:
                 return
             if document.get("kind") != KIND:
-                raise DamagedFramesError(f"{name}, line {number} is no frame of `prefault watch --record`")
+                raise DamagedFramesError(f"{name}: line {number} is no frame of `prefault watch --record`")
             if document.get("schema") != SCHEMA:
                 form = document.get("schema")
                 raise DamagedFramesError(f"{name} has the form {form!r}, and this version reads only {SCHEMA}")
             try:
                 last = _apply(document, rows, last)
             except (KeyError, TypeError, ValueError, binascii.Error) as error:
-                raise DamagedFramesError(f"{name}, line {number} is damaged: {error!r}") from error
+                raise DamagedFramesError(f"{name}: line {number} is damaged: {error!r}") from error
             yield RecordedFrame(last, dict(rows))
         if not number:
             raise DamagedFramesError(f"{name} is empty: no recording of `prefault watch --record`")
@@ -116,10 +116,10 @@ def _parsed(line: str, name: str, number: int) -> dict[str, Any] | None:
         if number > 1 and not line.endswith("\n"):
             return None
         raise DamagedFramesError(
-            f"{name}, line {number} is not JSON, so that it is no recording, or a damaged one"
+            f"{name}: line {number} is not JSON, so that it is no recording, or a damaged one"
         ) from error
     if not isinstance(document, dict):
-        raise DamagedFramesError(f"{name}, line {number} is not an object")
+        raise DamagedFramesError(f"{name}: line {number} is not an object")
     return document
 
 

@@ -11,6 +11,7 @@ from typing import NoReturn, Self
 from prefault._system.descriptors import opened
 from prefault.sizes import KIB
 
+_CAP_SYS_PTRACE = 19  # include/uapi/linux/capability.h
 _MAX_PID = 1 << 22  # PID_MAX_LIMIT, include/linux/threads.h
 
 
@@ -124,14 +125,26 @@ class OtherProcess:
     def refusal(self, what: str) -> str:
         """Return the sentence for EPERM and EACCES: the right that is missing, and how to get it. Source: ptrace(2)."""
         user = os.geteuid()
+        place = f"process {self.label} of user {self.owner}"
+        if _has_cap_sys_ptrace():
+            return (
+                f"{what} {place} is not permitted to user {user}, despite CAP_SYS_PTRACE: a security module (Landlock,"
+                " SELinux, Yama) or a user namespace forbids it: run it outside of that sandbox or container"
+            )
         if user == 0:
             remedy = "run it with that capability (in a container: --cap-add SYS_PTRACE)"
         elif user == self.owner:
             remedy = "run it as root (sudo), as the process is not dumpable or kernel.yama.ptrace_scope is not 0"
         else:
             remedy = f"run it as root (sudo) or as user {self.owner}"
-        place = f"process {self.label} of user {self.owner}"
         return f"{what} {place} is not permitted to user {user} without CAP_SYS_PTRACE: {remedy}"
 
     def _fail(self, kind: type[OSError], number: int, message: str) -> NoReturn:
         raise kind(number, message) from None
+
+
+def _has_cap_sys_ptrace() -> bool:
+    """Return whether this process has CAP_SYS_PTRACE among its effective capabilities (capabilities(7))."""
+    with open("/proc/self/status", "rb") as file:
+        effective = file.read().partition(b"\nCapEff:")[2].split(maxsplit=1)
+    return bool(effective) and bool(int(effective[0], 16) >> _CAP_SYS_PTRACE & 1)

@@ -11,6 +11,7 @@ from prefault.bench.routes.device_results import FRAMES, PAGE_SIZES, PATTERN, Fr
 from prefault.bench.routes.shipped_results import Shipped, ShippedCell, ShippedResult, shipped_cells
 from prefault.bench.stopping import StopRequest
 from prefault.cli.benchmarks.bench_options import check_json_path, exit_if_stopped, json_option, mapping_sizes, sizes
+from prefault.cli.option_types import CountType
 from prefault.sizes import GIB, MIB
 
 _REPEATS = 3
@@ -37,7 +38,7 @@ _DEVICES = (PATTERN, *get_args(Shipped))
 @click.option(
     "--frames", multiple=True, type=click.Choice(get_args(Frames)), help="Supplied before, or during, a run. [both]"
 )
-@click.option("--repeats", type=click.IntRange(1, 1000), default=_REPEATS, show_default=True, help="Repetitions.")
+@click.option("--repeats", type=CountType(1, 1000), default=_REPEATS, show_default=True, help="Repetitions.")
 @click.option("--colocate", is_flag=True, help="Run client and server on one CPU: the lowest fault latency.")
 @click.pass_context
 def device(

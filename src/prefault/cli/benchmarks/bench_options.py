@@ -42,7 +42,7 @@ def sizes(valid: Callable[[int], bool], otherwise: str) -> Callable[..., tuple[i
 
 mapping_sizes = sizes(
     lambda size: size > 0 and size % HUGE_PAGE_BYTES == 0,
-    " is not a multiple of 2 MiB: not every backing has such a size",
+    " is not a multiple of 2 MiB above 0: not every backing has such a size",
 )
 
 

@@ -145,11 +145,53 @@ def _hides_page_cache() -> bool:
     return (major, minor) >= (6, 14)
 
 
-def test_files_of_proc_have_no_pages() -> None:
-    (file,) = prefault.status("/proc/self/status").files
-    assert file[1:5] == (0, 0, 0, 0)
+def test_files_of_proc_are_failures() -> None:
+    found = prefault.status("/proc/self/status")
+    assert not found.files
+    assert "is on proc" in str(*found.failures)
 
 
 def test_missing_needs_ranges() -> None:
     assert FileStatus("f", 5, 1, 1, 0).missing() is None
     assert FileStatus("f", 5, 1, None, None).cached_bytes is None
+
+
+@pytest.mark.parametrize("given", ["tree", "one in a list", "several", "each link"])
+def test_each_file_once_however_it_is_counted(tree: Path, given: str) -> None:
+    """Hard links, files that vanish between listing and opening, and several trees: the quick count leaves them aside."""
+    for number in range(20):
+        file_beds.make(tree / f"{number:02}", number * PAGE + 1)
+        file_beds.evict(tree / f"{number:02}") if number % 3 else None
+    for number in range(0, 20, 4):
+        os.link(tree / f"{number:02}", tree / "below" / f"again {number}")
+    os.symlink("00", tree / "link")
+    os.mkfifo(tree / "fifo")
+    chosen = {
+        "tree": prefault.select(tree), "one in a list": prefault.select([tree]),
+        "several": prefault.select([tree, tree / "below"]), "each link": prefault.select(tree, each_link=True),
+    }[given]  # fmt: skip
+    found = list(each_status(chosen))
+    assert all(isinstance(file, FileStatus) for file in found)
+    assert len(found) == 25 + (5 if given == "each link" else 0)
+    for file in found:
+        assert isinstance(file, FileStatus)
+        size = os.stat(file.path).st_size
+        assert (file.size, file.pages) == (size, -(-size // PAGE))
+        assert file.cached_pages == (file_beds.cached_pages(Path(file.path)) if size else 0), file.path
+    assert chosen.skipped == 2
+
+
+def test_rules_of_the_selection_hold_for_quick_counts(tree: Path) -> None:
+    for number in range(5):
+        file_beds.make(tree / f"{number}.bin", number * PAGE)
+    for rules, count in (
+        ({"include": ["*.bin"]}, 5), ({"exclude": ["*.bin"]}, 5), ({"min_size": 3 * PAGE}, 5), ({"max_size": PAGE}, 4),
+    ):  # fmt: skip
+        assert len(prefault.status(prefault.select(tree, **rules)).files) == count, rules
+
+
+def test_no_descriptor_is_left_open(tree: Path, no_leaks: None) -> None:
+    several = each_status(prefault.select(tree))
+    next(several)
+    next(several)
+    del several

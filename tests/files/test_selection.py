@@ -17,7 +17,7 @@ import pytest
 
 from prefault.files.failures import FileFailure
 from prefault.files.selection import SelectedFile, SkippedFile, read_list, select
-from support import needs
+from support import file_beds, needs
 
 
 def _paths(*given: object, **options: object) -> list[str]:
@@ -324,3 +324,56 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
     count, most = map(int, done.stdout.split())
     assert count == 10_000
     assert most < 1 << 20, f"{most} bytes for {count} files"
+
+
+# --- file systems whose files the kernel makes -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernel_tree(tmp_path: Path) -> Iterator[Path]:
+    """A tree with a file, tracefs, proc and a single file of sysfs in it."""
+    top = tmp_path / "tree"
+    top.mkdir()
+    file_beds.make(top / "file", 3 * file_beds.PAGE)
+    (top / "setting").touch()
+    with (
+        file_beds.mounted(top / "traces", "-t", "tracefs", "prefault-test"),
+        file_beds.mounted(top / "proc", "-t", "proc", "prefault-test"),
+        file_beds.bound("/sys/kernel/mm/transparent_hugepage/enabled", top / "setting"),
+    ):
+        assert (top / "traces" / "trace_pipe").exists()
+        yield top
+
+
+def test_file_systems_whose_files_the_kernel_makes_are_left_out_of_a_tree(kernel_tree: Path) -> None:
+    skipped = {Path(one.path).name: one.reason for one in _skipped(kernel_tree)}
+    assert set(skipped) == {"traces", "proc", "setting"}
+    assert "is on tracefs" in skipped["traces"]
+    assert "is on proc" in skipped["proc"]
+    assert "is on sysfs" in skipped["setting"]
+    assert _paths(kernel_tree) == [str(kernel_tree / "file")]
+
+
+def test_file_systems_whose_files_the_kernel_makes_are_failures_where_they_are_named(kernel_tree: Path) -> None:
+    for name in ("traces", "traces/trace_pipe", "proc/self/maps", "setting"):
+        (failure,) = _failures(kernel_tree / name)
+        assert failure.path == str(kernel_tree / name)
+        assert "the kernel makes its files at each read" in failure.reason
+        assert failure.remedy == "leave it out"
+
+
+@pytest.mark.parametrize("verb", ["status", "warm", "evict", "lock"])
+def test_verbs_end_soon_on_a_tree_with_files_that_never_end(kernel_tree: Path, verb: str) -> None:
+    """To read ``trace_pipe`` waits for ever; kmsg and others of proc as well."""
+    code = (
+        "import prefault, sys\n"
+        f"found = prefault.{verb}(sys.argv[1])\n"
+        "print(len(found.files) if isinstance(found.files, list) else found.files, *found.failures)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, kernel_tree], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+    named = subprocess.run(
+        [sys.executable, "-c", code, kernel_tree / "traces" / "trace_pipe"], capture_output=True, text=True, timeout=60
+    )
+    assert named.stdout.startswith("0 ") or "trace_pipe" in named.stderr
+    assert "is on tracefs" in named.stdout + named.stderr

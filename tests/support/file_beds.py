@@ -72,6 +72,17 @@ def mounted(directory: Path, *arguments: str) -> Iterator[Path]:
 
 
 @contextmanager
+def bound(source: str | Path, target: Path) -> Iterator[Path]:
+    """Mount a file or a directory at another place, which is there; unmounted at the end."""
+    needs.root("mount")
+    subprocess.run(["mount", "--bind", source, target], check=True)
+    try:
+        yield target
+    finally:
+        subprocess.run(["umount", "--lazy", target], check=True)
+
+
+@contextmanager
 def overlay(directory: Path) -> Iterator[Path]:
     """Mount an overlay; yield its directory, beside which ``lower`` holds the files below."""
     for name in ("lower", "upper", "work"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from typing import NamedTuple
 
 from prefault._kernel._call import POINTER, UINT, declare_quick, declare_syscall, fail
@@ -56,6 +57,8 @@ def cachestat(fd: int, offset: int = 0, length: int = 0) -> PageCache:
 # No types: ctypes would call a converter for each argument, a third of the time of the whole call.
 _quick_syscall = declare_quick("syscall")
 
+_FIRST_TWO = struct.Struct("=2Q")
+
 
 class QuickCachestat:
     """Calls of cachestat(2) on one small file after another, by one thread: a quarter of the time of :func:`cachestat`.
@@ -76,5 +79,4 @@ class QuickCachestat:
         self._span.len = length
         if _quick_syscall(NR_CACHESTAT, fd, *self._arguments):
             fail("cachestat")
-        answer = self._answer
-        return answer.nr_cache, answer.nr_dirty
+        return _FIRST_TWO.unpack_from(self._answer)  # half the time of two attributes

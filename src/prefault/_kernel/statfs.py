@@ -1,4 +1,4 @@
-"""fstatfs(2): the file system that an open file lies on."""
+"""statfs(2): the file system that a file lies on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,16 @@ class Statfs(ctypes.Structure):
     )
 
 
+_statfs = declare("statfs", ctypes.c_char_p, POINTER)
 _fstatfs = declare("fstatfs", INT, POINTER)
+
+
+def statfs_type(path: bytes) -> int:
+    """Return the magic number of the file system of a path (linux/magic.h), links in it followed. statfs(2)."""
+    answer = Statfs()
+    if _statfs(path, ctypes.addressof(answer)):
+        fail("statfs")
+    return _magic(answer)
 
 
 def fstatfs_type(fd: int) -> int:
@@ -34,5 +43,9 @@ def fstatfs_type(fd: int) -> int:
     answer = Statfs()
     if _fstatfs(fd, ctypes.addressof(answer)):
         fail("fstatfs")
+    return _magic(answer)
+
+
+def _magic(answer: Statfs) -> int:
     magic: int = answer.f_type & 0xFFFF_FFFF  # 32 bits, sign-extended for some file systems
     return magic

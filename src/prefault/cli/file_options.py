@@ -163,8 +163,8 @@ def file_options(kind: str) -> Callable[[Command], Command]:
             if rules["max_size"] is not None and rules["min_size"] > rules["max_size"]:
                 raise click.UsageError("--min-size is larger than --max-size, so that no file has a size between them")
             files = FileArguments(
-                _all_paths(paths, batch, nul), ranges, named=bool(paths or batch), tensors=tensors, verbose=verbose,
-                quiet=quiet, output="json" if as_json else output or "text", **rules,
+                paths if batch is None else _all_paths(paths, batch, nul), ranges, named=bool(paths or batch),
+                tensors=tensors, verbose=verbose, quiet=quiet, output="json" if as_json else output or "text", **rules,
             )  # fmt: skip
             return command(files=files, **rest)
 

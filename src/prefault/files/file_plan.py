@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from prefault.files.cached_pages import cached_ranges
 from prefault.files.failures import CannotTellError, FileError
-from prefault.files.open_file import MADE_BY_KERNEL, OpenFile
+from prefault.files.file_systems import MADE_BY_KERNEL, made_by_kernel
+from prefault.files.open_file import OpenFile
 from prefault.ranges import PageRange, RangeSet
 
 
@@ -34,9 +35,8 @@ class FilePlan(NamedTuple):
         Raises:
             FileError: its file system has none.
         """
-        if file.file_system in MADE_BY_KERNEL and file.size:
-            reason = f"is on {file.file_system}: the kernel makes it at each read, and keeps no page cache"
-            raise FileError(errno.EINVAL, reason, file.path, "leave it out")
+        if file.file_system in MADE_BY_KERNEL:
+            raise FileError(errno.EINVAL, made_by_kernel(file.file_system), file.path, "leave it out")
         whole = RangeSet([file.pages()])
         asked = whole if ranges is None else ranges.outward(file.page_size) & whole
         span = asked.span

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
 from typing import NamedTuple, TypeAlias
@@ -140,8 +141,11 @@ def each_status(
     wanted = checked_ranges(ranges)
     quick = _QuickCounts()
     whole = wanted is None and not pages
+    if whole:
+        selection.of_directory = quick.of_directory
+    found: FileStatus | SelectedFile | FileFailure
     for found in selection:
-        if isinstance(found, FileFailure):
+        if not isinstance(found, SelectedFile):
             yield found
             continue
         try:
@@ -150,9 +154,10 @@ def each_status(
                 with OpenFile(found.path) as file:
                     counted = _status_of(file, wanted, pages)
                     quick.learn(found, file)
-            yield counted
         except OSError as error:
             yield FileFailure.of(found.path, error)
+        else:
+            yield counted
 
 
 def checked_ranges(ranges: Ranges | None) -> CheckedRanges:
@@ -204,34 +209,68 @@ def _status_of(file: OpenFile, ranges: CheckedRanges, with_ranges: bool) -> File
 
 
 class _QuickCounts:
-    """Counts of whole files by three system calls a file: open, cachestat, close. stat(2) was called by the selection.
+    """Counts of whole files by four system calls a file, of which cachestat(2) is one.
 
-    The file system is looked at once for each device. One whose files may have their pages elsewhere is left to the
-    careful way, and so is a file of which cachestat does not tell.
+    The file system is looked at once for each device. One whose files may have their pages elsewhere is left to the careful
+    way, and so is a file of which cachestat does not tell.
     """
 
     def __init__(self) -> None:
         self._call = QuickCachestat() if capabilities.CACHESTAT.available else None
-        self._devices: dict[int, bool] = {}
+        self._devices: set[int] = set()
 
     def learn(self, found: SelectedFile, file: OpenFile) -> None:
         """Note whether the files on this file's device may be counted quickly."""
-        self._devices.setdefault(found.stat.st_dev, not file.is_block_device and counts_own_pages(file.file_system))
+        if self._call is not None and not file.is_block_device and counts_own_pages(file.file_system):
+            self._devices.add(found.stat.st_dev)
+
+    def of_directory(
+        self, entries: Iterable[os.DirEntry[str]], device: int
+    ) -> Iterator[FileStatus | os.DirEntry[str]]:  # fmt: skip
+        """Yield the status of each file of a directory on ``device``, and the entries that another way must look at.
+
+        All in one loop: that is a third faster than to have the selection look at each entry, and this at each file.
+        """
+        devices, call = self._devices, self._call
+        make = tuple.__new__  # FileStatus() goes through a Python function, at twice the time
+        for entry in entries:
+            if call is None or device not in devices or not entry.is_file(follow_symlinks=False):
+                yield entry
+                continue
+            path = entry.path
+            try:
+                fd = os.open(path, _QUICK_FLAGS)
+            except OSError:  # the careful way finds out why, and tries without O_NOATIME
+                yield entry
+                continue
+            try:
+                facts = os.fstat(fd)
+                size = facts.st_size
+                known = (
+                    size <= _QUICK_BYTES
+                    and facts.st_nlink == 1
+                    and facts.st_dev == device
+                    and stat.S_ISREG(facts.st_mode)
+                )  # fmt: skip
+                cached, dirty = call(fd, size) if known else (0, 0)
+            except OSError:
+                known = False
+            finally:
+                os.close(fd)
+            yield make(FileStatus, (path, size, -(-size // PAGE_SIZE), cached, dirty, "", None)) if known else entry
 
     def count(self, found: SelectedFile) -> FileStatus | None:
         """Return the status of a file; None where the careful way must tell."""
-        path, status = found
-        size = status.st_size
-        if self._call is None or size > _QUICK_BYTES or not self._devices.get(status.st_dev):
+        path, facts = found
+        size = facts.st_size
+        if self._call is None or size > _QUICK_BYTES or facts.st_dev not in self._devices:
             return None
-        if not size:
-            return FileStatus(path, 0, 0, 0, 0)
         try:
             fd = os.open(path, _QUICK_FLAGS)
         except PermissionError:  # the careful way tries without O_NOATIME
             return None
         try:
-            cached, dirty = self._call(fd, size)
+            cached, dirty = self._call(fd, size) if size else (0, 0)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP):
                 raise

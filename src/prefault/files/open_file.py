@@ -10,47 +10,9 @@ from typing import NamedTuple
 
 from prefault._kernel.statfs import fstatfs_type
 from prefault.files.failures import FileError
+from prefault.files.file_systems import name_of
 from prefault.ranges import PageRange
 from prefault.sizes import MAX_SIZE, PAGE_SIZE
-
-_NAMES = {
-    0x794C7630: "overlay",
-    0x01021994: "tmpfs",
-    0x858458F6: "ramfs",
-    0x958458F6: "hugetlbfs",
-    0xEF53: "ext4",
-    0x58465342: "xfs",
-    0x9123683E: "btrfs",
-    0xF2F52010: "f2fs",
-    0xCA451A4E: "bcachefs",
-    0x2FC12FC1: "zfs",
-    0x65735546: "fuse",
-    0x6969: "nfs",
-    0xFF534D42: "cifs",
-    0xFE534D42: "smb2",
-    0x517B: "smb",
-    0x01021997: "9p",
-    0x00C36400: "ceph",
-    0x0BD00BD0: "lustre",
-    0x47504653: "gpfs",
-    0x5346414F: "afs",
-    0x73717368: "squashfs",
-    0xE0F5E1E2: "erofs",
-    0x9660: "iso9660",
-    0x4D44: "vfat",
-    0x2011BAB0: "exfat",
-    0x7366746E: "ntfs3",
-    0xF15F: "ecryptfs",
-    0x9FA0: "proc",
-    0x62656572: "sysfs",
-    0x64626720: "debugfs",
-    0x27E0EB: "cgroup",
-    0x63677270: "cgroup2",
-}
-"""Names of file systems by their magic number (linux/magic.h, and for out-of-tree ones their own source)."""
-
-MADE_BY_KERNEL = frozenset({"proc", "sysfs", "debugfs", "cgroup", "cgroup2"})
-"""File systems whose files the kernel makes at each read: there is nothing to cache, and a read may do something."""
 
 _KINDS = (
     (stat.S_ISFIFO, "a FIFO"),
@@ -126,8 +88,7 @@ class OpenFile:
             self.file_system = "block device"
             self.size = os.lseek(self.fd, 0, os.SEEK_END)
         else:
-            magic = fstatfs_type(self.fd)
-            self.file_system = _NAMES.get(magic, f"{magic:#x}")
+            self.file_system = name_of(fstatfs_type(self.fd))
             self.size = status.st_size
             if self.file_system == "hugetlbfs":
                 self.page_size = status.st_blksize

@@ -12,9 +12,10 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO, NamedTuple, TypeAlias
+from typing import IO, Any, NamedTuple, TypeAlias
 
 from prefault.files.failures import FileFailure
+from prefault.files.file_systems import KernelMade, made_by_kernel
 from prefault.memory.file_verbs import FileNames
 from prefault.sizes import Size, format_size, parse_size
 
@@ -70,6 +71,11 @@ class Selection(FileNames, Iterable["SelectedFile | FileFailure"]):
     directories = 0
     skipped = 0
 
+    of_directory: Callable[[Iterable[os.DirEntry[str]], int], Iterator[Any]] | None = None
+    """Function of a verb that is given the entries of a directory, and its device. It yields what the verb found out about
+    an entry, which this yields as well, or the entry itself, which this looks at. Called only where no rule leaves files out
+    and only hard links can be found twice: an entry with several links is to be yielded itself."""
+
     def __init__(self, walk: Callable[[Selection], Iterator[SelectedFile | FileFailure]]) -> None:
         self._found = walk(self)
 
@@ -78,10 +84,11 @@ class Selection(FileNames, Iterable["SelectedFile | FileFailure"]):
 
 
 class _Directory(NamedTuple):
-    """A directory to be read: its path, its device, and the directories that it was reached through, nearest first."""
+    """A directory to be read: its device, that of the path that was given, and the directories that lead to it."""
 
     path: str
     device: int
+    top_device: int
     chain: _Chain | None
 
 
@@ -99,7 +106,8 @@ def select(
     """Yield the files that ``paths`` stand for, and a :class:`FileFailure` for each path that cannot be looked at.
 
     Directories are walked in the order in which the file system lists them, their files before their subdirectories. No file
-    is opened.
+    is opened. File systems whose files the kernel makes at each read (proc, sysfs, tracefs) are left out inside of
+    directories, and are failures where they are named.
 
     Args:
         paths: a path, or any iterable of paths, which is read as the files are used. Symbolic links among them are followed.
@@ -119,12 +127,13 @@ def select(
     Sources: readdir(3), stat(2), fnmatch(3); patterns know no backslash, and negate by ``[!a]``.
     """
     single = isinstance(paths, str | bytes | os.PathLike)
+    one = single or (isinstance(paths, list | tuple) and len(paths) == 1)
     if not single and not isinstance(paths, Iterable):
         raise TypeError(f"paths are a str, bytes or os.PathLike, or an iterable of them, not {type(paths).__name__}")
     smallest, largest = parse_size(min_size), None if max_size is None else parse_size(max_size)
     walk = _Walk(
         follow_links, same_file_system, _matcher(include), _matcher(exclude), smallest, largest,
-        None if each_link else set(), single and not follow_links, on_skip,
+        None if each_link else set(), one and not follow_links, on_skip,
     )  # fmt: skip
     return Selection(lambda selection: walk.files([paths] if single else paths, selection))  # type: ignore[list-item, arg-type]
 
@@ -190,7 +199,9 @@ class _Walk:
         self._seen = seen
         self._each_name_once = each_name_once
         """Whether a walk finds each name only once, so that files of one link need not be remembered."""
+        self._takes_all = each_name_once and include is None and exclude is None and not min_size and max_size is None
         self._on_skip = on_skip
+        self._kernel_made = KernelMade()
         self._selection: Selection
 
     def files(self, paths: Iterable[Path], selection: Selection) -> Iterator[SelectedFile | FileFailure]:
@@ -208,7 +219,9 @@ class _Walk:
             except ValueError as error:  # a NUL in it
                 yield FileFailure(path, str(error), errno=errno.EINVAL)
                 continue
-            if stat.S_ISDIR(found.st_mode):
+            if kernel_made := self._kernel_made.name(found.st_dev, path):
+                yield FileFailure(path, made_by_kernel(kernel_made), "leave it out")
+            elif stat.S_ISDIR(found.st_mode):
                 yield from self._tree(path, found)
             elif stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode):
                 if self._is_wanted(path, found):
@@ -218,14 +231,19 @@ class _Walk:
 
     def _tree(self, top: str, found: os.stat_result) -> Iterator[SelectedFile | FileFailure]:
         # A stack, not recursion: one directory is open at a time, and no depth is too deep.
-        pending = [_Directory(top, found.st_dev, _Chain(_identity(found), None))]
+        pending = [_Directory(top, found.st_dev, found.st_dev, _Chain(_identity(found), None))]
+        of_directory = self._selection.of_directory if self._takes_all else None
         while pending:
             directory = pending.pop()
+            device = directory.device
             below: list[_Directory] = []
             try:
                 with os.scandir(directory.path) as entries:
                     self._selection.directories += 1
-                    for entry in entries:
+                    for entry in entries if of_directory is None else of_directory(entries, device):
+                        if type(entry) is not os.DirEntry:
+                            yield entry
+                            continue
                         path = entry.path
                         if self._exclude is not None and self._exclude(path):
                             continue
@@ -236,6 +254,8 @@ class _Walk:
                             continue
                         if not stat.S_ISREG(found.st_mode):
                             self._other(path, found, directory, below)
+                        elif found.st_dev != device and self._is_kernel_made(path, found):
+                            continue
                         elif self._is_wanted(path, found):
                             yield SelectedFile(path, found)
             except OSError as error:
@@ -249,12 +269,21 @@ class _Walk:
             self._skip(path, "is a symbolic link", "--follow-links follows it")
         elif not stat.S_ISDIR(mode):
             self._skip(path, f"is {_kind(mode)}, which is not opened in a tree")
-        elif self._same_file_system and found.st_dev != directory.device:
+        elif self._same_file_system and found.st_dev != directory.top_device:
             self._skip(path, "is on another file system")
+        elif found.st_dev != directory.device and self._is_kernel_made(path, found):
+            return
         elif self._is_loop(identity := _identity(found), directory.chain):
             self._skip(path, "leads back to a directory that it lies in, a loop")
         else:
-            below.append(_Directory(path, directory.device, _Chain(identity, directory.chain)))
+            below.append(_Directory(path, found.st_dev, directory.top_device, _Chain(identity, directory.chain)))
+
+    def _is_kernel_made(self, path: str, found: os.stat_result) -> bool:
+        """Skip a path on a file system whose files the kernel makes; return whether it is on one."""
+        name = self._kernel_made.name(found.st_dev, path)
+        if name:
+            self._skip(path, made_by_kernel(name))
+        return bool(name)
 
     def _is_wanted(self, path: str, found: os.stat_result) -> bool:
         if self._include is not None and not self._include(path):

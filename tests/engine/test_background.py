@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import mmap
-import os
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import pytest
 import prefault
 from prefault.sizes import MIB, PAGE_SIZE
 from support import oracle
+from support.children import in_child
 from support.regions import Region
 
 _LIMIT_S = 60
@@ -230,18 +230,51 @@ def test_a_forgotten_task_goes_on_and_its_error_is_logged(caplog: pytest.LogCapt
 
 def test_a_forked_child_does_not_wait_for_the_parents_thread() -> None:
     task, gate = _held(_memory())
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
+
+    def child() -> None:
+        with pytest.raises(prefault.PopulateCancelled, match="fork"):
             task.result(10)
-        except prefault.PopulateCancelled as error:
-            status = 0 if "fork" in str(error) else 2
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        with pytest.raises(prefault.PopulateCancelled, match="fork"):
+            asyncio.run(_await(task))
+        assert task.done()
+        task.cancel()
+        with task:  # its error was raised before
+            pass
+
+    in_child(child)
     gate.open()
     assert task.result(_LIMIT_S).bytes == 16 * MIB
+
+
+def _resize(memory: Any) -> None:
+    """Do what a pin forbids: resize or unmap the memory."""
+    if isinstance(memory, bytearray):
+        memory.append(1)
+    else:
+        memory.close()
+
+
+@pytest.mark.parametrize("kind", ["mmap", "bytearray", "Mapping", "list", "long list"])
+def test_a_forked_child_has_its_buffers_to_itself(kind: str) -> None:
+    few = {"mmap": _memory(), "bytearray": bytearray(8 * MIB), "Mapping": prefault.Mapping(8 * MIB, huge="never")}
+    buffers: list[Any] = [few[kind]] if kind in few else list(few.values())
+    if kind == "long list":
+        buffers += [bytearray(PAGE_SIZE) for _ in range(100)]
+    task, gate = _held(buffers if "list" in kind else buffers[0])
+
+    def child() -> None:
+        prefault.populate(buffers)
+        for buffer in buffers:
+            _resize(buffer)
+
+    in_child(child)
+    for buffer in buffers:  # in the parent they stay pinned until the end
+        with pytest.raises(BufferError):
+            _resize(buffer)
+    gate.open()
+    task.result(_LIMIT_S)
+    for buffer in buffers:
+        _resize(buffer)
 
 
 def test_the_interpreter_exits_in_the_middle() -> None:

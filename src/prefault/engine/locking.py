@@ -122,8 +122,7 @@ def lock(
             began=perf_counter_ns(), huge=False,
         )  # fmt: skip
         with borrowed_collection(buffer, offset, length, error) as members:
-            pages = Intervals.union_of(member.pages for member in members)
-            return _lock(pages, 0, partial(populate_members, members, options), headroom, began)
+            return _lock(members.pages, 0, partial(populate_members, members, options), headroom, began)
     with memory:
         _check_no_ranges(ranges)
         populating = partial(
@@ -186,7 +185,7 @@ def unlock(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> int:
         from prefault.memory.borrowed_members import borrowed_collection
 
         with borrowed_collection(buffer, offset, length, error) as members:
-            return _unlock(Intervals.union_of(member.pages for member in members), 0)
+            return _unlock(members.pages, 0)
     with memory:
         return _unlock(_pages_of(memory, offset, length), memory.address)
 

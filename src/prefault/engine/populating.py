@@ -60,7 +60,7 @@ from prefault.ranges import Ranges
 from prefault.sizes import Size
 
 if TYPE_CHECKING:
-    from prefault.memory.borrowed_members import Member
+    from prefault.memory.borrowed_members import Members
 
 __all__ = ["HeadroomChoice", "PopulateResult", "Progress", "plan", "populate", "populate_many"]
 
@@ -136,13 +136,7 @@ def populate(
     Source: madvise(2), MADV_POPULATE_READ and MADV_POPULATE_WRITE (Linux 5.14, commit 4ca9b3859dac, David Hildenbrand).
     """
     began = perf_counter_ns()
-    if access is not None or headroom != "check" or progress is not False:
-        _check_choices(access, headroom, progress)
-    options = PopulateOptions(
-        access, method, threads, rollback, progress, None if rate is None else rate_limit(rate), headroom, began,
-        huge is not None and wants_huge(huge),
-        None if node is None and interleave is False else policy_for(node, interleave, strict=headroom == "check"),
-    )  # fmt: skip
+    options = parse_options(began, access, method, threads, rollback, progress, rate, headroom, huge, node, interleave)
     try:
         memory = borrow(buffer)
     except TypeError as error:
@@ -153,12 +147,40 @@ def populate(
                 progress=progress, rate=options.rate, headroom=headroom, huge=huge, node=node, interleave=interleave,
             )  # fmt: skip
             return of_files
-        _check_one_buffer(options.huge, options.node_policy)
-        from prefault.engine.scattered.populating_many import populate_members
         from prefault.memory.borrowed_members import borrowed_collection
 
         with borrowed_collection(buffer, offset, length, error) as members:
-            return populate_members(members, options)
+            return populate_borrowed(members, offset, length, options)
+    try:
+        return populate_borrowed(memory, offset, length, options)
+    finally:
+        memory.release()
+
+
+def parse_options(
+    began: int, access: Access | None = None, method: str | None = None, threads: Threads = None, rollback: bool = False,
+    progress: Progress | bool = False, rate: RateLimit | Size | None = None, headroom: HeadroomChoice = "check",
+    huge: Huge = None, node: int | None = None, interleave: Interleave = False,
+) -> PopulateOptions:  # fmt: skip
+    """Return the options of a call that began at a time of :func:`time.perf_counter_ns`; errors as of :func:`populate`."""
+    if access is not None or headroom != "check" or progress is not False:
+        _check_choices(access, headroom, progress)
+    return PopulateOptions(
+        access, method, threads, rollback, progress, None if rate is None else rate_limit(rate), headroom, began,
+        huge is not None and wants_huge(huge),
+        None if node is None and interleave is False else policy_for(node, interleave, strict=headroom == "check"),
+    )  # fmt: skip
+
+
+def populate_borrowed(
+    memory: Borrowed | Members, offset: Size, length: Size | None, options: PopulateOptions
+) -> PopulateResult:  # fmt: skip
+    """Populate borrowed memory; the caller releases it."""
+    if not isinstance(memory, Borrowed):
+        _check_one_buffer(options.huge, options.node_policy)
+        from prefault.engine.scattered.populating_many import populate_members
+
+        return populate_members(memory, options)
     try:
         memory.has_policy = memory.has_policy or options.node_policy is not None
         span = memory.select(offset, length)
@@ -173,8 +195,6 @@ def populate(
         if error.args:
             raise
         raise OutOfMemoryError(errno.ENOMEM, NO_MEMORY, address=memory.address) from error
-    finally:
-        memory.release()
 
 
 def plan(
@@ -225,12 +245,13 @@ def plan(
                 notes.append(f"memory comes {policy.words}")
             return made._replace(notes=(*made.notes, *notes))
         _check_one_buffer(wants_huge(huge), policy)
-        from prefault.memory.borrowed_members import member_of
+        from prefault.memory.borrowed_members import Members, member_of
 
-        return _plan_members([member_of("", memory, Intervals([memory.select(offset, length)]))], access, method, threads)
+        member = member_of("", memory, Intervals([memory.select(offset, length)]))
+        return _plan_members(Members.of_one(member), access, method, threads)
 
 
-def _plan_members(members: Sequence[Member], access: Access | None, method: str | None, threads: Threads) -> Plan:
+def _plan_members(members: Members, access: Access | None, method: str | None, threads: Threads) -> Plan:
     from prefault.engine.scattered.planning_pages import joined, plan_members
 
     plans, provided = plan_members(members, access, method, threads)
@@ -299,9 +320,9 @@ def populate_many(
 def _populate_pages(memory: Borrowed, wanted: Intervals, options: PopulateOptions) -> PopulateResult:
     """Populate those pages among ``wanted`` addresses that hold a byte of the buffer."""
     from prefault.engine.scattered.populating_many import populate_members
-    from prefault.memory.borrowed_members import member_of
+    from prefault.memory.borrowed_members import Members, member_of
 
-    return populate_members([member_of("", memory, wanted)], options)
+    return populate_members(Members.of_one(member_of("", memory, wanted)), options)
 
 
 def _populate(memory: Borrowed, span: Span, guarded: GuardedPopulate | None, options: PopulateOptions) -> PopulateResult:

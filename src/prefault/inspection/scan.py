@@ -91,7 +91,7 @@ def _residency(buffer: Any, offset: Size, length: Size | None, nodes: bool) -> R
         from prefault.memory.borrowed_members import borrowed_collection
 
         with borrowed_collection(buffer, offset, length, error) as members:
-            return residency_of_pages(Intervals.union_of(member.pages for member in members))
+            return residency_of_pages(members.pages)
     with memory:
         span = memory.select(offset, length)
         if memory.strides is not None:

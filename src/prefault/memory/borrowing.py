@@ -71,10 +71,10 @@ class Borrowed:
         return self.strides is None
 
     def release(self) -> None:
-        """Let the owner move or free the memory again. Idempotent."""
-        pin, self._pin = self._pin, None
-        if pin is not None:
-            pin.release()
+        """Let the owner move or free the memory again. Idempotent, also in a child that is forked in the midst of it."""
+        if self._pin is not None:
+            self._pin.release()
+            self._pin = None
 
     def __enter__(self) -> Borrowed:
         return self
@@ -295,7 +295,7 @@ class MemoryOwner(abc.ABC):
         )
 
 
-class _PyBuffer(ctypes.Structure):
+class PyBuffer(ctypes.Structure):
     """``Py_buffer`` (Include/cpython/object.h); the layout is part of the stable ABI since Python 3.11."""
 
     _fields_ = (
@@ -317,11 +317,11 @@ class _PyBuffer(ctypes.Structure):
 _PYBUF_ANY_LAYOUT = 0x0100 | 0x0010 | 0x0008
 
 # PyDLL functions: they need the GIL, and raise the exception that CPython set.
-_get_buffer = ctypes.pythonapi.PyObject_GetBuffer
-_get_buffer.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int)
-_release_buffer = ctypes.pythonapi.PyBuffer_Release
-_release_buffer.argtypes = (ctypes.c_void_p,)
-_release_buffer.restype = None
+get_buffer = ctypes.pythonapi.PyObject_GetBuffer
+get_buffer.argtypes = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int)
+release_buffer = ctypes.pythonapi.PyBuffer_Release
+release_buffer.argtypes = (ctypes.c_void_p,)
+release_buffer.restype = None
 _is_contiguous = ctypes.pythonapi.PyBuffer_IsContiguous
 _is_contiguous.argtypes = (ctypes.c_void_p, ctypes.c_char)
 
@@ -329,16 +329,13 @@ _is_contiguous.argtypes = (ctypes.c_void_p, ctypes.c_char)
 class _Export(Pin):
     """Export of the buffer protocol: until its release the owner refuses to resize, close or free the memory."""
 
-    __slots__ = ("_released", "view")
+    __slots__ = ("view",)
 
-    def __init__(self, view: _PyBuffer) -> None:
+    def __init__(self, view: PyBuffer) -> None:
         self.view = view
-        self._released = False
 
     def release(self) -> None:
-        if not self._released:
-            self._released = True
-            _release_buffer(ctypes.addressof(self.view))
+        release_buffer(ctypes.addressof(self.view))  # which does nothing the second time
 
     def __del__(self) -> None:
         # An asynchronous exception (Ctrl-C) can strike between the borrowing and the caller's `try`.
@@ -377,10 +374,10 @@ def borrow(buffer: Any) -> Borrowed:
     """
     if isinstance(buffer, MemoryOwner):
         return buffer._borrow()
-    view = _PyBuffer()
+    view = PyBuffer()
     pointer = ctypes.addressof(view)
     try:
-        _get_buffer(buffer, pointer, _PYBUF_ANY_LAYOUT)
+        get_buffer(buffer, pointer, _PYBUF_ANY_LAYOUT)
     except TypeError:
         return _borrow_otherwise(buffer)
     export = _Export(view)
@@ -390,7 +387,7 @@ def borrow(buffer: Any) -> Borrowed:
     return Borrowed(view.buf or 0, view.len, readonly=bool(view.readonly), pin=export)
 
 
-def _layout_of_view(view: _PyBuffer) -> tuple[int, list[int], list[int]]:
+def _layout_of_view(view: PyBuffer) -> tuple[int, list[int], list[int]]:
     """Return item size, shape and strides of an export."""
     if view.suboffsets:
         for dimension in range(view.ndim):

@@ -9,6 +9,7 @@ from prefault.engine.planning import Huge, Threads
 from prefault.engine.progress import Progress
 from prefault.engine.rate import RateLimit
 from prefault.limits.admission import HeadroomChoice
+from prefault.memory.node_policy import Interleave
 from prefault.sizes import Size
 
 
@@ -25,3 +26,5 @@ class AsyncOptions(TypedDict, total=False):
     rate: RateLimit | Size | None
     headroom: HeadroomChoice
     huge: Huge
+    node: int | None
+    interleave: Interleave

@@ -8,7 +8,7 @@ from prefault.engine.methods import Access
 from prefault.engine.planning import Plan, Segment, Threads, chosen_method, explained, segments_of
 from prefault.engine.rollback import is_memory_file
 from prefault.intervals import Intervals
-from prefault.memory.borrowed_members import Member
+from prefault.memory.borrowed_members import Members
 from prefault.memory.borrowing import Borrowed, ProvidedSpan, Span, provided_spans
 from prefault.memory.vma import Backing
 from prefault.sizes import MIB, PAGE_SIZE
@@ -18,20 +18,15 @@ _NEAR = 64 * MIB
 
 
 def plan_members(
-    members: Sequence[Member], access: Access | None, method: str | None, threads: Threads
+    members: Members, access: Access | None, method: str | None, threads: Threads
 ) -> tuple[list[Plan], list[ProvidedSpan]]:
     """Return a plan for each kind of memory of all members, and the spans that page providers supply.
 
     A page that several members touch is populated once, for writing if one of them is to be written.
     """
-    wholes: dict[tuple[bool, bool], list[Intervals]] = {}
-    for member in members:
-        if member.pages:
-            wholes.setdefault((member.memory.readonly, member.memory.huge), []).append(member.pages)
     provided: dict[int, ProvidedSpan] = {}
     kinds: dict[tuple[object, ...], tuple[Segment, list[Intervals]]] = {}
-    for (readonly, huge), some in wholes.items():
-        pages = Intervals.union_of(some)
+    for readonly, huge, pages in members.by_kind():
         if method in (None, "device"):
             for span in provided_spans(*pages.span):
                 provided[span.start] = span

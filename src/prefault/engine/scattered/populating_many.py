@@ -20,10 +20,11 @@ from prefault.errors import PopulateError
 from prefault.intervals import Intervals
 from prefault.limits.admission import AdmissionControl
 from prefault.limits.demand import Demand, demands_of
-from prefault.memory.borrowed_members import Member, MembersByAddress
+from prefault.memory.borrowed_members import Member, Members
+from prefault.memory.borrowing import ProvidedSpan
 
 
-def populate_members(members: Sequence[Member], options: PopulateOptions) -> PopulateResult:
+def populate_members(members: Members, options: PopulateOptions) -> PopulateResult:
     """Populate the pages of all members, each page once.
 
     Raises:
@@ -36,16 +37,15 @@ def populate_members(members: Sequence[Member], options: PopulateOptions) -> Pop
     admission = None
     if options.headroom == "check" and plans:
         admission = AdmissionControl([_demand(*one) for one in zip(plans, looks, strict=True)])
-    places = MembersByAddress(members)
     try:
         if admission is not None:
             admission.start()
         with reporting(options.progress, "populate") as report:
-            device_bytes = [(member, _of_device(member, provided)) for member in members] if provided else []
+            device_bytes = _of_devices(members, provided) if provided else []
             total = sum(plan.length for plan in plans) + sum(pages.length for _, pages in device_bytes)
             progresses = ProgressOfParts(report, total)
             parts: list[Part] = [
-                _part(plan, look, admission, progresses, places, options) for plan, look in zip(plans, looks, strict=True)
+                _part(plan, look, admission, progresses, members, options) for plan, look in zip(plans, looks, strict=True)
             ]
             seen = Intervals()
             for start, stop, page_provider in provided:
@@ -60,12 +60,14 @@ def populate_members(members: Sequence[Member], options: PopulateOptions) -> Pop
                         )  # fmt: skip
             return run_parts(parts, 0, options.began)
     except PopulateError as error:
-        places.name_in(error)
+        members.name_in(error)
         raise
 
 
-def _of_device(member: Member, provided: Sequence[tuple[int, int, object]]) -> Intervals:
-    return member.pages & Intervals((start, stop) for start, stop, _ in provided)
+def _of_devices(members: Members, provided: Sequence[ProvidedSpan]) -> list[tuple[Member, Intervals]]:
+    """Return the members with pages that page providers supply, and these pages of each."""
+    spans = Intervals(span[:2] for span in provided)
+    return [(member, member.pages & spans) for member in members.within(*spans.span)]
 
 
 def _look(segment: Segment, *, rollback: bool) -> ScatteredLook:
@@ -84,10 +86,10 @@ def _demand(plan: Plan, look: ScatteredLook) -> Demand:
 
 def _part(
     plan: Plan, look: ScatteredLook, admission: AdmissionControl | None, progresses: ProgressOfParts,
-    places: MembersByAddress, options: PopulateOptions,
+    members: Members, options: PopulateOptions,
 ) -> Part:  # fmt: skip
     undo = Rollback(plan.segments, look.kept, look.resident) if options.rollback else None
-    queue = PlanQueue(plan, places.place_of) if plan.segments[0].pages is None else RowQueue(plan, places.place_of)
+    queue = PlanQueue(plan, members.place_of) if plan.segments[0].pages is None else RowQueue(plan, members.place_of)
     if plan.length <= FIRST_CHUNK:
         admission = None  # all of it has just been looked at
     report = progresses.of_next(queue.length)

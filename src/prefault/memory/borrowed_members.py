@@ -97,6 +97,7 @@ class Members:
             member.memory.release()
         if self._many is not None:
             self._many.release()
+            self._many, self._name_of = None, str  # which knows the objects
 
     def __enter__(self) -> Members:
         return self

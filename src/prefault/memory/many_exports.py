@@ -50,6 +50,8 @@ class ManyExports(Pin):
         self._views = numpy.zeros(
             len(objects), {"names": list(layout), "formats": formats, "offsets": offsets, "itemsize": _SIZE}
         )
+        base = self._views.ctypes.data
+        self._places = range(base, base + len(objects) * _SIZE, _SIZE)  # addresses of the structures
         self._export(objects)
         self.exported: numpy.typing.NDArray[numpy.bool_] = self._views["obj"] != 0
         self.readonly: numpy.typing.NDArray[numpy.bool_] = self._views["readonly"] != 0
@@ -61,7 +63,7 @@ class ManyExports(Pin):
         while left := length_hint(items):
             at = len(objects) - left
             try:
-                _call(get_buffer, islice(items, _AT_ONCE), self._places(at, at + _AT_ONCE), repeat(_ANY_CONTIGUOUS))
+                _call(get_buffer, islice(items, _AT_ONCE), self._places[at : at + _AT_ONCE], repeat(_ANY_CONTIGUOUS))
             except (TypeError, ValueError, BufferError):
                 continue  # the next one is that after the object that refused, whose `obj` is left 0
             except BaseException:
@@ -71,15 +73,10 @@ class ManyExports(Pin):
     def release(self) -> None:
         """See :class:`~prefault.memory.borrowing.Pin`."""
         for at in range(0, len(self._views), _AT_ONCE):
-            _call(release_buffer, self._places(at, at + _AT_ONCE))  # which does nothing where `obj` is 0
-
-    def _places(self, first: int, stop: int) -> range:
-        """Return the addresses of the structures of these numbers."""
-        base = self._views.ctypes.data
-        return range(base, base + len(self._views) * _SIZE, _SIZE)[first:stop]
+            _call(release_buffer, self._places[at : at + _AT_ONCE])  # which does nothing where `obj` is 0
 
     def __del__(self) -> None:
-        if "_views" in self.__dict__:
+        if "_places" in self.__dict__:
             self.release()
 
 

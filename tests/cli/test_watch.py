@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import signal
@@ -77,6 +78,31 @@ def test_a_terminal_gets_a_picture_and_ctrl_c_ends_it(tree: Path) -> None:
             os.close(mine)
         assert process.wait(60) == 0
     assert b"present (100.0 %)" in seen
+
+
+def test_a_dumb_terminal_gets_lines(tree: Path) -> None:
+    """One that cannot go back would get the last frame only."""
+    mine, terminal = pty.openpty()
+    command = [sys.executable, "-m", "prefault", "watch", "-i", "0.05", "-n", "3", str(tree)]
+    with subprocess.Popen(command, stdout=terminal, env={**os.environ, "TERM": "dumb"}) as process:
+        os.close(terminal)
+        with open(mine, "rb", buffering=0) as output:
+            seen = b""
+            with contextlib.suppress(OSError):  # EIO: the other side is closed
+                while part := output.read(4096):
+                    seen += part
+        assert process.wait(60) == 0
+    assert seen.count(b"present (100.0 %)") == 3
+    assert b"\x1b" not in seen
+
+
+def test_an_earlier_recording_stays_where_there_is_nothing_to_record(tmp_path: Path) -> None:
+    record = tmp_path / "frames"
+    record.write_text("of value")
+    with MappedProcess() as other:
+        other.kill()
+        assert main(["watch", "--once", "--pid", str(other.pid), "--record", str(record)]) == 1
+    assert record.read_text() == "of value"
 
 
 @pytest.mark.parametrize(

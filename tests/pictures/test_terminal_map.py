@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
 from prefault.cli.messages import printable
@@ -72,6 +73,26 @@ def test_what_is_not_known_says_why() -> None:
     frame = Frame(0.0, [row], {}, None)
     assert summary(frame) == "0 bytes of 0 bytes present, 1 row, 1 not known"
     assert any("? another user's" in line for line in _drawn(frame))
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 120])
+def test_numbers_are_whole_or_left_out(width: int) -> None:
+    """At the right edge a number that is cut off would be another number."""
+    parts = tuple(Stretch(at << 20, (at << 20) + 8192, 2) for at in range(1, 32))
+    rows = [
+        HeatRow("many", "mapping", "", 0, 1 << 30, 31 * 8192, bytes([ALL] * 62), parts),
+        HeatRow("one/of/a/rather/long/name", "file", "", 0, 1 << 40, 1 << 39, None, ()),
+        HeatRow("cut", "mapping", "", 0, 1 << 30, 12288, bytes([ALL] * 3), (Stretch(1 << 29, (1 << 29) + 12288, 3),)),
+    ]
+    frame = Frame(1.0, rows, {row.key: 1000.0 * _MIB for row in rows}, 1.0)
+    _, *lines = _drawn(frame, width=width)
+    ends = {line.index("%") for line in lines[:3]}
+    assert len(ends) == 1  # one below the other
+    for line, size in zip(lines, ("248.0 KiB", "512.0 GiB", "12.0 KiB"), strict=False):
+        words = line[line.index("%") + 1 :].split()
+        assert " ".join(words) in ("", size, f"{size} +1000.0 MiB/s")
+    assert bool(words) == (width > 45)
+    assert len(lines) == 5  # rows, a blank line, and the legend on one line
 
 
 def test_narrow_terminals_and_wide_letters() -> None:

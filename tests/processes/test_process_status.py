@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from prefault import processes
 from prefault.processes import MappingStatus
 from prefault.testing import without
 from support import needs, oracle
-from support.children import in_child
+from support.children import die_with_parent, in_child
 from support.mapped_process import MappedProcess
 
 _PAGE = oracle.PAGE
@@ -170,6 +171,31 @@ def test_a_thread(other: MappedProcess) -> None:
                       "t.start(); answer = t.native_id")  # fmt: skip
     with pytest.raises(OSError, match=f"{thread} is a thread of the process {other.pid}"):
         processes.status(thread)
+
+
+_LEADER_ENDS = """
+import ctypes, sys, threading
+thread = threading.Thread(target=lambda: (print("ready", flush=True), sys.stdin.read()))
+thread.start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_process_whose_main_thread_has_ended() -> None:
+    """It runs on, but /proc shows no memory by its pid: that is no zombie."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _LEADER_ENDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=die_with_parent
+    ) as running:
+        try:
+            limit = time.monotonic() + 30
+            while "VmSize" in Path(f"/proc/{running.pid}/status").read_text():
+                assert time.monotonic() < limit
+                time.sleep(0.01)
+            for call in (processes.status, processes.warm):
+                with pytest.raises(OSError, match=r"the main thread of process .* has ended while others run"):
+                    call(running.pid)
+        finally:
+            running.kill()
 
 
 def test_a_kernel_thread() -> None:

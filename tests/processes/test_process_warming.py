@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import stat
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,11 @@ import pytest
 
 from prefault import processes
 from prefault._kernel import mman
-from prefault.processes import ProcessWarmResult, SkippedMapping
+from prefault._system import capabilities
+from prefault.processes import MappingStatus, ProcessWarmResult, SkippedMapping
+from prefault.processes.missing_pages import missing_pages
+from prefault.processes.other_process import OtherProcess
+from prefault.ranges import RangeSet
 from prefault.testing import without
 from support import needs, oracle
 from support.cgroups import groups
@@ -200,6 +205,113 @@ def test_special_and_forbidden_mappings_are_named(other: MappedProcess) -> None:
     reasons = {one.mapping.name: one.reason for one in result.skipped}
     assert reasons["[vvar]"] == "special memory of the kernel"
     assert not any(one.failed for one in result.skipped)
+
+
+def test_memory_of_a_device_is_never_read(other: MappedProcess) -> None:
+    """The ring of a packet socket, of which the page tables were dropped: only the socket could fill them again."""
+    needs.root("map the ring of a packet socket")
+    start = other.do(
+        "import socket, struct\n"
+        "ring = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)\n"
+        f"ring.setsockopt(263, 5, struct.pack('4I', {4 * _PAGE}, 2, {_PAGE}, 8))\n"  # SOL_PACKET, PACKET_RX_RING
+        f"answer = mapped({8 * _PAGE}, prot=3, flags=1, fd=ring.fileno())\n"
+        f"checked(libc.madvise(answer, {8 * _PAGE}, 4))"
+    )
+    assert oracle.present_bytes(start, 8 * _PAGE, other.pid) == 0
+    for untouched in (False, True):
+        result = processes.warm(other.pid, "socket:*", untouched=untouched)
+        assert "memory of a device" in _reason(result, start).reason
+        assert not _reason(result, start).failed
+        assert result.wanted_bytes == 0
+
+
+def test_a_device_is_not_opened(other: MappedProcess, tmp_path: Path) -> None:
+    """The path of a mapped file is a device by now, with the same inode number: a node that no driver answers for."""
+    needs.root("make a device node")
+    node = tmp_path / "node"
+    os.mknod(node, 0o600 | stat.S_IFCHR, os.makedev(240, 0))
+    with OtherProcess(other.pid) as process:
+        mapping = MappingStatus(
+            1 << 20, 2 << 20, str(node), "r--s", 0, 0, 0, 0, 0, RangeSet(), _PAGE, 0, node.stat().st_dev,
+            node.stat().st_ino, frozenset(),
+        )  # fmt: skip
+        assert "memory of a device" in missing_pages(process, mapping, RangeSet(), RangeSet(), untouched=True).reason
+
+
+def test_private_memory_of_dev_zero_is_anonymous_by_any_name(other: MappedProcess, tmp_path: Path) -> None:
+    needs.root("make a device node")
+    node = tmp_path / "zero"
+    os.mknod(node, 0o600 | stat.S_IFCHR, os.makedev(1, 5))
+    start = _map_file(other, node, 8 * _PAGE, prot=3)
+    assert processes.warm(other.pid, str(node)).bytes == 0
+    assert processes.warm(other.pid, str(node), untouched=True).bytes == 8 * _PAGE
+    assert oracle.present_bytes(start, 8 * _PAGE, other.pid) == 8 * _PAGE
+
+
+def test_a_mapped_block_device(other: MappedProcess, tmp_path: Path) -> None:
+    needs.root("make a loop device")
+    image = _file(tmp_path / "disk", _MIB)
+    done = subprocess.run(["losetup", "--find", "--show", image], capture_output=True, text=True, timeout=30)
+    if done.returncode:
+        needs.missing(f"no loop device: {done.stderr.strip()}")
+    device = done.stdout.strip()
+    try:
+        start = _map_file(other, Path(device), _MIB, flags=1)
+        result = processes.warm(other.pid, device)
+        assert result.complete, result
+        assert oracle.present_bytes(start, _MIB, other.pid) == _MIB
+        other.do(f"libc.munmap({start}, {_MIB}); os.close(fd)")
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True, timeout=30)
+
+
+def test_guard_regions_are_left_out(other: MappedProcess) -> None:
+    """As glibc 2.42 lays them under the stack of each thread."""
+    needs.capability(capabilities.PAGE_IS_GUARD)
+    start = other.map(64 * _PAGE)
+    other.do(f"checked(libc.madvise({start}, {16 * _PAGE}, {mman.MADV_GUARD_INSTALL}))")
+    for lacking in ((), ("pagemap_scan",)):
+        with without(*lacking):
+            result = processes.warm(other.pid, "[anonymous]", untouched=True)
+        assert result.complete, result.skipped
+    assert oracle.present_bytes(start + 16 * _PAGE, 48 * _PAGE, other.pid) == 48 * _PAGE
+    assert oracle.present_bytes(start, 16 * _PAGE, other.pid) == 0
+
+
+_UNSHARE = """
+libc.mount.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_ulong, ctypes.c_char_p]
+checked(libc.unshare(0x20000))  # CLONE_NEWNS
+checked(libc.mount(None, b"/", None, 0x44000, None))  # MS_REC | MS_PRIVATE
+checked(libc.mount(b"none", b"/mnt", b"tmpfs", 0, None))
+with open("/mnt/sparse", "wb") as file: file.write(bytes(4 * 4096)); file.truncate(64 * 4096)
+"""
+
+
+@pytest.mark.parametrize("user", [0, 65534])
+def test_a_file_of_another_mount_namespace(other: MappedProcess, user: int) -> None:
+    """As in a container: it is on a tmpfs that only the process sees. Its holes stay holes, and its cgroup is asked."""
+    needs.root("make a mount namespace")
+    with groups() as make:
+        group = make(24 * _MIB)
+        (group.directory / "cgroup.procs").write_text(str(other.pid))
+        try:
+            other.do(_UNSHARE)
+            start = _map_file(other, Path("/mnt/sparse"), 64 * _PAGE, flags=1)
+            other.do("os.truncate('/mnt/sparse', 64 << 20)")
+            large = other.do(f"answer = mapped({64 * _MIB}, prot=1, flags=1, fd=fd)")
+            if user:
+                other.become(user)
+                assert in_child(lambda: _as_another_user(other.pid)).complete
+            else:
+                assert processes.warm(other.pid).complete
+            assert sum(oracle.present(start, 64 * _PAGE, other.pid)) == 4
+            if not user:
+                result = processes.warm(other.pid, "sparse", untouched=True)
+                assert str(group.directory) in result.stopped
+                assert oracle.present_bytes(large, 64 * _MIB, other.pid) < 24 * _MIB
+            assert group.killed == 0
+        finally:
+            other.kill()
 
 
 def test_memory_of_a_fault_handler_is_left_to_it(other: MappedProcess) -> None:

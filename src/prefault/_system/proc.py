@@ -137,7 +137,7 @@ def _maps_line(head: re.Match[bytes], fields: dict[str, int], flags: frozenset[s
 
 
 class Mount(NamedTuple):
-    """A line of ``/proc/self/mountinfo``."""
+    """A line of ``/proc/pid/mountinfo``."""
 
     device: int
     root: str
@@ -147,11 +147,11 @@ class Mount(NamedTuple):
     """The options of the file system (not of the mount), such as ``rw,size=64k`` or ``rw,memory``."""
 
 
-def read_mounts() -> list[Mount]:
-    """Read the mounts that this process sees from ``/proc/self/mountinfo``."""
+def read_mounts(pid: int | str = "self") -> list[Mount]:
+    """Read the mounts that a process sees from ``/proc/pid/mountinfo``."""
     mounts = []
     # Not splitlines(): the kernel escapes no line separator but the newline.
-    for line in os.fsdecode(_read("/proc/self/mountinfo")).removesuffix("\n").split("\n"):
+    for line in os.fsdecode(_read(f"/proc/{pid}/mountinfo")).removesuffix("\n").split("\n"):
         left, _, right = line.partition(" - ")
         _, _, device, root, directory, *_ = left.split(" ")
         filesystem, _, options = right.split(" ", 2)

@@ -66,9 +66,9 @@ def watch(
     source = frames(taker(paths, pid))
     number = 1 if once else count
     with contextlib.ExitStack() as stack:
-        shows: list[Show] = [stack.enter_context(_recorder(record))] if record else []
         try:
-            first = next(source)
+            first = next(source)  # before the recording is opened: one that is there stays if there is nothing to show
+            shows: list[Show] = [stack.enter_context(_recorder(record))] if record else []
             shows.append(_on_stdout() if as_json else _show_all if once else stack.enter_context(_display()))
             for frame in itertools.islice(itertools.chain([first], _paced(source, interval)), number):
                 for show in shows:
@@ -117,16 +117,17 @@ def _on_stdout() -> Show:
 
 @contextlib.contextmanager
 def _display() -> Iterator[Show]:
-    """Show frames in place on a terminal, else one line each."""
+    """Show frames in place on a terminal that can, else one line each."""
     from rich.console import Console
     from rich.live import Live
 
     from prefault.pictures.terminal_map import picture, summary
 
-    if sys.stdout is None or not sys.stdout.isatty():
+    console = Console()
+    # A dumb terminal cannot go back: rich would show the last frame only, at the end.
+    if sys.stdout is None or not sys.stdout.isatty() or console.is_dumb_terminal:
         yield lambda frame: _line(sys.stdout, summary(frame))
         return
-    console = Console()
     with Live(console=console, auto_refresh=False, screen=False) as live:
         yield lambda frame: live.update(picture(frame, console.width, console.height, printable), refresh=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from prefault.pictures.heat_rows import ALL, HeatRow, level_of, resampled
 from prefault.pictures.sampling import Frame
@@ -18,8 +18,17 @@ _SHADES = "·░▒▓█"
 
 _STYLES = ("dim", "color(25)", "color(32)", "color(38)", "color(44)")
 _GAP = "┊"
-_NUMBERS = 38
+_NUMBERS = ((72, 35), (46, 19), (0, 8))
+"""Columns of the numbers (share, size and rate; the first two; the share), by the width of the terminal from which on."""
 _HEADER_LINES = 5
+
+
+class _Places(NamedTuple):
+    """Columns of a line: of the name, of the shades, and of the numbers with a blank before each."""
+
+    names: int
+    cells: int
+    numbers: int
 
 
 def picture(frame: Frame, width: int, height: int, printable: Callable[[str], str]) -> Group:
@@ -36,15 +45,17 @@ def picture(frame: Frame, width: int, height: int, printable: Callable[[str], st
 
     most = max(1, height - _HEADER_LINES)
     shown = frame.rows if len(frame.rows) <= most else frame.rows[: most - 1]
-    names = max(12, min(max((len(printable(row.name)) for row in shown), default=0), (width - _NUMBERS) // 2))
-    cells = max(8, width - _NUMBERS - names - 3)
-    lines = [_line(row, frame.rates.get(row.key), names, cells, printable) for row in shown]
+    numbers = next(columns for least, columns in _NUMBERS if width >= least)
+    names = max(8, min(max((len(printable(row.name)) for row in shown), default=0), (width - numbers) // 2))
+    places = _Places(names, max(4, width - 1 - numbers - names - 1), numbers)
+    lines = [_line(row, frame.rates.get(row.key), places, printable) for row in shown]
     rest = frame.rows[len(shown) :]
     if rest:
         size = sum(row.size_bytes for row in rest if row.present_bytes is not None)
         present = sum(row.present_bytes or 0 for row in rest)
-        lines.append(Text(f"{len(rest)} more: {format_size(present)} of {format_size(size)}", style="dim"))
-    return Group(Text(summary(frame), style="bold"), *lines, _legend())
+        lines.append(Text(f"{len(rest)} more: {format_size(present)} of {format_size(size)}", style="dim", no_wrap=True))
+    title = Text(summary(frame), style="bold", no_wrap=True, overflow="ellipsis")
+    return Group(title, *lines, _legend(width))
 
 
 def summary(frame: Frame) -> str:
@@ -65,25 +76,30 @@ def plain_row(row: HeatRow, printable: Callable[[str], str]) -> str:
     return f"{_percent(row):>7}  {format_size(row.present_bytes):>10} of {size:>10}  {name}"
 
 
-def _line(row: HeatRow, rate: float | None, names: int, cells: int, printable: Callable[[str], str]) -> Text:
+def _line(row: HeatRow, rate: float | None, places: _Places, printable: Callable[[str], str]) -> Text:
     from rich.cells import set_cell_size
     from rich.text import Text
 
+    names, cells, numbers = places
     line = Text(no_wrap=True, overflow="crop")
     line.append(set_cell_size(_shortened(printable(row.name), names), names) + " ")
     level = level_of(row)
     if row.present_bytes is None or level is None:
-        return line.append(f"? {printable(row.unknown)}"[: cells + _NUMBERS], style="dim italic")
+        return line.append(f"? {printable(row.unknown)}"[: cells + numbers], style="dim italic")
+    drawn = 0
     for shade, style in _strip(row, level, cells):
         line.append(shade, style=style)
-    line.append(f" {_percent(row):>7} {format_size(row.present_bytes):>10}")
-    if rate:
+        drawn += len(shade)
+    line.append(f"{' ' * (cells - drawn)} {_percent(row):>7}")
+    if numbers > 8:
+        line.append(f" {format_size(row.present_bytes):>10}")
+    if rate and numbers > 19:
         line.append(f" {_rate(rate):>15}", style="green" if rate > 0 else "red")
     return line
 
 
 def _strip(row: HeatRow, level: int, cells: int) -> Iterator[tuple[str, str]]:
-    """Yield runs of shades, with their styles: about so many cells, and a mark for each gap that is left out."""
+    """Yield runs of shades, with their styles: at most so many columns, marks for gaps that are left out among them."""
     marks: list[int] = []
     drawn = bytes([level]) * cells
     if row.levels is not None:
@@ -103,14 +119,21 @@ def _strip(row: HeatRow, level: int, cells: int) -> Iterator[tuple[str, str]]:
 
 
 def _parts_drawn(row: HeatRow, levels: bytes, cells: int) -> tuple[bytes, list[int]]:
-    """Return the levels of all parts as about so many cells, and the cells before which a gap is left out."""
+    """Return the levels of all parts as at most so many cells, and the cells before which a gap is left out.
+
+    With more parts than there is room for they are drawn as one, without marks.
+    """
+    if 2 * len(row.parts) + 1 > cells and len(row.parts) > 1:
+        return resampled(levels, cells), []
     drawn, first, end = b"", 0, 0
     marks: list[int] = []
-    room = max(len(row.parts), cells - len(row.parts) - 1 if len(row.parts) > 1 else cells)
+    edges = (0, *(edge for part in row.parts for edge in part[:2]), row.size_bytes)
+    gaps = sum(stop > start for start, stop in zip(edges[::2], edges[1::2], strict=True))
+    room = cells - gaps - len(row.parts)
     for part in row.parts:
         if part.start > end:
             marks.append(len(drawn))
-        drawn += resampled(levels[first : first + part.cells], max(1, room * part.cells // len(levels)))
+        drawn += resampled(levels[first : first + part.cells], 1 + room * part.cells // len(levels))
         first, end = first + part.cells, part.stop
     if end < row.size_bytes:
         marks.append(len(drawn))
@@ -140,10 +163,12 @@ def _shortened(name: str, width: int) -> str:
     return f"{name[: width - 1 - tail]}…{name[-tail:]}"
 
 
-def _legend() -> Text:
+def _legend(width: int) -> Text:
     from rich.text import Text
 
-    line = Text("\n", style="dim")
+    line = Text("\n", style="dim", no_wrap=True, overflow="crop")
+    if width < 90:
+        return line.append(f"{_SHADES[0]} none {_SHADES[1:4]} part {_SHADES[4]} all present {_GAP} gap")
     for shade, word in zip(_SHADES, ("nothing", "some", "half", "most", "all of a cell is present"), strict=True):
         line.append(f"{shade} {word}   ")
     line.append(f"{_GAP} a gap left out")

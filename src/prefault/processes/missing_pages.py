@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -20,6 +21,12 @@ _MOST_DATA_RANGES = 65536
 """Ranges of data of one file that are looked for; what follows is taken for data."""
 
 _NEVER_TOUCHED = "huge pages of hugetlb are never swapped: the missing ones were never touched"
+_SHARED_HUGE = (
+    "the kernel does not tell which huge pages of a shared file exist, and reading one that does not would allocate it:"
+    " ask for untouched pages"
+)
+_ZERO = os.makedev(1, 5)
+_DEVICE = "memory of a device or of the kernel: reading it may have side effects, so prefault does not"
 _HOLES_UNKNOWN = (
     "the shared memory cannot be opened ({}), so that its holes are not known, and reading one would allocate a page:"
     " it needs CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE, or ask for untouched pages"
@@ -40,49 +47,67 @@ class Missing(NamedTuple):
     reason: str = ""
 
 
-def missing_pages(process: OtherProcess, mapping: MappingStatus, swapped: RangeSet, *, untouched: bool) -> Missing:
+def missing_pages(
+    process: OtherProcess,
+    mapping: MappingStatus,
+    swapped: RangeSet,
+    guards: RangeSet,
+    *,
+    untouched: bool,
+    tmpfs: Container[int] = (),
+) -> Missing:
     """Find the pages of a mapping that hold something and are not present.
 
     Args:
         process: the process.
         mapping: one of its mappings.
         swapped: its pages in swap space, as addresses.
+        guards: its guard regions (MADV_GUARD_INSTALL, Linux 6.13), as addresses: reading one fails.
         untouched: find pages that hold nothing as well.
+        tmpfs: device numbers of file systems without a disk, as the process sees them: its mount namespace may be another.
     """
     refusal = _refusal(mapping)
     if refusal:
         return Missing(RangeSet(), reason=refusal)
     assert mapping.present is not None
     whole = RangeSet([PageRange(mapping.start, mapping.stop)])
-    missing = whole - mapping.present.shifted(mapping.start)
+    missing = whole - mapping.present.shifted(mapping.start) - guards
     backing = _backing(mapping)
     if backing is Backing.HUGETLB:
         if untouched:
             return Missing(missing)
-        return Missing(RangeSet(), reason=_NEVER_TOUCHED if missing else "")
+        reason = _SHARED_HUGE if mapping.permissions[3] == "s" else _NEVER_TOUCHED
+        return Missing(RangeSet(), reason=reason if missing else "")
     if backing is Backing.ANONYMOUS:
         return Missing(missing if untouched else swapped & missing)
-    private_file = backing is Backing.FILE
+    path, mode, device = _file_of(process, mapping)
+    if stat.S_ISBLK(mode):
+        return Missing(missing, charged=False)
+    if device == _ZERO and mapping.permissions[3] == "p":  # anonymous memory (zero(4)), by whatever name
+        return Missing(missing if untouched else swapped & missing)
+    if backing is Backing.SPECIAL or stat.S_ISCHR(mode):
+        return Missing(RangeSet(), reason=_DEVICE)
+    on_disk = backing is Backing.FILE and mapping.device not in tmpfs
     try:
-        with _opened_file(process, mapping) as fd:
+        with _opened_file(path, mapping) as fd:
             # Not to be read in any case: a page beyond the end of the file is a SIGBUS to the process.
             size = os.fstat(fd).st_size
             inside = _in_file(RangeSet([PageRange(0, size + -size % PAGE_SIZE)]), mapping) if size else RangeSet()
             data = inside if untouched else _in_file(_data_ranges(fd, mapping), mapping) & inside
     except OSError as error:
-        if private_file:
+        if on_disk:
             return Missing(missing, charged=False)
         if untouched:
             return Missing(missing)
         return Missing(swapped & missing, reason=_HOLES_UNKNOWN.format(os.strerror(error.errno or 0)))
-    return Missing(missing & (data | swapped), charged=not private_file)
+    return Missing(missing & (data | swapped), charged=not on_disk)
 
 
 def _refusal(mapping: MappingStatus) -> str:
     flags = mapping.vm_flags
     if mapping.name.startswith("[v"):
         return "special memory of the kernel"
-    if mapping.name.startswith("/secretmem"):
+    if mapping.name in ("/secretmem", "/secretmem (deleted)"):
         return "memfd_secret memory: only the process itself can read it"
     if walk_refusal(flags):
         return walk_refusal(flags)
@@ -105,21 +130,37 @@ def _backing(mapping: MappingStatus) -> Backing:
     return vma.backing
 
 
+def _file_of(process: OtherProcess, mapping: MappingStatus) -> tuple[str, int, int]:
+    """Return a path of the file behind a mapping, its mode and device number, without opening it: that may act on a device.
+
+    The path is that of /proc/PID/map_files, for which the kernel wants CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE, else the
+    mapping's name below the root of the process, else as this process sees it. The path is empty and the numbers are 0 where
+    the file cannot be found, or the path is another file's by now.
+    """
+    for path in (
+        f"/proc/{process.pid}/map_files/{mapping.start:x}-{mapping.stop:x}",
+        f"/proc/{process.pid}/root{mapping.name}",  # of another mount namespace
+        mapping.name,
+    ):
+        try:
+            found = os.stat(path)
+        except (OSError, ValueError):
+            continue
+        # Not st_dev: that of btrfs and overlay files differs from the number that maps shows.
+        if found.st_ino == mapping.inode:
+            return path, found.st_mode, found.st_rdev
+    return "", 0, 0
+
+
 @contextmanager
-def _opened_file(process: OtherProcess, mapping: MappingStatus) -> Iterator[int]:
-    """Open the file behind a mapping for the length of a block: by /proc/PID/map_files, else by its path.
+def _opened_file(path: str, mapping: MappingStatus) -> Iterator[int]:
+    """Open the file behind a mapping for the length of a block.
 
     Raises:
-        OSError: neither may be opened, or the path is another file's by now.
+        OSError: it may not be opened, or the path is another file's by now.
     """
-    path = f"/proc/{process.pid}/map_files/{mapping.start:x}-{mapping.stop:x}"
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-    if not os.access(path, os.R_OK, effective_ids=True):
-        path = mapping.name
-    with opened(os.open, path, flags) as fd:
-        found = os.fstat(fd)
-        # Not st_dev: that of btrfs and overlay files differs from the number that maps shows.
-        if found.st_ino != mapping.inode:
+    with opened(os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY) as fd:
+        if os.fstat(fd).st_ino != mapping.inode:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         yield fd
 

@@ -89,6 +89,12 @@ class OtherProcess:
         if "VmSize" in self.fields:
             return
         if self.fields.get("State", "").startswith(("Z", "X")):
+            if int(self.fields.get("Threads", "1")) > 1:  # pthread_exit(3) in main()
+                self._fail(
+                    OSError, errno.EINVAL,
+                    f"the main thread of process {self.label} has ended while others run, and the kernel shows the memory"
+                    " of a process by its main thread only",
+                )  # fmt: skip
             self._fail(
                 ProcessLookupError, errno.ESRCH,
                 f"process {self.label} has ended and given back its memory; its parent"

@@ -32,6 +32,7 @@ class ProcessPages:
         present: pages with a page-table entry, the shared zero page included.
         swapped: pages in swap space. Pages under migration and poisoned ones are in it as well, guard regions are not where
             the kernel tells them (Linux 6.15).
+        guards: guard regions (MADV_GUARD_INSTALL), where the kernel tells them.
     """
 
     def __init__(self, fd: int, spans: Sequence[int]) -> None:
@@ -41,6 +42,7 @@ class ProcessPages:
         present = (rows[:, 2] & _PRESENT) != 0
         swapped = ((rows[:, 2] & _SWAPPED) != 0) & ~guard & ~present
         self.present = Intervals.from_arrays(rows[present, 0], rows[present, 1])
+        self.guards = Intervals.from_arrays(rows[guard, 0], rows[guard, 1])
         self.swapped = Intervals.from_arrays(rows[swapped, 0], rows[swapped, 1])
 
 

@@ -172,20 +172,25 @@ class _Warming:
 
     def plan(self, mappings: list[MappingStatus], *, untouched: bool) -> None:
         """Find the pages to bring in."""
-        swapped = self._swapped(mappings)
+        swapped, guards = self._swapped_and_guards(mappings)
+        mounts = proc.read_mounts(self._process.pid)
+        tmpfs = {mount.device for mount in mounts if mount.filesystem in ("tmpfs", "ramfs", "devtmpfs", "rootfs")}
         for mapping in mappings:
-            part = swapped.clipped(mapping.start, mapping.stop)
-            missing = missing_pages(self._process, mapping, part, untouched=untouched)
+            inside = mapping.start, mapping.stop
+            missing = missing_pages(
+                self._process, mapping, swapped.clipped(*inside), guards.clipped(*inside), untouched=untouched, tmpfs=tmpfs
+            )
             if missing.reason:
                 self._skipped.append(SkippedMapping(mapping, missing.reason, failed=False))
             if missing.pages:
                 self._parts.append(_Part(mapping, missing))
                 self._wanted += missing.pages.length
 
-    def _swapped(self, mappings: list[MappingStatus]) -> RangeSet:
+    def _swapped_and_guards(self, mappings: list[MappingStatus]) -> tuple[RangeSet, RangeSet]:
         spans = array("Q", [edge for one in mappings if not walk_refusal(one.vm_flags) for edge in (one.start, one.stop)])
         with proc.opened_proc(f"/proc/{self._process.pid}/pagemap") as fd:
-            return RangeSet.from_edges(ProcessPages(fd, spans).swapped.edges)
+            pages = ProcessPages(fd, spans)
+        return RangeSet.from_edges(pages.swapped.edges), RangeSet.from_edges(pages.guards.edges)
 
     def run(self) -> None:
         """Bring them in, until a limit or the budget stops it."""

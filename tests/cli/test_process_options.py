@@ -11,7 +11,10 @@ from collections.abc import Iterator
 import click
 import pytest
 
+from prefault import processes
+from prefault.cli import process_options
 from prefault.cli.process_options import run_status, run_warm
+from prefault.processes import SkippedMapping
 from support import needs, oracle
 from support.children import in_child
 from support.json_schemas import check_output
@@ -63,6 +66,19 @@ def test_a_budget_that_ends_it_is_partly_done(other: MappedProcess, capsys: pyte
     other.map(64 * oracle.PAGE)
     assert run_warm(other.pid, ["[anonymous]"], as_json=False, untouched=True, budget="4 KiB") == 1
     assert "the budget of 4.0 KiB is used up" in capsys.readouterr().err
+
+
+def test_thousands_of_failures_are_a_few_lines(
+    other: MappedProcess, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapping = processes.status(other.pid).mappings[0]
+    gone = tuple(SkippedMapping(mapping, "it was unmapped meanwhile", failed=True) for _ in range(5000))
+    result = processes.warm(other.pid, budget=0)._replace(skipped=gone, stopped="")
+    monkeypatch.setattr(process_options, "warm", lambda *_, **__: result)
+    assert run_warm(other.pid, (), as_json=False) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 9
+    assert lines[-1] == f"prefault: 4992 more mappings of process {other.pid}: it was unmapped meanwhile"
 
 
 def test_a_name_that_nothing_has_is_a_wrong_call(other: MappedProcess) -> None:

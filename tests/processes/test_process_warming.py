@@ -15,9 +15,9 @@ import pytest
 
 from prefault import processes
 from prefault._kernel import mman
-from prefault._system import capabilities
+from prefault._system import capabilities, proc
 from prefault.processes import MappingStatus, ProcessWarmResult, SkippedMapping
-from prefault.processes.missing_pages import missing_pages
+from prefault.processes.missing_pages import MissingPages
 from prefault.processes.other_process import OtherProcess
 from prefault.ranges import RangeSet
 from prefault.testing import without
@@ -235,7 +235,8 @@ def test_a_device_is_not_opened(other: MappedProcess, tmp_path: Path) -> None:
             1 << 20, 2 << 20, str(node), "r--s", 0, 0, 0, 0, 0, RangeSet(), _PAGE, 0, node.stat().st_dev,
             node.stat().st_ino, frozenset(),
         )  # fmt: skip
-        assert "memory of a device" in missing_pages(process, mapping, RangeSet(), RangeSet(), untouched=True).reason
+        found = MissingPages(process, untouched=True).of(mapping, RangeSet(), RangeSet())
+        assert "memory of a device" in found.reason
 
 
 def test_private_memory_of_dev_zero_is_anonymous_by_any_name(other: MappedProcess, tmp_path: Path) -> None:
@@ -386,6 +387,25 @@ def test_a_mapping_that_vanishes_meanwhile(other: MappedProcess) -> None:
     assert found.reason == "it was unmapped meanwhile"
     assert found.failed
     assert not result.complete
+
+
+def test_thousands_of_mappings_that_vanish_meanwhile(other: MappedProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of mappings is read again once, and not for each of them."""
+    start = other.do(
+        f"answer = mapped({4000 * _PAGE})\nfor at in range(0, 4000, 2): libc.mprotect(answer + at * {_PAGE}, {_PAGE}, 1)"
+    )
+    reading: list[int | str] = []
+    read = proc.read_maps
+    monkeypatch.setattr(proc, "read_maps", lambda pid: reading.append(pid) or read(pid))  # type: ignore[func-returns-value]
+
+    def unmap(done: int, total: int) -> None:
+        if not reading:
+            other.do(f"libc.munmap({start}, {4000 * _PAGE})")
+
+    result = processes.warm(other.pid, "[anonymous]", untouched=True, progress=unmap)
+    gone = [one for one in result.skipped if one.reason == "it was unmapped meanwhile"]
+    assert len(gone) > 3000
+    assert len(reading) < 20
 
 
 def test_a_process_that_ends_meanwhile(other: MappedProcess) -> None:

@@ -12,6 +12,9 @@ from prefault.cli.messages import complain, printable
 from prefault.processes import MappingStatus, ProcessStatus, ProcessWarmResult, status, warm
 from prefault.sizes import Size, format_size
 
+_MOST_NAMED = 8
+"""Mappings that are named for one reason; a process that unmaps meanwhile may have lost thousands."""
+
 _COLUMNS = ("address", "", "size", "present", "allocated", "huge", "swapped", "locked", "mapping")
 
 
@@ -57,9 +60,15 @@ def run_warm(
         print_json("prefault-warm-process", 1, members)
     else:
         _show_warmed(result)
+    failed: dict[str, list[MappingStatus]] = {}
     for one in result.skipped:
         if one.failed:
-            complain(f"{_where(one.mapping)} of process {pid}: {one.reason}")
+            failed.setdefault(one.reason, []).append(one.mapping)
+    for reason, mappings in failed.items():
+        for mapping in mappings[:_MOST_NAMED]:
+            complain(f"{_where(mapping)} of process {pid}: {reason}")
+        if len(mappings) > _MOST_NAMED:
+            complain(f"{len(mappings) - _MOST_NAMED} more mappings of process {pid}: {reason}")
     if result.stopped:
         left = format_size(result.wanted_bytes - result.bytes)
         complain(f"process {pid} was not warmed whole, {left} are left: {result.stopped}")

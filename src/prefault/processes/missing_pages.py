@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from prefault._kernel import procmap
+from prefault._system import proc
 from prefault._system.descriptors import opened
 from prefault.memory.vma import Backing, Vma
 from prefault.processes.other_process import OtherProcess
@@ -47,60 +48,81 @@ class Missing(NamedTuple):
     reason: str = ""
 
 
-def missing_pages(
-    process: OtherProcess,
-    mapping: MappingStatus,
-    swapped: RangeSet,
-    guards: RangeSet,
-    *,
-    untouched: bool,
-    tmpfs: Container[int] = (),
-) -> Missing:
-    """Find the pages of a mapping that hold something and are not present.
+_WITHOUT_DISK = ("tmpfs", "ramfs", "devtmpfs", "rootfs")
 
-    Args:
-        process: the process.
-        mapping: one of its mappings.
-        swapped: its pages in swap space, as addresses.
-        guards: its guard regions (MADV_GUARD_INSTALL, Linux 6.13), as addresses: reading one fails.
-        untouched: find pages that hold nothing as well.
-        tmpfs: device numbers of file systems without a disk, as the process sees them: its mount namespace may be another.
-    """
-    refusal = _refusal(mapping)
-    if refusal:
-        return Missing(RangeSet(), reason=refusal)
-    assert mapping.present is not None
-    whole = RangeSet([PageRange(mapping.start, mapping.stop)])
-    missing = whole - mapping.present.shifted(mapping.start) - guards
-    backing = _backing(mapping)
-    if backing is Backing.HUGETLB:
-        if untouched:
-            return Missing(missing)
-        reason = _SHARED_HUGE if mapping.permissions[3] == "s" else _NEVER_TOUCHED
-        return Missing(RangeSet(), reason=reason if missing else "")
-    if backing is Backing.ANONYMOUS:
-        return Missing(missing if untouched else swapped & missing)
-    path, mode, device = _file_of(process, mapping)
-    if stat.S_ISBLK(mode):
-        return Missing(missing, charged=False)
-    if device == _ZERO and mapping.permissions[3] == "p":  # anonymous memory (zero(4)), by whatever name
-        return Missing(missing if untouched else swapped & missing)
-    if backing is Backing.SPECIAL or stat.S_ISCHR(mode):
-        return Missing(RangeSet(), reason=_DEVICE)
-    on_disk = backing is Backing.FILE and mapping.device not in tmpfs
-    try:
-        with _opened_file(path, mapping) as fd:
-            # Not to be read in any case: a page beyond the end of the file is a SIGBUS to the process.
-            size = os.fstat(fd).st_size
-            inside = _in_file(RangeSet([PageRange(0, size + -size % PAGE_SIZE)]), mapping) if size else RangeSet()
-            data = inside if untouched else _in_file(_data_ranges(fd, mapping), mapping) & inside
-    except OSError as error:
-        if on_disk:
+
+class MissingPages:
+    """Finds the missing pages of a process' mappings. What holds for many of them is looked up once."""
+
+    def __init__(self, process: OtherProcess, *, untouched: bool) -> None:
+        """Prepare to look.
+
+        Args:
+            process: the process.
+            untouched: find pages that hold nothing as well.
+        """
+        self._process = process
+        self._untouched = untouched
+        # As the process sees them: its mount namespace may be another.
+        mounts = proc.read_mounts(process.pid)
+        self._without_disk = {mount.device for mount in mounts if mount.filesystem in _WITHOUT_DISK}
+        self._backings: dict[tuple[int, int, str, str, int], Backing] = {}
+
+    def of(self, mapping: MappingStatus, swapped: RangeSet, guards: RangeSet) -> Missing:
+        """Find the pages of a mapping that hold something and are not present.
+
+        Args:
+            mapping: one of the mappings of the process.
+            swapped: its pages in swap space, as addresses.
+            guards: its guard regions (MADV_GUARD_INSTALL, Linux 6.13), as addresses: reading one fails.
+        """
+        refusal = _refusal(mapping)
+        if refusal:
+            return Missing(RangeSet(), reason=refusal)
+        assert mapping.present is not None
+        if mapping.present_bytes == mapping.size_bytes:
+            return Missing(RangeSet())
+        whole = RangeSet([PageRange(mapping.start, mapping.stop)])
+        missing = whole - mapping.present.shifted(mapping.start) - guards
+        backing = self._backing(mapping)
+        if backing is Backing.HUGETLB:
+            if self._untouched:
+                return Missing(missing)
+            reason = _SHARED_HUGE if mapping.permissions[3] == "s" else _NEVER_TOUCHED
+            return Missing(RangeSet(), reason=reason if missing else "")
+        if backing is Backing.ANONYMOUS:
+            return Missing(missing if self._untouched else swapped & missing)
+        return self._of_file(mapping, backing, missing, swapped)
+
+    def _of_file(self, mapping: MappingStatus, backing: Backing, missing: RangeSet, swapped: RangeSet) -> Missing:
+        path, mode, device = _file_of(self._process, mapping)
+        if stat.S_ISBLK(mode):
             return Missing(missing, charged=False)
-        if untouched:
-            return Missing(missing)
-        return Missing(swapped & missing, reason=_HOLES_UNKNOWN.format(os.strerror(error.errno or 0)))
-    return Missing(missing & (data | swapped), charged=not on_disk)
+        if device == _ZERO and mapping.permissions[3] == "p":  # anonymous memory (zero(4)), by whatever name
+            return Missing(missing if self._untouched else swapped & missing)
+        if backing is Backing.SPECIAL or stat.S_ISCHR(mode):
+            return Missing(RangeSet(), reason=_DEVICE)
+        on_disk = backing is Backing.FILE and mapping.device not in self._without_disk
+        try:
+            with _opened_file(path, mapping) as fd:
+                # Not to be read in any case: a page beyond the end of the file is a SIGBUS to the process.
+                size = os.fstat(fd).st_size
+                inside = _in_file(RangeSet([PageRange(0, size + -size % PAGE_SIZE)]), mapping) if size else RangeSet()
+                data = inside if self._untouched else _in_file(_data_ranges(fd, mapping), mapping) & inside
+        except OSError as error:
+            if on_disk:
+                return Missing(missing, charged=False)
+            if self._untouched:
+                return Missing(missing)
+            return Missing(swapped & missing, reason=_HOLES_UNKNOWN.format(os.strerror(error.errno or 0)))
+        return Missing(missing & (data | swapped), charged=not on_disk)
+
+    def _backing(self, mapping: MappingStatus) -> Backing:
+        kind = mapping.device, mapping.inode, mapping.name, mapping.permissions, mapping.page_size
+        found = self._backings.get(kind)
+        if found is None:
+            found = self._backings[kind] = _backing(mapping)
+        return found
 
 
 def _refusal(mapping: MappingStatus) -> str:

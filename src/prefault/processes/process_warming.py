@@ -7,6 +7,7 @@ import errno
 import fnmatch
 import os
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import NamedTuple
@@ -14,10 +15,11 @@ from typing import NamedTuple
 from prefault._kernel import mman, uio
 from prefault._system import cgroups, proc
 from prefault._system.memory_cgroups import MemoryCgroup
+from prefault._system.proc import MapsLine
 from prefault.engine.progress import Progress, reporting
 from prefault.engine.rate import RateLimit, rate_limit
 from prefault.limits.memory_limits import check_cgroups, check_machine
-from prefault.processes.missing_pages import Missing, missing_pages
+from prefault.processes.missing_pages import Missing, MissingPages
 from prefault.processes.other_process import OtherProcess
 from prefault.processes.process_pages import ProcessPages
 from prefault.processes.process_status import MappingStatus, read_mappings, walk_refusal
@@ -169,17 +171,15 @@ class _Warming:
         self._sink = ctypes.create_string_buffer(mman.IOV_MAX)
         self._local = mman.IoVec(ctypes.addressof(self._sink), len(self._sink))
         self._may_advise = True
+        self._maps: list[MapsLine] = []
 
     def plan(self, mappings: list[MappingStatus], *, untouched: bool) -> None:
         """Find the pages to bring in."""
         swapped, guards = self._swapped_and_guards(mappings)
-        mounts = proc.read_mounts(self._process.pid)
-        tmpfs = {mount.device for mount in mounts if mount.filesystem in ("tmpfs", "ramfs", "devtmpfs", "rootfs")}
+        look = MissingPages(self._process, untouched=untouched)
         for mapping in mappings:
             inside = mapping.start, mapping.stop
-            missing = missing_pages(
-                self._process, mapping, swapped.clipped(*inside), guards.clipped(*inside), untouched=untouched, tmpfs=tmpfs
-            )
+            missing = look.of(mapping, swapped.clipped(*inside), guards.clipped(*inside))
             if missing.reason:
                 self._skipped.append(SkippedMapping(mapping, missing.reason, failed=False))
             if missing.pages:
@@ -300,18 +300,26 @@ class _Warming:
 
     def _why_failed(self, mapping: MappingStatus, address: int, failures: int) -> str:
         """Return why the rest of a mapping is given up after a page that could not be read; empty to go on after it."""
-        try:
-            now = [line for line in proc.read_maps(self._process.pid) if line.start <= address < line.end]
-        except OSError:
-            self._process.ensure_running()
-            raise
-        if not now:
-            return "it was unmapped meanwhile"
-        if (now[0].device, now[0].inode, now[0].permissions) != (mapping.device, mapping.inode, mapping.permissions):
-            return "another mapping took its place meanwhile, or its permissions changed"
+        # First by the list that an earlier failure read: of thousands that vanished together, one reading tells.
+        for again in (False, True):
+            found = self._read_maps() if again else self._maps
+            at = bisect_right(found, address, key=lambda line: line.start) - 1
+            now = found[at] if at >= 0 and address < found[at].end else None
+            if now is None and found:
+                return "it was unmapped meanwhile"
+            if now and (now.device, now.inode, now.permissions) != (mapping.device, mapping.inode, mapping.permissions):
+                return "another mapping took its place meanwhile, or its permissions changed"
         if failures >= _MOST_FAILURES:
             return f"{failures} of its pages cannot be read, this one last: {address:#x}; the rest was not tried"
         return ""
+
+    def _read_maps(self) -> list[MapsLine]:
+        try:
+            self._maps = list(proc.read_maps(self._process.pid))
+        except OSError:
+            self._process.ensure_running()
+            raise
+        return self._maps
 
 
 def _memory_cgroups(pid: int) -> Sequence[MemoryCgroup]:

@@ -35,6 +35,12 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(rows["present"]) == [1, 1 << 20]
 
 
+def test_one_row_is_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one").write_bytes(b"x")
+    assert main(["report", "-o", str(tmp_path / "r.html"), str(tmp_path / "one")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'r.html'}: 1 row\n"
+
+
 def test_model_files_by_tensor(tmp_path: Path) -> None:
     import numpy
 

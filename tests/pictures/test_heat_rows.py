@@ -125,3 +125,9 @@ def test_resampling_keeps_none_and_all(cells: int) -> None:
 def test_rows_of_most_missing_bytes_come_first() -> None:
     rows = [HeatRow(str(at), "file", "", 0, 100, present, None, ()) for at, present in enumerate((100, 0, 50, None))]
     assert [row.name for row in by_missing(rows)] == ["1", "2", "0", "3"]
+
+
+def test_tensors_of_which_as_much_is_missing_stand_by_place() -> None:
+    file = FileStatus("m", 12 * _PAGE, 12, 0, 0, ranges=RangeSet())
+    tensors = {f"layers.{at}": (at * _PAGE, at * _PAGE + _PAGE) for at in (3, 10, 2)}
+    assert [row.name for row in by_missing(rows_of_tensors(file, tensors))] == ["layers.2", "layers.3", "layers.10"]

@@ -82,6 +82,42 @@ def test_rows_numbers_and_shades(chromium: Browser, tmp_path: Path) -> None:
     assert sum(everything[:3]) < sum(nothing[:3])  # dark on light
 
 
+def test_the_legend_has_the_shades_of_the_rows(chromium: Browser, tmp_path: Path) -> None:
+    shown = "['has-unknown', 'has-gap'].filter((id) => document.getElementById(id).offsetParent)"
+    _open(chromium, tmp_path, rows=[row("/data/half", 2 * _MIB, _MIB)])
+    assert _pixel(chromium, "#key-none", 0.5) == _pixel(chromium, "#row-0 canvas", 0.75)
+    assert _pixel(chromium, "#key-ramp", 0.99) == _pixel(chromium, "#row-0 canvas", 0.25)
+    assert chromium.value(shown) == []
+    parts = (Stretch(1 << 30, (1 << 30) + _MIB, 1),)
+    gap = HeatRow("m", "mapping", "", 0x7F0000000000, 1 << 31, _MIB, b"\xff", parts)
+    _open(chromium, tmp_path, rows=[row("/secret", present=None), gap])
+    assert chromium.value(shown) == ["has-unknown", "has-gap"]
+
+
+@pytest.mark.parametrize("count", [2, 200])
+def test_titles_stand_above_their_columns(chromium: Browser, tmp_path: Path, count: int) -> None:
+    _open(chromium, tmp_path, rows=[row(f"/data/{at}", 2 * _MIB, _MIB) for at in range(count)])
+    edges = chromium.value(
+        "['#head', '#row-0'].map((id) => [...document.querySelector(id).children].map((e, at) => {"
+        " const place = e.getBoundingClientRect(); return Math.round(at < 2 ? place.left : place.right); }))"
+    )
+    assert edges[0] == edges[1]
+
+
+def test_in_a_narrow_window_names_differ_and_nothing_is_cut_off(chromium: Browser, tmp_path: Path) -> None:
+    rows = [row(f"/a/directory/model.layers.{at}.weight", _MIB, at * 4096) for at in range(12)]
+    write_report(tmp_path / "report.html", report_page("A report", rows=rows))
+    chromium.open(tmp_path / "report.html", width=360, height=700)
+    assert chromium.value("document.documentElement.scrollWidth") <= 360
+    # The directory takes no room from the name, of which two thirds can be read.
+    shown = chromium.value(
+        "(() => { const [dir, base] = document.querySelector('#row-0 .name').children;"
+        " return [dir.offsetWidth, base.clientWidth / base.scrollWidth]; })()"
+    )
+    assert shown[0] == 0
+    assert shown[1] > 0.66
+
+
 def test_dark_and_light_follow_the_system(chromium: Browser, tmp_path: Path) -> None:
     _open(chromium, tmp_path, rows=[row("half", 2 * _MIB, _MIB)], dark=True)
     ground = "getComputedStyle(document.documentElement).backgroundColor"
@@ -201,6 +237,15 @@ def test_tensors_come_first_where_there_are_some(chromium: Browser, tmp_path: Pa
     )
     assert len(_names(chromium)) == 3
     assert "1.0 MiB" in chromium.value("document.getElementById('sums').innerText")  # tensors do not count twice
+
+
+def test_files_beside_models_are_not_hidden(chromium: Browser, tmp_path: Path) -> None:
+    file = row("m.npy", _MIB, _MIB)
+    tensor = HeatRow("m", "tensor", file.name, 128, _MIB - 128, _MIB - 128, None, ())
+    _open(chromium, tmp_path, rows=[file, tensor, row("large.bin", 64 * _MIB, 0)])
+    assert _names(chromium) == ["large.bin", "m.npy", "m"]
+    _open(chromium, tmp_path, rows=[file, tensor, row("config.json", 4096, 0)])
+    assert _names(chromium) == ["m"]
 
 
 def test_gaps_are_left_out(chromium: Browser, tmp_path: Path) -> None:

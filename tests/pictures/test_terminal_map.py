@@ -49,9 +49,9 @@ def test_rows_that_do_not_fit_are_one_line() -> None:
 
 
 def test_a_name_cannot_control_the_terminal() -> None:
-    frame = Frame(0.0, [_row("evil\x1b[2J\n\udcff", bytes(4), 0)], {}, None)
+    frame = Frame(0.0, [_row("evil\x1b[2J\n\udcff\u202e", bytes(4), 0)], {}, None)
     text = "\n".join(_drawn(frame))
-    assert "evil\\x1b[2J\\x0a\\xff" in text
+    assert "evil\\x1b[2J\\x0a\\xff\\u202e" in text
     assert "\x1b" not in text
 
 
@@ -66,6 +66,8 @@ def test_nearly_all_is_not_all() -> None:
     row = HeatRow("m", "file", "", 0, 1 << 40, (1 << 40) - 4096, None, ())
     assert plain_row(row, str).startswith(" 99.9 %")
     assert plain_row(row._replace(present_bytes=1), str).startswith("  0.1 %")
+    assert "(99.9 %)" in summary(Frame(0.0, [row], {}, None))
+    assert "(0.1 %)" in summary(Frame(0.0, [row._replace(present_bytes=1)], {}, None))
 
 
 def test_what_is_not_known_says_why() -> None:

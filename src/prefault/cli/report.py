@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from prefault.cli.messages import printable
 from prefault.cli.option_types import pid_option
 from prefault.cli.watch import taker
+from prefault.sizes import format_count
 
 if TYPE_CHECKING:
     from prefault.pictures.heat_rows import HeatRow
@@ -59,20 +61,19 @@ def report(
         if not rows:
             raise click.ClickException("nothing to show: no file is there")
     page = report_page(
-        title or _title(paths, pid, recording), rows=rows, recording=frames, bench=None if bench is None else _bench(bench)
+        title or _title(paths, rows, recording), rows=rows, recording=frames, bench=None if bench is None else _bench(bench)
     )
     write_report(output, page)
-    click.echo(f"{output}: {len(rows) or len(frames) or 1} {'rows' if rows else 'frames' if frames else 'benchmark'}")
+    shown = format_count(len(rows), "row") if rows else format_count(len(frames), "frame") if frames else "1 benchmark"
+    click.echo(f"{printable(output)}: {shown}")
 
 
-def _title(paths: tuple[str, ...], pid: int | None, recording: str | None) -> str:
-    if pid is not None:
-        return f"Memory of process {pid}"
+def _title(paths: tuple[str, ...], rows: list[HeatRow], recording: str | None) -> str:
     if recording is not None:
         return f"Residency over time: {recording}"
     if paths:
         return f"Residency of {paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-    return "prefault bench"
+    return f"Memory of process {rows[0].group}" if rows else "prefault bench"
 
 
 def _frames(path: str) -> list[RecordedFrame]:

@@ -87,10 +87,12 @@ class HeatRow(NamedTuple):
 
 
 def by_missing(rows: Iterable[HeatRow]) -> list[HeatRow]:
-    """Return rows by missing bytes, the most first; rows that are not known come last."""
-    return sorted(
-        rows, key=lambda row: (row.present_bytes is None, -row.missing_bytes, -row.size_bytes, row.group, row.name)
-    )
+    """Return rows by missing bytes, the most first, then by place; rows that are not known come last."""
+
+    def key(row: HeatRow) -> tuple[bool, int, int, str, int, str]:
+        return row.present_bytes is None, -row.missing_bytes, -row.size_bytes, row.group, row.start, row.name
+
+    return sorted(rows, key=key)
 
 
 def row_of_file(file: FileStatus) -> HeatRow:

@@ -54,7 +54,7 @@ def report_page(
     elif rows:
         document["rows"] = rows_to_json(rows)
     if document.get("rows"):
-        document["first"] = "tensor" if "tensor" in document["rows"]["kinds"] else "all"
+        document["first"] = "tensor" if _is_of_models(rows) else "all"
     if bench is not None:
         document["bench"] = bench_to_json(bench)
     style, script = ((_PAGE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
@@ -68,6 +68,14 @@ def report_page(
     }
     # One pass: a name that looks like a place is not one.
     return _PLACE.sub(lambda place: values[place[1]], (_PAGE / "report.html").read_text(encoding="utf-8"))
+
+
+def _is_of_models(rows: Iterable[HeatRow]) -> bool:
+    """Return whether nearly all bytes of the files are model files', so that their tensors show what is of interest."""
+    rows = list(rows)
+    models = {row.group for row in rows if row.kind == "tensor"}
+    others = sum(row.size_bytes for row in rows if row.kind == "file" and row.name not in models)
+    return bool(models) and 20 * others <= sum(row.size_bytes for row in rows if row.kind == "file")
 
 
 def write_report(path: str | os.PathLike[str], page: str) -> None:

@@ -60,7 +60,7 @@ def picture(frame: Frame, width: int, height: int, printable: Callable[[str], st
 
 def summary(frame: Frame) -> str:
     """Return the sums of a frame on one line: ``"1.0 GiB of 4.0 GiB present (25.0 %), +12.0 MiB/s, 3 rows"``."""
-    share = f" ({100 * frame.present_bytes / frame.size_bytes:.1f} %)" if frame.size_bytes else ""
+    share = f" ({_percent(frame.present_bytes / frame.size_bytes)})" if frame.size_bytes else ""
     text = f"{format_size(frame.present_bytes)} of {format_size(frame.size_bytes)} present{share}"
     if frame.rate is not None:
         text += f", {_rate(frame.rate)}"
@@ -73,7 +73,7 @@ def plain_row(row: HeatRow, printable: Callable[[str], str]) -> str:
     name, size = printable(row.name), format_size(row.size_bytes)
     if row.present_bytes is None:
         return f"{'?':>7}  {'?':>10} of {size:>10}  {name}: {printable(row.unknown)}"
-    return f"{_percent(row):>7}  {format_size(row.present_bytes):>10} of {size:>10}  {name}"
+    return f"{_percent(row.share):>7}  {format_size(row.present_bytes):>10} of {size:>10}  {name}"
 
 
 def _line(row: HeatRow, rate: float | None, places: _Places, printable: Callable[[str], str]) -> Text:
@@ -90,7 +90,7 @@ def _line(row: HeatRow, rate: float | None, places: _Places, printable: Callable
     for shade, style in _strip(row, level, cells):
         line.append(shade, style=style)
         drawn += len(shade)
-    line.append(f"{' ' * (cells - drawn)} {_percent(row):>7}")
+    line.append(f"{' ' * (cells - drawn)} {_percent(row.share):>7}")
     if numbers > 8:
         line.append(f" {format_size(row.present_bytes):>10}")
     if rate and numbers > 19:
@@ -140,9 +140,8 @@ def _parts_drawn(row: HeatRow, levels: bytes, cells: int) -> tuple[bytes, list[i
     return drawn, marks
 
 
-def _percent(row: HeatRow) -> str:
-    """Return the share in percent, never rounded to 0 or 100 where it is neither."""
-    share = row.share
+def _percent(share: float | None) -> str:
+    """Return a share in percent, never rounded to 0 or 100 where it is neither."""
     if share is None:
         return "?"
     if 0 < share < 1:

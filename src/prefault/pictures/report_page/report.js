@@ -37,11 +37,34 @@
       "rgb(" + (level === 0 ? channels("--level-0") : mixed(3 * (level - 1) / (TOP - 1))).join(",") + ")");
     const style = getComputedStyle(document.documentElement);
     [hatch, line, focus, faint] = ["--hatch", "--line", "--focus", "--faint"].map((name) => style.getPropertyValue(name).trim());
-    const canvas = element("ramp"), pen = canvas.getContext("2d");
-    for (let level = 0; level <= TOP; level += 1) {
-      pen.fillStyle = ramp[level];
-      pen.fillRect(level * canvas.width / (TOP + 1), 0, canvas.width / (TOP + 1) + 1, canvas.height);
+    for (const [name, paint] of [
+      ["none", (pen, width, height) => { pen.fillStyle = ramp[0]; pen.fillRect(0, 0, width, height); }],
+      ["ramp", (pen, width, height) => {
+        for (let level = 1; level <= TOP; level += 1) {
+          pen.fillStyle = ramp[level];
+          pen.fillRect((level - 1) * width / TOP, 0, width / TOP + 1, height);
+        }
+      }],
+      ["unknown", hatched],
+      ["gap", (pen, width, height) => dotted(pen, 0, height)],
+    ]) {
+      const canvas = element("key-" + name), pen = canvas.getContext("2d");
+      pen.clearRect(0, 0, canvas.width, canvas.height);
+      paint(pen, canvas.width, canvas.height);
     }
+  };
+  const hatched = (pen, width, height) => {
+    pen.strokeStyle = hatch;
+    for (let x = -height; x < width; x += 7) {
+      pen.beginPath();
+      pen.moveTo(x, height);
+      pen.lineTo(x + height, 0);
+      pen.stroke();
+    }
+  };
+  const dotted = (pen, x, height) => {
+    pen.fillStyle = faint;
+    for (let y = 1; y < height; y += 4) pen.fillRect(x + GAP / 2 - 0.5, y, 1.5, 2);
   };
 
   // --- rows; on a time line their state changes
@@ -83,6 +106,8 @@
     element("space").style.height = shown.length * ROW + "px";
     element("none").hidden = shown.length > 0;
     element("list").hidden = shown.length === 0;
+    element("has-unknown").hidden = !shown.some((row) => present[row] < 0);
+    element("has-gap").hidden = !shown.some((row) => parts[row]);
     sum();
     draw();
     describe();
@@ -148,20 +173,10 @@
 
   const strip = (canvas, row, height) => {
     const [pen, width] = prepared(canvas, height);
-    if (present[row] < 0) {
-      pen.strokeStyle = hatch;
-      for (let x = -height; x < width; x += 7) {
-        pen.beginPath();
-        pen.moveTo(x, height);
-        pen.lineTo(x + height, 0);
-        pen.stroke();
-      }
-      return;
-    }
+    if (present[row] < 0) return hatched(pen, width, height);
     for (const part of layout(row, width)) {
       if (part.gap !== undefined) {
-        pen.fillStyle = faint;
-        for (let y = 1; y < height; y += 4) pen.fillRect(part.x + GAP / 2 - 0.5, y, 1.5, 2);
+        dotted(pen, part.x, height);
         continue;
       }
       const wide = part.width / part.number;
@@ -215,12 +230,14 @@
       entry.item.setAttribute("aria-label", sentence(row));
       entry.dir.textContent = name.slice(0, cut);
       entry.base.textContent = name.slice(cut);
-      entry.name.title = name;
+      entry.name.title = name + (kindOf(row) === "mapping" ? " at 0x" + start(row).toString(16) : "");
       entry.share.textContent = present[row] < 0 ? "?" : percent(present[row], sizes[row]);
       entry.sizes.textContent = size(sizes[row]);
       strip(entry.canvas, row, 16);
     });
     list.setAttribute("aria-activedescendant", "row-" + chosen);
+    // Titles stand above their columns, whether or not the list has a scroll bar that takes room.
+    element("head").style.borderRightWidth = list.offsetWidth - list.clientWidth - 1 + "px";
   };
 
   const sentence = (row) => {

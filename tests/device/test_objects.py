@@ -241,28 +241,47 @@ def test_dirty_pages_and_discard_count_from_the_object(client: DeviceClient) -> 
 def test_an_object_that_is_made_anew_meanwhile_is_looked_up_again(
     client: DeviceClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client.control(b"create 4096 x")
-    connection = client._connection
-    asked: list[object] = []
-    ask = type(connection).ask
-
-    def ask_and_change(self: object, request: object, kind: type) -> object:
-        reply = ask(self, request, kind)  # type: ignore[arg-type, var-annotated]
-        if isinstance(request, protocol.FindObject):
-            asked.append(reply)
-            if len(asked) == 1:
-                client.control(b"delete x")
-                client.control(b"create 5000000 filler")
-                client.control(b"create 8192 x")
-        return reply
-
-    monkeypatch.setattr(type(connection), "ask", ask_and_change)
+    asked = _change_after_lookup(client, monkeypatch, b"delete x", b"create 5000000 filler", b"create 8192 x")
     with client.map(object="x") as area:
         assert len(asked) == 2
         assert len(area) == 8192
         assert _text(area, 1) == "x 1"
     client.control(b"delete x")
     assert not client._areas
+
+
+@pytest.mark.parametrize("colocate", [False, True])
+def test_an_object_that_is_deleted_meanwhile_leaves_no_area(
+    client: DeviceClient, monkeypatch: pytest.MonkeyPatch, colocate: bool
+) -> None:
+    asked = _change_after_lookup(client, monkeypatch, b"delete x")
+    users, cpus = client._connection.users, os.sched_getaffinity(0)
+    with pytest.raises(DeviceError, match="no object 'x'"):
+        client.map(object="x", colocate=colocate)
+    assert len(asked) == 1
+    assert client._connection.users == users
+    assert os.sched_getaffinity(0) == cpus
+    client.close()
+
+
+def _change_after_lookup(client: DeviceClient, monkeypatch: pytest.MonkeyPatch, *requests: bytes) -> list[object]:
+    """Make an object x, and have the requests sent right after it is found for the first time; return what is found."""
+    client.control(b"create 4096 x")
+    connection = type(client._connection)
+    found: list[object] = []
+    ask = connection.ask
+
+    def ask_and_change(self: object, request: object, kind: type) -> object:
+        reply = ask(self, request, kind)  # type: ignore[arg-type, var-annotated]
+        if isinstance(request, protocol.FindObject):
+            found.append(reply)
+            if len(found) == 1:
+                for change in requests:
+                    client.control(change)
+        return reply
+
+    monkeypatch.setattr(connection, "ask", ask_and_change)
+    return found
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -45,14 +45,11 @@ def map_area(connection: DeviceConnection, options: MapOptions, release: Callabl
     """
     populate, track_dirty = options.populate, options.track_dirty
     memory: AreaPageProvider | None = None
-    undo: Callable[[], None] | None = None
-    again = False
+    ends = [release]
 
-    def at_end() -> None:
-        if not again:
-            if undo is not None:
-                undo()
-            release()
+    def at_end() -> None:  # idempotent: after Ctrl-C it may be called here and by the memory
+        while ends:
+            ends.pop()()
 
     try:
         info = connection.device_info
@@ -66,6 +63,7 @@ def map_area(connection: DeviceConnection, options: MapOptions, release: Callabl
         cpu = None
         if options.colocate:
             cpu, undo = _pin_thread()
+            ends.append(undo)
         for left in reversed(range(_LOOKUPS_MOST)):
             placed, start, count = _place(connection, options)
             memory = AreaPageProvider(
@@ -77,9 +75,8 @@ def map_area(connection: DeviceConnection, options: MapOptions, release: Callabl
             except protocol.StaleObjectError:
                 if not left:
                     raise
-                again = True
-                memory.unmap()
-                again = False
+                stale, memory = memory, None  # so that at_end is called here, if the object is not found again
+                stale.unmap_stale()
         assert memory is not None
         area = Area(memory, count)
         if populate is not False:

@@ -130,6 +130,11 @@ class MappedArea(OwnedMemory, PageProvider):
         else:
             self.connection.abandon(self._opening, self._unmap_now, _deadline)
 
+    def unmap_stale(self) -> None:
+        """Unmap memory whose Map the server refused, without calling ``at_end``: another area takes its place."""
+        self._at_end = None
+        self.unmap()
+
     def _unmap_now(self) -> None:
         try:
             if self.mapped and os.getpid() == self.pid and self.connection.lost_but_served:

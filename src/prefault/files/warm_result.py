@@ -189,7 +189,10 @@ def _cached_now(state: FileState, ranges: RangeSet) -> int | None:
     """
     file = state.file
     try:
-        if not state.failures and state.read_bytes >= length_in_file(file, ranges) and len(ranges) <= _FEW_RANGES:
+        was_read = not state.failures and state.read_bytes >= length_in_file(file, ranges)
+        # Cut at the end as it is now: a page beyond it stays cached where the kernel could not split its large folio.
+        file.current_size()
+        if was_read and len(ranges) <= _FEW_RANGES:
             counts = [cached_count(file, pages.start, pages.stop).bytes for pages in ranges]
             return None if None in counts else sum(count or 0 for count in counts)
         span = ranges.span

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from prefault.shared_memory import named_memory, nameless_files
 from support import oracle, own_dev_shm, processes
 from support.cgroups import groups
 from support.children import in_child
+from support.machine_lock import MachineLock
 
 _SIZE = 64 << 10
 _DIRECTORY = Path("/dev/shm")
@@ -48,10 +50,37 @@ def memory() -> Iterator[SharedMemory]:
 
 
 @pytest.fixture
-def nothing_left() -> Iterator[None]:
-    before = set(os.listdir(_DIRECTORY))
-    yield
-    assert {name for name in set(os.listdir(_DIRECTORY)) - before if name.startswith(("psm_", "prefault-test"))} == set()
+def nothing_left(machine_lock: MachineLock) -> Iterator[Callable[[], set[str]]]:
+    """The test leaves no name in /dev/shm. Its value tells which names there are of this test, and of programs it starts.
+
+    Other tests make some meanwhile: the files of this one have a group of their own.
+    """
+    group = os.getegid()
+    if os.geteuid():
+        machine_lock.be_alone()
+    else:
+        os.setegid(0x6000_0000 + os.getpid())
+    try:
+        before = _names()
+        yield lambda: _names() - before
+        assert _names() <= before
+    finally:
+        if os.getegid() != group:
+            os.setegid(group)
+
+
+def _names() -> set[str]:
+    found = set()
+    for entry in os.scandir(_DIRECTORY):
+        with contextlib.suppress(FileNotFoundError):
+            if entry.stat(follow_symlinks=False).st_gid == os.getegid():
+                found.add(entry.name)
+    return found
+
+
+def _own(name: str | None) -> str | None:
+    """Return a name with the number of this process, as another one may run the same test; None stays None."""
+    return name and f"prefault-test-{name}-{os.getpid()}"
 
 
 def _address(memory: Any) -> int:
@@ -167,16 +196,17 @@ def test_attributes_are_those_of_the_standard_class(memory: Any) -> None:
     ("creator", "attacher"), [(SharedMemory, shared_memory.SharedMemory), (shared_memory.SharedMemory, SharedMemory)]
 )  # fmt: skip
 def test_both_classes_attach_to_each_other(creator: Any, attacher: Any) -> None:
-    first = creator("prefault-test-both", create=True, size=_SIZE)
+    name = f"prefault-test-both-{os.getpid()}"
+    first = creator(name, create=True, size=_SIZE)
     try:
-        second: Any = attacher("prefault-test-both")
+        second: Any = attacher(name)
         first.buf[100] = 7
-        assert (second.buf[100], second.size, second.name) == (7, _SIZE, "prefault-test-both")
+        assert (second.buf[100], second.size, second.name) == (7, _SIZE, name)
         second.close()
     finally:
         first.close()
         first.unlink()
-    assert not (_DIRECTORY / "prefault-test-both").exists()
+    assert not (_DIRECTORY / name).exists()
 
 
 @pytest.mark.parametrize(
@@ -187,18 +217,20 @@ def test_both_classes_attach_to_each_other(creator: Any, attacher: Any) -> None:
         {"create": True},
         {},
         {"size": 4096},
-        {"name": "prefault-test-missing"},
+        {"name": "missing"},
         {"name": "a/b", "create": True, "size": 4096},
         {"name": "x" * 256, "create": True, "size": 4096},
         {"name": "", "create": True, "size": 4096},
-        {"name": "prefault-test-taken", "create": True, "size": 4096},
-        {"name": "prefault-test-none", "create": True, "size": 1 << 62},
+        {"name": "taken", "create": True, "size": 4096},
+        {"name": "none", "create": True, "size": 1 << 62},
     ],
     ids=str,
 )
 @pytest.mark.usefixtures("nothing_left")
 def test_errors_are_of_the_same_kind(arguments: dict[str, Any]) -> None:
-    taken = shared_memory.SharedMemory("prefault-test-taken", create=True, size=1)
+    taken = shared_memory.SharedMemory(_own("taken"), create=True, size=1)
+    if arguments.get("name") in ("missing", "taken", "none"):
+        arguments = arguments | {"name": _own(arguments["name"])}
     try:
         with pytest.raises((OSError, ValueError)) as theirs:
             shared_memory.SharedMemory(**arguments)
@@ -302,26 +334,25 @@ def test_full_dev_shm_is_an_exception(headroom: str, error: str, populate: bool)
     assert "mount -o remount,size=" in text
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_a_memory_cgroup_is_an_exception() -> None:
     def create() -> str:
         with pytest.raises(prefault.HeadroomError) as caught:
             SharedMemory(create=True, size="256 MiB")
         return str(caught.value)
 
-    before = set(os.listdir(_DIRECTORY))
     with groups() as make:
         group = make(64 << 20)
         text = in_child(group.inside(create))
         assert group.killed == 0
     assert str(group.directory) in text
-    assert set(os.listdir(_DIRECTORY)) - before == set()
 
 
 def _stop_at_populate(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", [None, "prefault-test-stopped"])
+@pytest.mark.parametrize("name", [None, "stopped"])
 @pytest.mark.parametrize("nameless", [True, False])
 @pytest.mark.usefixtures("nothing_left")
 def test_ctrl_c_leaves_nothing(monkeypatch: pytest.MonkeyPatch, name: str | None, nameless: bool) -> None:
@@ -329,10 +360,10 @@ def test_ctrl_c_leaves_nothing(monkeypatch: pytest.MonkeyPatch, name: str | None
         monkeypatch.setattr(nameless_files, "create_nameless", lambda: None)
     monkeypatch.setattr(named_memory, "populate", _stop_at_populate)
     with pytest.raises(KeyboardInterrupt):
-        SharedMemory(name, create=True, size=_SIZE)
+        SharedMemory(_own(name), create=True, size=_SIZE)
 
 
-@pytest.mark.parametrize("name", [None, "prefault-test-named"])
+@pytest.mark.parametrize("name", [None, "named"])
 @pytest.mark.parametrize("track", [True, False])
 @pytest.mark.usefixtures("nothing_left")
 def test_ctrl_c_right_after_it_got_its_name(monkeypatch: pytest.MonkeyPatch, name: str | None, track: bool) -> None:
@@ -343,14 +374,14 @@ def test_ctrl_c_right_after_it_got_its_name(monkeypatch: pytest.MonkeyPatch, nam
     named = nameless_files.give_name
     monkeypatch.setattr(nameless_files, "give_name", give_name)
     with pytest.raises(KeyboardInterrupt):
-        SharedMemory(name, create=True, size=_SIZE, track=track)
+        SharedMemory(_own(name), create=True, size=_SIZE, track=track)
 
 
-@pytest.mark.parametrize("name", [None, "prefault-test-plain"])
+@pytest.mark.parametrize("name", [None, "plain"])
 def test_without_o_tmpfile(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
     monkeypatch.setattr(os, "O_TMPFILE", os.O_RDWR | os.O_DIRECTORY)  # EISDIR: the answer of old kernels
     assert nameless_files.create_nameless() is None
-    memory = SharedMemory(name, create=True, size=_SIZE)
+    memory = SharedMemory(_own(name), create=True, size=_SIZE)
     assert all(oracle.present(_address(memory), _SIZE))
     memory.close()
     memory.unlink()
@@ -373,15 +404,13 @@ prefault.SharedMemory(create=True, size={size})
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.usefixtures("nothing_left")
-def test_sigkill_leaves_nothing(after: bool) -> None:
-    before = set(os.listdir(_DIRECTORY))
+def test_sigkill_leaves_nothing(after: bool, nothing_left: Callable[[], set[str]]) -> None:
     code = _KILLED.format(after=after, size=_SIZE)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL
     assert done.stdout == f"{_SIZE} {after}\n"
     # The resource tracker, which outlives it for a moment, removes the name.
-    assert processes.eventually(lambda: not {n for n in set(os.listdir(_DIRECTORY)) - before if n.startswith("psm_")})
+    assert processes.eventually(lambda: not nothing_left())
 
 
 # --- the resource tracker
@@ -395,21 +424,22 @@ def _run(code: str) -> str:
 
 @pytest.mark.parametrize("module", ["prefault", "multiprocessing.shared_memory"])
 def test_a_forgotten_name_is_removed_and_told(module: str) -> None:
-    errors = _run(f"from {module} import SharedMemory; SharedMemory('prefault-test-leak', create=True, size=4096)")
+    name = f"prefault-test-leak-{os.getpid()}"
+    errors = _run(f"from {module} import SharedMemory; SharedMemory({name!r}, create=True, size=4096)")
     assert "leaked shared_memory objects" in errors
-    assert not (_DIRECTORY / "prefault-test-leak").exists()
+    assert not (_DIRECTORY / name).exists()
 
 
 def test_a_name_that_is_not_tracked_stays() -> None:
-    name = _DIRECTORY / "prefault-test-stays"
-    errors = _run("import prefault; prefault.SharedMemory('prefault-test-stays', create=True, size=4096, track=False)")
+    name = _DIRECTORY / f"prefault-test-stays-{os.getpid()}"
+    errors = _run(f"import prefault; prefault.SharedMemory({name.name!r}, create=True, size=4096, track=False)")
     try:
         assert errors == ""
         assert name.exists()
         # Another program attaches, and ends: the memory stays.
-        assert _run("import prefault; prefault.SharedMemory('prefault-test-stays', track=False)") == ""
+        assert _run(f"import prefault; prefault.SharedMemory({name.name!r}, track=False)") == ""
         assert name.exists()
-        assert _run("import prefault; prefault.SharedMemory('prefault-test-stays', track=False).unlink()") == ""
+        assert _run(f"import prefault; prefault.SharedMemory({name.name!r}, track=False).unlink()") == ""
         assert not name.exists()
     finally:
         name.unlink(missing_ok=True)
@@ -473,7 +503,7 @@ def test_attaching_populates_when_asked(memory: Any) -> None:
 
 
 def _collisions() -> Callable[[int], str]:
-    words = itertools.chain(["prefault-test-psm"] * 3, itertools.repeat("prefault-test-psm-new"))
+    words = itertools.chain([f"{_own('psm')}"] * 3, itertools.repeat(f"{_own('psm')}-new"))
     return lambda _: next(words)
 
 
@@ -481,7 +511,7 @@ def test_a_random_name_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secrets, "token_hex", _collisions())
     first = SharedMemory(create=True, size=1)
     second = SharedMemory(create=True, size=1)
-    assert (first.name, second.name) == ("psm_prefault-test-psm", "psm_prefault-test-psm-new")
+    assert (first.name, second.name) == (f"psm_{_own('psm')}", f"psm_{_own('psm')}-new")
     for memory in (first, second):
         memory.close()
         memory.unlink()

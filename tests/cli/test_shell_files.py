@@ -92,9 +92,8 @@ def test_bash(words: list[str], expected: list[str], share: Path, tmp_path: Path
 def test_the_syntax_of_a_script(shell: str, share: Path) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
-    for path in share.rglob("*prefault*"):
-        if path.is_file() and shell in str(path.relative_to(share)):
-            subprocess.run([shell, "-n", path], check=True, timeout=60)
+    (path,) = (each for each in share.rglob("*prefault*") if each.is_file() and shell in str(each.relative_to(share)))
+    subprocess.run([shell, "-n", path], check=True, timeout=60)
 
 
 # --- manual pages

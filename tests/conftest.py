@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from prefault._system import hugetlb, thp
-from support import needs, oracle, signals
-from support.machine_lock import MachineLock
+from support import needs, oracle, run_again, signals
+from support.machine_lock import MachineLock, put_first, runs_alone
 from support.reclaim_trace import ReclaimTrace, TakenAwayError
+from support.run_again import pytest_report_teststatus, pytest_runtest_protocol
 from support.skips import pytest_terminal_summary
 
-__all__ = ["pytest_terminal_summary"]
+__all__ = ["pytest_report_teststatus", "pytest_runtest_protocol", "pytest_terminal_summary"]
 
 
 _reclaim_trace = pytest.StashKey[ReclaimTrace]()
@@ -34,7 +35,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """Have a test run again (--only-rerun in pyproject.toml) if the kernel took cached pages of its files away meanwhile."""
+    """Have a failed test run again if the kernel took cached pages of its files away meanwhile."""
     began = time.monotonic()
     try:
         return (yield)
@@ -43,6 +44,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
         if isinstance(directory, Path):
             taken = pyfuncitem.config.stash[_reclaim_trace].taken(directory, began)
             if taken:
+                run_again.allow(pyfuncitem)
                 raise TakenAwayError(f"proactive reclaim took {taken} pages of this test's files away") from error
         raise
 
@@ -61,12 +63,33 @@ def _session_lock() -> Iterator[MachineLock]:
     lock.close()
 
 
+_keeps_lock = pytest.StashKey[bool]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    put_first(items)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # tests and their modules stay to the end: else each gc.collect() of a test looks at them again
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    item.session.stash[_keeps_lock] = nextitem is not None and runs_alone(item) and runs_alone(nextitem)
+
+
 @pytest.fixture(autouse=True)
-def machine_lock(_session_lock: MachineLock) -> Iterator[MachineLock]:
+def machine_lock(_session_lock: MachineLock, request: pytest.FixtureRequest) -> Iterator[MachineLock]:
     """The lock by which a fixture that changes settings of the machine has its test run alone."""
-    _session_lock.share()
+    if runs_alone(request.node):
+        _session_lock.be_alone()
+    else:
+        _session_lock.share()
     yield _session_lock
-    _session_lock.release()
+    if not request.session.stash[_keeps_lock]:
+        _session_lock.release()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -137,10 +138,9 @@ def test_nothing_is_printed_when_no_test_was_skipped(tmp_path: Path) -> None:
     assert "skipped" not in found
 
 
-def test_a_test_whose_pages_were_taken_away_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one that fails by itself does not."""
+def test_a_test_whose_pages_were_taken_away_runs_again(tmp_path: Path) -> None:
+    """At most three times, with new fixtures. And one that fails by itself does not."""
     needs.root("trace the kernel")
-    monkeypatch.setenv("PYTEST_ADDOPTS", "--reruns 2 --only-rerun TakenAwayError")
     text = """
 import os
 import pytest
@@ -153,15 +153,53 @@ def own_trace(request):
     request.config.stash[conftest._reclaim_trace].close()
     request.config.stash[conftest._reclaim_trace] = ReclaimTrace([os.getpid()])
 
-def test_disturbed(tmp_path, request):
+directories = []
+
+def test_disturbed(tmp_path):
+    assert not directories or tmp_path != directories[-1]
+    directories.append(tmp_path)
     path = file_beds.make(tmp_path / "file", 1 << 20)
-    if request.node.execution_count < 3:
+    if len(directories) < 4:
         file_beds.evict(path)
+    assert file_beds.cached_pages(path) == 256
+
+def test_disturbed_each_time(tmp_path):
+    path = file_beds.make(tmp_path / "file", 1 << 20)
+    file_beds.evict(path)
     assert file_beds.cached_pages(path) == 256
 
 def test_wrong(tmp_path):
     assert file_beds.cached_pages(file_beds.make(tmp_path / "file", 1 << 20)) == 255
 """
     shown = run_pytest(tmp_path, text)
-    assert "1 failed, 1 passed, 2 rerun" in shown, shown
+    assert "2 failed, 1 passed, 6 rerun" in shown, shown
     assert "255" in shown
+    assert "proactive reclaim took" in shown
+
+
+_CRASHES = """
+import os
+import pytest
+
+@pytest.mark.parametrize("number", range(12))
+def test_fine(number):
+    pass
+
+@pytest.mark.parametrize("number", range(2))
+def test_crash(number):
+    os.abort()
+
+def test_after():
+    pass
+"""
+
+
+def test_a_run_with_tests_that_crash_ends_and_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the options of make test: other ways to distribute tests wait for ever, or run such a test again."""
+    makefile = (_TESTS.parent / "Makefile").read_text()
+    (options,) = re.findall(r"^\t.*pytest (-n \d+ --dist \w+)", makefile, re.MULTILINE)
+    monkeypatch.setenv("PYTEST_ADDOPTS", options)
+    shown = run_pytest(tmp_path, _CRASHES)
+    assert "2 failed, 13 passed" in shown, shown
+    assert shown.count("crashed while running 'test_it.py::test_crash") >= 2
+    assert "rerun" not in shown

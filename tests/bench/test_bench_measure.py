@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,8 +106,8 @@ def test_every_cell_can_be_measured(places: Places, cell: Cell) -> None:
     [cell for cell in full_grid([2 * SIZE]) if cell.backing in ("Anon 2 MiB", "Memfd 2 MiB")],
     ids=lambda cell: str(cell),
 )
-def test_every_cell_in_huge_pages_can_be_measured(places: Places, cell: Cell, request: pytest.FixtureRequest) -> None:
-    request.getfixturevalue("hugetlb_pool")(4)
+def test_every_cell_in_huge_pages_can_be_measured(places: Places, cell: Cell, hugetlb_pool: Callable[[int], None]) -> None:
+    hugetlb_pool(4)
     assert len([*measure(cell, 2, places)]) == 2
 
 

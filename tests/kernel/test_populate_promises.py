@@ -35,7 +35,10 @@ pytestmark = pytest.mark.usefixtures("way")
 
 EACH_ACCESS: tuple[Access, ...] = ("read", "write")
 each_access = pytest.mark.parametrize("access", EACH_ACCESS)
-each_kind = pytest.mark.parametrize("kind", list(MemoryKind), ids=lambda kind: str(kind.value))
+each_kind = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, id=kind.value, marks=[pytest.mark.alone] if kind.page_size == HUGE else []) for kind in MemoryKind],
+)
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ class Shared(NamedTuple):
 PUNCH = fallocate.FALLOC_FL_KEEP_SIZE | fallocate.FALLOC_FL_PUNCH_HOLE
 
 
-@pytest.fixture(params=["shmem", "hugetlb"])
+@pytest.fixture(params=["shmem", pytest.param("hugetlb", marks=pytest.mark.alone)])
 def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
     """Eight pages, none of which the file has yet, registered for everything."""
     if request.param == "hugetlb":

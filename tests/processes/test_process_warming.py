@@ -168,6 +168,7 @@ def test_untouched_memory_stays_untouched(other: MappedProcess) -> None:
     assert oracle.present_bytes(start, 32 * _PAGE, other.pid) == 32 * _PAGE
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("flags", [0x22, _SHARED], ids=["private", "shared"])
 def test_swapped_pages_come_back(other: MappedProcess, swap: None, flags: int) -> None:
     start = other.map(16 * _MIB, flags=flags)

@@ -92,14 +92,21 @@ class _Import:
     line: int
     at_start: bool
     """True if importing the module runs it: it is not in a function, and not only for a type checker."""
+    name: str = ""
+    """Name after ``from module import``: of a submodule, or of something in the module."""
+
+    def imported(self, modules: frozenset[str]) -> str:
+        """Return the module that is imported: the submodule if there is one of that name."""
+        inside = f"{self.module}.{self.name}"
+        return inside if inside in modules else self.module
 
 
 def _is_for_type_checkers(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
-def _walk(tree: ast.Module, modules: frozenset[str]) -> Iterator[_Import]:
-    """Yield each import of a module. ``from package import name`` imports the submodule if there is one of that name."""
+def _walk(tree: ast.Module) -> Iterator[_Import]:
+    """Yield each import of a module, and each name of ``from module import name, name``."""
     pending: list[tuple[ast.AST, bool]] = [(tree, True)]
     while pending:
         node, at_start = pending.pop()
@@ -110,9 +117,7 @@ def _walk(tree: ast.Module, modules: frozenset[str]) -> Iterator[_Import]:
                 yield _Import("." * node.level + (node.module or ""), node.lineno, at_start)
             else:
                 assert node.module is not None
-                for alias in node.names:
-                    inside = f"{node.module}.{alias.name}"
-                    yield _Import(inside if inside in modules else node.module, node.lineno, at_start)
+                yield from (_Import(node.module, node.lineno, at_start, alias.name) for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
             "__import__",
             "importlib.import_module",
@@ -128,8 +133,8 @@ def _walk(tree: ast.Module, modules: frozenset[str]) -> Iterator[_Import]:
 
 
 @functools.cache
-def _imports(source: str, modules: frozenset[str]) -> list[_Import]:
-    return list(_walk(ast.parse(source), modules))
+def _imports(source: str) -> list[_Import]:
+    return list(_walk(ast.parse(source)))
 
 
 def _layer(module: str) -> str:
@@ -155,28 +160,29 @@ def _complaints(sources: dict[str, str]) -> list[str]:
         if not _has_rank(module):
             found.append(f"{module} has no rank")
             continue
-        for imported in _imports(source, modules):
+        for imported in _imports(source):
+            target = imported.imported(modules)
             where = f"{module}:{imported.line}"
-            top = imported.module.partition(".")[0]
-            if imported.module.startswith("?"):
+            top = target.partition(".")[0]
+            if target.startswith("?"):
                 if module in _BY_NAME:
                     continue
-                found.append(f"{where} imports by name at run time: {imported.module[1:]}")
-            elif imported.module.startswith("."):
+                found.append(f"{where} imports by name at run time: {target[1:]}")
+            elif target.startswith("."):
                 found.append(f"{where} is a relative import")
             elif top == "ctypes" and not module.startswith("prefault._kernel") and module not in _CTYPES:
                 found.append(f"{where} imports ctypes")
             elif top in _HEAVY and imported.at_start and not module.startswith(_HEAVY_ALLOWED):
                 found.append(f"{where} imports {top} when it is imported itself")
             elif top == "prefault":
-                if not _has_rank(imported.module):
-                    found.append(f"{where} imports {imported.module}, which has no rank")
+                if not _has_rank(target):
+                    found.append(f"{where} imports {target}, which has no rank")
                     continue
-                (rank, group), (below, other) = _RANKS[_layer(module)], _RANKS[_layer(imported.module)]
+                (rank, group), (below, other) = _RANKS[_layer(module)], _RANKS[_layer(target)]
                 if (below, other) == (rank, group):
-                    siblings.setdefault(module, set()).add(imported.module)
+                    siblings.setdefault(module, set()).add(target)
                 elif below >= rank:
-                    found.append(f"{where} imports {imported.module}, which is not below it")
+                    found.append(f"{where} imports {target}, which is not below it")
     try:
         TopologicalSorter(siblings).prepare()
     except CycleError as error:
@@ -239,7 +245,7 @@ def test_every_rank_and_every_exception_is_in_use() -> None:
     assert {_layer(module) for module in sources} == set(_RANKS)
     for exceptions, name in ((_CTYPES, "ctypes"), (_BY_NAME, "?")):
         for module in exceptions:
-            assert any(found.module.startswith(name) for found in _imports(sources[module], frozenset(sources))), module
+            assert any(found.module.startswith(name) for found in _imports(sources[module])), module
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,8 @@ def test_15430_with_prefault() -> None:
 
 # --- TensorRT-LLM#17430
 
-_SHARDS, _SHARD = 4, 32 << 20
-_LIMIT = 80 << 20
+_SHARDS, _SHARD = 4, 8 << 20
+_LIMIT = 20 << 20
 
 
 def _shards(directory: Path) -> list[Path]:

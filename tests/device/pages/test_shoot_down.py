@@ -168,37 +168,40 @@ def test_a_thread_does_not_shoot_the_same_pages_down_twice() -> None:
         assert word(view, 3) == 4
 
 
+@pytest.mark.parametrize("seconds", [0.5, pytest.param(8.0, marks=pytest.mark.stress)])
 @pytest.mark.parametrize("how", ["shoot_down", "replace", "cancel", "evict", "writeback", "protect"])
 @pytest.mark.parametrize("tracks_writes", [False, True])
-def test_no_write_is_lost_while_pages_are_taken_away_again_and_again(how: str, tracks_writes: bool, tmp_path: Path) -> None:
+def test_no_write_is_lost_while_pages_are_taken_away_again_and_again(
+    how: str, tracks_writes: bool, seconds: float, tmp_path: Path
+) -> None:
     """Processes and threads count in the same pages, each in words of its own, while the driver takes the pages."""
     path = str(tmp_path / "socket")
     device = Commanded(pages=8, workers=3, tracks_writes=tracks_writes, allows=True)
     with (
         prefault.device.serve(device, path),
-        Child(partial(_count, path, 0)) as one,
-        Child(partial(_count, path, 1)) as other,
+        Child(partial(_count, path, 0, 1.3 * seconds)) as one,
+        Child(partial(_count, path, 1, 1.3 * seconds)) as other,
         prefault.device.connect(path) as client,
         client.map() as area,
     ):
-        rounds = command(area, "shake", 0, 8, seconds=1.5, how=how)
-        rounds += command(area, "shake", 2, 5, seconds=0.5, how="evict")
+        rounds = command(area, "shake", 0, 8, seconds=seconds, how=how)
+        rounds += command(area, "shake", 2, 5, seconds=0.3 * seconds, how="evict")
         counts = one.result() + other.result()
         found = area.ndarray("uint64").reshape(8, PAGE_SIZE // 8)
-        assert rounds > 20
-        assert min(counts) > 100
+        assert rounds > 5
+        assert min(counts) > 20
         assert [int(found[index % 8, 100 + index]) for index in range(16)] == counts
         del found
 
 
-def _count(path: str, number: int) -> list[int]:
-    """Increment eight words, in each page one, by two threads, for two seconds; return how often each was incremented."""
+def _count(path: str, number: int, seconds: float) -> list[int]:
+    """Increment eight words, in each page one, by two threads, for a while; return how often each was incremented."""
     counts = [0] * 8
     with prefault.device.connect(path) as client, client.map() as area:
         words = area.ndarray("uint64").reshape(8, PAGE_SIZE // 8)
 
         def increment(words: Any, pages: range) -> None:
-            until = time.monotonic() + 2.0
+            until = time.monotonic() + seconds
             while time.monotonic() < until:
                 for page in pages:
                     words[page, 100 + 8 * number + page] += numpy.uint64(1)

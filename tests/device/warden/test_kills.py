@@ -39,7 +39,7 @@ def _killing(tmp_path: Path, seed: int, seconds: float, hang_s: float) -> dict[s
 
 
 def test_processes_are_killed(tmp_path: Path) -> None:
-    found = _killing(tmp_path, seed=1, seconds=5, hang_s=20.0)
+    found = _killing(tmp_path, seed=1, seconds=2.5, hang_s=20.0)
     assert found["counts"]["operations"] > 0
 
 

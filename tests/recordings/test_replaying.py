@@ -79,6 +79,39 @@ def test_what_a_command_touched_is_there_after_replay_and_it_waits_for_no_disk(t
     assert mine.file_bytes == 200 * PAGE
 
 
+_SHIFTED = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+size, block = os.path.getsize(sys.argv[1]), 1 << 21
+start = libc.mmap(None, size + 2 * block, 0, 0x22, -1, 0)
+start += -start % block + 4096
+assert libc.mmap(start, size, 1, 0x11, os.open(sys.argv[1], os.O_RDONLY), 0) == start
+for page in sys.argv[2:]:
+    ctypes.string_at(start + int(page) * 4096, 1)
+"""
+"""Touches a file that is mapped as libraries are: its large folios lie across the windows of fault-around."""
+
+
+def test_pages_that_the_kernel_maps_together_with_others_are_recorded(tmp_path: Path) -> None:
+    """Since Linux 6.18 a fault maps a large folio whole, and the touches of its other pages are no events."""
+    touching.tracing()
+    path = file_beds.make(tmp_path / "file", 4096 * PAGE)
+    # The second page of each pair is in one folio with the first, and begins a window that nothing else touches.
+    pages = [page for page in range(4096) if page % 32 in (14, 15)]
+    command = touching.command(_SHIFTED, path, *pages)
+    file_beds.evict(path)
+    recording = record_command(command, way="trace").recording
+    mine = [each for each in recording.files if each.path == os.fsencode(path)]
+    assert [page for page in pages if page * PAGE not in mine[0].ranges] == []
+    file_beds.evict(path)
+    assert replay(recording_of(*mine)).complete
+    before = cached(path)
+    touching.major_faults(command)
+    assert cached(path) == before  # with read-ahead, one page that is missing would bring in many
+
+
 @pytest.mark.parametrize("change", ["size", "time", "inode"])
 def test_a_file_that_changed_is_skipped_and_counted(change: str, file: Path) -> None:
     before = recorded(file, *PAGES)

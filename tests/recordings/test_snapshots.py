@@ -6,12 +6,16 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from prefault.files.cached_pages import cached_ranges
+from prefault.files.open_file import OpenFile
 from prefault.recordings import cache_keeping
 from prefault.recordings.cache_keeping import run_keeping_cache
+from prefault.recordings.opened_files import NamedFile
 from prefault.recordings.recording_file import load
 from prefault.recordings.replaying import replay
 from prefault.recordings.snapshots import save_snapshot, save_snapshots, take_snapshot
@@ -30,6 +34,13 @@ def tree(tmp_path: Path) -> Path:
     file_beds.touch(directory / "one", 1, 5)
     file_beds.touch(directory / "sub/two", 60)
     return directory
+
+
+def cached(path: Path) -> set[int]:
+    with OpenFile(path) as file:
+        found = {at // PAGE for part in cached_ranges(file) for at in range(part.start, part.stop, PAGE)}
+    assert len(found) == file_beds.cached_pages(path)
+    return found
 
 
 def test_a_snapshot_has_what_is_cached_and_restores_it(tree: Path, tmp_path: Path) -> None:
@@ -177,6 +188,40 @@ def test_what_a_command_wrote_is_evicted_and_what_it_evicted_comes_back(tree: Pa
     assert kept.restored_bytes == 2 * PAGE
     assert file_beds.cached_pages(path) == 2
     assert file_beds.cached_pages(new) == 0
+
+
+@pytest.mark.parametrize("is_noted", ["before", "meanwhile", "after"])
+def test_pages_that_a_command_evicts_and_reads_again_are_as_they_were(
+    is_noted: str, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever the keeper gets to noting what of the file is cached."""
+    touching.tracing()
+    path = tree / "one"  # pages 1 and 5 are cached
+    note = cache_keeping._Keeper._note
+
+    def note_late(self: cache_keeping._Keeper, file: NamedFile) -> None:
+        time.sleep(0.5 if is_noted == "after" and file.path == str(path) else 0)
+        note(self, file)
+
+    monkeypatch.setattr(cache_keeping._Keeper, "_note", note_late)
+    wait_s = 0.3 if is_noted == "before" else 0
+    program = (
+        "import os, sys, time\nfd = os.open(sys.argv[1], os.O_RDONLY)\ntime.sleep(float(sys.argv[2]))\n"
+        "def evict(): os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)\n"
+        "os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)\n"
+        "def read(*pages):\n    for page in pages: os.pread(fd, 1, page * 4096)\n"
+        "evict(); read(1, 9, 20)\n"  # 1 was cached before, 9 was not
+        "evict(); read(1, 9, 30)\n"
+        "evict(); read(9)\n"
+        "read(1)\n"
+    )
+    for _ in range(3):
+        kept = run_keeping_cache([sys.executable, "-S", "-E", "-c", program, str(path), str(wait_s)])
+        assert kept.status == 0
+        assert cached(path) == {1, 5}
+        assert kept.restored_bytes == PAGE  # 5
+        assert kept.evicted_bytes >= PAGE  # 9
+        assert kept.lost_events == 0
 
 
 def test_pages_that_another_process_has_mapped_stay_and_are_counted(tree: Path) -> None:

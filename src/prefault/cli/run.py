@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from prefault.cli.messages import complain
 from prefault.cli.recording_options import size, told_as_usage
 from prefault.sizes import format_count
 
@@ -32,4 +33,6 @@ def run(keep_cache: bool, command: tuple[str, ...]) -> int:  # noqa: ARG001  req
         f"prefault: {size(kept.evicted_bytes)} evicted{stayed}, {size(kept.restored_bytes)} brought back, of"
         f" {format_count(kept.files, 'file')} (by {kept.way})", err=True,
     )  # fmt: skip
+    if kept.lost_events:
+        complain(f"the kernel dropped {kept.lost_events} events that came too fast: some pages are as the command left them")
     return kept.status

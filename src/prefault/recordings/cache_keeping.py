@@ -12,7 +12,7 @@ from prefault.ranges import RangeSet
 from prefault.recordings.held_command import HeldCommand
 from prefault.recordings.opened_files import NamedFile, OpenedFiles, descendants
 from prefault.recordings.replaying import evict_pages, read_pages
-from prefault.recordings.trace_instance import ADDITIONS, TOUCHES, TraceInstance
+from prefault.recordings.trace_instance import Touched, TraceInstance
 
 _LOOK_EVERY_S = 0.02
 
@@ -27,6 +27,7 @@ class KeptCache(NamedTuple):
         evicted_bytes: bytes that the command brought into the page cache, and that were evicted.
         stayed_bytes: bytes that the command brought in and that the kernel kept: another process has them mapped or locked.
         restored_bytes: bytes that were cached before, were gone at the end, and were read again.
+        lost_events: events that came faster than they were read; their pages are as the command left them.
     """
 
     status: int
@@ -35,6 +36,7 @@ class KeptCache(NamedTuple):
     evicted_bytes: int
     stayed_bytes: int
     restored_bytes: int
+    lost_events: int
 
 
 def run_keeping_cache(command: Sequence[str | bytes]) -> KeptCache:
@@ -63,7 +65,7 @@ class _Keeper:
         self._trace: TraceInstance | None = None
         try:
             self._opened.watch()
-            self._trace = TraceInstance([pid], (*ADDITIONS, *TOUCHES))
+            self._trace = TraceInstance([pid])
         except OSError:  # not root: by what /proc shows of the command
             self._opened.stop()
 
@@ -81,33 +83,37 @@ class _Keeper:
             self._trace.stop()
         self._opened.stop()
 
-    def _came(self) -> list[tuple[NamedFile, RangeSet | None]]:
-        """Return the files that the command touched, and the pages that it brought in; None: not known."""
+    def _touched(self) -> list[tuple[NamedFile, Touched | None]]:
+        """Return the files that the command touched, with what the trace has of them."""
         if self._trace is None:
             return [(file, None) for file in self._opened.files()]
-        found: list[tuple[NamedFile, RangeSet | None]] = []
+        found: list[tuple[NamedFile, Touched | None]] = []
         for key, touched in self._trace.touched().items():
             name = self._opened.find(key.device, key.inode)
             if name is not None:
-                found.append((name, touched.added))
+                found.append((name, touched))
         return found
 
     def put_back(self, status: int) -> KeptCache:
         evicted = stayed = restored = 0
-        files = self._came()
-        for name, added in files:
+        files = self._touched()
+        for name, touched in files:
             before = self._before.get((name.device, name.inode))
             with contextlib.suppress(OSError), OpenFile(name.path) as file:
                 if file.identity != (name.device, name.inode):
                     continue  # another file has its name now
-                if before is not None:
-                    # Noted a moment after the file was opened: what the command had brought in by then was not there before.
-                    before = before - (added or RangeSet())
-                    gone = before.clipped(0, file.pages().stop) - cached_ranges(file)
-                    restored += read_pages(file, gone)
-                now = cached_ranges(file)
-                came = now & added if added is not None else RangeSet() if before is None else now - before
+                if touched is not None:
+                    # Noted a moment after the file was opened: by then the command had brought in pages, or evicted some.
+                    before = ((before or RangeSet()) | touched.left_first) - touched.came_first
+                if before is None:
+                    continue
+                restored += read_pages(file, before.clipped(0, file.pages().stop) - cached_ranges(file))
+                came = cached_ranges(file) - before
+                if touched is not None:
+                    came &= touched.came_first  # others bring in pages as well
                 done = evict_pages(file, came)
                 evicted += done
                 stayed += came.length - done
-        return KeptCache(status, "residency" if self._trace is None else "trace", len(files), evicted, stayed, restored)
+        lost = 0 if self._trace is None else self._trace.lost_events
+        way = "residency" if self._trace is None else "trace"
+        return KeptCache(status, way, len(files), evicted, stayed, restored, lost)

@@ -27,14 +27,15 @@ _READ_BYTES = 1 << 20
 _MOST_PENDING = 1 << 16
 """Ranges of one file that are kept apart before they are united."""
 
-TOUCHES = ("mm_filemap_get_pages", "mm_filemap_map_pages", "mm_filemap_fault")
-"""Events of accesses. The second one is the window of a fault-around, of which only cached pages were mapped."""
-ADDITIONS = ("mm_filemap_add_to_page_cache",)
-"""Events of pages that come into the page cache, read-ahead included."""
+_GET, _MAP, _FAULT = b"get_pages", b"map_pages", b"fault"
+_ADD, _DELETE = b"add_to_page_cache", b"delete_from_page_cache"
+_KINDS = (_GET, _MAP, _FAULT, _ADD, _DELETE)
+EVENTS = tuple(f"mm_filemap_{kind.decode()}" for kind in _KINDS)
+"""Accesses, of which the second is the window of a fault-around, and pages that come into the page cache and leave it."""
 
 _EVENT = re.compile(
-    rb": mm_filemap_(get_pages|map_pages|fault|add_to_page_cache): dev[= ](\d+):(\d+) ino[= ]([0-9a-f]+)"
-    rb"(?: pfn=0x[0-9a-f]+)? ofs=(\d+)(?:-(\d+))?(?: order=(\d+))?"
+    rb": mm_filemap_(%b): dev[= ](\d+):(\d+) ino[= ]([0-9a-f]+)(?: pfn=0x[0-9a-f]+)? ofs=(\d+)(?:-(\d+))?(?: order=(\d+))?"
+    % b"|".join(_KINDS)
 )
 _LOST = re.compile(rb"\[LOST (\d+) EVENTS\]")
 
@@ -55,13 +56,41 @@ class Touched(NamedTuple):
 
     Attributes:
         pages: read, or faulted in.
-        windows: windows of fault-around; what was not cached in them was not touched.
-        added: pages that came into the page cache.
+        windows: pages that may have been touched, if they are cached: windows of fault-around, and large folios that came
+            while the trace ran and of which a page was faulted in.
+        came_first: pages that came into the page cache before they left it: they were not cached when the trace began.
+        left_first: pages that left the page cache before they came back: they were cached when the trace began.
     """
 
     pages: RangeSet
     windows: RangeSet
-    added: RangeSet
+    came_first: RangeSet
+    left_first: RangeSet
+
+
+class _Changes:
+    """Pages of one inode that came into the page cache and left it, told in the order of the events."""
+
+    def __init__(self) -> None:
+        self.came_first = self.left_first = RangeSet()
+        self._pending: list[tuple[int, int]] = []
+        self._are_coming = True
+
+    def tell(self, is_coming: bool, start: int, stop: int) -> None:
+        """Note an event, in bytes."""
+        if is_coming != self._are_coming or len(self._pending) >= _MOST_PENDING:
+            self.settle()
+            self._are_coming = is_coming
+        self._pending.append((start, stop))
+
+    def settle(self) -> None:
+        """Count the events that were told, which are all of one kind."""
+        pages, self._pending = _united(self._pending), []
+        new = pages - self.came_first - self.left_first
+        if self._are_coming:
+            self.came_first |= new
+        else:
+            self.left_first |= new
 
 
 class TraceInstance:
@@ -79,10 +108,12 @@ class TraceInstance:
         OSError: EAGAIN: no thread can be started.
     """
 
-    def __init__(self, tids: Iterable[int], events: Iterable[str] = TOUCHES) -> None:
+    def __init__(self, tids: Iterable[int], events: Iterable[str] = EVENTS) -> None:
         self.lost_events = 0
-        self._found: dict[InodeKey, dict[bytes, set[tuple[int, int]]]] = {}
-        self._united: dict[tuple[InodeKey, bytes], RangeSet] = {}
+        self._found: dict[InodeKey, dict[bytes | int, set[tuple[int, int]]]] = {}
+        """Ranges by kind of access, and by order of the large folios that came."""
+        self._united: dict[tuple[InodeKey, bytes | int], RangeSet] = {}
+        self._changes: dict[InodeKey, _Changes] = {}
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._pipe = -1
@@ -134,7 +165,9 @@ class TraceInstance:
             os.close(self._pipe)
             self._pipe = -1
         if self._path:
-            os.rmdir(self._path)
+            # EBUSY: somebody looks into it. What was recorded is not to be lost for that; the next recording removes it.
+            with contextlib.suppress(OSError):
+                os.rmdir(self._path)
             self._path = ""
         if self._mounted >= 0:
             os.close(self._mounted)
@@ -148,16 +181,21 @@ class TraceInstance:
 
     def touched(self) -> dict[InodeKey, Touched]:
         """Return the pages that were named so far, by inode. After :meth:`stop` they are all."""
-        found = {}
-        for key, kinds in self._found.items():
-            for kind in kinds:
-                self._unite(key, kind)
-            pages = [
-                self._united.get((key, kind), RangeSet())
-                for kind in (b"get_pages", b"fault", b"map_pages", b"add_to_page_cache")
-            ]
-            found[key] = Touched(pages[0] | pages[1], pages[2], pages[3])
-        return found
+        return {key: self._touched(key) for key in {**self._found, **self._changes}}
+
+    def _touched(self, key: InodeKey) -> Touched:
+        kinds, changes = self._found.setdefault(key, {}), self._changes.get(key, _Changes())
+        for kind in kinds:
+            self._unite(key, kind)
+        changes.settle()
+        read, windows, faulted = (self._united.get((key, kind), RangeSet()) for kind in (_GET, _MAP, _FAULT))
+        mapped = windows | faulted
+        for order in kinds:
+            if isinstance(order, int):
+                # Since Linux 6.18 a fault maps the whole large folio (commits 19773df031bc and 357b92761d94), and touches of
+                # its other pages are no events. A folio lies at a multiple of its size.
+                windows |= (self._united[key, order] & mapped).outward(PAGE_SIZE << order)
+        return Touched(read | faulted, windows, changes.came_first, changes.left_first)
 
     # --- the thread that reads
 
@@ -185,16 +223,27 @@ class TraceInstance:
             key = InodeKey(os.makedev(int(major), int(minor)), int(inode, 16))
             first = int(start)
             stop = int(last) + 1 if last else first + (PAGE_SIZE << int(order or 0))
-            pending = self._found.setdefault(key, {}).setdefault(kind, set())
-            pending.add((first, stop))
-            if len(pending) >= _MOST_PENDING:
-                self._unite(key, kind)
+            if kind in (_ADD, _DELETE):
+                self._changes.setdefault(key, _Changes()).tell(kind == _ADD, first, stop)
+                if kind == _ADD and int(order or 0):
+                    self._note(key, int(order), first, stop)
+            else:
+                self._note(key, kind, first, stop)
 
-    def _unite(self, key: InodeKey, kind: bytes) -> None:
+    def _note(self, key: InodeKey, kind: bytes | int, start: int, stop: int) -> None:
+        pending = self._found.setdefault(key, {}).setdefault(kind, set())
+        pending.add((start, stop))
+        if len(pending) >= _MOST_PENDING:
+            self._unite(key, kind)
+
+    def _unite(self, key: InodeKey, kind: bytes | int) -> None:
         """Make one set of the ranges of a kind."""
         pending, self._found[key][kind] = self._found[key][kind], set()
-        pages = RangeSet(PageRange.outward(start, stop) for start, stop in pending if start < stop)
-        self._united[key, kind] = self._united.get((key, kind), RangeSet()) | pages
+        self._united[key, kind] = self._united.get((key, kind), RangeSet()) | _united(pending)
+
+
+def _united(ranges: Iterable[tuple[int, int]]) -> RangeSet:
+    return RangeSet(PageRange.outward(start, stop) for start, stop in ranges if start < stop)
 
 
 def _open_tracefs() -> tuple[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from prefault.cli import main
+from prefault.cli.watch import taking
 from prefault.pictures.watch_recording import read_recording
+from support import needs
 from support.json_schemas import check_output
 from support.mapped_process import MappedProcess
 
@@ -80,20 +83,58 @@ def test_a_terminal_gets_a_picture_and_ctrl_c_ends_it(tree: Path) -> None:
     assert b"present (100.0 %)" in seen
 
 
+def _on_a_terminal(arguments: list[str], **environment: str) -> str:
+    """Run `prefault watch` on a terminal to its end, and return what it wrote."""
+    mine, terminal = pty.openpty()
+    command = [sys.executable, "-m", "prefault", "watch", *arguments]
+    with subprocess.Popen(command, stdout=terminal, env={**os.environ, **environment}) as process:
+        os.close(terminal)
+        seen = b""
+        with open(mine, "rb", buffering=0) as output, contextlib.suppress(OSError):  # EIO: the other side is closed
+            while part := output.read(4096):
+                seen += part
+        assert process.wait(60) == 0
+    return seen.decode()
+
+
 def test_a_dumb_terminal_gets_lines(tree: Path) -> None:
     """One that cannot go back would get the last frame only."""
-    mine, terminal = pty.openpty()
-    command = [sys.executable, "-m", "prefault", "watch", "-i", "0.05", "-n", "3", str(tree)]
-    with subprocess.Popen(command, stdout=terminal, env={**os.environ, "TERM": "dumb"}) as process:
-        os.close(terminal)
-        with open(mine, "rb", buffering=0) as output:
-            seen = b""
-            with contextlib.suppress(OSError):  # EIO: the other side is closed
-                while part := output.read(4096):
-                    seen += part
-        assert process.wait(60) == 0
-    assert seen.count(b"present (100.0 %)") == 3
-    assert b"\x1b" not in seen
+    seen = _on_a_terminal(["-i", "0.05", "-n", "3", str(tree)], TERM="dumb")
+    assert seen.count("present (100.0 %)") == 3
+    assert "\x1b" not in seen
+
+
+@pytest.mark.parametrize("arguments", [["--once"], ["-n", "1"]])
+def test_a_terminal_without_unicode_gets_a_picture_too(tree: Path, arguments: list[str]) -> None:
+    seen = _on_a_terminal([*arguments, str(tree)], PYTHONIOENCODING="ascii")
+    assert "######" in seen
+    assert "all present" in seen
+
+
+def test_a_resized_terminal_keeps_nothing_of_an_earlier_picture(tree: Path) -> None:
+    seen = _on_a_terminal(["-n", "2", "-i", "0.05", str(tree)])
+    _, drawn, after = re.split(r"\x1b\[\?1049[hl]", seen)  # into the alternate screen, and out of it
+    assert drawn.count("present (100.0 %)") == 2
+    assert after.count("present (100.0 %)") == 1  # the last one stays
+
+
+def test_another_process_of_the_same_pid_is_not_shown() -> None:
+    needs.root("choose the next pid")
+    last_pid = Path("/proc/sys/kernel/ns_last_pid")
+    with MappedProcess() as other, taking((), other.pid) as take:
+        assert take()
+        other.kill()
+        for _ in range(100):
+            try:
+                last_pid.write_text(str(other.pid - 1))
+            except OSError as error:
+                needs.missing(f"the kernel lets nobody choose a pid: {error}")
+            with MappedProcess() as reused:
+                if reused.pid == other.pid:
+                    with pytest.raises(ProcessLookupError, match="has ended meanwhile"):
+                        take()
+                    return
+    needs.missing("the pid was taken by others each time")
 
 
 def test_an_earlier_recording_stays_where_there_is_nothing_to_record(tmp_path: Path) -> None:

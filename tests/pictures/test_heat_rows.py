@@ -74,7 +74,7 @@ def test_bytes_beyond_the_end_of_the_last_page_do_not_count() -> None:
 
 def test_an_empty_file_is_all_present() -> None:
     row = row_of_file(FileStatus("empty", 0, 0, 0, 0, ranges=RangeSet()))
-    assert (row.share, row.missing_bytes) == (1.0, 0)
+    assert (row.share, row.missing_bytes, row.levels) == (1.0, 0, bytes([ALL]))
 
 
 def test_what_is_not_known_is_neither_none_nor_all() -> None:

@@ -9,7 +9,6 @@ import click
 
 from prefault.cli.messages import printable
 from prefault.cli.option_types import pid_option
-from prefault.cli.watch import taker
 from prefault.sizes import format_count
 
 if TYPE_CHECKING:
@@ -55,9 +54,9 @@ def report(
     if recording is not None:
         frames = _frames(recording)
     elif any(sources):
-        from prefault.pictures.sampling import rows_of_models
+        from prefault.pictures.sampling import rows_of_models, rows_of_pid
 
-        rows = rows_of_models(paths) if paths else taker(paths, pid)()
+        rows = rows_of_models(paths) if pid is None else rows_of_pid(pid)
         if not rows:
             raise click.ClickException("nothing to show: no file is there")
     page = report_page(

@@ -17,6 +17,8 @@ from prefault.cli.messages import printable
 from prefault.cli.option_types import CountType, SecondsType, pid_option
 
 if TYPE_CHECKING:
+    from rich.console import Group
+
     from prefault.pictures.heat_rows import HeatRow
     from prefault.pictures.sampling import Frame
 
@@ -63,9 +65,9 @@ def watch(
     """
     from prefault.pictures.sampling import frames
 
-    source = frames(taker(paths, pid))
     number = 1 if once else count
     with contextlib.ExitStack() as stack:
+        source = frames(stack.enter_context(taking(paths, pid)))
         try:
             first = next(source)  # before the recording is opened: one that is there stays if there is nothing to show
             shows: list[Show] = [stack.enter_context(_recorder(record))] if record else []
@@ -78,19 +80,22 @@ def watch(
                 raise
 
 
-def taker(paths: tuple[str, ...], pid: int | None) -> Callable[[], list[HeatRow]]:
-    """Return the function that takes the rows of these paths, or of this process.
+@contextlib.contextmanager
+def taking(paths: tuple[str, ...], pid: int | None) -> Iterator[Callable[[], list[HeatRow]]]:
+    """Yield the function that takes the rows of these paths, or of this process and no later one of its number.
 
     Raises:
         click.UsageError: neither is given, or both.
     """
-    from prefault.pictures.sampling import rows_of_files, rows_of_pid
+    from prefault.pictures.sampling import opened_process, rows_of_files
 
     if bool(paths) == (pid is not None):
         raise click.UsageError("give one or several PATHs, or --pid")
-    if pid is not None:
-        return lambda: rows_of_pid(pid)
-    return lambda: rows_of_files(paths)
+    if pid is None:
+        yield lambda: rows_of_files(paths)
+        return
+    with opened_process(pid) as take:
+        yield take
 
 
 def _paced(source: Iterator[Frame], interval: float) -> Iterator[Frame]:
@@ -128,8 +133,20 @@ def _display() -> Iterator[Show]:
     if sys.stdout is None or not sys.stdout.isatty() or console.is_dumb_terminal:
         yield lambda frame: _line(sys.stdout, summary(frame))
         return
-    with Live(console=console, auto_refresh=False, screen=False) as live:
-        yield lambda frame: live.update(picture(frame, console.width, console.height, printable), refresh=True)
+    last: list[Frame] = []
+
+    def drawn(frame: Frame) -> Group:
+        return picture(frame, console.width, console.height, printable, ascii_only=console.options.ascii_only)
+
+    def show(frame: Frame) -> None:
+        last[:] = [frame]
+        live.update(drawn(frame), refresh=True)
+
+    # The alternate screen is drawn whole each time: after the window was resized nothing of an earlier picture is left.
+    with Live(console=console, auto_refresh=False, screen=True) as live:
+        yield show
+    for frame in last:
+        console.print(drawn(frame))
 
 
 def _line(stream: TextIO | None, text: str) -> None:
@@ -143,7 +160,8 @@ def _show_all(frame: Frame) -> None:
         from rich.console import Console
 
         console = Console()
-        console.print(picture(frame, console.width, len(frame.rows) + 100, printable))
+        lines = len(frame.rows) + 100
+        console.print(picture(frame, console.width, lines, printable, ascii_only=console.options.ascii_only))
         return
     click.echo(summary(frame))
     for row in frame.rows:

@@ -181,9 +181,11 @@ def levels(present: Intervals, parts: Iterable[Stretch]) -> bytes:
 
 
 def _levels_of(present: Intervals, part: Stretch) -> bytes:
-    bounds = numpy.linspace(part.start, part.stop, part.cells + 1)
-    if len(present) == 0 or part.start == part.stop:
+    if part.start == part.stop:  # all of an empty file
+        return bytes([ALL]) * part.cells
+    if len(present) == 0:
         return bytes(part.cells)
+    bounds = numpy.linspace(part.start, part.stop, part.cells + 1)
     edges = present.to_numpy()
     lengths = edges[1::2] - edges[::2]
     # Bytes present below each edge: a function that is linear in between, and so can be asked at any cell's bound.

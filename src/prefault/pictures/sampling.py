@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from time import monotonic
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from prefault.files.file_status import status as status_of_files
 from prefault.files.formats.tensor_ranges import tensor_ranges
 from prefault.pictures.heat_rows import HeatRow, by_missing, row_of_file, rows_of_process, rows_of_tensors
 from prefault.processes import status as status_of_process
+from prefault.processes.other_process import OtherProcess
 
 _MODELS = (".safetensors", ".gguf", ".npy")
 
@@ -78,16 +80,32 @@ def rows_of_models(paths: Iterable[str | os.PathLike[str]]) -> list[HeatRow]:
     return rows
 
 
-def rows_of_pid(pid: int) -> list[HeatRow]:
-    """Take the rows of a process as they are now.
+@contextmanager
+def opened_process(pid: int) -> Iterator[Callable[[], list[HeatRow]]]:
+    """Hold a process by a pidfd, and yield the function that takes its rows as they are now.
+
+    The function raises a ProcessLookupError when the process has ended, also if another one has its pid by then.
 
     Raises:
         OSError: the process is gone, or is a kernel thread; PermissionError: its mappings may not be read.
     """
-    found = status_of_process(pid)
-    if found.unknown:
-        raise PermissionError(13, found.unknown)
-    return list(rows_of_process(found))
+    with OtherProcess(pid) as process:
+
+        def take() -> list[HeatRow]:
+            process.ensure_running()
+            found = status_of_process(pid)
+            process.ensure_running()
+            if found.unknown:
+                raise PermissionError(13, found.unknown)
+            return list(rows_of_process(found))
+
+        yield take
+
+
+def rows_of_pid(pid: int) -> list[HeatRow]:
+    """Take the rows of a process as they are now; errors are those of :func:`opened_process`."""
+    with opened_process(pid) as take:
+        return take()
 
 
 def frames(take: Callable[[], list[HeatRow]]) -> Iterator[Frame]:

@@ -13,25 +13,40 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.text import Text
 
-_SHADES = "·░▒▓█"
-"""Nothing, up to a third, up to two thirds, not all, and all: legible without colours."""
+
+class _Signs(NamedTuple):
+    """Characters of a picture.
+
+    Attributes:
+        shades: nothing, up to a third, up to two thirds, not all, and all: legible without colours.
+        gap: a gap that is left out.
+        cut: the middle of a long name.
+    """
+
+    shades: str
+    gap: str
+    cut: str
+
+
+_SIGNS = _Signs("·░▒▓█", "┊", "…")
+_ASCII_SIGNS = _Signs(".-+*#", "|", "~")
 
 _STYLES = ("dim", "color(25)", "color(32)", "color(38)", "color(44)")
-_GAP = "┊"
 _NUMBERS = ((72, 35), (46, 19), (0, 8))
 """Columns of the numbers (share, size and rate; the first two; the share), by the width of the terminal from which on."""
 _HEADER_LINES = 5
 
 
 class _Places(NamedTuple):
-    """Columns of a line: of the name, of the shades, and of the numbers with a blank before each."""
+    """Columns of a line: of the name, of the shades, and of the numbers with a blank before each; and its signs."""
 
     names: int
     cells: int
     numbers: int
+    signs: _Signs
 
 
-def picture(frame: Frame, width: int, height: int, printable: Callable[[str], str]) -> Group:
+def picture(frame: Frame, width: int, height: int, printable: Callable[[str], str], *, ascii_only: bool = False) -> Group:
     """Draw a frame for a terminal of so many columns and lines: the rows that fit, and all others in one line.
 
     Args:
@@ -39,6 +54,7 @@ def picture(frame: Frame, width: int, height: int, printable: Callable[[str], st
         width: columns.
         height: lines.
         printable: returns a name as the terminal may show it.
+        ascii_only: draw by characters of ASCII; the terminal has no others.
     """
     from rich.console import Group
     from rich.text import Text
@@ -47,7 +63,8 @@ def picture(frame: Frame, width: int, height: int, printable: Callable[[str], st
     shown = frame.rows if len(frame.rows) <= most else frame.rows[: most - 1]
     numbers = next(columns for least, columns in _NUMBERS if width >= least)
     names = max(8, min(max((len(printable(row.name)) for row in shown), default=0), (width - numbers) // 2))
-    places = _Places(names, max(4, width - 1 - numbers - names - 1), numbers)
+    signs = _ASCII_SIGNS if ascii_only else _SIGNS
+    places = _Places(names, max(4, width - 1 - numbers - names - 1), numbers, signs)
     lines = [_line(row, frame.rates.get(row.key), places, printable) for row in shown]
     rest = frame.rows[len(shown) :]
     if rest:
@@ -55,7 +72,7 @@ def picture(frame: Frame, width: int, height: int, printable: Callable[[str], st
         present = sum(row.present_bytes or 0 for row in rest)
         lines.append(Text(f"{len(rest)} more: {format_size(present)} of {format_size(size)}", style="dim", no_wrap=True))
     title = Text(summary(frame), style="bold", no_wrap=True, overflow="ellipsis")
-    return Group(title, *lines, _legend(width))
+    return Group(title, *lines, _legend(width, signs))
 
 
 def summary(frame: Frame) -> str:
@@ -80,14 +97,14 @@ def _line(row: HeatRow, rate: float | None, places: _Places, printable: Callable
     from rich.cells import set_cell_size
     from rich.text import Text
 
-    names, cells, numbers = places
+    names, cells, numbers, signs = places
     line = Text(no_wrap=True, overflow="crop")
-    line.append(set_cell_size(_shortened(printable(row.name), names), names) + " ")
+    line.append(set_cell_size(_shortened(printable(row.name), names, signs.cut), names) + " ")
     level = level_of(row)
     if row.present_bytes is None or level is None:
         return line.append(f"? {printable(row.unknown)}"[: cells + numbers], style="dim italic")
     drawn = 0
-    for shade, style in _strip(row, level, cells):
+    for shade, style in _strip(row, level, places):
         line.append(shade, style=style)
         drawn += len(shade)
     line.append(f"{' ' * (cells - drawn)} {_percent(row.share):>7}")
@@ -98,23 +115,23 @@ def _line(row: HeatRow, rate: float | None, places: _Places, printable: Callable
     return line
 
 
-def _strip(row: HeatRow, level: int, cells: int) -> Iterator[tuple[str, str]]:
+def _strip(row: HeatRow, level: int, places: _Places) -> Iterator[tuple[str, str]]:
     """Yield runs of shades, with their styles: at most so many columns, marks for gaps that are left out among them."""
     marks: list[int] = []
-    drawn = bytes([level]) * cells
+    drawn = bytes([level]) * places.cells
     if row.levels is not None:
-        drawn, marks = _parts_drawn(row, row.levels, cells)
+        drawn, marks = _parts_drawn(row, row.levels, places.cells)
     at = 0
     while at < len(drawn) or marks:
         if marks and marks[0] <= at:
             marks.pop(0)
-            yield _GAP, "dim"
+            yield places.signs.gap, "dim"
             continue
         end = at + 1
         while end < (marks[0] if marks else len(drawn)) and drawn[end] == drawn[at]:
             end += 1
         shade = 0 if drawn[at] == 0 else 4 if drawn[at] == ALL else 1 + 3 * (drawn[at] - 1) // (ALL - 1)
-        yield _SHADES[shade] * (end - at), _STYLES[shade]
+        yield places.signs.shades[shade] * (end - at), _STYLES[shade]
         at = end
 
 
@@ -154,21 +171,22 @@ def _rate(rate: float) -> str:
     return f"{sign}{format_size(int(abs(rate)))}/s"
 
 
-def _shortened(name: str, width: int) -> str:
+def _shortened(name: str, width: int, cut: str) -> str:
     """Cut a name in the middle: its end tells files of one directory apart."""
     if len(name) <= width:
         return name
     tail = (width - 1) * 2 // 3
-    return f"{name[: width - 1 - tail]}…{name[-tail:]}"
+    return f"{name[: width - 1 - tail]}{cut}{name[-tail:]}"
 
 
-def _legend(width: int) -> Text:
+def _legend(width: int, signs: _Signs) -> Text:
     from rich.text import Text
 
     line = Text("\n", style="dim", no_wrap=True, overflow="crop")
+    shades, gap = signs.shades, signs.gap
     if width < 90:
-        return line.append(f"{_SHADES[0]} none {_SHADES[1:4]} part {_SHADES[4]} all present {_GAP} gap")
-    for shade, word in zip(_SHADES, ("nothing", "some", "half", "most", "all of a cell is present"), strict=True):
+        return line.append(f"{shades[0]} none {shades[1:4]} part {shades[4]} all present {gap} gap")
+    for shade, word in zip(shades, ("nothing", "some", "half", "most", "all of a cell is present"), strict=True):
         line.append(f"{shade} {word}   ")
-    line.append(f"{_GAP} a gap left out")
+    line.append(f"{gap} a gap left out")
     return line

@@ -334,3 +334,27 @@ def test_ctrl_c_is_heard_again_where_an_exception_struck_the_end_of_a_rollback(m
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@_EACH_WAY_TO_READ_HOLES
+def test_each_of_two_files_side_by_side_gets_its_own_holes_back(shared: bool, prot: int, access: Access) -> None:
+    """Neither mapping has a descriptor that populate is given, so that they are one segment of the plan."""
+    with ExitStack() as stack:
+        one, two = (os.memfd_create("prefault-test") for _ in range(2))
+        for fd in (one, two):
+            stack.callback(os.close, fd)
+            os.truncate(fd, 32 * PAGE_SIZE)
+        # At the offsets that the mapping of the second file would have in the first one: set aside by another process.
+        os.posix_fallocate(one, 16 * PAGE_SIZE, 16 * PAGE_SIZE)
+        os.pwrite(two, b"theirs", 3 * PAGE_SIZE)
+        region = stack.enter_context(Region(32))
+        flags = mman.MAP_FIXED | (mman.MAP_SHARED if shared else mman.MAP_PRIVATE)
+        mman.mmap(region.page(0), 16 * PAGE_SIZE, prot, flags, one, 0)
+        mman.mmap(region.page(16), 16 * PAGE_SIZE, prot, flags, two, 0)
+        assert len(prefault.plan(region, access=access).segments) == 1
+        region.protect(30, 1, mman.PROT_NONE)
+        with pytest.raises(prefault.ProtectionError) as caught:
+            prefault.populate(region, access=access, rollback=True)
+        assert caught.value.populated_bytes == 0 == oracle.present_bytes(region.address, region.length)
+        assert [os.fstat(fd).st_blocks * 512 // PAGE_SIZE for fd in (one, two)] == [16, 1]
+        assert os.pread(two, 6, 3 * PAGE_SIZE) == b"theirs"

@@ -18,7 +18,7 @@ from prefault.inspection.mincore import resident
 from prefault.inspection.result import PageState
 from prefault.inspection.scan import mapped_by_others, residency_of
 from prefault.intervals import Intervals
-from prefault.memory.vma import Backing, file_descriptor, vma_at
+from prefault.memory.vma import Backing, file_descriptor, vmas
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, PAGE_SIZE
 
@@ -66,7 +66,8 @@ class Rollback:
                 allocated -= resident
                 if not segment.target.shared:
                     stayed += _drop(mine)  # the copies hide the pages of the file
-                stayed += _punch_unshared(allocated, _with_descriptor(segment))
+                for part in _with_descriptors(segment, taken.span):
+                    stayed += _punch_unshared(allocated & RangeSet([PageRange(part.start, part.stop)]), part)
                 mine |= allocated  # mapped in order to look who else does
             stayed += _drop(mine)
             stayed += _punch_zeros(self._holes.get(segment, RangeSet()) & taken, segment)
@@ -93,16 +94,19 @@ def file_pages(segments: Iterable[Segment]) -> RangeSet:
     return RangeSet.union_of(resident(PageRange(s.start, s.stop)) for s in segments if is_memory_file(s))
 
 
-def _with_descriptor(segment: Segment) -> Segment:
-    """Return the segment with a descriptor of its file, where the mapping itself does not permit to punch holes into it."""
+def _with_descriptors(segment: Segment, span: PageRange) -> Iterator[Segment]:
+    """Yield the parts of a segment in a span, each with a descriptor of its file where the mapping lets no hole be punched.
+
+    Neighbouring mappings that populate is given no descriptor of are one segment, be they of one file or of several.
+    """
     target = segment.target
     if target.fd is not None or (target.shared and target.writable):
-        return segment
-    vma = vma_at(segment.start)
-    fd = None if vma is None or vma.start > segment.start or not vma.inode else file_descriptor(vma)
-    if vma is None or fd is None:
-        return segment
-    return segment._replace(target=target._replace(fd=fd, file_base=vma.file_offset - vma.start))
+        yield segment
+        return
+    for vma in vmas(max(segment.start, span.start), min(segment.stop, span.stop)):
+        part = segment._replace(start=max(segment.start, vma.start), stop=min(segment.stop, vma.stop))
+        fd = file_descriptor(vma) if vma.inode else None
+        yield part if fd is None else part._replace(target=target._replace(fd=fd, file_base=vma.file_offset - vma.start))
 
 
 def _beyond(segments: tuple[Segment, ...], brought_in: RangeSet) -> Iterator[PageRange]:

@@ -87,6 +87,8 @@ class OutOfMemoryError(PopulateError):
 class HeadroomError(PopulateError):
     """A limit leaves less than the populate call needs, so it did not start, or stopped before the OOM killer came (ENOMEM).
 
+    Or pages of a mapped file were evicted while others came in, so that they are not there at its end.
+
     Attributes:
         limit: the name of the limit, as :func:`prefault.headroom` lists it.
         needed_bytes: bytes that the call would still have taken from it.

@@ -83,7 +83,7 @@ def test_populate_raises_what_warm_lists(tree: Path) -> None:
         ({"huge": "auto"}, "leave huge out"),
         ({"node": 0}, "leave node out"),
         ({"interleave": True}, "leave interleave out"),
-        ({"headroom": "ignore"}, "leave headroom out"),
+        ({"headroom": "maybe"}, "headroom is 'check' or 'ignore'"),
         ({"method": "populate_read"}, "method is one of populate, readahead, pread"),
         ({"threads": 0}, "threads is a number"),
         ({"offset": -1}, "negative|not a"),

@@ -249,20 +249,6 @@ def test_clean_page_cache_is_reclaimed_and_not_counted(cgroups: Make, tmp_path: 
     assert group.killed == 0
 
 
-def test_a_file_in_the_page_cache_is_never_too_large(cgroups: Make, tmp_path: Path) -> None:
-    """Populate a file of twice the limit: its pages can be reclaimed while others are mapped."""
-    group = cgroups(LIMIT)
-    path = tmp_path / "file"
-    path.write_bytes(bytes(2 * LIMIT))
-
-    def read() -> object:
-        with prefault.Mapping(backing=prefault.File(path), writable=False) as mapping:
-            return prefault.populate(mapping).access
-
-    assert in_child(group.inside(read)) == "read"
-    assert group.killed == 0
-
-
 def test_shared_memory_of_others_is_not_reclaimable(cgroups: Make) -> None:
     group = cgroups(LIMIT)
 

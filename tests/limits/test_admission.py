@@ -7,11 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 import prefault
 from prefault._kernel import mman
+from prefault._system.memory_cgroups import Bound
 from prefault.engine.methods import Access
 from prefault.errors import HeadroomError
 from prefault.inspection.scan import populated_before
@@ -19,16 +21,19 @@ from prefault.intervals import Intervals
 from prefault.limits import admission
 from prefault.limits.admission import AdmissionControl
 from prefault.limits.allowance import _Allowance, allowance
-from prefault.limits.demand import Demand
+from prefault.limits.demand import Demand, uncached_in_all
 from prefault.limits.limit import Limit, Shortfall
 from prefault.limits.memory_limits import MemoryAnswer
 from prefault.sizes import GIB, MIB, PAGE_SIZE
 from prefault.testing import without
+from support import file_beds
 from support.children import in_child
 from support.regions import Region
 
 # The module, not the function of the same name that the package exports.
-PLANNING = sys.modules["prefault.engine.planning"]
+PLANNING, TABLE, MEMORY = (
+    sys.modules[f"prefault.{name}"] for name in ("engine.planning", "limits.table", "limits.memory_limits")
+)
 PAGES = 64
 LENGTH = PAGES * PAGE_SIZE
 LIMIT = Limit("a limit", "memory", GIB, 0, 0, 0, "consequence", "source", "remedy")
@@ -211,10 +216,12 @@ def test_all_of_it_at_the_start_and_what_is_ahead_later(answers: Callable[[int],
 def test_page_tables_may_come_out_of_the_reserve(answers: Callable[[int], Answers]) -> None:
     made = answers(0)
     with prefault.Mapping("32 MiB", huge="never") as mapping:
-        assert AdmissionControl([demand_of(mapping, "read")]).whole() is not None
+        reading, writing = demand_of(mapping, "read"), demand_of(mapping, "write")
+        made.asked.clear()  # by the plans of these
+        assert AdmissionControl([reading]).whole() is not None
         assert [reserve for _, reserve, _ in made.asked] == [1.0, 0.0]
         made.asked.clear()
-        assert AdmissionControl([demand_of(mapping, "write")]).whole() is not None
+        assert AdmissionControl([writing]).whole() is not None
         assert [reserve for _, reserve, _ in made.asked] == [1.0, 1.0]
 
 
@@ -319,3 +326,93 @@ def test_the_allowance_is_spent_and_expires() -> None:
     fresh.fill(GIB, 0)
     fresh.empty()
     assert not fresh.spend(1, 0)
+
+
+# --- page cache -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cached_file(tmp_path: Path) -> Iterator[prefault.Mapping]:
+    """A mapped file of 16 MiB, all of it in the page cache and none of it populated."""
+    path = file_beds.make(tmp_path / "file", 16 * MIB)
+    file_beds.evict(path)
+    file_beds.touch(path, *range(16 * MIB // PAGE_SIZE))  # single pages, not large folios
+    with prefault.Mapping(backing=prefault.File(path), writable=False) as mapping:
+        yield mapping
+
+
+def _drop(mapping: prefault.Mapping, first: int, pages: int) -> None:
+    """Take pages out of the page tables and out of the page cache."""
+    if not pages:
+        return
+    start, length = first * PAGE_SIZE, pages * PAGE_SIZE
+    assert mapping.fd is not None
+    mman.madvise(mapping.range.start + start, length, mman.MADV_DONTNEED)
+    for _ in range(100):  # pages that another CPU has in hand stay
+        os.posix_fadvise(mapping.fd, start, length, os.POSIX_FADV_DONTNEED)
+        if not any(mman.mincore(mapping.range.start + start, length)):
+            return
+        time.sleep(0.005)
+    raise AssertionError("the kernel keeps them")
+
+
+def test_nothing_is_looked_at_where_memory_is_free(cached_file: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
+    def looked(*_: object) -> None:
+        raise AssertionError
+
+    for module, name in ((TABLE, "cgroup_cache_limits"), (TABLE, "machine_cache_limits"), (admission, "evicted_meanwhile")):
+        monkeypatch.setattr(module, name, looked)
+    assert prefault.populate(cached_file).bytes == 16 * MIB
+
+
+def test_little_is_not_even_compared(monkeypatch: pytest.MonkeyPatch, cached_file: prefault.Mapping) -> None:
+    monkeypatch.setattr(MEMORY, "_bounds", lambda _: [(0, Bound("file", "memory", MIB, MIB))])
+    assert not MEMORY.cgroups_have_free(5 * MIB)
+    assert MEMORY.cgroups_have_free(4 * MIB)
+    monkeypatch.setattr(MEMORY, "read_meminfo", lambda *names: tuple(MIB for _ in names))
+    assert not MEMORY.machine_has_free(5 * MIB)
+    assert MEMORY.machine_has_free(4 * MIB)
+
+
+@pytest.mark.parametrize(("gone", "told"), [(0, 0), (63, 0), (64, 64), (1000, 1000)])
+@pytest.mark.parametrize("source", ["pagemap_scan", "pagemap"])
+def test_a_few_pages_that_went_are_no_proof(
+    gone: int, told: int, source: str, cached_file: prefault.Mapping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4096 pages: fewer than a 64th may be those of a kernel that reclaims cold pages all the time."""
+    monkeypatch.setattr(admission, "has_free_memory", lambda _: False)
+    with without(*{"pagemap_scan": (), "pagemap": ("pagemap_scan",)}[source]):
+        control = AdmissionControl([demand_of(cached_file, "read")])
+        control.start()
+        prefault.populate(cached_file, headroom="ignore")
+        start = cached_file.range.start
+        assert cached_file.fd is not None
+        mman.madvise(start, 8 * MIB, mman.MADV_DONTNEED)
+        assert control.look_again() is None  # in the page cache they are
+        prefault.populate(cached_file, headroom="ignore")
+        _drop(cached_file, 100, gone)
+        found = control.look_again()
+        assert (0 if found is None else found.pages.length) == told * PAGE_SIZE
+        if found is not None:
+            assert found.pages.span == (start + 100 * PAGE_SIZE, start + (100 + gone) * PAGE_SIZE)
+            assert found.shortfall.needed_bytes == 16 * MIB
+            assert found.shortfall.available_bytes == 16 * MIB - gone * PAGE_SIZE
+
+
+def test_without_pagemap_the_page_cache_tells(cached_file: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "has_free_memory", lambda _: False)
+    with without("pagemap_scan", "pagemap"):
+        control = AdmissionControl([demand_of(cached_file, "read")])
+        control.start()
+        assert control.look_again() is None  # in no page table, but in the page cache
+
+
+def test_what_the_page_cache_lacks(cached_file: prefault.Mapping) -> None:
+    demand = demand_of(cached_file, "read")
+    assert uncached_in_all([demand]) == 0
+    _drop(cached_file, 1000, 500)
+    assert uncached_in_all([demand]) == 500 * PAGE_SIZE
+    assert uncached_in_all([demand, demand]) == 500 * PAGE_SIZE  # once
+    with without("cachestat"):
+        assert uncached_in_all([demand]) == 500 * PAGE_SIZE
+    assert uncached_in_all([demand_of(cached_file, "write")]) == 0  # not writable: the kernel's error says more

@@ -283,7 +283,7 @@ def test_of_a_backing(backing: prefault.BackingSource | str, expected: set[str])
 def test_of_files_and_descriptors(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(PAGE_SIZE))
-    assert kinds(headroom(prefault.File(path))) == {"disk space"}
+    assert kinds(headroom(prefault.File(path))) == {"disk space", "page cache"}
     fd = os.memfd_create("test")
     try:
         from prefault.memory.backings import Descriptor
@@ -301,9 +301,9 @@ def test_of_memory(tmp_path: Path) -> None:
     for options, expected in (
         ({"backing": "memfd"}, {"memory"}),
         ({"backing": "tmpfs"}, {"memory", "tmpfs space"}),
-        ({"backing": prefault.File(path)}, {"disk space"}),
-        ({"backing": prefault.File(path), "writable": False}, set()),
-        ({"backing": prefault.File(path), "shared": False}, {"memory"}),
+        ({"backing": prefault.File(path)}, {"disk space", "page cache"}),
+        ({"backing": prefault.File(path), "writable": False}, {"page cache"}),
+        ({"backing": prefault.File(path), "shared": False}, {"memory", "page cache"}),
     ):
         with prefault.Mapping(PAGE_SIZE, **options) as mapping:
             assert kinds(headroom(mapping)) - {"commit"} == expected

@@ -28,7 +28,7 @@ class MemoryStat(NamedTuple):
     """The memory of a cgroup by kind, children included; in bytes, from ``memory.stat``.
 
     ``file`` is the page cache on the LRU lists. Shmem is not in it, as it is on the anonymous lists, and neither are locked
-    pages.
+    pages, which are ``unevictable``.
     """
 
     file: int
@@ -36,6 +36,7 @@ class MemoryStat(NamedTuple):
     writeback: int
     anonymous: int
     slab_reclaimable: int
+    unevictable: int
 
 
 class MemoryCgroup:
@@ -70,12 +71,13 @@ class MemoryCgroup:
         lists, dirty, writeback = (
             ("total_", "total_dirty", "total_writeback") if v1 else ("", "file_dirty", "file_writeback")
         )
-        inactive_file, active_file, inactive_anon, active_anon = (
-            values.get(lists + name, 0) for name in ("inactive_file", "active_file", "inactive_anon", "active_anon")
+        inactive_file, active_file, inactive_anon, active_anon, unevictable = (
+            values.get(lists + name, 0)
+            for name in ("inactive_file", "active_file", "inactive_anon", "active_anon", "unevictable")
         )
         return MemoryStat(
             inactive_file + active_file, values.get(dirty, 0), values.get(writeback, 0), inactive_anon + active_anon,
-            values.get("slab_reclaimable", 0),
+            values.get("slab_reclaimable", 0), unevictable,
         )  # fmt: skip
 
     def swap_left(self) -> int | None:

@@ -15,7 +15,7 @@ from prefault._kernel.rwlock import Attendance
 from prefault.engine.attempts import ChunkFailure, locate
 from prefault.engine.chunk_queue import Chunk, ChunkQueue
 from prefault.engine.chunking import ChunkSize
-from prefault.engine.outcomes import PopulateResult, Settlement, failed, interrupted
+from prefault.engine.outcomes import PopulateResult, Settlement, evicted, failed, interrupted
 from prefault.engine.planning import Segment, without_fallocate
 from prefault.engine.populated_pages import populated_pages
 from prefault.engine.progress import Progress
@@ -63,6 +63,8 @@ class Execution:
         self._admission = admission
         self._rate = rate
         self._huge = huge
+        self.is_part = False
+        """True if other executions belong to the call, which looks at the pages of all at its end."""
         self._failures: list[ChunkFailure] = []
         self._defect: BaseException | None = None
         self._stop = False
@@ -219,6 +221,9 @@ class Execution:
             return failed(lowest, *self._queue.place_of(lowest.address, self._origin), self.settle)
         if self._progress is not None:
             self._progress(self._queue.done_bytes, self._queue.length)  # other threads may have finished later
+        eviction = None if self._admission is None or self.is_part else self._admission.look_again()
+        if eviction is not None:
+            return evicted(eviction, *self._queue.place_of(eviction.pages.span[0], self._origin), self.settle())
         plan = self._queue.plan
         present = self._before.length
         # A hint is taken for all segments.

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from prefault.engine.attempts import ChunkFailure
 from prefault.engine.diagnosis import diagnose
 from prefault.engine.methods import Access
-from prefault.errors import OutOfMemoryError, PopulateError, PopulateInterrupted
+from prefault.errors import HeadroomError, OutOfMemoryError, PopulateError, PopulateInterrupted
+from prefault.limits.evicted_meanwhile import EvictedPages
 from prefault.limits.limit import Shortfall
 from prefault.ranges import RangeSet
 from prefault.sizes import format_size
@@ -106,6 +107,26 @@ def failed(failure: ChunkFailure, origin: int, place: str, settle: Callable[[], 
     )  # fmt: skip
     result.__cause__ = error if isinstance(error, OSError) else None
     return result
+
+
+def evicted(eviction: EvictedPages, origin: int, place: str, settled: Settlement) -> HeadroomError:
+    """Return the exception for a call that populated all pages, of which the kernel evicted some for others.
+
+    Args:
+        eviction: the pages that are gone.
+        origin: the address that offsets are counted from.
+        place: continuation of ``offset 5`` in the message.
+        settled: what the call brought in, gone or not.
+    """
+    address, _ = eviction.pages.span
+    offset, there = address - origin, settled.kept - eviction.unmapped
+    rest = settled.rollback_text or f", of which {format_size(there.length)} are there"
+    return eviction.shortfall.error(
+        f"{format_size(eviction.pages.length)} of {format_size(eviction.whole_bytes)} were evicted while the others came in,"
+        f" the first at offset {offset} ({address:#x}){place}: {eviction.shortfall.sentence};"
+        f" {format_size(settled.brought_in_bytes)} populated in all{rest}",
+        address=address, offset=offset, populated=there,
+    )  # fmt: skip
 
 
 def interrupted(interruption: BaseException, origin: int, length: int, settled: Settlement) -> BaseException:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from time import perf_counter_ns
 from typing import NamedTuple
 
+from prefault.engine.chunk_queue import PlaceOf
 from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
-from prefault.engine.outcomes import PopulateResult, Settlement, interrupted
+from prefault.engine.outcomes import PopulateResult, Settlement, evicted, interrupted
 from prefault.engine.planning import Segment, Threads
 from prefault.engine.progress import Progress
 from prefault.engine.rate import RateLimit
@@ -64,6 +65,7 @@ class KernelPart(Part):
     def __init__(self, execution: Execution) -> None:
         self.length = execution.length
         self._execution = execution
+        execution.is_part = True
 
     def run(self) -> PopulateResult:
         """See :class:`Part`."""
@@ -173,13 +175,18 @@ def device_parts(
     ]  # fmt: skip
 
 
-def run_parts(parts: Sequence[Part], origin: int, began: int) -> PopulateResult:
+def run_parts(
+    parts: Sequence[Part], origin: int, began: int, admission: AdmissionControl | None = None,
+    place_of: PlaceOf | None = None,
+) -> PopulateResult:  # fmt: skip
     """Populate all parts in order; if one fails, those before it are settled with it.
 
     Args:
         parts: in order of address, or as they shall be populated.
         origin: the address that offsets in errors are counted from.
         began: when the call began, by :func:`time.perf_counter_ns`.
+        admission: checked the limits for the memory of the kernel in all parts; None did not.
+        place_of: returns the origin for an address, and words for the place; None: ``origin``, and none.
 
     Raises:
         PopulateError, PopulateInterrupted: a part failed. ``populated`` counts all parts.
@@ -188,6 +195,7 @@ def run_parts(parts: Sequence[Part], origin: int, began: int) -> PopulateResult:
     try:
         for part in parts:
             results.append(part.run())  # noqa: PERF401  those before a failure are needed
+        eviction = None if admission is None else admission.look_again()
     except BaseException as error:
         settlements, ctrl_c = _settle(parts)
         if ctrl_c is None and isinstance(error, PopulateError | PopulateInterrupted):
@@ -198,6 +206,12 @@ def run_parts(parts: Sequence[Part], origin: int, began: int) -> PopulateResult:
         if failure is error:
             raise
         raise failure from None
+    if eviction is not None:
+        settlements, ctrl_c = _settle(parts)
+        if ctrl_c is not None:
+            raise interrupted(ctrl_c, origin, sum(part.length for part in parts), _sum(settlements)) from None
+        place = (origin, "") if place_of is None else place_of(eviction.pages.span[0])
+        raise evicted(eviction, *place, _sum(settlements))
     return PopulateResult(
         sum(result.bytes for result in results),
         sum(result.present_bytes for result in results),

@@ -55,7 +55,7 @@ class Segment(NamedTuple):
         target, method = self.target, self.method
         return MemoryUse(
             self.start, self.stop, self.backing, target.page_size, target.shared, method.access,
-            allocates=method.allocates, locks=method.locks, fd=target.fd, file_base=target.file_base,
+            allocates=method.allocates, locks=method.locks, is_hint=method.hint, fd=target.fd, file_base=target.file_base,
             file_size=None if target.fd is None else target.file_size,
         )  # fmt: skip
 

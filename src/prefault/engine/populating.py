@@ -113,7 +113,8 @@ def populate(
         rate: limit of the bytes a second that are brought in, as ``"2 GiB/s"``; a :class:`prefault.RateLimit` is shared by
             all calls that are given it. None: as fast as possible.
         headroom: ``"check"`` checks the limits before the start, for the pages that are really missing, and at those of
-            memory between chunks; ``"ignore"`` does not: the kernel finds out.
+            memory between chunks, and looks at the end whether pages of files were evicted for others; ``"ignore"`` does
+            not: the kernel finds out.
         huge: ``"auto"`` advises transparent huge pages for what is missing of private anonymous memory, where that changes
             nothing that was asked for, and until compaction makes them slow; the notes say how much got them. The advice
             stays on the mapping. None leaves the memory as it is.
@@ -125,11 +126,13 @@ def populate(
         The bytes that were brought in. Pages that were populated before are counted apart.
 
     Raises:
-        HeadroomError: a limit leaves less than is needed: nothing was populated; or less than at the start, in the middle.
+        HeadroomError: a limit leaves less than is needed: nothing was populated; or less than at the start, in the middle;
+            or pages of files were evicted for others, which shows at the end: ``populated`` is what is there. Of a path:
+            nothing was brought in, or less than all.
         PopulateError: one of its subclasses says why, ``offset`` where, ``populated_bytes`` how much there is now.
         PopulateInterrupted: Ctrl-C; also says how much. At most one chunk (some tens of milliseconds) late.
         OSError: this process has no descriptor left, or no /proc is mounted; nothing was populated. Of a path: a file, or a
-            part of one, could not be brought in, or memory leaves no room; what was brought in stays.
+            part of one, could not be brought in; what was brought in stays.
         WarmInterrupted: Ctrl-C, of a path.
         TypeError, ValueError: not a buffer; closed or released; an offset or length outside; an unknown option.
 
@@ -212,7 +215,8 @@ def plan(
     """Return the plan of :func:`prefault.populate` for the same arguments, with its reasons. Nothing is populated.
 
     Of a collection, or an array with gaps, there is one segment for each kind of memory, which may lie inside another's. Of
-    a path there is none, and the notes tell what is missing from the page cache, and how it would be brought in.
+    a path there is none, and the notes tell what is missing from the page cache, and how it would be brought in. A note says
+    if a limit leaves too little for it.
 
     Raises:
         OSError: of a path: a file cannot be opened.
@@ -243,6 +247,8 @@ def plan(
             notes = [huge_note(made, memory)] if wants_huge(huge) and made.segments else []
             if policy is not None:
                 notes.append(f"memory comes {policy.words}")
+            if made.segments and memory.access_guard is None:  # whose owner charges a pool before its limit has room
+                notes += _admission(made.segments, populated_pages(made.segments), memory, None, policy).outlook()
             return made._replace(notes=(*made.notes, *notes))
         _check_one_buffer(wants_huge(huge), policy)
         from prefault.memory.borrowed_members import Members, member_of
@@ -253,9 +259,11 @@ def plan(
 
 def _plan_members(members: Members, access: Access | None, method: str | None, threads: Threads) -> Plan:
     from prefault.engine.scattered.planning_pages import joined, plan_members
+    from prefault.engine.scattered.populating_many import outlook_of
 
     plans, provided = plan_members(members, access, method, threads)
-    return joined(plans, sum(stop - start for start, stop, _ in provided))
+    made = joined(plans, sum(stop - start for start, stop, _ in provided))
+    return made._replace(notes=(*made.notes, *outlook_of(plans)))
 
 
 def _check_choices(access: object, headroom: object, progress: object) -> None:
@@ -407,7 +415,7 @@ def _populate_parts(
                 page_provider, Intervals([(start, stop)]), origin, access_to(page_provider, memory, access),
                 rollback=rollback, progresses=progresses, rate=rate, check_headroom=headroom == "check",
             )  # fmt: skip
-        return run_parts(parts, origin, began)
+        return run_parts(parts, origin, began, admission)
 
 
 def _in_order(span: Span, provided: Sequence[ProvidedSpan]) -> list[tuple[int, int, PageProvider | None]]:

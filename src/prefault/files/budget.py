@@ -23,20 +23,23 @@ class MemoryBudget:
 
     Args:
         asked: bytes that may be brought in altogether; None: as many as fit.
+        check_headroom: False leaves it to the kernel which pages it evicts.
 
     Attributes:
         taken_bytes: bytes brought in so far.
         tightest: name of the limit that left least when it was last asked, and its remedy.
+        limit: name of that limit alone.
     """
 
-    def __init__(self, asked: Size | None = None) -> None:
+    def __init__(self, asked: Size | None = None, *, check_headroom: bool = True) -> None:
         self.asked_bytes = None if asked is None else parse_size(asked)
         self.taken_bytes = 0
+        self._check_headroom = check_headroom
         self._kept_bytes = 0
         self._memory_left = 0
         self._taken_at_reading = 0
         self._valid_until = 0.0
-        self.tightest = ""
+        self.tightest = self.limit = ""
 
     def take(self, count: int) -> None:
         """Count bytes that were brought in; negative: that were evicted again."""
@@ -62,13 +65,15 @@ class MemoryBudget:
     def _read(self) -> None:
         ours = self.taken_bytes + self._kept_bytes
         left = NO_LIMIT
-        for limit in cgroup_limits(swap=False):
+        for limit in cgroup_limits(swap=False) if self._check_headroom else ():
             free = limit.limit_bytes - limit.used_bytes - limit.reserve_bytes
             room = free + max(0, limit.reclaimable_bytes - ours)
             if room < left:
                 left, self.tightest = room, f"{limit.name} is {format_size(limit.limit_bytes)}: {limit.remedy}"
-        machine = self._machine(ours)
+                self.limit = limit.name
+        machine = self._machine(ours) if self._check_headroom else NO_LIMIT
         if machine < left:
+            self.limit = "MemAvailable"
             left, self.tightest = machine, f"the machine has {format_size(max(0, machine))} of memory left: free some"
         self._memory_left = left
         self._taken_at_reading = self.taken_bytes

@@ -18,6 +18,7 @@ from prefault._kernel.cachestat import PageCache, cachestat
 from prefault._system import capabilities
 from prefault.files.failures import CannotTellError
 from prefault.files.open_file import OpenFile
+from prefault.inspection.page_cache import counts_own_pages
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import GIB, MIB, PAGE_SIZE
 
@@ -27,18 +28,10 @@ _WINDOW = 256 * MIB
 _SIEVES = (64 * GIB, 4 * GIB, 256 * MIB, 16 * MIB)
 """Pieces in which cachestat is asked for nothing at all, before mincore looks at each page."""
 
-_STACKED = frozenset({"overlay", "fuse", "ecryptfs"})
-"""File systems whose files may map the pages of another file: cachestat, which looks at their own, then counts none."""
-
 _OTHERS_FILE = (
     "the kernel tells of this file's page cache only to its owner, to those who may write it, and to root",
     "run as its owner or as root",
 )
-
-
-def counts_own_pages(file_system: str) -> bool:
-    """Tell whether a zero of cachestat(2) is true for the files of a file system, by the name of its type."""
-    return file_system not in _STACKED and file_system != "hugetlbfs"
 
 
 class CachedCount(NamedTuple):
@@ -81,7 +74,7 @@ def cached_count(file: OpenFile, start: int = 0, stop: int | None = None) -> Cac
     if file.file_system == "hugetlbfs":
         return _count_by_blocks(file, pages)
     counted = _cachestat(file, pages)
-    if counted is not None and (counted.cached or file.file_system not in _STACKED):
+    if counted is not None and (counted.cached or counts_own_pages(file.file_system)):
         return CachedCount(counted.cached, "", "cachestat", counted.dirty, counted.writeback)
     try:
         return CachedCount(cached_ranges(file, pages.start, pages.stop).pages, "", "mincore")
@@ -146,7 +139,7 @@ def _cachestat(file: OpenFile, pages: PageRange) -> PageCache | None:
 
 def _windows(file: OpenFile, pages: PageRange) -> Iterator[PageRange]:
     """Yield the windows that mincore must look at: those in which cachestat does not count zero."""
-    if file.file_system in _STACKED or _cachestat(file, PageRange(pages.start, pages.start + PAGE_SIZE)) is None:
+    if not counts_own_pages(file.file_system) or _cachestat(file, PageRange(pages.start, pages.start + PAGE_SIZE)) is None:
         yield from pages.chunks(_WINDOW)
     else:
         yield from _sieved(file, pages, 0)

@@ -39,6 +39,12 @@ class FileFailure(NamedTuple):
         return f"{text}: {self.remedy}" if self.remedy else text
 
 
+class LostPages(FileFailure):
+    """Pages of a file that were read, and are not in the page cache any more."""
+
+    __slots__ = ()
+
+
 _REMEDIES = {
     errno.EACCES: "run as its owner or as root, or give read permission (chmod)",
     errno.EPERM: "run as its owner or as root",

@@ -11,10 +11,11 @@ from typing import NamedTuple, TypeAlias
 
 from prefault._kernel.cachestat import QuickCachestat
 from prefault._system import capabilities
-from prefault.files.cached_pages import cached_count, cached_ranges, counts_own_pages
+from prefault.files.cached_pages import cached_count, cached_ranges
 from prefault.files.failures import CannotTellError, FileFailure
 from prefault.files.open_file import OPEN_FLAGS, OpenFile
 from prefault.files.selection import Path, SelectedFile, Selection, as_selection
+from prefault.inspection.page_cache import counts_own_pages
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import PAGE_SIZE, format_count, format_size
 

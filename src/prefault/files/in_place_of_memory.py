@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 from prefault.engine.outcomes import PopulateResult
 from prefault.engine.planning import Plan
+from prefault.errors import HeadroomError
+from prefault.files.budget import MemoryBudget
 from prefault.files.cached_pages import cached_ranges
-from prefault.files.failures import FileError, FileFailure
+from prefault.files.failures import FileError, FileFailure, LostPages
 from prefault.files.file_locks import FileLock, lock_files
 from prefault.files.file_plan import FilePlan
 from prefault.files.file_status import pages_of
 from prefault.files.method_choice import MethodChoice
 from prefault.files.open_file import OpenFile
-from prefault.files.selection import as_selection
-from prefault.files.warm_result import length_in_file
+from prefault.files.selection import SelectedFile, Selection, as_selection
+from prefault.files.warm_result import WarmResult, length_in_file
 from prefault.files.warming import warm
 from prefault.inspection.result import PageState, Residency
+from prefault.limits.memory_use import MemoryUse
+from prefault.limits.table import shortfall_of
 from prefault.memory.borrowing import Span
 from prefault.memory.file_verbs import FileVerbs
+from prefault.memory.vma import Backing
 from prefault.ranges import RangeSet
 from prefault.sizes import Size, format_size, parse_size
 
@@ -40,16 +47,25 @@ class PagesOfFiles(FileVerbs):
 
     def populate(
         self, files: Any, *, offset: Size, length: Size | None, method: Any = None, threads: Any = None,
-        progress: Any = False, rate: Any = None, **others: Any,
+        progress: Any = False, rate: Any = None, headroom: Any = "check", **others: Any,
     ) -> PopulateResult:  # fmt: skip
         """Bring all of it into the page cache, or raise the first file that could not be, as OSError."""
         _check(others)
+        ranges, checked = _ranges(offset, length), headroom == "check"
+        select = _selecting(files)
+        total = _ensure_room(select, ranges) if checked else 0
+        budget = MemoryBudget(check_headroom=checked)
         result = warm(
-            files, ranges=_ranges(offset, length), method=method, threads=_number(threads), rate=rate, progress=progress
+            select(), ranges=ranges, method=method, threads=_number(threads), budget=budget, rate=rate, progress=progress
         )
-        if result.failures:
-            raise _error_of(result.failures, result.bytes)
+        failures = [failure for failure in result.failures if checked or not isinstance(failure, LostPages)]
+        if result.stopped:
+            raise _stopped(result, budget, total)
+        if failures:
+            raise _error_of(failures, result.bytes)
         notes = [f"into the page cache, {_files(result.files)}"]
+        if result.evicted_bytes:
+            notes.append(f"{format_size(result.evicted_bytes)} evicted again, as memory is short")
         if result.hole_bytes:
             notes.append(f"{format_size(result.hole_bytes)} are holes, which have nothing to read")
         if result.unchecked_bytes:
@@ -66,7 +82,7 @@ class PagesOfFiles(FileVerbs):
         _check(others)
         choice = MethodChoice(_number(threads), method)
         ranges = _ranges(offset, length)
-        missing = present = holes = unknown = count = 0
+        missing = lacking = present = holes = unknown = count = 0
         words, workers = "", 1
         for found in as_selection(files):
             if isinstance(found, FileFailure):
@@ -77,6 +93,7 @@ class PagesOfFiles(FileVerbs):
                 missing_here = length_in_file(file, plan.missing) if plan.missing else 0
                 missing, present, holes = missing + missing_here, present + plan.present.length, holes + plan.hole_bytes
                 unknown += not plan.is_known
+                lacking += missing_here if plan.is_known else 0
                 if not words and plan.missing:
                     way = choice.first(file)
                     workers, words = way.threads, f"by {way.name}, {way.threads} at a time ({file.file_system})"
@@ -88,6 +105,8 @@ class PagesOfFiles(FileVerbs):
         notes += [words] if words else []
         notes += [f"{format_size(holes)} are holes, which have nothing to read"] if holes else []
         notes += [f"{_files(unknown)} of which the kernel does not tell taken as missing"] if unknown else []
+        short = shortfall_of(_PAGE_CACHE, lacking)
+        notes += [f"it does not fit: {short.sentence}"] if short is not None else []
         return Plan(Span(0, 0), (), workers, tuple(notes), words)
 
     def residency(self, files: Any, *, offset: Size, length: Size | None, nodes: bool) -> Residency:
@@ -127,13 +146,62 @@ class PagesOfFiles(FileVerbs):
 def _check(options: dict[str, Any]) -> None:
     if options.get("access") not in (None, "read"):
         raise ValueError(f"files are brought in as they are: access is None or 'read', not {options['access']!r}")
-    if options.get("headroom", "check") != "check":
-        raise ValueError(
-            "more than memory leaves would evict what came in before: leave headroom out, or see prefault.stream"
-        )
     for name, reason in _REFUSED.items():
         if not (options.get(name) is None or options[name] is False):  # node 0 is a node
             raise ValueError(reason)
+
+
+_PAGE_CACHE = MemoryUse(backing=Backing.FILE, shared=True, access="read")
+
+
+def _selecting(files: Any) -> Callable[[], Selection]:
+    """Return a function that selects the files anew; what a selection has found is kept, as it can be read once."""
+    if not isinstance(files, Selection):
+        return lambda: as_selection(files)
+    found = list(files)
+    return lambda: Selection(lambda _: iter(found))
+
+
+def _ensure_room(select: Callable[[], Selection], ranges: list[tuple[int, int | None]] | None) -> int:
+    """Return the bytes that were asked for.
+
+    Raises:
+        HeadroomError: memory does not hold what is missing of them, whatever the kernel evicts.
+    """
+    total = sum(_length_within(found.size, ranges) for found in select() if isinstance(found, SelectedFile))
+    if shortfall_of(_PAGE_CACHE, total) is None:
+        return total
+    missing = count = 0
+    for found in select():
+        if not isinstance(found, SelectedFile):
+            continue
+        with contextlib.suppress(OSError), OpenFile(found.path) as file:  # warm() finds the error, too
+            plan = FilePlan.of(file, None if ranges is None else pages_of(file, ranges), missing_only=True)
+            missing += plan.missing.length if plan.is_known else 0
+            count += 1
+    short = shortfall_of(_PAGE_CACHE, missing)
+    if short is not None:
+        raise short.error(
+            f"cannot bring in the {format_size(missing)} of {_files(count)} that are missing: {short.sentence};"
+            " nothing was brought in"
+        )
+    return total
+
+
+def _length_within(size: int, ranges: list[tuple[int, int | None]] | None) -> int:
+    if ranges is None:
+        return size
+    return sum(max(0, (size if stop is None else min(stop, size)) - start) for start, stop in ranges)
+
+
+def _stopped(result: WarmResult, budget: MemoryBudget, total: int) -> HeadroomError:
+    """Return the exception for a call that ended before it would have evicted what it had brought in."""
+    return HeadroomError(
+        errno.ENOMEM,
+        f"{result.failures[-1]}, take fewer files (prefault.stream reads any), or go on regardless with headroom='ignore';"
+        f" {format_size(result.bytes)} were brought in",
+        limit=budget.limit, needed_bytes=max(total - result.present_bytes, result.bytes), available_bytes=result.bytes,
+    )  # fmt: skip
 
 
 def _files(count: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from prefault.files.cached_pages import cached_count, cached_ranges
-from prefault.files.failures import FileFailure
+from prefault.files.failures import FileFailure, LostPages
 from prefault.files.open_file import OpenFile
 from prefault.files.step_workers import StepFailure, StepWorkers
 from prefault.files.warm_methods import WarmMethod
@@ -156,7 +156,7 @@ class Tally:
             lost, read = format_size(state.lost_bytes), format_size(state.read_bytes)
             reason = f"{lost} of the {read} that were read are not in the page cache"
             remedy = "memory is short, or the file system keeps no page cache (direct I/O)"
-            self.failures.append(FileFailure(path, reason, remedy))
+            self.failures.append(LostPages(path, reason, remedy))
 
     def add(self, other: Tally) -> None:
         """Add the sums and failures of other files."""

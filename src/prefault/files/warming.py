@@ -37,8 +37,9 @@ _REPORT_SECONDS = 0.05
 
 def warm(
     paths: Path | Iterable[Path] | Selection, *, ranges: Iterable[tuple[Size, Size | None]] | RangesOfFile | None = None,
-    method: MethodName | None = None, threads: int | None = None, budget: Size | None = None, window: Size | None = None,
-    rate: RateLimit | Size | None = None, progress: Progress | bool = False, missing_only: bool = True,
+    method: MethodName | None = None, threads: int | None = None, budget: MemoryBudget | Size | None = None,
+    window: Size | None = None, rate: RateLimit | Size | None = None, progress: Progress | bool = False,
+    missing_only: bool = True,
 ) -> WarmResult:  # fmt: skip
     """Bring the missing pages of files into the page cache, so that reading them later waits for no disk and no server.
 
@@ -52,7 +53,7 @@ def warm(
             them; None: all of it.
         method: ``"populate"``, ``"readahead"`` or ``"pread"``; None: the fastest, by file system and measurement.
         threads: number of threads; None: as many as pay.
-        budget: bytes to bring in at most; None: as many as fit.
+        budget: bytes to bring in at most, or a budget that several calls share; None: as many as fit.
         window: bytes to keep in the page cache while passing through each file; what lies behind is evicted again.
             For caches below the page cache, such as a volume that is loaded from a snapshot. See :func:`stream` for reading.
         rate: limit of bytes a second.

@@ -8,11 +8,22 @@ from typing import Any
 
 from prefault._kernel.cachestat import PageCache, cachestat
 from prefault._system import capabilities
-from prefault.inspection.mincore import resident
+from prefault._system.proc import Mount, read_mounts
+from prefault.inspection.mincore import resident, resident_in
+from prefault.intervals import Intervals
+from prefault.memory.backings import MADE_UP
 from prefault.memory.borrowing import Borrowed
 from prefault.memory.vma import Backing, Vma, any_descriptor, vmas
 from prefault.ranges import PageRange
 from prefault.sizes import PAGE_SIZE
+
+_STACKED = frozenset({"overlay", "fuse", "ecryptfs"})
+"""File systems whose files may map the pages of another file: cachestat, which looks at their own, then counts none."""
+
+
+def counts_own_pages(file_system: str) -> bool:
+    """Return whether a zero of cachestat(2) is true for the files of a file system, by the name of its type."""
+    return file_system not in _STACKED and file_system != "hugetlbfs"
 
 
 def page_cache_of(memory: Borrowed, buffer: Any, pages: PageRange) -> PageCache | None:
@@ -28,7 +39,7 @@ def page_cache_of(memory: Borrowed, buffer: Any, pages: PageRange) -> PageCache 
 def cached_bytes(pages: PageRange) -> int | None:
     """Count the bytes of the files behind ``pages`` in the page cache; None without a file, or where none tells."""
     known = [
-        _cached_in(vma, pages & PageRange(vma.start, vma.stop))
+        cached_in(vma, pages & PageRange(vma.start, vma.stop))
         for vma in vmas(pages.start, pages.stop)
         if vma.inode and vma.backing in (Backing.FILE, Backing.TMPFS, Backing.MEMFD)
     ]
@@ -36,15 +47,48 @@ def cached_bytes(pages: PageRange) -> int | None:
     return sum(told) if told else None
 
 
-def _cached_in(vma: Vma, pages: PageRange) -> int | None:
+def cached_in(vma: Vma, pages: PageRange, *, unmapped: bool = False) -> int | None:
+    """Count the bytes of the file behind some pages of a mapping that are in the page cache; None where none tells.
+
+    Args:
+        vma: the mapping.
+        pages: addresses in it.
+        unmapped: none of the pages is in the page tables of this process, so that none is a private copy.
+    """
     fd = any_descriptor(vma) if capabilities.CACHESTAT.available else None
     if fd is not None:
         with contextlib.suppress(OSError):  # EPERM: the file is another user's; EBADF: closed by another thread
-            return cachestat(fd, vma.file_offset + pages.start - vma.start, pages.length).cached * PAGE_SIZE
+            cached = cachestat(fd, vma.file_offset + pages.start - vma.start, pages.length).cached
+            if cached or vma.backing is not Backing.FILE or all(counts_own_pages(m.filesystem) for m in _mounts_of(vma)):
+                return cached * PAGE_SIZE
     # mincore counts private copies as well. Of a file that is another user's it says that all pages are there (since 5.2).
-    if (vma.shared or not vma.writable) and _is_ours(vma):
+    if (unmapped or vma.shared or not vma.writable) and _is_ours(vma):
         return resident(pages).length
     return None
+
+
+def cached_pages(vma: Vma, pages: Intervals) -> Intervals | None:
+    """Return the pages of a mapping whose part of the file is in the page cache; None where the kernel does not tell.
+
+    Args:
+        vma: the mapping.
+        pages: addresses in it, of which none is in the page tables of this process.
+    """
+    return resident_in([PageRange(*span) for span in pages]) if _is_ours(vma) else None
+
+
+def takes_page_cache(vma: Vma) -> bool:
+    """Return whether pages of a mapping lie in the page cache of a file: not those of DAX, nor a device's in sysfs."""
+    major, minor = os.major(vma.device), os.minor(vma.device)
+    for queue in ("queue", "../queue"):  # of the disk, of which this may be a partition
+        with contextlib.suppress(OSError), open(f"/sys/dev/block/{major}:{minor}/{queue}/dax", "rb") as file:
+            if file.read(1) == b"1":
+                return False
+    return not any(mount.filesystem in MADE_UP or "dax" in mount.options for mount in _mounts_of(vma))
+
+
+def _mounts_of(vma: Vma) -> list[Mount]:
+    return [mount for mount in read_mounts() if mount.device == vma.device]
 
 
 def _is_ours(vma: Vma) -> bool:

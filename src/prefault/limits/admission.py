@@ -9,9 +9,10 @@ from time import perf_counter_ns, sleep
 from typing import Literal, TypeAlias
 
 from prefault.limits.allowance import allowance
-from prefault.limits.demand import Demand, length_of_all
+from prefault.limits.demand import Demand, length_of_all, missing_in_all, uncached_in_all
+from prefault.limits.evicted_meanwhile import EvictedPages, evicted_meanwhile
 from prefault.limits.limit import Shortfall
-from prefault.limits.table import ask_for_memory, refusal_ahead
+from prefault.limits.table import ask_for_memory, has_free_memory, refusal_ahead
 from prefault.sizes import MIB, format_size
 
 HeadroomChoice: TypeAlias = Literal["check", "ignore"]
@@ -49,6 +50,8 @@ class AdmissionControl:
         self._admitted: dict[int, int] = {}  # bytes by thread
         self.largest_chunk = _LARGEST_CHUNK
         """Bytes that one system call should populate at most: few if little is left."""
+        self._page_cache_bytes = 0
+        self._is_free = True
         self.abandoned = False
         """True when the call has ended: admit waits for no other thread any more."""
 
@@ -71,9 +74,32 @@ class AdmissionControl:
         spans = [(demand, demand.use.start, demand.use.stop) for demand in self._demands]
         bound = sum(demand.at_most(start, stop) for demand, start, stop in spans)
         shortfall = None
+        self._page_cache_bytes = missing_in_all(self._of_page_cache())
+        if self._page_cache_bytes:
+            self._is_free = has_free_memory(self._page_cache_bytes + bound)
         if bound and not (bound <= _SMALL and allowance.spend(bound, perf_counter_ns())):
             shortfall = self._ask(bound, spans, 1.0)
         return shortfall or refusal_ahead(self._demands)
+
+    def outlook(self) -> list[str]:
+        """Return sentences for a plan: what the page cache lacks, and the limit that leaves too little, if there is one."""
+        short = self.whole()
+        lacking = uncached_in_all(self._of_page_cache())
+        sentences = [f"{format_size(lacking)} are missing from the page cache"] if lacking else []
+        return sentences if short is None else [*sentences, f"it does not fit: {short.sentence}"]
+
+    def _of_page_cache(self) -> list[Demand]:
+        return [demand for demand in self._demands if demand.use.fills_page_cache]
+
+    def look_again(self) -> EvictedPages | None:
+        """Return the pages of files that were evicted while others came in; to be called when all are populated.
+
+        Whether they fit cannot be told before: pages that are cached already may be charged to any cgroup, and the kernel
+        counts those of this call as reclaimable. Nothing is looked at where memory was free for all from start to end.
+        """
+        if not self._page_cache_bytes or (self._is_free and has_free_memory(_FREE_AT_THE_END)):
+            return None
+        return evicted_meanwhile(self._demands)
 
     def ahead(self, start: int, stop: int) -> _ChunkAhead:
         """Make a context manager around populating ``[start, stop)``.
@@ -162,6 +188,8 @@ _RESERVE = 64 * MIB
 """More than the reserve of any limit."""
 _SMALL = 8 * MIB
 """Calls beyond this, milliseconds of work, read the limits themselves."""
+_FREE_AT_THE_END = 16 * MIB
+"""Free memory that is found at the end of a call where nothing was reclaimed for it meanwhile."""
 _PAUSE_S = 0.0005
 """About the time that a chunk takes when little is left."""
 _SMALLEST_CHUNK = 1 * MIB

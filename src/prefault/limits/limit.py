@@ -11,6 +11,7 @@ from prefault.sizes import format_size
 
 Bounds: TypeAlias = Literal[
     "memory",
+    "page cache",
     "tmpfs space",
     "huge pages",
     "huge page reservations",

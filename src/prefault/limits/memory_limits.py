@@ -1,4 +1,7 @@
-"""The limits that kill: at those of the memory cgroups and of the machine the OOM killer ends a process."""
+"""The limits of the memory cgroups and of the machine: of memory, at which the OOM killer ends a process, and of page cache.
+
+Page cache is never too much for the kernel: at its limit the pages that came in first are evicted for those that come last.
+"""
 
 from __future__ import annotations
 
@@ -113,6 +116,71 @@ def node_limits(nodes: Sequence[int]) -> Iterator[Limit]:
     )  # fmt: skip
 
 
+def cgroup_cache_limits(levels: Sequence[MemoryCgroup] | None = None) -> list[Limit]:
+    """Read how much page cache every memory cgroup from this process' own upward can hold at most.
+
+    All but anonymous, shared and locked memory counts as reclaimable, dirty pages and the kernel's own memory as well: more
+    than this is certain not to fit, and less may not.
+    """
+    levels = _cgroups().levels if levels is None else levels
+    free_swap = _free_swap()
+    return [_cache_limit(levels, index, bound, free_swap) for index, bound in _bounds(levels)]
+
+
+def machine_cache_limits() -> list[Limit]:
+    """Read how much page cache the machine can hold at most, as :func:`cgroup_cache_limits` does; nothing without /proc."""
+    names = "MemTotal", "MemFree", "AnonPages", "Shmem", "PageTables", "KernelStack", "Hugetlb"
+    try:
+        total, free, anonymous, shmem, tables, stacks, huge = read_meminfo(*names)
+    except (OSError, KeyError):  # before Linux 4.20, or a sandbox
+        return []
+    held = max(0, anonymous + shmem - _free_swap()) + tables + stacks + huge
+    return [
+        Limit(
+            "MemTotal", "page cache", total, total - free, max(0, total - free - held), 0, _EVICTION, "/proc/meminfo",
+            f"free memory, {_BY_PARTS}",
+        )
+    ]  # fmt: skip
+
+
+def _cache_limit(levels: Sequence[MemoryCgroup], index: int, bound: Bound, free_swap: int) -> Limit:
+    limit = _cgroup_limit(levels, index, bound, free_swap)
+    statistics = levels[index].statistics()
+    swap = 0 if bound.counts == "memory+swap" else _swap_left(levels, free_swap)
+    held = max(0, statistics.anonymous - swap) + statistics.unevictable - _STATISTICS_LAG
+    return limit._replace(
+        bounds="page cache", reclaimable_bytes=max(0, bound.usage - max(0, held)), reserve_bytes=0,
+        consequence=_EVICTION,
+        remedy=f"raise it (write to {bound.file}, or the memory limit of the container), {_BY_PARTS}",
+    )  # fmt: skip
+
+
+_EVICTION = "pages that came in first are evicted for those that come last"
+_BY_PARTS = "read the files part by part (prefault.stream)"
+
+_LITTLE = 4 * MIB
+"""Bytes that do not push each other out, as the pages that came in last are evicted last."""
+
+
+def cgroups_have_free(needed: int, levels: Sequence[MemoryCgroup] | None = None) -> bool:
+    """Return whether the memory cgroups leave so many bytes free that nothing is reclaimed for them."""
+    if needed <= _LITTLE:
+        return True
+    levels = _cgroups().levels if levels is None else levels
+    return all(needed <= bound.limit - bound.usage for _, bound in _bounds(levels))
+
+
+def machine_has_free(needed: int) -> bool:
+    """Return whether the machine has so many bytes free that nothing is reclaimed for them."""
+    if needed <= _LITTLE:
+        return True
+    try:
+        free, total = read_meminfo("MemFree", "MemTotal")
+    except (OSError, KeyError):
+        return True
+    return needed <= free - _reserve(total)
+
+
 class MemoryAnswer(NamedTuple):
     """The limit that leaves less than was asked for, or None; and about how many bytes it, or the tightest one, leaves."""
 
@@ -167,7 +235,7 @@ def _cgroup_limit(levels: Sequence[MemoryCgroup], index: int, bound: Bound, free
     clean = max(0, statistics.file - statistics.dirty - statistics.writeback - _STATISTICS_LAG)
     reclaimable = clean + statistics.slab_reclaimable // 2
     if bound.counts != "memory+swap":
-        reclaimable += min([free_swap, *(left for level in levels if (left := level.swap_left()) is not None)])
+        reclaimable += _swap_left(levels, free_swap)
     directory, name = os.path.split(bound.file)
     high = bound.counts == "high"
     return Limit(
@@ -176,6 +244,11 @@ def _cgroup_limit(levels: Sequence[MemoryCgroup], index: int, bound: Bound, free
         bound.file,
         f"raise it (write to {bound.file}, or the memory limit of the container), or use less memory in the cgroup",
     )  # fmt: skip
+
+
+def _swap_left(levels: Sequence[MemoryCgroup], free_swap: int) -> int:
+    """Return the bytes of swap that every level may still use."""
+    return min([free_swap, *(left for level in levels if (left := level.swap_left()) is not None)])
 
 
 def _free_swap() -> int:

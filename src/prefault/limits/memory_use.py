@@ -37,6 +37,7 @@ class MemoryUse(NamedTuple):
         access: ``"read"`` or ``"write"``: the access that it is populated for.
         allocates: True if the holes of the file are filled by fallocate first.
         locks: True if its pages are locked.
+        is_hint: True if nothing is promised: the pages may come later, in part or not at all.
         mapped: False for memory that is yet to be mapped: it meets the limits of mmap as well.
         fd: descriptor of the file behind it; None without one.
         file_base: number to add to an address to get the offset in that file; meaningless without ``fd``.
@@ -54,6 +55,7 @@ class MemoryUse(NamedTuple):
     access: Literal["read", "write"] = "write"
     allocates: bool = False
     locks: bool = False
+    is_hint: bool = False
     mapped: bool = True
     fd: int | None = None
     file_base: int = 0
@@ -81,6 +83,11 @@ class MemoryUse(NamedTuple):
     def copies(self) -> bool:
         """True if each page becomes a private page of the process."""
         return self.takes_memory and not self.shared and self.access == "write"
+
+    @property
+    def fills_page_cache(self) -> bool:
+        """True if it is populated by pages of a file on a disk, which must stay in the page cache. A copy needs none."""
+        return self.backing is Backing.FILE and not self.copies and not self.is_hint
 
     @property
     def fills_shmem(self) -> bool:

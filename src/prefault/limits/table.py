@@ -15,16 +15,21 @@ from prefault.limits.demand import (
     length_of_all,
     missing_in_all,
     unallocated_in_all,
+    uncached_in_all,
     unlocked_in_all,
 )
 from prefault.limits.limit import Limit, Shortfall
 from prefault.limits.memory_limits import (
     NO_LIMIT,
     MemoryAnswer,
+    cgroup_cache_limits,
     cgroup_limits,
+    cgroups_have_free,
     check_cgroups,
     check_machine,
     counts_hugetlb,
+    machine_cache_limits,
+    machine_has_free,
     machine_limits,
     node_limits,
 )
@@ -55,6 +60,7 @@ class LimitRow(NamedTuple):
         check: checks cheaply whether it leaves so many bytes of memory, and so much of its reserve, from 0 to 1. The kernel
             kills at such a limit, so that it is checked between chunks as well. None: the kernel refuses with an errno.
         shrinks: True if it can be lowered at any moment, so that it is checked before every chunk; else every 20 ms.
+        has_free: checks cheaply whether so many bytes are free, before the limit is read. None: it is read at once.
     """
 
     name: str
@@ -67,6 +73,7 @@ class LimitRow(NamedTuple):
     reserves: bool = False
     check: Callable[[int, float], MemoryAnswer] | None = None
     shrinks: bool = False
+    has_free: Callable[[int], bool] | None = None
 
 
 def _takes_memory(use: MemoryUse) -> bool:
@@ -74,6 +81,10 @@ def _takes_memory(use: MemoryUse) -> bool:
     if use.backing is Backing.HUGETLB:
         return counts_hugetlb()
     return use.takes_memory and not (use.backing is Backing.FILE and use.shared)
+
+
+def _fills_page_cache(use: MemoryUse) -> bool:
+    return use.fills_page_cache
 
 
 def _takes_commit(use: MemoryUse) -> bool:
@@ -95,6 +106,14 @@ TABLE = (
     LimitRow(
         "MemAvailable", "the machine: its memory and swap",
         _takes_memory, lambda _: machine_limits(), check=check_machine,
+    ),
+    LimitRow(
+        "page cache of memory cgroups", "the container or the administrator: memory.max, memory.high of every level",
+        _fills_page_cache, lambda _: cgroup_cache_limits(), missing_in_all, uncached_in_all, has_free=cgroups_have_free,
+    ),
+    LimitRow(
+        "page cache of the machine", "the machine: its memory and swap",
+        _fills_page_cache, lambda _: machine_cache_limits(), missing_in_all, uncached_in_all, has_free=machine_has_free,
     ),
     LimitRow(
         "node memory", "the machine: memory of the NUMA nodes that were asked for",
@@ -186,6 +205,11 @@ def ask_for_memory(needed: int, *, reserve: float = 1.0, only_shrinking: bool = 
     return MemoryAnswer(None, left)
 
 
+def has_free_memory(needed: int) -> bool:
+    """Return whether so many bytes are free everywhere, so that no page is evicted for them."""
+    return all(row.has_free is None or row.has_free(needed) for row in TABLE)
+
+
 def shortfall_of(use: MemoryUse, needed: int, name: str | None = None) -> Shortfall | None:
     """Return the first limit at which the kernel would refuse ``needed`` bytes for this use; None if there is none.
 
@@ -220,7 +244,7 @@ def refusal_ahead(demands: Sequence[Demand], name: str | None = None) -> Shortfa
                 groups.setdefault(row.resource(demand.use), []).append(demand)
         for group in groups.values():
             needed, use = row.at_most(group), group[0].use
-            if not needed or _first_short(row, use, needed) is None:
+            if not needed or (row.has_free is not None and row.has_free(needed)) or _first_short(row, use, needed) is None:
                 continue
             # Pages that were set aside at mmap are not the pool's to give to others.
             takers = [demand for demand in group if not demand.use.is_reserved] if row.reserves else group

@@ -42,10 +42,13 @@ def headroom(target: Any = None) -> Headroom:
         with borrow(target) as memory:
             # One of many mappings of a kind stands for all, of which sparse memory can have thousands.
             pages = vmas(memory.address, memory.address + memory.length) if memory.length else ()
-            found = [limits_on(_of_vma(vma, memory.fd)) for vma in {_kind(vma): vma for vma in pages}.values()]
+            uses = [_of_vma(vma, memory.fd) for vma in {_kind(vma): vma for vma in pages}.values()]
+            # Private mappings of files are populated readable unless asked otherwise: their pages stay the file's.
+            uses += [use._replace(access="read") for use in uses if use.backing is Backing.FILE and use.copies]
+            found = [limits_on(use) for use in uses]
     # Memory of several kinds meets the same limits, which may have been read twice; the first reading counts.
     limits = [limit for several in found for limit in several]
-    return Headroom(tuple({(limit.name, limit.source): limit for limit in reversed(limits)}.values())[::-1])
+    return Headroom(tuple({(limit.name, limit.bounds, limit.source): limit for limit in reversed(limits)}.values())[::-1])
 
 
 def _kind(vma: Vma) -> tuple[object, ...]:

@@ -371,10 +371,11 @@ def _is_hugetlbfs(fd: int) -> bool:
 def _is_made_up(fd: int) -> bool:
     """Return whether the file lies on a file system without storage, such as proc: no file there can become longer."""
     device = os.fstat(fd).st_dev
-    return any(mount.device == device and mount.filesystem in _MADE_UP for mount in proc.read_mounts())
+    return any(mount.device == device and mount.filesystem in MADE_UP for mount in proc.read_mounts())
 
 
-_MADE_UP = ("proc", "sysfs", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "configfs", "bpf", "pstore")
+MADE_UP = ("proc", "sysfs", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "configfs", "bpf", "pstore")
+"""File systems without storage, whose files the kernel makes up when they are read."""
 
 
 def _file_kind(path: str) -> str:

@@ -58,10 +58,16 @@ def populate_members(members: Members, options: PopulateOptions) -> PopulateResu
                             access_to(page_provider, member.memory, options.access), rollback=options.rollback,
                             progresses=progresses, rate=options.rate, check_headroom=options.headroom == "check",
                         )  # fmt: skip
-            return run_parts(parts, 0, options.began)
+            return run_parts(parts, 0, options.began, admission, members.place_of)
     except PopulateError as error:
         members.name_in(error)
         raise
+
+
+def outlook_of(plans: Sequence[Plan]) -> list[str]:
+    """Return sentences on what plans take, and whether it fits; see :meth:`AdmissionControl.outlook`."""
+    looks = [_look(plan.segments[0], rollback=False) for plan in plans]
+    return AdmissionControl([_demand(*one) for one in zip(plans, looks, strict=True)]).outlook() if plans else []
 
 
 def _of_devices(members: Members, provided: Sequence[ProvidedSpan]) -> list[tuple[Member, Intervals]]:

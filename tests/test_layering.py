@@ -68,6 +68,7 @@ _CTYPES = {
     "prefault.processes.process_warming": "hands vectors to process_vm_readv",
     "prefault.inspection.pagemap_scan": "sizes of structures in the vector of PAGEMAP_SCAN",
     "prefault._system.kept_files": "names the type of a structure",
+    "prefault.testing._recording_device": "has a view of frames that takes weak references",
     "prefault.memory.vma": "hands a structure and a buffer for a name to PROCMAP_QUERY",
 }
 

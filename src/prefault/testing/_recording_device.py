@@ -5,6 +5,7 @@ It runs in the server. The journal is a file that each process appends to: it ou
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import logging
@@ -280,8 +281,6 @@ class RecordingDevice(Device):
 
     def lend(self, pages: range, get: Callable[[int], memoryview]) -> memoryview:
         """Return a view of frames whose lifetime is recorded."""
-        import numpy
-
         with self._lock:
             number = next(
                 (
@@ -297,11 +296,14 @@ class RecordingDevice(Device):
             what = f"while it was asked to supply {asked}" if asked else "while it was not asked to supply any"
             self._journal.complain(f"the driver took the frame of {_name(pages)} {what}")
             return get(pages.start)
-        # Slices of a memoryview keep the object under it alive: here an array, which takes weak references.
-        array = numpy.frombuffer(get(pages.start), numpy.uint8)
+        # Slices of a memoryview keep the object under it alive: here an array of ctypes, which takes weak references. One of
+        # numpy would do, whose import takes longer than most checks.
+        frames = get(pages.start)
+        array = (ctypes.c_ubyte * len(frames)).from_buffer(frames)
+        del frames
         with self._lock:
             self._lent.setdefault(number, []).append(weakref.ref(array))
-        view = array.data
+        view = memoryview(array).cast("B")
         del array
         self._delay()
         return view

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from prefault._system import hugetlb, thp
 from support import needs, oracle, run_again, signals
@@ -21,6 +22,10 @@ from support.skips import pytest_terminal_summary
 
 __all__ = ["pytest_report_teststatus", "pytest_runtest_protocol", "pytest_terminal_summary"]
 
+
+# No timed assertions, of a library neither: the machine may be busy.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 _reclaim_trace = pytest.StashKey[ReclaimTrace]()
 

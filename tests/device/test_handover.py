@@ -7,7 +7,7 @@ import struct
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefault.device import handover, recipes, spawning
@@ -16,9 +16,10 @@ from prefault.ipc.transport import ProtocolError
 _text = st.text(st.characters(codec=None))  # with lone surrogates, as in names of files that are not UTF-8
 _plain = st.recursive(
     st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | _text | st.binary(),
-    lambda inner: st.lists(inner) | st.dictionaries(_text, inner),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_text, inner, max_size=4),
+    max_leaves=12,
 )
-_arguments = st.dictionaries(_text, _plain)
+_arguments = st.dictionaries(_text, _plain, max_size=4)
 
 
 def _written(arguments: dict[str, Any]) -> bytes:
@@ -53,9 +54,14 @@ def _exact(value: object) -> object:
             return type(value), value
 
 
-@given(_arguments)
-def test_arguments_arrive_as_they_were(arguments: dict[str, Any]) -> None:
+def _arrive_as_they_were(arguments: dict[str, Any]) -> None:
     assert _exact(_read(_written(arguments))) == _exact(arguments)
+
+
+test_arguments_arrive_as_they_were = settings(max_examples=50)(given(_arguments)(_arrive_as_they_were))
+test_many_arguments_arrive_as_they_were = pytest.mark.stress(
+    settings(max_examples=3000)(given(_arguments)(_arrive_as_they_were))
+)
 
 
 @pytest.mark.parametrize(

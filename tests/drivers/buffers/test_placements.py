@@ -8,7 +8,7 @@ import errno
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from prefault.drivers.buffers.buffer_errors import BufferObjectError
 from prefault.drivers.buffers.placements import Placement, Placements, Resource, Step
@@ -206,8 +206,13 @@ class Machine(RuleBasedStateMachine):
             assert self.real.vram.capacity - self.real.vram.free == self.real.used[VRAM]
 
 
-Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 TestPlacements = Machine.TestCase
+
+
+@pytest.mark.stress
+def test_placements_for_long() -> None:
+    run_state_machine_as_test(Machine, settings=settings(max_examples=1000, stateful_step_count=60, deadline=None))
 
 
 def _placed(placements: Placements, name: str, size: int, allowed: tuple[Placement, ...] = (VRAM, SYSTEM)) -> None:

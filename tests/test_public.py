@@ -213,6 +213,16 @@ def test_importing_loads_nothing_heavy(heavy: str) -> None:
     assert _in_a_fresh_interpreter(f"import prefault; print(json.dumps({heavy!r} in sys.modules))") is False
 
 
+def test_importing_compiles_no_annotation() -> None:
+    """A NamedTuple's annotations that are texts, by ``from __future__ import annotations``, took a twentieth of the time."""
+    code = (
+        "import typing; made = []; init = typing.ForwardRef.__init__;"
+        " typing.ForwardRef.__init__ = lambda self, text, *a, **k: (made.append(text), init(self, text, *a, **k))[1];"
+        " import prefault; print(json.dumps(made))"
+    )
+    assert _in_a_fresh_interpreter(code) == []
+
+
 def test_populating_bytes_loads_nothing_heavy() -> None:
     code = (
         "import prefault; prefault.populate(bytearray(100000));"

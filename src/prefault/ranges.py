@@ -1,12 +1,10 @@
 """Page ranges and sets of them: pure arithmetic, no memory is touched."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import repeat
 from operator import index
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, TypeAlias
 
 from prefault.intervals import Intervals
 from prefault.sizes import PAGE_SIZE
@@ -31,7 +29,7 @@ class PageRange(_Ends):
 
     __slots__ = ()
 
-    def __new__(cls, start: int, stop: int) -> PageRange:
+    def __new__(cls, start: int, stop: int) -> "PageRange":
         """Make a range, and check its ends."""
         if not 0 <= start <= stop:
             raise ValueError(f"not a range: [{start:#x}, {stop:#x})")
@@ -40,14 +38,14 @@ class PageRange(_Ends):
         return super().__new__(cls, start, stop)
 
     @classmethod
-    def outward(cls, start: int, stop: int, page_size: int = PAGE_SIZE) -> PageRange:
+    def outward(cls, start: int, stop: int, page_size: int = PAGE_SIZE) -> "PageRange":
         """Return the smallest range of whole pages that holds every byte of ``[start, stop)``; empty for no byte."""
         if start == stop:
             return cls(start - start % page_size, start - start % page_size)
         return cls(start - start % page_size, stop + -stop % page_size)
 
     @classmethod
-    def inward(cls, start: int, stop: int, page_size: int = PAGE_SIZE) -> PageRange:
+    def inward(cls, start: int, stop: int, page_size: int = PAGE_SIZE) -> "PageRange":
         """Return the largest range of whole pages that holds no byte outside ``[start, stop)``; empty where none fits."""
         first, last = start + -start % page_size, stop - stop % page_size
         return cls(first, max(first, last))
@@ -71,16 +69,16 @@ class PageRange(_Ends):
             return self.start <= other.start and other.stop <= self.stop
         return isinstance(other, SupportsIndex) and self.start <= index(other) < self.stop
 
-    def __and__(self, other: PageRange) -> PageRange:
+    def __and__(self, other: "PageRange") -> "PageRange":
         """Return the intersection; an empty range where there is none."""
         start = max(self.start, other.start)
         return PageRange(start, max(start, min(self.stop, other.stop)))
 
-    def shifted(self, by: int) -> PageRange:
+    def shifted(self, by: int) -> "PageRange":
         """Return the range ``by`` bytes further on (a multiple of the page size, negative to go back)."""
         return PageRange(self.start + by, self.stop + by)
 
-    def chunks(self, size: int) -> Iterator[PageRange]:
+    def chunks(self, size: int) -> "Iterator[PageRange]":
         """Yield the range cut at every multiple of ``size`` bytes (a multiple of the page size), in order.
 
         Cuts lie at multiples of ``size`` of the *numbers*, not counted from ``start``: chunks of an address range
@@ -137,5 +135,8 @@ class RangeSet(Intervals):
         return not other or (after & 1 == 1 and other.stop <= self.edges[after])
 
 
-Ranges: TypeAlias = Union[Iterable[tuple[int, int]], Iterable[PageRange], RangeSet, "numpy.ndarray[Any, Any]"]
+if TYPE_CHECKING:
+    Ranges: TypeAlias = Iterable[tuple[int, int]] | Iterable[PageRange] | RangeSet | numpy.ndarray[Any, Any]
+else:  # An array is an iterable of pairs too; typing would compile its name, given as a text, at import.
+    Ranges = Iterable[tuple[int, int]] | Iterable[PageRange] | RangeSet
 """Pairs of offset and length, :class:`PageRange`, a :class:`RangeSet`, or an integer array of shape ``(n, 2)``."""

@@ -29,7 +29,7 @@ for _power, _letter in enumerate("kmgtpe", start=1):
     _UNITS[_letter] = _UNITS[_letter + "ib"] = 1 << (10 * _power)
     _UNITS[_letter + "b"] = 1000**_power
 
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", re.ASCII)
+_SIZE = r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*"  # compiled when the first text comes, not at import
 
 
 def parse_size(size: Size) -> int:
@@ -48,7 +48,7 @@ def parse_size(size: Size) -> int:
     if isinstance(size, str):
         if len(size) > 100:
             raise ValueError(f"a text of {len(size)} characters is not a size")
-        match = _SIZE.fullmatch(size)
+        match = re.fullmatch(_SIZE, size, re.ASCII)
         if match is None:
             raise ValueError(f"{size!r} is not a size: write a number and a unit, such as '64 MiB' or '2 GiB'")
         number, unit = match.groups()

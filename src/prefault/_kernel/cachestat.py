@@ -1,7 +1,5 @@
 """cachestat(2), Linux 6.5: how much of a file is in the page cache."""
 
-from __future__ import annotations
-
 import ctypes
 import struct
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The directories and files of cgroups, v1 and v2 (Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst)."""
 
-from __future__ import annotations
-
 import os
 import posixpath
 from collections.abc import Iterator
@@ -58,7 +56,7 @@ def governing(controller: str, pid: int | str = "self") -> Governing:
     return Governing((), 0)
 
 
-def directories(controller: str, pid: int | str = "self") -> list[Path]:
+def directories(controller: str, pid: int | str = "self") -> "list[Path]":
     """Return the cgroup directories that govern ``controller`` for a process, its own first and then each parent's.
 
     The list is empty where no hierarchy with that controller is mounted.

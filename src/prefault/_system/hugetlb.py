@@ -1,7 +1,5 @@
 """The hugetlb pools in sysfs (Documentation/admin-guide/mm/hugetlbpage.rst)."""
 
-from __future__ import annotations
-
 import os
 from typing import NamedTuple
 

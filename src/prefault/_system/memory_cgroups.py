@@ -3,8 +3,6 @@
 Documentation/admin-guide/cgroup-v1/memory.rst and hugetlb.rst; Documentation/admin-guide/cgroup-v2.rst.
 """
 
-from __future__ import annotations
-
 import os
 from typing import NamedTuple
 

@@ -25,10 +25,10 @@ def printable(name: str) -> str:
     A name can hold any byte but NUL. Raw, a line feed would look like another name, the terminal would obey an escape
     sequence, and a mark of direction (U+202E) would reverse what follows it.
     """
-    return _UNPRINTABLE.sub(_escape, name)
+    return re.sub(_UNPRINTABLE, _escape, name)
 
 
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNPRINTABLE = "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
 def _escape(found: re.Match[str]) -> str:

@@ -5,8 +5,6 @@ again, for which a thread waits through several switch intervals (5 ms each) bes
 mmap lock between two ranges of a vector.
 """
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Sequence
 from itertools import chain, pairwise

@@ -1,7 +1,5 @@
 """Cause of a failure to populate a page: the kernel returns EINVAL, EFAULT or ENOMEM; the mapping there tells why."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

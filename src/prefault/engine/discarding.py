@@ -1,7 +1,5 @@
 """discard: give pages back, by the way that the mapping needs."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Iterator
 from time import perf_counter
@@ -98,7 +96,7 @@ def _discard(memory: Borrowed, span: Span, began: float) -> DiscardResult:
     )
 
 
-def _discard_parts(parts: list[_Part], holes: bool, fd: int | None, began: float) -> DiscardResult:
+def _discard_parts(parts: "list[_Part]", holes: bool, fd: int | None, began: float) -> DiscardResult:
     notes: dict[str, None] = {"a part of the range is not mapped": None} if holes else {}
     if not parts:
         return DiscardResult(0, 0, 0.0, "none", tuple(notes))

@@ -1,7 +1,5 @@
 """lock: populate, and keep it from being swapped out or written back and dropped."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Callable, Iterable, Sequence

@@ -6,8 +6,6 @@ raises OSError where it cannot; :mod:`prefault.engine.execution` cuts large rang
 :data:`METHODS`; measured, also a line in the benchmark's grid.
 """
 
-from __future__ import annotations
-
 import abc
 import ctypes
 import errno
@@ -79,7 +77,7 @@ class Method(abc.ABC):
     falls_back = False
 
     @property
-    def without_fallocate(self) -> Method:
+    def without_fallocate(self) -> "Method":
         """The method that populates alike without fallocate before it; most methods are that themselves."""
         return self
 
@@ -300,7 +298,7 @@ class _Bytes:
         }  # fmt: skip
 
 
-def _first_bytes(start: int, length: int, target: Target) -> numpy.typing.NDArray[Any]:
+def _first_bytes(start: int, length: int, target: Target) -> "numpy.typing.NDArray[Any]":
     import numpy
 
     view = numpy.asarray(_Bytes(start, length, readonly=not target.writable))

@@ -1,7 +1,5 @@
 """Outcomes of a populate call: its result, or what it brought in, what is left of that, and the exception."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Callable
 from typing import NamedTuple

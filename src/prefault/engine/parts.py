@@ -1,7 +1,5 @@
 """Parts of a populate call: memory of the kernel and of page providers, one part after the other, undone together."""
 
-from __future__ import annotations
-
 import abc
 from collections.abc import Sequence
 from time import perf_counter_ns

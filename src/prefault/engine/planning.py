@@ -1,7 +1,5 @@
 """Decide which method populates which pages in how many threads, and explain why, before anything is done."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Iterator

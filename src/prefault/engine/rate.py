@@ -14,7 +14,7 @@ BURST_SECONDS = 0.05
 SMALLEST_RATE = 64 * KIB
 """Smallest limit in bytes a second, with which a GiB takes 4.5 hours. A smaller number is one whose unit was forgotten."""
 
-_PER_SECOND = re.compile(r"\s*/\s*s(ec(ond)?)?\s*$", re.IGNORECASE)
+_PER_SECOND = r"\s*/\s*s(ec(ond)?)?\s*$"
 
 
 class RateLimit:
@@ -34,10 +34,9 @@ class RateLimit:
     """
 
     def __init__(self, bytes_per_second: Size | None) -> None:
-        text = bytes_per_second
-        self.bytes_per_second = (
-            None if text is None else parse_size(_PER_SECOND.sub("", text) if isinstance(text, str) else text)
-        )
+        if isinstance(bytes_per_second, str):
+            bytes_per_second = re.sub(_PER_SECOND, "", bytes_per_second, flags=re.IGNORECASE)
+        self.bytes_per_second = None if bytes_per_second is None else parse_size(bytes_per_second)
         rate = self.bytes_per_second
         if rate is not None and rate < SMALLEST_RATE:
             raise ValueError(

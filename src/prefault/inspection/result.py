@@ -1,7 +1,5 @@
 """The values that describe residency: the state of a page, runs of pages, and the result of one scan."""
 
-from __future__ import annotations
-
 import enum
 import functools
 from array import array
@@ -73,7 +71,7 @@ class Residency:
     """
 
     def __init__(
-        self, pages: PageRange, words: array[int], source: str, unknown: dict[PageState, str],
+        self, pages: PageRange, words: "array[int]", source: str, unknown: dict[PageState, str],
         page_cache: PageCache | None = None,
     ) -> None:  # fmt: skip
         """Wrap ``words``: start, stop and state of each run in turn. Objects are made only when the runs are asked for."""
@@ -164,7 +162,7 @@ class Residency:
             if flags & wanted == wanted
         )  # fmt: skip
 
-    def pages(self) -> numpy.ndarray[Any, numpy.dtype[numpy.uint8]]:
+    def pages(self) -> "numpy.ndarray[Any, numpy.dtype[numpy.uint8]]":
         """Return one :class:`PageState` for each base page, in order: shape ``(range.pages,)``, dtype uint8."""
         import numpy
 
@@ -179,7 +177,7 @@ class Residency:
         return numpy.cumsum(changes[:-1], dtype=numpy.uint8)
 
     @property
-    def rows(self) -> numpy.typing.NDArray[numpy.int64]:
+    def rows(self) -> "numpy.typing.NDArray[numpy.int64]":
         """The runs as an array of shape ``(n, 3)``: start, stop and state. A view, not a copy."""
         return rows_of(self._words)
 
@@ -204,14 +202,14 @@ class Residency:
         return f"<Residency of {self.range}, {self} (from {self.source})>"
 
 
-def rows_of(words: array[int]) -> numpy.typing.NDArray[numpy.int64]:
+def rows_of(words: "array[int]") -> "numpy.typing.NDArray[numpy.int64]":
     """View words as rows of three: start, stop, and state or categories. The words cannot grow while the view lives."""
     import numpy
 
     return numpy.frombuffer(words, numpy.int64).reshape(-1, 3)
 
 
-def translate_states(words: array[int], table: Sequence[int]) -> set[int]:
+def translate_states(words: "array[int]", table: Sequence[int]) -> set[int]:
     """Replace the third word of each row by its entry in ``table``; return the numbers that stood there before."""
     if len(words) >= 3 * _MANY:
         import numpy
@@ -225,7 +223,7 @@ def translate_states(words: array[int], table: Sequence[int]) -> set[int]:
     return set(numbers)
 
 
-def _distinct(flags: numpy.typing.NDArray[numpy.int64]) -> list[int]:
+def _distinct(flags: "numpy.typing.NDArray[numpy.int64]") -> list[int]:
     """Return the distinct values of a column of states or categories: small numbers."""
     import numpy
 

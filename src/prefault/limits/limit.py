@@ -1,7 +1,5 @@
 """Plain values: a limit as it was read, the limits that were found, and a limit that leaves too little."""
 
-from __future__ import annotations
-
 import errno
 from typing import Literal, NamedTuple, TypeAlias
 

@@ -3,8 +3,6 @@
 Page cache is never too much for the kernel: at its limit the pages that came in first are evicted for those that come last.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Description of memory that is to be mapped, populated or locked: all that limits depend on."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator
@@ -99,7 +97,7 @@ class MemoryUse(NamedTuple):
         """True if mmap set huge pages aside for it, which other mappings do not get. Slow."""
         return self.mapped and "nr" not in vm_flags(self.start)
 
-    def named(self) -> MemoryUse:
+    def named(self) -> "MemoryUse":
         """Return it with the mount point of its file system, for people. Slow."""
         vma = None if self.directory is not None or not self.stop else vma_at(self.start)
         return self if vma is None else self._replace(directory=mount_directory(vma))

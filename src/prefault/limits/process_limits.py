@@ -3,8 +3,6 @@
 A row of :data:`PROCESS_LIMITS` names the errno with which a system call fails at the limit.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import resource

@@ -4,8 +4,6 @@ headroom(), populate (before the start and between chunks), lock, the explanatio
 store of a pool all read this table, so that a new limit is a new row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The backings: where a :class:`~prefault.Mapping` takes its memory from."""
 
-from __future__ import annotations
-
 import abc
 import errno
 import fcntl
@@ -61,7 +59,7 @@ class BackingSource(abc.ABC):
         return None
 
     @property
-    def when_shared(self) -> BackingSource:
+    def when_shared(self) -> "BackingSource":
         """The backing with a descriptor that gives the same memory, shared; nearly always itself."""
         return self
 

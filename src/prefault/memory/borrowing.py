@@ -1,7 +1,5 @@
 """Find the address range of any buffer, and keep it in place for the length of a call."""
 
-from __future__ import annotations
-
 import abc
 import ctypes
 import math
@@ -50,8 +48,8 @@ class Borrowed:
     __slots__ = ("_pin", "access_guard", "address", "fd", "has_policy", "huge", "length", "nodes", "readonly", "strides")
 
     def __init__(
-        self, address: int, length: int, *, readonly: bool, strides: Strides | None = None, fd: int | None = None,
-        huge: bool = False, access_guard: AccessGuard | None = None, pin: Pin | None = None, nodes: tuple[int, ...] = (),
+        self, address: int, length: int, *, readonly: bool, strides: "Strides | None" = None, fd: int | None = None,
+        huge: bool = False, access_guard: "AccessGuard | None" = None, pin: "Pin | None" = None, nodes: tuple[int, ...] = (),
         has_policy: bool = False,
     ) -> None:  # fmt: skip
         self.address = address
@@ -76,7 +74,7 @@ class Borrowed:
             self._pin.release()
             self._pin = None
 
-    def __enter__(self) -> Borrowed:
+    def __enter__(self) -> "Borrowed":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,7 +113,7 @@ class AccessGuard(abc.ABC):
     """
 
     @abc.abstractmethod
-    def populating(self, span: Span) -> AbstractContextManager[GuardedPopulate]:
+    def populating(self, span: Span) -> "AbstractContextManager[GuardedPopulate]":
         """Return the context of a populate call on the span, rounded outward to blocks: nothing has changed on entering.
 
         Leaving with an exception refunds what :meth:`GuardedPopulate.admit` charged. The pages that the call brought in have
@@ -456,7 +454,7 @@ def _borrow_tensor(buffer: Any) -> Borrowed:
     )  # fmt: skip
 
 
-_TYPESTR = re.compile(r"[<>|=]?(?P<letter>[a-zA-Z])(?P<size>[0-9]+)")
+_TYPESTR = r"[<>|=]?(?P<letter>[a-zA-Z])(?P<size>[0-9]+)"
 
 
 def _borrow_array_interface(buffer: Any, interface: dict[str, Any]) -> Borrowed:
@@ -464,7 +462,7 @@ def _borrow_array_interface(buffer: Any, interface: dict[str, Any]) -> Borrowed:
     data = interface.get("data")
     if data is None:
         raise TypeError(f"the __array_interface__ of {type(buffer).__name__} gives no address")
-    kind = _TYPESTR.match(str(interface.get("typestr")))
+    kind = re.match(_TYPESTR, str(interface.get("typestr")))
     if kind is None:
         raise TypeError(
             f"the __array_interface__ of {type(buffer).__name__} has an unknown type {interface.get('typestr')!r}"

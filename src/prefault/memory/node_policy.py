@@ -1,7 +1,5 @@
 """The NUMA nodes that memory is to come from: a policy for a mapping's life, or for one populate call."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import os
 import random
+import sys
 import tempfile
 from pathlib import Path
 
@@ -50,10 +51,23 @@ def _model(directory: Path) -> Path:
     return path
 
 
+def _as_anywhere(page: str, directory: Path) -> str:
+    """Return a page that shows no path of the machine on which it is made.
+
+    Raises:
+        AssertionError: one is left.
+    """
+    for trace, name in ((str(directory), "/models"), (sys.prefix, "/usr"), (sys.base_prefix, "/usr")):
+        page = page.replace(trace, name)
+    for trace in (_ROOT, Path.home()):
+        assert f"{trace}/" not in page, f"the page shows {trace}"
+    return page
+
+
 def _take(
     chromium: Browser, name: str, page: str, directory: Path, height: int, *, dark: bool = False, script: str = ""
 ) -> None:
-    write_report(directory / "page.html", page)
+    write_report(directory / "page.html", _as_anywhere(page, directory))
     chromium.open(directory / "page.html", width=1060, height=height, dark=dark)
     if script:
         chromium.value(script)
@@ -86,15 +100,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name, browser() as (chromium, _), MappedProcess() as other:
         directory = Path(name)
         path = _model(directory)
-        rows = [row._replace(name=row.name.replace(name, "/models"), group=row.group.replace(name, "/models"))
-                for row in rows_of_models([directory])]  # fmt: skip
+        rows = rows_of_models([directory])
         choose = "document.getElementById('list').dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight'}))"
         _take(chromium, "report-model.png", report_page("Residency of /models", rows=rows), directory, 900, script=choose)
-        page = report_page("Memory of a process", rows=_process(other, path)).replace(name, "/models")
+        page = report_page("Memory of a process", rows=_process(other, path))
         _take(chromium, "report-process.png", page, directory, 860, dark=True)
         recorded = list(read_recording(_recording(directory, path)))
         move = "(() => { const e = document.getElementById('time'); e.value = 6; e.dispatchEvent(new Event('input')); })()"
-        page = report_page("Loading a model", recording=recorded).replace(name, "/models")
+        page = report_page("Loading a model", recording=recorded)
         _take(chromium, "report-recording.png", page, directory, 640, script=move)
         run = to_json(load(_ROOT / "docs" / "results" / "grid-4gib.json"))
         _take(chromium, "report-bench.png", report_page("prefault bench", bench=run), directory, 620)

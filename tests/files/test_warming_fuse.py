@@ -16,9 +16,10 @@ import pytest
 
 import prefault
 from prefault import PageRange, RangeSet, WarmInterrupted
+from prefault.files import method_choice
 from prefault.files.cached_pages import cached_ranges
 from prefault.files.open_file import OpenFile
-from prefault.files.warm_methods import METHOD_NAMES
+from prefault.files.warm_methods import METHOD_NAMES, WarmMethod
 from support import file_beds, fuse_files, needs
 from support.file_beds import PAGE, touch
 from support.fuse_files import FuseFiles
@@ -66,13 +67,34 @@ def test_every_byte_is_read_once(mount: Mount, method: Any, threads: int | None)
     assert bed.read_bytes == 20 * MIB + 2 * PAGE
 
 
-def test_measuring_reads_nothing_twice(mount: Mount) -> None:
-    """Large enough for methods to be measured on it."""
+def test_measuring_reads_nothing_twice(mount: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large enough for methods to be measured on it, in the middle of other ranges."""
+    monkeypatch.setattr(method_choice, "_WORTH_BYTES", {False: 200 * MIB})
+    monkeypatch.setattr(method_choice, "_ROOM_BYTES", 200 * MIB)
+    monkeypatch.setattr(method_choice, "_PROBE_BYTES", 8 * MIB)
+    chosen: list[list[method_choice.Measurement]] = []
+    fastest = method_choice._fastest
+
+    def choose(measured: list[method_choice.Measurement]) -> WarmMethod:
+        chosen.append(measured)
+        return fastest(measured)
+
+    monkeypatch.setattr(method_choice, "_fastest", choose)
     bed = mount({"file": 280 * MIB, "second": 20 * MIB}, latency_s=0.001)
+    spans = [(3 * PAGE, 10 * PAGE), (MIB + PAGE, 240 * MIB + 3 * PAGE), (270 * MIB, None)]
+    asked = RangeSet(PageRange.outward(start, stop or 280 * MIB) for start, stop in spans)
+    assert prefault.warm(bed / "file", ranges=spans).bytes == asked.length
+    assert _cached(bed / "file") == asked
+    assert bed.read_bytes == asked.length
+    assert bed.read_twice() == []
+    ((*measured,),) = chosen
+    assert {one.method.name for one in measured} == {"populate", "readahead", "pread"}
+    assert 3 <= len(measured) <= 6
     result = prefault.warm([bed / "file", bed / "second"])
-    assert (result.bytes, result.failures) == (300 * MIB, ())
+    assert (result.bytes, result.failures) == (300 * MIB - asked.length, ())
     assert bed.read_bytes == 300 * MIB
     assert bed.most_in_flight >= 4
+    assert len(chosen) == 1  # too little was left
 
 
 @pytest.mark.parametrize("method", [None, *METHOD_NAMES])
@@ -169,3 +191,15 @@ def test_a_file_system_without_a_page_cache_is_told(mount: Mount) -> None:
     (failure,) = result.failures
     assert "not in the page cache" in failure.reason
     assert "direct I/O" in failure.remedy
+
+
+def test_another_method_has_to_be_faster_each_time() -> None:
+    first, other, slow = WarmMethod("pread", 16), WarmMethod("readahead", 4), WarmMethod("populate", 4)
+
+    def choose(*speeds: tuple[WarmMethod, float]) -> WarmMethod:
+        return method_choice._fastest([method_choice.Measurement(*speed) for speed in speeds])
+
+    assert choose((first, 10), (other, 12), (slow, 5), (first, 10.5), (other, 13)) == other
+    assert choose((first, 10), (other, 14), (slow, 5), (first, 10), (other, 10.5)) == first
+    assert choose((first, 10), (other, 14), (slow, 5), (first, 13), (other, 14)) == first
+    assert choose((first, 10), (other, 14), (first, 10), (other, 14), (slow, 15)) == slow

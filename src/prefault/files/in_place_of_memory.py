@@ -97,7 +97,7 @@ class PagesOfFiles(FileVerbs):
                 if not words and plan.missing:
                     way = choice.first(file)
                     workers, words = way.threads, f"by {way.name}, {way.threads} at a time ({file.file_system})"
-                    if choice.is_worth_probing(file, missing_here):
+                    if choice.place_to_measure(file, plan.missing) is not None:
                         words += ", or by what is faster on its first MiB"
         notes = [
             f"{format_size(missing)} of {_files(count)} are missing from the page cache, {format_size(present)} are in it"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from time import monotonic
 from typing import NamedTuple
 
 from prefault._system.cpus import usable_cpus
 from prefault.files.open_file import OpenFile
-from prefault.files.warm_methods import MethodName, WarmMethod, can_populate
+from prefault.files.warm_methods import MethodName, WarmMethod, can_populate, over_read_bytes
+from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB
 
 _LOCAL = frozenset({"ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs", "overlay", "squashfs", "erofs", "iso9660", "vfat",
@@ -17,14 +19,19 @@ _LOCAL = frozenset({"ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs", "overlay"
 _IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 """File systems whose pages are nowhere but in memory, or in swap."""
 
-PROBE_BYTES = 16 * MIB
+_PROBE_BYTES = 32 * MIB
 """Bytes of one measurement. They are part of the work, and are not read again."""
 
-_WORTH_BYTES = {True: 1024 * MIB, False: 256 * MIB}
-"""Missing bytes of one file from which on measuring pays, by whether its disk is local. Below: the first candidate."""
+_WORTH_BYTES = {True: 4096 * MIB, False: 1024 * MIB}
+"""Missing bytes of a device from which on measuring pays, by whether its disk is local: what slower methods lose on their
+pieces is then some hundredths at most. Below: the first candidate."""
+
+_ROOM_BYTES = 512 * MIB
+"""Missing bytes in one run that measuring needs, so that a method finds nothing that another one has read ahead."""
 
 _MUCH_FASTER = 1.1
-"""Factor by which another method has to be faster than the first candidate: a measurement of 16 MiB is rough."""
+"""Factor by which the slowest measurement of another method has to beat the fastest of the first candidate: pieces of 32 MiB
+tell roughly, and the first candidate is the first for a reason."""
 
 _MUCH_SLOWER = 1.3
 
@@ -51,7 +58,7 @@ def candidates(file: OpenFile, threads: int | None = None, name: MethodName | No
         found = [WarmMethod("populate", 1), WarmMethod("populate", min(cpus, 4))]
     else:
         # A server is as slow for one request as for many: threads wait for it, they do not compute.
-        found = [WarmMethod("readahead", 4), WarmMethod("pread", 16), WarmMethod("populate", 4)]
+        found = [WarmMethod("pread", 16), WarmMethod("readahead", 4), WarmMethod("populate", 4)]
     if name is not None:
         found = [method for method in found if method.name == name][:1] or [WarmMethod(name, found[0].threads)]
     if not can_populate():
@@ -68,24 +75,64 @@ class MethodChoice:
         self._threads = threads
         self._name = name
         self._best: dict[tuple[int, str], WarmMethod] = {}
-
-    def known(self, file: OpenFile) -> WarmMethod | None:
-        """Return the method that was fastest for files of this device; None before it was measured."""
-        return self._best.get(_key(file))
+        self._missing: dict[tuple[int, str], int] = {}
 
     def first(self, file: OpenFile) -> WarmMethod:
-        """Return the method for a file that is too small to measure."""
-        return self.known(file) or candidates(file, self._threads, self._name)[0]
-
-    def is_worth_probing(self, file: OpenFile, missing_bytes: int) -> bool:
-        """Tell whether a file has enough to be read for measurements, and the device has not been measured yet."""
-        worth = missing_bytes >= _WORTH_BYTES[file.file_system in _LOCAL]
-        return worth and self.known(file) is None and len(self._candidates(file)) > 1
+        """Return the method that was fastest on the device of a file; before it was measured, the first candidate."""
+        return self._best.get(_key(file)) or self._candidates(file)[0]
 
     def _candidates(self, file: OpenFile) -> list[WarmMethod]:
         return candidates(file, self._threads, self._name)
 
-    def probes(self, file: OpenFile, measured: list[Measurement]) -> Iterator[WarmMethod]:
+    def place_to_measure(self, file: OpenFile, missing: RangeSet) -> PageRange | None:
+        """Return the missing run of a file to measure methods on, for :meth:`measure`; None: measuring does not pay.
+
+        To be asked once for each file: its bytes count as missing on its device.
+        """
+        key = _key(file)
+        self._missing[key] = self._missing.get(key, 0) + missing.length
+        if self._missing[key] < _WORTH_BYTES[file.file_system in _LOCAL] or key in self._best:
+            return None
+        longest = max(missing, key=lambda pages: pages.length)
+        return longest if longest.length >= _ROOM_BYTES and len(self._candidates(file)) > 1 else None
+
+    def measure(
+        self, file: OpenFile, place: PageRange, bring_in: Callable[[PageRange, WarmMethod], int]
+    ) -> PageRange:  # fmt: skip
+        """Bring in the beginning of a run by one candidate after another, and remember the fastest for :meth:`first`.
+
+        Each is measured twice, unless it is far behind. The pieces follow each other without a gap; before a piece, what the
+        method before may have read ahead is brought in, and not measured.
+
+        Args:
+            file: the file.
+            place: the run.
+            bring_in: brings in a piece by a method and returns the bytes that were read; 0: the work is to end.
+
+        Returns:
+            The end of the run, which is still to be brought in.
+        """
+        measured: list[Measurement] = []
+        at, ahead = place.start, 0
+        for method in self._probes(file, measured):
+            ready = PageRange(at, at + ahead)
+            piece = PageRange(ready.stop, ready.stop + _PROBE_BYTES)
+            ahead = 0 if method.is_exact else over_read_bytes(file)
+            if piece.stop + ahead > place.stop:
+                break
+            at = piece.stop
+            if ready and not bring_in(ready, method):
+                break
+            began = monotonic()
+            done = bring_in(piece, method)
+            if not done:
+                break
+            measured.append(Measurement(method, done / (monotonic() - began)))
+        else:
+            self._best[_key(file)] = _fastest(measured)
+        return PageRange(at, place.stop)
+
+    def _probes(self, file: OpenFile, measured: list[Measurement]) -> Iterator[WarmMethod]:
         """Yield the methods to measure next, each twice unless it is far behind; the caller appends to ``measured``."""
         yield from self._candidates(file)
         fastest = max(one.bytes_per_second for one in measured)
@@ -93,14 +140,15 @@ class MethodChoice:
             if one.bytes_per_second * _MUCH_SLOWER >= fastest:
                 yield one.method
 
-    def decide(self, file: OpenFile, measured: list[Measurement]) -> WarmMethod:
-        """Keep and return the method whose best measurement was fastest, or the first candidate if that is about as fast."""
-        first = self._candidates(file)[0]
-        preferred = max(one.bytes_per_second for one in measured if one.method == first)
-        fastest = max(measured, key=lambda one: one.bytes_per_second)
-        best = first if fastest.bytes_per_second < _MUCH_FASTER * preferred else fastest.method
-        self._best[_key(file)] = best
-        return best
+
+def _fastest(measured: list[Measurement]) -> WarmMethod:
+    """Return the method that was faster than the first one each time, and the most so; else the first."""
+    speeds: dict[WarmMethod, list[float]] = {}
+    for method, speed in measured:
+        speeds.setdefault(method, []).append(speed)
+    first = measured[0].method
+    best = max(speeds, key=lambda method: min(speeds[method]))
+    return best if min(speeds[best]) > _MUCH_FASTER * max(speeds[first]) else first
 
 
 def small_file_threads(path: str) -> int:

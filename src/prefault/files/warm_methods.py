@@ -176,7 +176,8 @@ def _cut(start: int, stop: int, size: int, *, exact: bool) -> Iterator[ReadStep]
 def over_read_bytes(file: OpenFile) -> int:
     """Return the bytes that the kernel may read beyond those that a method was asked for."""
     # Reading into one window has the kernel begin the next; so does reading into a huge folio.
-    return 2 * _window(file) + 4 * _HUGE
+    ahead = 2 * _window(file) + 4 * _HUGE
+    return ahead + -ahead % _HUGE
 
 
 _PREAD_TELLS = (errno.EFAULT, errno.ENODEV, errno.EACCES, errno.EOPNOTSUPP)

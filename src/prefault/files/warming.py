@@ -13,12 +13,12 @@ from prefault.files.budget import MemoryBudget
 from prefault.files.failures import FileFailure
 from prefault.files.file_plan import FilePlan
 from prefault.files.file_status import CheckedRanges, RangesOfFile, checked_ranges, pages_of
-from prefault.files.method_choice import PROBE_BYTES, Measurement, MethodChoice, small_file_threads
+from prefault.files.method_choice import MethodChoice, small_file_threads
 from prefault.files.open_file import OpenFile
 from prefault.files.selection import Path, SelectedFile, Selection, as_selection
 from prefault.files.small_files import SmallFiles
 from prefault.files.step_workers import StepWorkers
-from prefault.files.warm_methods import METHOD_NAMES, MethodName, PieceReader, WarmMethod, over_read_bytes, steps_of
+from prefault.files.warm_methods import METHOD_NAMES, MethodName, PieceReader, WarmMethod, steps_of
 from prefault.files.warm_result import FileState, Tally, WarmInterrupted, WarmResult, length_in_file
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size, parse_size
@@ -220,26 +220,18 @@ class Warming:
         self._tally.note(state)
 
     def _read(self, state: FileState, missing: RangeSet) -> None:
-        file, choice = state.file, self._choice
-        if choice.is_worth_probing(file, missing.length):
-            measured: list[Measurement] = []
-            gap = over_read_bytes(file)
-            rest = missing
-            for method in choice.probes(file, measured):
-                if rest.length < 2 * PROBE_BYTES + gap:
-                    break
-                piece = _first(rest, PROBE_BYTES)
-                # The next one begins behind the pages that the kernel may have read ahead, which would flatter it.
-                rest -= _first(rest, PROBE_BYTES + gap)
-                began = monotonic()
-                done = self._run(state, piece, method, is_part=True)
-                if not done or state.is_over or self.is_stopped:
-                    return
-                measured.append(Measurement(method, done / (monotonic() - began)))
-                missing -= piece
-            if measured:
-                choice.decide(file, measured)
-        self._run(state, missing, choice.first(file))
+        place = self._choice.place_to_measure(state.file, missing)
+        if place is not None:
+
+            def bring_in(piece: PageRange, method: WarmMethod) -> int:
+                done = self._run(state, RangeSet([piece]), method, is_part=True)
+                return 0 if state.is_over or self.is_stopped else done
+
+            rest = self._choice.measure(state.file, place, bring_in)
+            if state.is_over or self.is_stopped:
+                return
+            missing -= RangeSet([PageRange(place.start, rest.start)])
+        self._run(state, missing, self._choice.first(state.file))
 
     def _run(self, state: FileState, missing: RangeSet, method: WarmMethod, *, is_part: bool = False) -> int:
         """Bring ranges in by a method; return the bytes that were read."""

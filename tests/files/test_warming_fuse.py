@@ -67,6 +67,18 @@ def test_every_byte_is_read_once(mount: Mount, method: Any, threads: int | None)
     assert bed.read_bytes == 20 * MIB + 2 * PAGE
 
 
+@pytest.mark.parametrize(("slow", "method"), [(60.0, "pread"), (0.001, "populate")])
+def test_a_slow_server_is_asked_for_more_at_once(
+    mount: Mount, monkeypatch: pytest.MonkeyPatch, slow: float, method: str
+) -> None:
+    monkeypatch.setattr(method_choice, "_SLOW_SECONDS", slow)
+    bed = mount({"file": 48 * MIB, "small": 2 * MIB}, latency_s=0.002)
+    result = prefault.warm(bed / "file")
+    assert (result.method, result.bytes, bed.read_bytes) == (method, 48 * MIB, 48 * MIB)
+    assert bed.read_twice() == []
+    assert prefault.warm(bed / "small").method == "pread"  # one more request would take a while
+
+
 def test_measuring_reads_nothing_twice(mount: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large enough for methods to be measured on it, in the middle of other ranges."""
     monkeypatch.setattr(method_choice, "_WORTH_BYTES", {False: 200 * MIB})

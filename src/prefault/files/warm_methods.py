@@ -142,8 +142,8 @@ class PieceReader:
 def steps_of(file: OpenFile, ranges: RangeSet, method: WarmMethod, *, may_read_beyond: bool = False) -> Iterator[ReadStep]:
     """Cut ranges of a file into steps, so that the kernel reads ahead of no range.
 
-    The method does the middle of a long range. Its ends, and short ranges, are read exactly: reading ahead in the middle
-    ends before the range does.
+    The method does the middle of a long range. Its end, short ranges, and what lies before the first huge page are read
+    exactly: reading ahead in the middle ends before the range does.
 
     Args:
         file: the file, whose size ends the last step.
@@ -156,7 +156,8 @@ def steps_of(file: OpenFile, ranges: RangeSet, method: WarmMethod, *, may_read_b
         stop = min(pages.stop, file.size)
         first, last = pages.start, stop
         if not method.is_exact and margin:
-            first += -first % _HUGE
+            if method.name == "populate":  # a huge page begins before the range
+                first += -first % _HUGE
             if stop < file.size:
                 last = stop - margin
                 if last - first < margin:

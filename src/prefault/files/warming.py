@@ -220,6 +220,13 @@ class Warming:
         self._tally.note(state)
 
     def _read(self, state: FileState, missing: RangeSet) -> None:
+        if self._choice.asks_first(state.file, missing.length):
+            page = _first(missing, PAGE_SIZE)
+            began = monotonic()
+            if not self._run(state, page, WarmMethod("readahead", 1)) or state.is_over or self.is_stopped:
+                return
+            self._choice.asked(state.file, monotonic() - began)
+            missing -= page
         place = self._choice.place_to_measure(state.file, missing)
         if place is not None:
 

@@ -162,6 +162,34 @@ def test_files_that_vanish_meanwhile(tmp_path: Path) -> None:
     assert result.files == 15
 
 
+@pytest.mark.parametrize("budget", [None, "8 MiB"])
+def test_small_files_that_grow_after_they_were_listed(tmp_path: Path, budget: str | None) -> None:
+    """They are warmed whole, and no further than the budget goes."""
+    paths = [_cold(tmp_path / f"{number}", PAGE) for number in range(6)]
+
+    def growing() -> Iterator[Path]:
+        yield from paths
+        _cold(paths[2], 3 * PAGE)  # listed by now; small files wait for others
+        _cold(paths[4], 16 * MIB)
+
+    result = prefault.warm(growing(), budget=budget)
+    cached = sum(_cached(path).length for path in paths)
+    assert result.bytes == cached
+    assert result.files == 6
+    if budget is None:
+        assert (cached, result.failures) == (16 * MIB + 7 * PAGE, ())
+    else:
+        assert cached == 8 * MIB
+        assert [failure.path for failure in result.failures] == [str(paths[4])]
+
+
+def test_small_files_count_by_pages_in_a_budget(tmp_path: Path) -> None:
+    paths = [_cold(tmp_path / f"{number}", 1) for number in range(10)]
+    result = prefault.warm(paths, budget=4 * PAGE)
+    assert result.bytes == sum(_cached(path).length for path in paths) == 4 * PAGE
+    assert len(result.failures) == 1
+
+
 def test_files_that_the_kernel_makes_are_refused_and_not_read() -> None:
     result = prefault.warm("/sys/kernel/mm/transparent_hugepage/enabled")
     assert (result.bytes, result.read_bytes) == (0, 0)
@@ -443,6 +471,7 @@ def test_passing_through_keeps_a_window_only(tmp_path: Path, make_group: Callabl
         ({"threads": True}, "1 to 1024"),
         ({"budget": "-1"}, "not a size"),
         ({"window": "x"}, "not a size"),
+        ({"window": "1 MiB"}, "a window has 2.0 MiB at least, not 1.0 MiB"),
         ({"rate": "0"}, "rate of 0"),
         ({"progress": 3}, "progress"),
         ({"ranges": [(5, 3)]}, "not a range"),

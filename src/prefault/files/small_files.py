@@ -12,6 +12,7 @@ from prefault.files.open_file import OpenFile
 from prefault.files.step_workers import ReadStep, StepFailure
 from prefault.files.warm_methods import PieceReader, WarmMethod
 from prefault.files.warm_result import FileState, Tally
+from prefault.sizes import PAGE_SIZE
 
 _METHOD = WarmMethod("readahead", 1)
 
@@ -23,7 +24,8 @@ class SmallFiles:
         missing_only: False: read what is cached as well.
 
     Attributes:
-        bytes: sizes of the files in all.
+        bytes: sizes of the files in all, as they were listed.
+        grown: files that have more pages now than when they were listed. They are left alone: one may be of any size by now.
     """
 
     def __init__(self, *, missing_only: bool) -> None:
@@ -32,6 +34,7 @@ class SmallFiles:
         self._tally = Tally()
         self._lock = threading.Lock()
         self.bytes = 0
+        self.grown: list[str] = []
 
     def add(self, path: str, size: int) -> None:
         """Add a file of ``size`` bytes."""
@@ -45,7 +48,7 @@ class SmallFiles:
 
     def reader(self) -> _SmallFileReader:
         """Return the means of one thread."""
-        return _SmallFileReader(self._paths, self._add, missing_only=self._missing_only)
+        return _SmallFileReader(self._paths, self._add, self.grown, missing_only=self._missing_only)
 
     def _add(self, tally: Tally) -> None:
         with self._lock:
@@ -59,9 +62,12 @@ class SmallFiles:
 
 
 class _SmallFileReader:
-    def __init__(self, paths: dict[int, str], add: Callable[[Tally], None], *, missing_only: bool) -> None:
+    def __init__(
+        self, paths: dict[int, str], add: Callable[[Tally], None], grown: list[str], *, missing_only: bool
+    ) -> None:  # fmt: skip
         self._paths = paths
         self._add = add
+        self._grown = grown
         self._missing_only = missing_only
 
     def bring_in(self, start: int, stop: int, *, exact: bool) -> int:  # noqa: ARG002  always exact
@@ -70,6 +76,9 @@ class _SmallFileReader:
         path = self._paths[start]
         try:
             with OpenFile(path) as file:
+                if file.size > stop - start + -(stop - start) % PAGE_SIZE:
+                    self._grown.append(path)
+                    return stop
                 self._warm(file, tally)
         except OSError as error:
             tally.failures.append(FileFailure.of(path, error))

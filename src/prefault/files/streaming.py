@@ -49,18 +49,19 @@ def stream(
 
     Args:
         path: a regular file or a block device.
-        window: bytes of page cache that are used at most; less where memory cgroups or the machine leave less.
+        window: bytes of page cache that are used at most, 4 MiB or more; less where memory cgroups or the machine leave
+            less, but for these 4 MiB.
         chunk: bytes of each memoryview.
         start: byte offset to begin at.
         stop: byte offset to end at; None: the end of the file.
         method: as for :func:`warm`.
         threads: as for :func:`warm`.
-        budget: bytes of memory to use at most, if less than ``window``.
+        budget: bytes of page cache to use at most, from 4 MiB on, if less than ``window``.
         rate: limit of bytes a second.
 
     Raises:
         FileError, OSError: the file cannot be opened.
-        TypeError, ValueError: an argument that is none.
+        TypeError, ValueError: an argument that is none, or a window or a budget below 4 MiB.
 
     Sources: posix_fadvise(2), POSIX_FADV_DONTNEED; llama.cpp#28055, TensorRT-LLM#17430, tokenspeed#833.
     """
@@ -94,10 +95,14 @@ class FileStream(io.RawIOBase):
                 raise ValueError("a chunk has at least 1 byte")
             self.size = file.size
             self.stop = file.size if stop is None else min(stop, file.size)
+            for name, given in (("window", window), ("budget", budget.asked_bytes)):
+                if given is not None and given < _SMALLEST_WINDOW:
+                    least = format_size(_SMALLEST_WINDOW)
+                    raise ValueError(f"a stream takes {least} of page cache at least: raise {name}={format_size(given)!r}")
             if start > self.stop:
                 raise ValueError(f"the stream begins at byte {start}, behind its end at {self.stop}")
             memory = budget.left_bytes() // _SHARE_OF_MEMORY if budget.asked_bytes is None else budget.asked_bytes
-            self._window = max(min(window, memory), _SMALLEST_WINDOW)
+            self._window = max(min(window, memory), _SMALLEST_WINDOW)  # however little is left, the reader goes on
             self._chunk = chunk
             self._behind = min(8 * MIB, max(MIB, self._window // 4))
             self._budget = budget

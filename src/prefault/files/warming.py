@@ -29,6 +29,8 @@ _SMALL = 1 * MIB
 _BATCH_FILES = 256
 _BATCH_BYTES = 64 * MIB
 
+_SMALLEST_WINDOW = 2 * MIB
+
 _TURN_SECONDS = 0.02
 """Time between two looks at Ctrl-C, the budget and the limit on the rate."""
 
@@ -54,7 +56,7 @@ def warm(
         method: ``"populate"``, ``"readahead"`` or ``"pread"``; None: the fastest, by file system and measurement.
         threads: number of threads; None: as many as pay.
         budget: bytes to bring in at most, or a budget that several calls share; None: as many as fit.
-        window: bytes to keep in the page cache while passing through each file; what lies behind is evicted again.
+        window: bytes to keep in the page cache while passing through each file, from 2 MiB on; what lies behind is evicted.
             For caches below the page cache, such as a volume that is loaded from a snapshot. See :func:`stream` for reading.
         rate: limit of bytes a second.
         progress: True for a bar or log lines, or a function that takes the bytes done and the bytes in all so far.
@@ -141,7 +143,9 @@ class Warming:
         check_progress(progress)
         self._threads = threads
         self._budget = budget if isinstance(budget, MemoryBudget) else MemoryBudget(budget)
-        self._window = None if window is None else max(2 * MIB, parse_size(window))
+        self._window = None if window is None else parse_size(window)
+        if self._window is not None and self._window < _SMALLEST_WINDOW:
+            raise ValueError(f"a window has {format_size(_SMALLEST_WINDOW)} at least, not {format_size(self._window)}")
         self._rate = rate_limit(rate)
         self._progress = progress
         self._missing_only = missing_only
@@ -336,7 +340,8 @@ class Warming:
         left = self._budget.left_bytes()
         batch = SmallFiles(missing_only=self._missing_only)
         for path, size in files:
-            if batch.bytes + size > left:
+            left -= size + -size % PAGE_SIZE
+            if left < 0:
                 self._stop(path, 0, size)
                 break
             batch.add(path, size)
@@ -364,6 +369,9 @@ class Warming:
                 self._done_bytes += workers.done_bytes
                 self._budget.take(tally.bytes)
                 self._budget.keep(tally.present_bytes)
+        for path in batch.grown:
+            if not self.is_stopped:
+                self.open_and_warm(path)
 
     # --- progress
 

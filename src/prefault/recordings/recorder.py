@@ -59,7 +59,8 @@ def record_command(
         OSError: the command cannot be run; with ``way="trace"``, the kernel does not let this process trace.
     """
     with HeldCommand(command, environment) as held:
-        recorder = Recorder([held.pid], way=way, files=files, evict=evict, roots=roots)
+        with held.interruptible():  # to evict a tree, or to look at one, may take minutes
+            recorder = Recorder([held.pid], way=way, files=files, evict=evict, roots=roots)
         try:
             held.release()
             status = held.wait(lambda: recorder.look_at(descendants(held.pid)), _LOOK_EVERY_S)

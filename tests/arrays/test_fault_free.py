@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import random
 import threading
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 
 import prefault
 from prefault._kernel import mman
+from prefault._system.proc import read_smaps
 from prefault.arrays import fault_free
+from prefault.engine import locking
 from support import oracle
 from support.children import in_child
 
@@ -135,6 +138,117 @@ def test_blocks_nest() -> None:
     assert not _is_locked(array)
 
 
+# --- locks beside each other
+
+
+def _locked_pages(array: numpy.ndarray[Any, Any]) -> list[bool]:
+    """Return which pages of an array smaps calls locked."""
+    address = array.ctypes.data
+    found = [False] * (array.nbytes // oracle.PAGE)
+    for line in read_smaps():
+        if "lo" in line.vm_flags:
+            first, last = (max(0, at - address) // oracle.PAGE for at in (line.start, line.end))
+            found[first:last] = [True] * len(found[first:last])
+    return found
+
+
+def _locked_bytes_of_process() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmLck:"))
+
+
+def test_blocks_of_two_threads_that_overlap() -> None:
+    """The first to end leaves the pages of the second locked, and the last unlocks all."""
+    array, before = _array(), _locked_bytes_of_process()
+    entered, leave = threading.Event(), threading.Event()
+    populated = []
+
+    def second() -> None:
+        with prefault.ready(array, offset=_SIZE // 4) as memory:
+            populated.append(memory.locked_bytes)
+            entered.set()
+            assert leave.wait(30)
+
+    thread = threading.Thread(target=second)
+    with prefault.ready(array, length=_SIZE // 2) as memory:
+        thread.start()
+        assert entered.wait(30)
+        assert memory.locked_bytes == populated[0] == _SIZE // 2
+        assert all(_locked_pages(array))
+    assert _locked_pages(array) == [False] * (_PAGES // 4) + [True] * (3 * _PAGES // 4)
+    assert oracle.smaps(array.ctypes.data + _SIZE // 2)["Locked"] == 3 * _SIZE // 4
+    assert _locked_bytes_of_process() - before == 3 * _SIZE // 4
+    leave.set()
+    thread.join()
+    assert not any(_locked_pages(array))
+    assert _locked_bytes_of_process() == before
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_locks_beside_each_other(seed: int) -> None:
+    """Blocks of any order, lock and unlock, against a model that knows each page."""
+    choose = random.Random(seed)
+    array = _array()
+    blocks: list[tuple[prefault.ReadyMemory, set[int]]] = []
+    lasting: set[int] = set()
+    foreign = {3, 4, 40}  # by mlock(2) itself
+    for page in foreign:
+        mman.mlock2(array.ctypes.data + page * oracle.PAGE, oracle.PAGE)
+    for _ in range(60):
+        first, stop = sorted(choose.sample(range(_PAGES + 1), 2))
+        part: dict[str, Any] = {"offset": first * oracle.PAGE, "length": (stop - first) * oracle.PAGE}
+        pages = set(range(first, stop))
+        match choose.randrange(5):
+            case 0 | 1:
+                blocks.append((prefault.ready(array, **part).__enter__(), pages))
+            case 2 if blocks:
+                blocks.pop(choose.randrange(len(blocks)))[0].__exit__(None, None, None)
+            case 3:
+                prefault.lock(array, **part)
+                lasting |= pages
+            case 4:
+                prefault.unlock(array, **part)
+                lasting -= pages
+                foreign -= pages
+        expected = lasting.union(foreign, *(needed for _, needed in blocks))
+        assert _locked_pages(array) == [page in expected for page in range(_PAGES)]
+    for block, _ in blocks:
+        block.__exit__(None, None, None)
+    assert _locked_pages(array) == [page in lasting | foreign for page in range(_PAGES)]
+    prefault.unlock(array)
+    assert not any(_locked_pages(array))
+
+
+def test_a_child_inherits_no_locks() -> None:
+    array = _array()
+    with prefault.ready(array) as memory:
+
+        def child() -> None:
+            assert not any(_locked_pages(array))
+            with prefault.ready(array) as own:
+                assert own.locked_bytes == _SIZE
+                assert all(_locked_pages(array))
+            assert not any(_locked_pages(array))
+            prefault.lock(array)
+            memory.__exit__(None, None, None)  # of the parent's block
+            assert all(_locked_pages(array))
+
+        in_child(child)
+        assert all(_locked_pages(array))
+
+
+def test_only_the_pages_of_an_array_with_gaps() -> None:
+    array = _array()
+    rows = array.view(numpy.uint8).reshape(-1, 4 * oracle.PAGE)
+    with prefault.ready(rows[:, :5]) as memory:
+        assert memory.locked_bytes == _SIZE // 4
+        assert _locked_pages(array) == [page % 4 == 0 for page in range(_PAGES)]
+    assert not any(_locked_pages(array))
+
+
+# --- the block
+
+
 def test_without_locking() -> None:
     array = _array()
     with prefault.ready(array, lock=False) as memory:
@@ -211,7 +325,7 @@ def test_its_text_can_be_had_in_another_thread() -> None:
 
 def test_ctrl_c_right_after_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     def lock(*arguments: Any, **options: Any) -> None:
-        prefault.lock(*arguments, **options)
+        locking.lock_pages(*arguments, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fault_free, "lock_pages", lock)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import threading
+from functools import partial
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
-from prefault._kernel import mman
-from prefault._system import proc
-from prefault.engine.locking import lock as lock_pages
+from prefault.engine.locking import lock_pages, pages_of
 from prefault.engine.methods import Access
 from prefault.engine.populating import HeadroomChoice, PopulateResult, populate
 from prefault.errors import PageFaultsError
 from prefault.intervals import Intervals
 from prefault.memory.borrowing import Borrowed, borrow
-from prefault.ranges import PageRange
+from prefault.memory.page_locks import page_locks
 from prefault.sizes import Size, format_size
 
 
@@ -25,7 +24,8 @@ class ReadyMemory:
 
     Attributes:
         populated: what had to be brought in; None before the block.
-        locked_bytes: bytes that this block locked and its end unlocks; memory that was locked before is not among them.
+        locked_bytes: bytes that this block was the first to lock; memory that was locked before is not among them. They are
+            unlocked at its end, or at that of the last block that needs them.
     """
 
     def __init__(
@@ -38,8 +38,7 @@ class ReadyMemory:
         self._lock, self._check = lock, check
         self._headroom: HeadroomChoice = headroom
         self._memory: Borrowed | None = None
-        self._ours = Intervals()
-        self._pages = PageRange(0, 0)
+        self._pages = Intervals()
         self._thread = 0
         self._before = self._after = (0, 0)
         self._running = False
@@ -66,20 +65,23 @@ class ReadyMemory:
             raise RuntimeError("this memory is in a block already: call prefault.ready once for each")
         memory = self._memory = borrow(self._buffer)  # so that its owner cannot unmap it in the block
         try:
-            span = memory.select(self._offset, self._length)
-            self._pages = PageRange.outward(span.start, span.stop)
+            self._pages = pages_of(memory, self._offset, self._length)
+            populating = partial(
+                populate,
+                self._buffer,
+                access=self._access,
+                offset=self._offset,
+                length=self._length,
+                headroom=self._headroom,
+            )
             if self._lock and self._pages:
-                kept = Intervals(proc.mappings_with_flag("lo"))
-                self._ours = Intervals([self._pages]) - kept  # before: Ctrl-C may come right after the lock
-                locked = lock_pages(
-                    self._buffer, access=self._access, offset=self._offset, length=self._length, headroom=self._headroom
-                )
+                fresh = page_locks.begin(self, self._pages)  # before: Ctrl-C may come right after the lock
+                began = perf_counter()
+                locked = lock_pages(self._pages, memory.address, populating, self._headroom, began, lasting=False)
                 self.populated = locked.populated
-                self.locked_bytes = self._ours.length
+                self.locked_bytes = fresh.length
             else:
-                self.populated = populate(
-                    self._buffer, access=self._access, offset=self._offset, length=self._length, headroom=self._headroom
-                )
+                self.populated = populating()
         except BaseException:
             self._end()
             raise
@@ -114,10 +116,7 @@ class ReadyMemory:
         return after[0] - self._before[0], after[1] - self._before[1]
 
     def _end(self) -> None:
-        ours, self._ours = self._ours, Intervals()
-        for start, stop in ours:
-            with contextlib.suppress(OSError):  # unmapped by its owner meanwhile, and its lock with it
-                mman.munlock(start, stop - start)
+        page_locks.end(self)
         memory, self._memory = self._memory, None
         if memory is not None:
             memory.release()
@@ -159,7 +158,8 @@ def ready(
         access: ``"read"``, ``"write"`` or None: how it is populated.
         offset: where to start, in bytes from the start of the buffer.
         length: how far; None: to its end.
-        lock: keep the pages from swap and reclaim. Only what was not locked before is unlocked at the end.
+        lock: keep the pages from swap and reclaim. At the end is unlocked what was not locked before, nor is needed by
+            another such block, in any thread, nor was locked by :func:`prefault.lock` meanwhile.
         check: raise at the end of the block if there was a fault.
         headroom: ``"check"`` checks RLIMIT_MEMLOCK and the limits of populating first; ``"ignore"`` does not.
 

@@ -4,12 +4,9 @@ import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import islice
 from time import perf_counter, perf_counter_ns
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
-from prefault._kernel import mman
-from prefault._system.capabilities import MLOCK_ONFAULT
 from prefault.engine.methods import Access
 from prefault.engine.parts import PopulateOptions
 from prefault.engine.populating import HeadroomChoice, PopulateResult, Progress, populate
@@ -22,6 +19,7 @@ from prefault.limits.process_limits import lock_refusal
 from prefault.limits.table import refusal_ahead
 from prefault.memory.borrowing import Borrowed, borrow
 from prefault.memory.file_verbs import FileNames, HeldFiles, verbs_on
+from prefault.memory.page_locks import page_locks
 from prefault.ranges import PageRange
 from prefault.sizes import Size, format_size
 
@@ -71,7 +69,8 @@ def lock(
 ) -> LockResult | HeldFiles:
     """Make every page of a buffer or of files present, and lock it: it is neither swapped out nor dropped.
 
-    Locks of a buffer do not add up: one :func:`unlock` ends them all, also those of a neighbour in the same page.
+    Locks of a buffer do not add up: one :func:`unlock` ends them all, also those of a neighbour in the same page, but for
+    pages that a block of :func:`prefault.ready` needs, until that ends.
     ``discard`` works on locked memory. The driver of device memory may take its pages back all the same; they are locked
     when they return. Locks of files last until the :class:`FileLock` is closed.
 
@@ -120,13 +119,13 @@ def lock(
             began=perf_counter_ns(), huge=False,
         )  # fmt: skip
         with borrowed_collection(buffer, offset, length, error) as members:
-            return _lock(members.pages, 0, partial(populate_members, members, options), headroom, began)
+            return lock_pages(members.pages, 0, partial(populate_members, members, options), headroom, began)
     with memory:
         _check_no_ranges(ranges)
         populating = partial(
             populate, buffer, access=access, offset=offset, length=length, progress=progress, rate=rate, headroom=headroom
         )
-        return _lock(_pages_of(memory, offset, length), memory.address, populating, headroom, began)
+        return lock_pages(pages_of(memory, offset, length), memory.address, populating, headroom, began)
 
 
 def _check_no_ranges(ranges: object) -> None:
@@ -134,28 +133,35 @@ def _check_no_ranges(ranges: object) -> None:
         raise TypeError("ranges are those of files; a buffer has offset= and length=")
 
 
-def _lock(
-    pages: Intervals, origin: int, populating: Callable[[], PopulateResult], headroom: HeadroomChoice, began: float
-) -> LockResult:
+def lock_pages(
+    pages: Intervals, origin: int, populating: Callable[[], PopulateResult], headroom: HeadroomChoice, began: float, *,
+    lasting: bool = True,
+) -> LockResult:  # fmt: skip
+    """Populate pages and lock them.
+
+    Args:
+        pages: their addresses.
+        origin: the address that offsets in errors are counted from.
+        populating: populates them.
+        headroom: as of :func:`lock`.
+        began: when the call began, by :func:`time.perf_counter`.
+        lasting: until they are unlocked; else for the blocks that :data:`~prefault.memory.page_locks.page_locks` knows.
+    """
     if headroom == "check":
         _ensure_allowed(pages, origin)
     populated = populating()
-    for index, (start, stop) in enumerate(pages):
-        try:
-            # On fault: what is present is locked. Without, the kernel populates once more, and hides failures.
-            mman.mlock2(start, stop - start, mman.MLOCK_ONFAULT if MLOCK_ONFAULT.available else 0)
-        except OSError as error:
-            for first, last in islice(pages, index):
-                mman.munlock(first, last - first)
-            raise OutOfMemoryError(
-                error.errno or errno.ENOMEM,
-                f"{format_size(pages.length)} are populated, but cannot be locked: {_why_not(start, error)}",
-                address=start, offset=start - origin,
-            ) from error  # fmt: skip
+    refused = page_locks.lock(pages, lasting=lasting)
+    if refused is not None:
+        start, error = refused
+        raise OutOfMemoryError(
+            error.errno or errno.ENOMEM,
+            f"{format_size(pages.length)} are populated, but cannot be locked: {_why_not(start, error)}",
+            address=start, offset=start - origin,
+        ) from error  # fmt: skip
     return LockResult(pages.length, populated, perf_counter() - began)
 
 
-def _pages_of(memory: Borrowed, offset: Size, length: Size | None) -> Intervals:
+def pages_of(memory: Borrowed, offset: Size, length: Size | None) -> Intervals:
     """Return the pages that hold a byte of a part of borrowed memory."""
     span = memory.select(offset, length)
     if memory.strides is None:
@@ -167,6 +173,8 @@ def _pages_of(memory: Borrowed, offset: Size, length: Size | None) -> Intervals:
 
 def unlock(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> int:
     """Unlock the pages of ``buffer``. They stay present until the kernel wants the memory.
+
+    Pages that a block of :func:`prefault.ready` needs, in any thread, stay locked until it ends.
 
     Returns:
         Bytes in whole pages. Pages that were not locked are counted as well.
@@ -185,20 +193,20 @@ def unlock(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> int:
         with borrowed_collection(buffer, offset, length, error) as members:
             return _unlock(members.pages, 0)
     with memory:
-        return _unlock(_pages_of(memory, offset, length), memory.address)
+        return _unlock(pages_of(memory, offset, length), memory.address)
 
 
 def _unlock(pages: Intervals, origin: int) -> int:
-    for start, stop in pages:
-        try:
-            mman.munlock(start, stop - start)
-        except OSError as error:
-            if error.errno != errno.ENOMEM:
-                raise
-            raise HoleError(
-                errno.ENOMEM, "a part of the range is not mapped; what lies before it is unlocked",
-                address=start, offset=start - origin,
-            ) from error  # fmt: skip
+    try:
+        page_locks.unlock(pages)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        start = error.filename
+        raise HoleError(
+            errno.ENOMEM, "a part of the range is not mapped; what lies before it is unlocked",
+            address=start, offset=start - origin,
+        ) from error  # fmt: skip
     return pages.length
 
 

@@ -60,6 +60,29 @@ def test_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         assert _huge(mapping.range.start) == 128 * MIB == result.bytes
 
 
+def test_few_calls_advise_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes the mmap lock for writing, for which it waits for the chunks of other threads."""
+    calls: list[tuple[int, int]] = []
+    advise = mman.madvise
+
+    def counting(start: int, length: int, advice: int) -> None:
+        if advice == mman.MADV_HUGEPAGE:
+            calls.append((start, start + length))
+        advise(start, length, advice)
+
+    monkeypatch.setattr(planning, "usable_cpus", lambda: 2)
+    monkeypatch.setattr(mman, "madvise", counting)
+    with prefault.Mapping(512 * MIB) as mapping:
+        prefault.populate(mapping, huge="auto", rate="1 TiB/s")  # which keeps chunks to 64 MiB
+        assert _huge(mapping.range.start) == 512 * MIB
+        assert sum(stop - start for start, stop in calls) == 512 * MIB
+        assert len(calls) <= 9  # doubling from a chunk of 4 MiB or less on
+        ahead = 0
+        for start, stop in calls:
+            assert stop - start <= 64 * MIB + ahead
+            ahead += stop - start
+
+
 def test_without_it_memory_stays_as_it_is(mapping: prefault.Mapping) -> None:
     prefault.populate(mapping)
     assert _huge(mapping.range.start) == 0

@@ -15,12 +15,15 @@ from prefault._system.vmstat import read_vmstat
 from prefault.intervals import Intervals
 from prefault.memory.vma import vm_flags, vmas
 from prefault.ranges import PageRange
-from prefault.sizes import PAGE_SIZE, format_size
+from prefault.sizes import MIB, PAGE_SIZE, format_size
 
 Failure = TypeVar("Failure")
 
 SLOWER = 2
 """Times as long as base pages that advised memory may take while the kernel compacts memory for it."""
+
+_AHEAD = 256 * MIB
+"""Bytes that are advised before their chunk's turn at most: giving up does not take that back."""
 
 _STALLS, _FALLBACKS = "compact_stall", "thp_fault_fallback"
 
@@ -52,9 +55,9 @@ def obstacle() -> str | None:
 class HugeAdvice:
     """MADV_HUGEPAGE for private anonymous memory that is about to be populated in whole.
 
-    Each chunk is advised just before it is populated, so that giving up leaves nothing to take back: an advice cannot be
-    undone. Giving up pays when the kernel compacts memory for each huge page (direct compaction), and perhaps in vain: that
-    can be many times slower than base pages.
+    Memory is advised shortly before it is populated, since giving up cannot take an advice back. Giving up pays when the
+    kernel compacts memory for each huge page (direct compaction), and perhaps in vain: that can be many times slower than
+    base pages.
 
     Args:
         missing: addresses that are to be populated for writing, of private anonymous memory. Huge pages of which a part is
@@ -70,6 +73,7 @@ class HugeAdvice:
         self._places = [place for place in whole if place]
         self._starts = [place.start for place in self._places]
         self._allowed: dict[int, bool] = {}
+        self._advised = Intervals()
         self._origin = origin
         self._lock = threading.Lock()
         self._suspected: tuple[float, _Events, int] | None = None
@@ -99,8 +103,7 @@ class HugeAdvice:
             return populate()
         comparable = 2 * sum(part.length for part in inside) > pages.length
         began, before = perf_counter_ns(), _Events.now()
-        # A suspicion is checked by the next chunk, which gets base pages.
-        advised = [part for part in inside if self._advise(part)] if self._suspected is None else []
+        advised = [part for part in inside if self._advise(part)]
         failure = populate()
         if failure is None and comparable:
             self._judge(pages, bool(advised), (perf_counter_ns() - began) / pages.length, _Events.now().since(before))
@@ -111,19 +114,33 @@ class HugeAdvice:
         return self._places[first : bisect_right(self._starts, pages.stop - 1)]
 
     def _advise(self, part: PageRange) -> bool:
+        """Return whether a part of a place is advised, now or before.
+
+        An advice takes the mmap lock for writing, and so waits for the chunks that other threads are at: it is given for the
+        next chunks as well, but for no more than has gone well.
+        """
         place = bisect_right(self._starts, part.start) - 1
         with self._lock:
+            missing = Intervals([part]) - self._advised
+            if not missing:
+                return True
+            if self._suspected is not None:
+                return missing.length < part.length  # the next chunk that is not advised at all shows what base pages take
             allowed = self._allowed.get(place)
             if allowed is None:
                 allowed = self._allowed[place] = self._is_allowed(PageRange(part.start, part.start + self.chunk_bytes))
                 if not allowed:
                     self._refused += self._places[place].length
-        if allowed:
+            if not allowed:
+                return False
+            ahead = min(self._advised.length, _AHEAD) // self.chunk_bytes * self.chunk_bytes
+            start, stop = missing.span[0], min(part.stop + ahead, self._places[place].stop)
             try:
-                mman.madvise(part.start, part.length, mman.MADV_HUGEPAGE)
+                mman.madvise(start, stop - start, mman.MADV_HUGEPAGE)
             except OSError:  # unmapped meanwhile, or no memory to split the mapping: populating tells
                 return False
-        return allowed
+            self._advised |= Intervals([(start, stop)])
+        return True
 
     def _is_allowed(self, page: PageRange) -> bool:
         """Return whether the program left its mapping open to huge pages; an advice would overwrite MADV_NOHUGEPAGE.

@@ -44,6 +44,13 @@ def _peer(*arguments: object, stdin: bytes = b"") -> tuple[int, int, int]:
     return int(files[1]), int(pages[1]), int(pages[2] or pages[1])
 
 
+def _vmtouch_status(*arguments: object) -> int | None:
+    """Return the exit status of vmtouch; None without it."""
+    if _VMTOUCH is None:
+        return None
+    return subprocess.run([_VMTOUCH, *map(str, arguments)], capture_output=True, timeout=60).returncode
+
+
 def _kv(*arguments: object, stdin: bytes = b"", status: int = 0) -> dict[str, float]:
     (line,) = _run(*arguments, "-o", "kv", stdin=stdin, status=status).splitlines()
     return {key: float(value) for key, value in (pair.split("=") for pair in line.split())}
@@ -188,6 +195,10 @@ def _range(tree: Path, tmp_path: Path) -> None:
     for given in ("16k-40k", "-20k", "100k-", "20k", "1-2", "-"):
         _same("-p", given, tree / "a.bin")
     assert _same("-p", "12k-20k", tree / "a.bin") == (1, 2, 2)
+    assert _same("-p", "1M-", tree) == (5, 0, 0)
+    assert _kv("status", "-p", "0", tree / "a.bin")["TotalPages"] == 0
+    if _VMTOUCH is not None:
+        assert _peer("-p", "0", tree / "a.bin") == (1, 3, 31)  # for it that is no end
 
 
 def _follow(tree: Path, tmp_path: Path) -> None:
@@ -195,6 +206,13 @@ def _follow(tree: Path, tmp_path: Path) -> None:
     (tree / "loop").symlink_to(tree)
     assert _same(tree) == (5, 20, 48)
     assert _same("-f", tree) == (6, 27, 55)
+    (tree / "again").symlink_to(tree / "b.txt")
+    assert _kv("status", "-f", tree)["Files"] == 6
+    if _VMTOUCH is not None:
+        assert _peer("-f", tree) == (7, 32, 60)
+        assert _peer(tree / "again") == (0, 0, 0)
+        assert _peer("-f", tree / "again") == (1, 5, 5)
+    assert _kv("status", tree / "again")["Files"] == 1
 
 
 def _one_file_system(tree: Path, tmp_path: Path) -> None:
@@ -202,12 +220,23 @@ def _one_file_system(tree: Path, tmp_path: Path) -> None:
         (mounted / "file").write_bytes(b"x" * 3 * PAGE)
         assert _same(tree) == (6, 23, 51)
         assert _same("-F", tree) == (5, 20, 48)
+        (tree / "link").symlink_to(mounted / "file")
+        assert _kv("status", "-F", "-f", tree)["Files"] == 6
+        if _VMTOUCH is not None:
+            assert _peer("-F", "-f", tree) == (5, 20, 48)
+            assert _peer("-F", tree, mounted) == (5, 20, 48)
+        assert _kv("status", "-F", tree, mounted)["Files"] == 6
 
 
 def _each_link(tree: Path, tmp_path: Path) -> None:
     os.link(tree / "b.txt", tree / "below" / "again")
     assert _same(tree) == (5, 20, 48)
     assert _same("-h", tree, ours=("--each-link", tree)) == (6, 25, 53)
+    assert _kv("status", tree / "a.bin", tree / "a.bin")["Files"] == 1
+    found = _kv("status", tree, tree)
+    assert (found["Files"], found["Directories"]) == (5, 6)
+    if _VMTOUCH is not None:
+        assert _peer(tree / "a.bin", tree / "a.bin") == (2, 6, 62)
 
 
 def _exclude(tree: Path, tmp_path: Path) -> None:
@@ -223,11 +252,15 @@ def _batch(tree: Path, tmp_path: Path) -> None:
     assert _same("-b", "-", stdin=listed) == (3, 15, 15)
     (tmp_path / "list").write_bytes(listed)
     assert _same("-b", tmp_path / "list") == (3, 15, 15)
+    _run("status", "-b", tmp_path / "none", status=2)
+    assert _vmtouch_status("-b", tmp_path / "none") in (0, None)
 
 
 def _nul(tree: Path, tmp_path: Path) -> None:
     listed = subprocess.run(["find", tree, "-type", "f", "-print0"], capture_output=True, check=True).stdout
     assert _same("-0", "-b", "-", stdin=listed) == (5, 20, 48)
+    _run("status", "-0", tree, status=2)
+    assert _vmtouch_status("-0", tree) in (0, None)
 
 
 def _verbose(tree: Path, tmp_path: Path) -> None:
@@ -283,6 +316,14 @@ _ROWS: dict[str, Callable[[Path, Path], None]] = {
 @pytest.mark.parametrize("row", _ROWS)
 def test_a_row(row: str, tree: Path, tmp_path: Path) -> None:
     _ROWS[row](tree, tmp_path)
+
+
+def test_exit_statuses(tree: Path) -> None:
+    """What the page says of both."""
+    for arguments, theirs, ours in ((["/nowhere", tree], 0, 1), (["-p", "5k-4k", tree], 1, 2), ([], 1, 2)):
+        assert _vmtouch_status(*arguments) in (theirs, None)
+        _run("status", *arguments, status=ours)
+    assert _vmtouch_status("-w", "-l", tree) in (1, None)
 
 
 def test_the_table_has_a_test_for_each_row_and_no_empty_cell() -> None:

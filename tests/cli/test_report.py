@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from prefault.cli import main
+from prefault.pictures import sampling
 from support.mapped_process import MappedProcess
 
 _RESULTS = Path(__file__).parent.parent.parent / "docs" / "results" / "quick.json"
@@ -57,6 +58,18 @@ def test_model_files_by_tensor(tmp_path: Path) -> None:
     assert rows["groups"][rows["group"][tensors["weights"]]] == str(tmp_path / "weights.npy")
     assert "no tensors" in rows["unknown"][str(tensors["tensors"])]
     assert data["first"] == "tensor"
+
+
+def test_models_among_thousands_of_files_are_shown_by_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy
+
+    monkeypatch.setattr(sampling, "MOST_FILES_BY_PAGE", 2)
+    for name, count in (("small", 8), ("large", 4096), ("middle", 1024)):
+        numpy.save(tmp_path / f"{name}.npy", numpy.ones(count))
+    (tmp_path / "other").write_bytes(b"x")
+    rows = sampling.rows_of_models([tmp_path])
+    assert sorted(row.name for row in rows if row.kind == "tensor") == ["large", "middle"]
+    assert len([row for row in rows if row.kind == "file"]) == 4
 
 
 def test_a_process_with_its_gaps(tmp_path: Path) -> None:

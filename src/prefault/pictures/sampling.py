@@ -64,11 +64,17 @@ def rows_of_models(paths: Iterable[str | os.PathLike[str]]) -> list[HeatRow]:
     """Take the rows of files as :func:`rows_of_files`, and a row for each tensor of model files among them.
 
     Headers are read after residency was looked at, and are cached from then on. A model file whose header cannot be read has
-    a row that says so instead of its tensors.
+    a row that says so instead of its tensors. Of more than :data:`MOST_FILES_BY_PAGE` model files the largest have tensors.
     """
     found = _status(list(paths))
-    rows = [*map(row_of_file, found.files), *map(_row_of_failure, found.failures)]
-    for file in found.files:
+    files = found.files
+    models = [file for file in files if file.path.endswith(_MODELS)]
+    if len(files) > MOST_FILES_BY_PAGE and models:
+        models = sorted(models, key=lambda file: -file.size)[:MOST_FILES_BY_PAGE]
+        looked = {file.path: file for file in status_of_files([model.path for model in models], pages=True).files}
+        files = [looked.get(file.path, file) for file in files]
+    rows = [*map(row_of_file, files), *map(_row_of_failure, found.failures)]
+    for file in files:
         if file.ranges is not None and file.path.endswith(_MODELS):
             try:
                 places = {name: (place.start, place.stop) for name, place in tensor_ranges(file.path).items()}

@@ -59,8 +59,8 @@ def _as_anywhere(page: str, directory: Path) -> str:
     """
     for trace, name in ((str(directory), "/models"), (sys.prefix, "/usr"), (sys.base_prefix, "/usr")):
         page = page.replace(trace, name)
-    for trace in (_ROOT, Path.home()):
-        assert f"{trace}/" not in page, f"the page shows {trace}"
+    for place in (_ROOT, Path.home()):
+        assert f"{place}/" not in page, f"the page shows {place}"
     return page
 
 

@@ -1,7 +1,5 @@
 """File pages that were evicted while others of the same populate call came in: a full page cache evicts its own pages."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

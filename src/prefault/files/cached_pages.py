@@ -18,6 +18,7 @@ from prefault._kernel.cachestat import PageCache, cachestat
 from prefault._system import capabilities
 from prefault.files.failures import CannotTellError
 from prefault.files.open_file import OpenFile
+from prefault.inspection.mincore import append_runs
 from prefault.inspection.page_cache import counts_own_pages
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import GIB, MIB, PAGE_SIZE
@@ -108,7 +109,7 @@ def cached_ranges(file: OpenFile, start: int = 0, stop: int | None = None) -> Ra
         with _mapped(file, window) as address:
             found = mman.mincore(address, window.length)
         looked_at += window.pages
-        claimed += _append_runs(found, window.start, starts, stops)
+        claimed += append_runs(found, window.start, starts, stops)
     if looked_at and claimed == looked_at and not _is_told_the_truth(file, pages, claimed):
         raise CannotTellError(errno.EPERM, _OTHERS_FILE[0], file.path, _OTHERS_FILE[1])
     return RangeSet.from_ascending(starts, stops)
@@ -173,25 +174,6 @@ def _mapped(file: OpenFile, window: PageRange) -> Iterator[int]:
         yield address
     finally:
         mman.munmap(address, window.length)
-
-
-_LOWEST_BIT = bytes(value & 1 for value in range(256))
-
-
-def _append_runs(flags: bytearray, at: int, starts: array[int], stops: array[int]) -> int:
-    """Append the runs of resident pages, the first page of ``flags`` being at offset ``at``; return how many pages.
-
-    Without numpy, whose import takes longer than to look at a thousand files.
-    """
-    flags = flags.translate(_LOWEST_BIT)  # only the lowest bit of each byte counts
-    begin = flags.find(1)
-    while begin >= 0:
-        end = flags.find(0, begin)
-        end = len(flags) if end < 0 else end
-        starts.append(at + begin * PAGE_SIZE)
-        stops.append(at + end * PAGE_SIZE)
-        begin = flags.find(1, end)
-    return flags.count(1)
 
 
 def _is_told_the_truth(file: OpenFile, pages: PageRange, claimed: int) -> bool:

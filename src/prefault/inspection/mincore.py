@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from prefault._kernel import mman
 from prefault.memory.vma import vmas
 from prefault.ranges import PageRange, RangeSet
@@ -23,13 +25,27 @@ def resident_in(mapped: list[PageRange]) -> RangeSet:
     Raises:
         OSError: a range with a hole.
     """
-    import numpy
-
-    starts, stops = [], []
+    starts, stops = array("Q"), array("Q")
     for whole in mapped:
         for part in whole.chunks(_STEP):
-            flags = numpy.frombuffer(mman.mincore(part.start, part.length), numpy.int8) & numpy.int8(1)
-            changes = numpy.flatnonzero(numpy.diff(flags, prepend=numpy.int8(0), append=numpy.int8(0)))
-            starts.append(changes[::2] * PAGE_SIZE + part.start)
-            stops.append(changes[1::2] * PAGE_SIZE + part.start)
-    return RangeSet.from_arrays(numpy.concatenate(starts), numpy.concatenate(stops)) if starts else RangeSet()
+            append_runs(mman.mincore(part.start, part.length), part.start, starts, stops)
+    return RangeSet.from_ascending(starts, stops)
+
+
+_LOWEST_BIT = bytes(value & 1 for value in range(256))
+
+
+def append_runs(flags: bytearray, at: int, starts: array[int], stops: array[int]) -> int:
+    """Append the runs of resident pages, the first page of ``flags`` being at ``at``; return how many pages that are.
+
+    Without numpy: its import takes longer than to look at a thousand files, and memory that may just have run short.
+    """
+    flags = flags.translate(_LOWEST_BIT)  # only the lowest bit of each byte counts
+    begin = flags.find(1)
+    while begin >= 0:
+        end = flags.find(0, begin)
+        end = len(flags) if end < 0 else end
+        starts.append(at + begin * PAGE_SIZE)
+        stops.append(at + end * PAGE_SIZE)
+        begin = flags.find(1, end)
+    return flags.count(1)

@@ -24,7 +24,7 @@ from prefault._kernel.pagemap import PageCategory
 from prefault._system import capabilities, thp
 from prefault.inspection.scan import populated_before, residency_of
 from prefault.testing import without
-from support import needs, oracle
+from support import file_beds, needs, oracle
 from support.children import in_child
 from support.regions import READ, WRITE, Region, Span, file_of
 from support.userfaultfd import tracking_writes
@@ -410,6 +410,19 @@ def test_the_page_cache_of_pages_that_another_process_mapped(tmp_path: Path, how
         private = numpy.memmap(path, "u1", mode="c")
         # mincore takes private copies for pages of the file, so nothing is said then.
         assert _cached(private) == (PAGE_SIZE if how == "cachestat" else None)
+
+
+def test_the_page_cache_of_a_file_on_overlay(tmp_path: Path) -> None:
+    """The pages are those of the file below, which cachestat does not count."""
+    with file_beds.overlay(tmp_path) as merged:
+        file_beds.make(tmp_path / "lower" / "file", 64 * PAGE_SIZE)
+        path = merged / "file"
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            assert _cached(mapped) == 64 * PAGE_SIZE
+            with prefault.Mapping(backing=prefault.File(path), writable=False) as mapping:
+                assert _cached(mapping) == 64 * PAGE_SIZE
+            file_beds.evict(tmp_path / "lower" / "file")
+            assert _cached(mapped) == 0
 
 
 def test_the_page_cache_of_another_users_file(tmp_path: Path) -> None:

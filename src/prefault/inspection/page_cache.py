@@ -13,7 +13,7 @@ from prefault.inspection.mincore import resident, resident_in
 from prefault.intervals import Intervals
 from prefault.memory.backings import MADE_UP
 from prefault.memory.borrowing import Borrowed
-from prefault.memory.vma import Backing, Vma, any_descriptor, vmas
+from prefault.memory.vma import Backing, Vma, any_descriptor, shmem_device, vmas
 from prefault.ranges import PageRange
 from prefault.sizes import PAGE_SIZE
 
@@ -31,7 +31,8 @@ def page_cache_of(memory: Borrowed, buffer: Any, pages: PageRange) -> PageCache 
     if memory.fd is None or not pages or not capabilities.CACHESTAT.available:
         return None
     try:
-        return cachestat(memory.fd, buffer.file_offset + pages.start - memory.address, pages.length)
+        found = cachestat(memory.fd, buffer.file_offset + pages.start - memory.address, pages.length)
+        return found if found.cached or _counts_own_pages(os.fstat(memory.fd).st_dev) else None
     except OSError:  # hugetlbfs has none, and a file that we may not write tells nothing
         return None
 
@@ -59,7 +60,7 @@ def cached_in(vma: Vma, pages: PageRange, *, unmapped: bool = False) -> int | No
     if fd is not None:
         with contextlib.suppress(OSError):  # EPERM: the file is another user's; EBADF: closed by another thread
             cached = cachestat(fd, vma.file_offset + pages.start - vma.start, pages.length).cached
-            if cached or vma.backing is not Backing.FILE or all(counts_own_pages(m.filesystem) for m in _mounts_of(vma)):
+            if cached or vma.backing is not Backing.FILE or _counts_own_pages(vma.device):
                 return cached * PAGE_SIZE
     # mincore counts private copies as well. Of a file that is another user's it says that all pages are there (since 5.2).
     if (unmapped or vma.shared or not vma.writable) and _is_ours(vma):
@@ -84,11 +85,19 @@ def takes_page_cache(vma: Vma) -> bool:
         with contextlib.suppress(OSError), open(f"/sys/dev/block/{major}:{minor}/{queue}/dax", "rb") as file:
             if file.read(1) == b"1":
                 return False
-    return not any(mount.filesystem in MADE_UP or "dax" in mount.options for mount in _mounts_of(vma))
+    return not any(mount.filesystem in MADE_UP or "dax" in mount.options for mount in _mounts_of(vma.device))
 
 
-def _mounts_of(vma: Vma) -> list[Mount]:
-    return [mount for mount in read_mounts() if mount.device == vma.device]
+def _counts_own_pages(device: int) -> bool:
+    # Stacked file systems have no disk of their own; nor have memfds, for which the mounts need not be read.
+    if os.major(device) or device == shmem_device():
+        return True
+    # mountinfo says "fuse.sshfs", say.
+    return all(counts_own_pages(mount.filesystem.partition(".")[0]) for mount in _mounts_of(device))
+
+
+def _mounts_of(device: int) -> list[Mount]:
+    return [mount for mount in read_mounts() if mount.device == device]
 
 
 def _is_ours(vma: Vma) -> bool:

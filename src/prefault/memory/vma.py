@@ -89,7 +89,7 @@ class Vma:
                 return Backing.SHARED_ANONYMOUS
             # [vvar], [vdso], [vsyscall]. Only looked at where a name can matter: anonymous memory is nearly always nameless.
             return Backing.SPECIAL if self.name.startswith("[v") else Backing.ANONYMOUS
-        if self.device == _shmem_device():
+        if self.device == shmem_device():
             return Backing.MEMFD if self.name.startswith("/memfd:") else Backing.SHARED_ANONYMOUS
         filesystem = _filesystem(self.device)
         if filesystem is None:
@@ -269,7 +269,7 @@ def _filesystem(device: int) -> str | None:
 
 
 @functools.cache
-def _shmem_device() -> int:
+def shmem_device() -> int:
     """Return the device number of the kernel's own tmpfs, where memfds, shared anonymous memory and SysV segments live."""
     address = mman.mmap(0, PAGE_SIZE, mman.PROT_READ, mman.MAP_SHARED | mman.MAP_ANONYMOUS)
     try:

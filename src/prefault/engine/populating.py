@@ -40,7 +40,6 @@ from prefault.engine.rate import RateLimit, rate_limit
 from prefault.engine.rollback import Rollback, file_pages
 from prefault.engine.small_calls import is_small, run_small, small_plan, surely_fits
 from prefault.errors import OutOfMemoryError
-from prefault.inspection.nodes import note_on_others
 from prefault.intervals import Intervals
 from prefault.limits.admission import AdmissionControl, HeadroomChoice
 from prefault.limits.demand import demands_of
@@ -377,6 +376,8 @@ def _carry_out(plan: Plan, memory: Borrowed, guarded: GuardedPopulate | None, op
         result = Execution(PlanQueue(plan), memory.address, before, report, undo, admission, rate, advice).run(began)
     if policy is None:
         return result
+    from prefault.inspection.nodes import note_on_others
+
     # The kernel puts missing private pages nowhere else; a file may have had pages before, and asking for all takes long.
     sure = bool(policy.bound) and not any(segment.target.shared for segment in plan.segments)
     note = note_on_others(before if sure else pages, policy.nodes)

@@ -16,7 +16,6 @@ from prefault._kernel.cachestat import PageCache
 from prefault._kernel.pagemap import PageCategory
 from prefault._system import capabilities, proc
 from prefault.inspection.mincore import resident
-from prefault.inspection.nodes import bytes_by_node, count_bytes, node_of_each_page
 from prefault.inspection.page_cache import cached_bytes, page_cache_of
 from prefault.inspection.pagemap_scan import categories_of, scan, states_of_categories
 from prefault.inspection.result import PageState, Residency, rows_of, translate_states
@@ -71,6 +70,8 @@ def residency(buffer: Any, *, offset: Size = 0, length: Size | None = None, node
     """
     found = _residency(buffer, offset, length, nodes)
     if nodes:
+        from prefault.inspection.nodes import bytes_by_node, count_bytes, node_of_each_page
+
         present = Intervals.union_of([found.ranges(PageState.PRESENT).shifted(found.range.start)])
         if found.inspected_bytes == found.range.length:
             found.nodes = node_of_each_page(*found.range, present)

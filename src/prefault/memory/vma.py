@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import enum
 import errno
 import fcntl
@@ -104,6 +103,8 @@ class Vma:
 
     def unprotected(self) -> Vma:
         """Return a copy that permits reading and writing: the mapping as an access guard is going to leave it."""
+        import copy
+
         again = copy.copy(self)
         again.readable = again.writable = True
         return again

@@ -36,7 +36,7 @@ API_VERSION = 1
 
 
 class ContainerMemory(NamedTuple):
-    """What this process may still take, in bytes, as it stood when it was read: see :func:`container_memory`.
+    """Memory that this process may still take, in bytes, when it was read: see :func:`container_memory`.
 
     Attributes:
         limited_by: name of the limit that leaves least memory: that of a memory cgroup, of its own or above it, or

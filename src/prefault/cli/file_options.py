@@ -44,7 +44,7 @@ class RangeType(click.ParamType):  # type: ignore[type-arg]  # a class without t
 
 
 class FileArguments:
-    """What the command line says of files: their selection, the ranges, and how the outcome is printed.
+    """Files that a command line names: their selection, the ranges, and how the outcome is printed.
 
     Attributes:
         selection: the files, to be iterated over once.

@@ -18,7 +18,7 @@ from prefault.sizes import format_count
 )  # fmt: skip
 @click.option(
     "--files", multiple=True, type=click.Path(exists=True), metavar="PATH",
-    help="Files and trees for --evict; by residency, they are looked at whoever opens them; repeatable.",
+    help="Files and trees for --evict; by residency, their cached pages are compared before and after; repeatable.",
 )  # fmt: skip
 @click.option("--evict", is_flag=True, help="Evict --files first: pages that are cached already are told apart less well.")
 @root_option

@@ -75,7 +75,7 @@ class Settlement(NamedTuple):
         if not self.kept:
             return ", and discarded again"
         return (
-            f", and discarded again but for {format_size(self.kept.length)}, which cannot be taken back (locked or sealed"
+            f", and discarded again except {format_size(self.kept.length)}, which cannot be taken back (locked or sealed"
             " memory, a file without a descriptor to punch holes with, the rest of a huge page)"
         )
 

@@ -131,7 +131,7 @@ class ProgressOfParts:
     """Progress of all parts together, of which each reports its own.
 
     Args:
-        progress: called with the bytes done and in all; None: nobody asks.
+        progress: called with the bytes done and in all; None: not reported.
         total: bytes in all.
     """
 

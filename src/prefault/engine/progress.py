@@ -46,7 +46,7 @@ def reporting(progress: Progress | bool, title: str) -> Iterator[Progress | None
         title: what is done, in a word or two: ``"populate"``.
 
     Yields:
-        The function to call with the bytes done and in all; None where nobody wants to know.
+        The function to call with the bytes done and in all; None: no progress is reported.
 
     Raises:
         TypeError: ``progress`` is none of these.

@@ -84,7 +84,7 @@ def run_small(plan: Plan, origin: int, began: int, before: Intervals, rollback: 
                 interruption = caught
         queue = PlanQueue(plan)
         if interruption is not None:
-            queue.take(MAX_SIZE)  # its only chunk, which nobody recorded as done
+            queue.take(MAX_SIZE)  # its only chunk, which is not recorded as done yet
         return Execution(queue, origin, before, None, rollback).run(began, interruption)
     finally:
         del interruption  # an exception must not refer to the frame that it refers to: see attempt()

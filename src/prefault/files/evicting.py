@@ -156,7 +156,7 @@ def evict_ranges(file: OpenFile, ranges: Ranges | None = None, *, sync: bool = F
 
     Args:
         file: the file.
-        ranges: byte ranges; pages that do not lie whole in one of them stay, but for the last page of the file. None: all.
+        ranges: byte ranges; pages that do not lie whole in one of them stay, except the last page of the file. None: all.
         sync: write dirty pages to the disk first.
 
     Raises:

@@ -1,6 +1,6 @@
 """Selection of files: paths, trees and lists of paths become regular files, each once, with what could not be selected.
 
-A directory is read while its files are used, so memory does not grow with the number of files, but for 100 bytes or so for
+A directory is read while its files are used, so memory does not grow with the number of files, except by 100 bytes or so for
 each file that could be reached a second time.
 """
 

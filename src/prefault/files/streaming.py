@@ -75,7 +75,7 @@ def stream(
 class FileStream(io.RawIOBase):
     """File that is read in constant memory; made by :func:`stream`. Not for several threads.
 
-    It is a raw binary file (io.RawIOBase), but for iterating, which gives memoryviews.
+    It is a raw binary file (io.RawIOBase), except that iterating gives memoryviews.
 
     Attributes:
         position: offset in the file of the next byte to be read.

@@ -48,7 +48,7 @@ def count_bytes(nodes: numpy.typing.NDArray[numpy.int16]) -> dict[int, int]:
 
 
 def note_on_others(pages: Intervals, wanted: Sequence[int]) -> str | None:
-    """Return a note about pages that are on other nodes than ``wanted``; None where there are none, or nobody tells."""
+    """Return a note about pages that are on other nodes than ``wanted``; None: none, or the kernel tells nothing."""
     found = bytes_by_node(pages) or {}
     others = [f"{format_size(count)} on node {node}" for node, count in found.items() if node not in wanted]
     return f"{' and '.join(others)}, in place of {format_list(tuple(wanted))}: pages do not move" if others else None

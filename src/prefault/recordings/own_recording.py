@@ -18,7 +18,7 @@ class recording:  # noqa: N801  used as a function
         path: file that gets the recording at the end of the block; None: no file.
         way: ``"trace"``: by the kernel's tracepoints (root); ``"residency"``: by the page cache before and after;
             ``"auto"``: the first where the kernel allows it.
-        files: by residency: files and directories to look at, whoever opens them.
+        files: by residency: files and directories whose cached pages are compared before and after.
         evict: evict ``files`` from the page cache first.
         roots: directories by name; files below one are kept by that name and the path below it.
 

@@ -49,7 +49,7 @@ def record_command(
         command: program and arguments.
         way: ``"trace"``: by the kernel's tracepoints (root); ``"residency"``: by the page cache before and after;
             ``"auto"``: the first where the kernel allows it.
-        files: files and directories; by residency they are looked at before and after, whoever opens them.
+        files: files and directories; by residency their cached pages are compared before and after.
         evict: evict ``files`` from the page cache first: what is cached already is told apart by neither way as well.
         roots: directories by name; files below one are kept by that name and the path below it.
         environment: environment of the command; None: that of this process.
@@ -207,7 +207,7 @@ class Recorder:
 
 
 class _Tally:
-    """What residency cannot tell, in files and bytes."""
+    """Files and bytes of which residency cannot tell whether they were touched."""
 
     def __init__(self) -> None:
         self.unknown = self.cached_before = self.found_late = 0

@@ -17,7 +17,7 @@ MAX_RUNS: int = 1000
 """Most runs of pages in one reply to :class:`AskPages`."""
 
 MAX_PAGES: int = 16384
-"""Most pages of one instruction: 64 MiB. Nobody waits for longer than that takes."""
+"""Most pages of one instruction: 64 MiB, the longest that another request waits for."""
 
 Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_NAME)]
 Permissions: TypeAlias = Annotated[str, msgspec.Meta(max_length=3)]

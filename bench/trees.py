@@ -1,4 +1,4 @@
-"""Trees of many files: time and memory for each file, and `status` beside vmtouch(8).
+"""Trees of many files: time and memory for each file, and `status` beside vmtouch(8) and a program in C.
 
     python bench/trees.py            100 000 small files, and 1 000 files of 2 MiB
     python bench/trees.py --quick    a tenth of both
@@ -43,6 +43,44 @@ _CALLS = {
 }
 
 
+_FEWEST_CALLS = r"""
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+static double now(void) { struct timespec at; clock_gettime(CLOCK_MONOTONIC, &at); return at.tv_sec + at.tv_nsec / 1e9; }
+
+int main(int count, char **names)
+{
+    unsigned long cached = 0;
+    double began = now();
+    for (int number = 1; number < count; number++) {
+        DIR *directory = opendir(names[number]);
+        for (struct dirent *entry; (entry = readdir(directory));) {
+            char path[4096];
+            struct stat facts;
+            if (entry->d_type != DT_REG) continue;
+            snprintf(path, sizeof(path), "%s/%s", names[number], entry->d_name);
+            int file = open(path, O_RDONLY | O_CLOEXEC | O_NOATIME);
+            fstat(file, &facts);
+            unsigned long range[2] = {0, facts.st_size}, answer[5] = {0};
+            syscall(451, file, range, answer, 0);
+            close(file);
+            cached += answer[0];
+        }
+        closedir(directory);
+    }
+    printf("%g %lu\n", now() - began, cached);
+}
+"""
+"""A program that asks what status asks, by the same four system calls a file, and does nothing with the answers."""
+
+
 def _make(top: Path, count: int, size: int) -> None:
     """Make files of a size, 1 000 in a directory."""
     content = os.urandom(size)
@@ -79,6 +117,19 @@ def _vmtouch(top: Path) -> float:
     return float(found[1])
 
 
+def _fewest_calls(directory: Path) -> Callable[[Path], float] | None:
+    if shutil.which("gcc") is None:
+        return None
+    program = directory / "fewest-calls"
+    subprocess.run(["gcc", "-O2", "-o", program, "-x", "c", "-"], input=_FEWEST_CALLS, text=True, check=True)
+
+    def ask(top: Path) -> float:
+        done = subprocess.run([program, *sorted(top.iterdir())], capture_output=True, text=True, check=True)
+        return float(done.stdout.split()[0])
+
+    return ask
+
+
 def _command(*words: str) -> float:
     began = time.perf_counter()
     subprocess.run(words, stdout=subprocess.DEVNULL, check=True)
@@ -103,16 +154,21 @@ def beside_vmtouch(directory: Path, count: int, repeats: int) -> None:
         "as written": [], "read back": [cold, read], "evicted": [cold],
         "touched page by page (vmtouch -t)": [cold, lambda: _vmtouch_touch(top)],
     }  # fmt: skip
-    print(f"\n| {count} files of 2 MiB | vmtouch, us a file | status, us a file | ratio |\n|---|---|---|---|")
+    fewest = _fewest_calls(directory)
+    print(
+        f"\n| {count} files of 2 MiB | vmtouch, us a file | status, us a file | ratio | C, the same calls, us a file |"
+        "\n|---|---|---|---|---|"
+    )
     for name, steps in states.items():
         for step in steps:
             step()
-        theirs, ours = [], []
+        theirs, ours, least = [], [], []
         for _ in range(repeats):
             theirs.append(_vmtouch(top))
             ours.append(prefault.status(top).seconds)
-        his, mine = statistics.median(theirs) / count * 1e6, statistics.median(ours) / count * 1e6
-        print(f"| {name} | {his:.1f} | {mine:.1f} | {his / mine:.2f} |")
+            least.append(fewest(top) if fewest is not None else 0.0)
+        his, mine, floor = (statistics.median(seconds) / count * 1e6 for seconds in (theirs, ours, least))
+        print(f"| {name} | {his:.1f} | {mine:.1f} | {his / mine:.2f} | {floor:.1f} |")
     commands = [_command("vmtouch", str(top)) for _ in range(repeats)]
     prefaults = [_command(sys.executable, "-m", "prefault", "status", str(top)) for _ in range(repeats)]
     print(

@@ -96,7 +96,7 @@ bench-files: $(VENV)/.test-installed
 man: $(VENV)/.test-installed
 	$(BIN)/python tools/shell_files.py build/share
 
-## Measure replay of recordings: faults removed, bytes read, start of programs. As root.
+## Measure replay of recordings: docs/results/replay.md. As root: it traces.
 bench-replay: $(VENV)/.test-installed
 	$(BIN)/python bench/replay.py
 

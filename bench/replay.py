@@ -1,8 +1,8 @@
 """Measure replay: major faults that it removes, bytes that it reads, and how much sooner a program starts.
 
 Each row alternates cold runs and runs after a replay. The files are evicted before each, and are copies that no other
-process has mapped. Prints text for docs/results/files.md, and asserts nothing: the reader judges the figures. Needs root
-(the trace), and installs scipy and duckdb into a directory of its own where they are missing.
+process has mapped. Prints the tables of docs/results/replay.md, and asserts nothing: the reader judges the figures. Needs
+root (the trace), and installs scipy and duckdb into a directory of its own where they are missing.
 
 python bench/replay.py [imports] [query] [fuse] [remote] [--rounds 5] [--quick]
 """
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,23 +67,53 @@ def _only(recording: prefault.Recording, directory: Path) -> prefault.Recording:
     return prefault.Recording(recording.way, recording.made_ns, recording.command, recording.complete, [], files, [])
 
 
-def _report(name: str, cold: list[_Run], warm: list[_Run], replays: list[float], over: str) -> None:
-    faults = statistics.median(run.faults for run in cold), statistics.median(run.faults for run in warm)
-    seconds = statistics.median(run.seconds for run in cold), statistics.median(run.seconds for run in warm)
-    disk = [format_size(int(statistics.median(run.disk_bytes for run in runs))) for runs in (cold, warm)]
-    replaying = statistics.median(replays)
-    removed = 100 * (1 - faults[1] / faults[0]) if faults[0] else float("nan")
+class _Row(NamedTuple):
+    """Runs of one program, cold and after a replay, and how many times what was missing the replay brought in."""
+
+    name: str
+    cold: list[_Run]
+    warm: list[_Run]
+    replays: list[float]
+    recorded_bytes: int
+    over: float
+
+
+def _median(values: Iterable[float]) -> str:
+    return f"{statistics.median(values):.3f}"
+
+
+def _spread(values: Iterable[float]) -> str:
+    found = sorted(values)
+    return f"{found[0]:.3f} to {found[-1]:.3f}"
+
+
+def _print(rows: list[_Row]) -> None:
+    print("## Major faults and bytes\n")
+    print("| program | recorded | read at replay, times what was missing | major faults, cold | after replay | removed |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for row in rows:
+        cold, warm = ([run.faults for run in runs] for runs in (row.cold, row.warm))
+        before, after = statistics.median(cold), statistics.median(warm)
+        removed = f"{100 * (1 - after / before):.1f} %" if before else ""
+        print(
+            f"| {row.name} | {format_size(row.recorded_bytes)} | {row.over:.2f} | {before:.0f} ({min(cold)} to {max(cold)})"
+            f" | {after:.0f} ({min(warm)} to {max(warm)}) | {removed} |"
+        )
+    print("\n## Time\n")
     print(
-        f"{name:<28} major faults {faults[0]:>7.0f} -> {faults[1]:>5.0f} ({removed:5.1f} % removed)"
-        f"  start {seconds[0]:7.3f} s -> {seconds[1]:7.3f} s ({seconds[0] / seconds[1]:5.1f}x)"
-        f"  with the replay itself ({replaying:.3f} s) {seconds[0] / (seconds[1] + replaying):5.1f}x"
-        f"  read from a disk: {disk[0]} -> {disk[1]}"
-        f"  {over}",
-        flush=True,
+        "| program | start cold s | spread s | after replay s | spread s | times faster | replay s | with it, times faster |"
     )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        cold_s, warm_s = ([run.seconds for run in runs] for runs in (row.cold, row.warm))
+        before, after, replaying = statistics.median(cold_s), statistics.median(warm_s), statistics.median(row.replays)
+        print(
+            f"| {row.name} | {_median(cold_s)} | {_spread(cold_s)} | {_median(warm_s)} | {_spread(warm_s)}"
+            f" | {before / after:.1f} | {replaying:.3f} | {before / (after + replaying):.1f} |"
+        )
 
 
-def _measure(name: str, command: list[str], directory: Path, evict: Callable[[], None], rounds: int) -> None:
+def _measure(name: str, command: list[str], directory: Path, evict: Callable[[], None], rounds: int) -> _Row:
     _run(command)  # bytecode files, and everything that is not measured, into the page cache
     evict()
     recording = _only(record_command(command, way="trace").recording, directory)
@@ -101,8 +131,7 @@ def _measure(name: str, command: list[str], directory: Path, evict: Callable[[],
         came = _cached(directory) - before
         over = max(over, came / max(1, result.bytes))
         warm.append(_run(command))
-    size = f"{format_size(recording.file_bytes)} recorded, {over:.2f}x of what was missing came in"
-    _report(name, cold, warm, replays, size)
+    return _Row(name, cold, warm, replays, recording.file_bytes, over)
 
 
 def _cached(directory: Path) -> int:
@@ -147,7 +176,7 @@ def _copied(names: list[str], directory: Path) -> Path:
     return directory
 
 
-def _imports(rounds: int, work: Path) -> None:
+def _imports(rounds: int, work: Path) -> _Row:
     directory = work / "packages"
     if _installed("torch"):
         names = ["torch", "numpy"]
@@ -158,15 +187,17 @@ def _imports(rounds: int, work: Path) -> None:
             names = ["numpy", *_installed("pyarrow")]
             _copied(names, directory)
     program = f"import sys; sys.path.insert(0, {str(directory)!r}); import {', '.join(names)}"
-    _measure(f"import {', '.join(names)}", [sys.executable, "-S", "-c", program], directory, _evict_tree(directory), rounds)
+    return _measure(
+        f"import {', '.join(names)}", [sys.executable, "-S", "-c", program], directory, _evict_tree(directory), rounds
+    )
 
 
-def _query(rounds: int, work: Path) -> None:
+def _query(rounds: int, work: Path) -> _Row | None:
     """Run a query over one column of four, the database and its library cold."""
     library = work / "duckdb"
     if not _fetched("duckdb", library):
-        print("query: DuckDB cannot be installed, and the row is left out")
-        return
+        print("DuckDB cannot be installed: its row is left out", file=sys.stderr)
+        return None
     start = f"import sys; sys.path.insert(0, {str(library)!r}); import duckdb\n"
     database = str(work / "data.duckdb")
     program = (
@@ -176,18 +207,19 @@ def _query(rounds: int, work: Path) -> None:
     subprocess.run([sys.executable, "-S", "-c", program, database], check=True)
     query = (
         f"{start}with duckdb.connect(sys.argv[1], read_only=True) as c:\n"
-        "    print(c.execute('select sum(b) from t where a % 7 = 1').fetchall())"
+        "    c.execute('select sum(b) from t where a % 7 = 1').fetchall()"
     )
-    _measure("DuckDB query", [sys.executable, "-S", "-c", query, database], work, _evict_tree(work), rounds)
+    return _measure("DuckDB query", [sys.executable, "-S", "-c", query, database], work, _evict_tree(work), rounds)
 
 
-def _fuse(rounds: int, work: Path, pages: int) -> None:
+def _fuse(rounds: int, work: Path, pages: int) -> _Row:
     """Touch pages here and there in a file on a file system where each request takes 5 ms."""
     directory = work / "fuse"
     with fuse_files.mounted(directory, {"file": 256 * MIB}, latency_s=_LATENCY_S) as bed:
         chosen = random.Random(1).sample(range(256 * MIB // PAGE_SIZE), pages)
         command = touching.command(touching.BY_MAPPING, bed / "file", *chosen)
-        _measure(f"{pages} pages on FUSE, 5 ms", command, directory, lambda: (prefault.evict(bed / "file"), None)[1], rounds)
+        name = f"{pages} pages of a file on FUSE, 5 ms for each request"
+        return _measure(name, command, directory, lambda: (prefault.evict(bed / "file"), None)[1], rounds)
 
 
 _READER = """
@@ -200,7 +232,7 @@ with open(sys.argv[1].rpartition("/")[2] + ".faults", "a") as file: print(area_o
 """
 
 
-def _remote(rounds: int, work: Path, pages: int) -> None:
+def _remote(rounds: int, work: Path, pages: int) -> _Row:
     """Touch pages of a remote array, each request of which takes 5 ms."""
     directory = work / "web"
     directory.mkdir()
@@ -224,8 +256,8 @@ def _remote(rounds: int, work: Path, pages: int) -> None:
                 run = _run(command, environment)
             sent = max(sent, server.sent() - before)
             warm.append(run._replace(faults=int(faults.read_text())))
-        over = f"{format_size(recording.area_bytes)} recorded, {sent / max(1, recording.area_bytes):.2f}x of that was sent"
-        _report(f"{pages} pages of a remote array", cold, warm, [0.0], over)
+        name = f"{pages} pages of a remote array, 5 ms for each request"
+        return _Row(name, cold, warm, [0.0], recording.area_bytes, sent / max(1, recording.area_bytes))
 
 
 def main() -> None:
@@ -236,10 +268,12 @@ def main() -> None:
     arguments = parser.parse_args()
     touching.tracing()
     rounds, pages = (2, 100) if arguments.quick else (arguments.rounds, 1000)
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"Linux {os.uname().release}, {os.cpu_count()} CPUs, load {load}, {rounds} rounds\n")
+    print(f"`python bench/replay.py {' '.join(sys.argv[1:])}".rstrip() + "`", end=", ")
+    print(f"{time.strftime('%Y-%m-%d')}, Linux {os.uname().release}, {os.cpu_count()} CPUs, {rounds} rounds,", end=" ")
+    print(f"load {os.getloadavg()[0]:.1f} at the beginning", end="", flush=True)
+    rows = []
     with tempfile.TemporaryDirectory(prefix="prefault-bench-", dir="/var/tmp") as directory:
-        measures: dict[str, Callable[[Path], None]] = {
+        measures: dict[str, Callable[[Path], _Row | None]] = {
             "imports": lambda work: _imports(rounds, work),
             "query": lambda work: _query(rounds, work),
             "fuse": lambda work: _fuse(rounds, work, pages),
@@ -248,7 +282,11 @@ def main() -> None:
         for name in arguments.what or measures:
             work = Path(directory, name)
             work.mkdir()
-            measures[name](work)
+            row = measures[name](work)
+            if row is not None:
+                rows.append(row)
+    print(f" and {os.getloadavg()[0]:.1f} at the end.\n")
+    _print(rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from prefault.recordings.recording_file import load
+from prefault.recordings.recording_file import RecordedFile, Recording, load
 from support import file_beds, processes, touching
 from support.file_beds import PAGE
 from support.json_schemas import check_output
@@ -101,6 +101,17 @@ def test_errors_are_one_line_that_names_the_file(arguments: list[str], status: i
     assert "Traceback" not in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert os.listdir(tmp_path) == ["damaged.rec"]
+
+
+def test_names_in_a_recording_do_not_command_the_terminal(tmp_path: Path) -> None:
+    recording = tmp_path / "a.rec"
+    names = (b"/no/such/\x1b[2J\n", b"/proc/\x1b")
+    files = [RecordedFile(name, "", 1, 2, PAGE, 0, [0, PAGE]) for name in names]
+    Recording("trace", 0, [], True, [], files, []).save(recording)
+    done = prefault("replay", recording)
+    assert done.returncode == 1
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "/no/such/\\x1b[2J\\x0a" in done.stdout
 
 
 def test_snapshot_save_and_restore(file: Path, tmp_path: Path) -> None:

@@ -201,6 +201,36 @@ def test_unknown_tracepoints_are_refused_and_leave_nothing() -> None:
     assert not _instances()
 
 
+@pytest.mark.usefixtures("tracing")
+def test_an_instance_that_somebody_looks_into_is_no_error() -> None:
+    trace = TraceInstance([os.getpid()])
+    instance = os.path.basename(trace._path)
+    reader = os.open(os.path.join(trace._path, "trace"), os.O_RDONLY)
+    trace.stop()
+    assert instance in _instances()
+    os.close(reader)
+    path, mounted = trace_instance._open_tracefs()
+    os.rmdir(os.path.join(path, "instances", instance))
+    if mounted >= 0:
+        os.close(mounted)
+
+
+def test_a_note_on_a_file_whose_name_is_no_utf_8(file: Path, tmp_path: Path) -> None:
+    needs.root("become another user")
+    for directory in (file, *file.parents):
+        if directory.stat().st_uid == os.getuid() and directory != Path("/"):
+            directory.chmod(directory.stat().st_mode | 0o055)
+    file.chmod(0)
+
+    def as_nobody() -> list[str]:
+        os.setresuid(file_beds.NOBODY, file_beds.NOBODY, file_beds.NOBODY)
+        found = record_command(["true"], way="residency", files=[file]).recording
+        found.save("/dev/null")
+        return found.notes
+
+    assert "file \\xff could not be looked at" in in_child(as_nobody)[0]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("way", ["trace", "residency"])
 def test_signals_go_to_the_command_and_the_recording_is_written(number: int, way: str, file: Path, tmp_path: Path) -> None:

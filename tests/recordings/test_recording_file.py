@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
+import signal
 import stat
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from prefault.recordings import recording_file
 from prefault.recordings.recording_file import (
     RecordedArea,
     RecordedFile,
@@ -87,6 +92,50 @@ def test_a_full_disk_is_an_error_that_names_the_file(small_tmpfs: Callable[[str]
     assert os.listdir(directory) == ["filler"]
 
 
+def test_a_recording_that_is_too_long_to_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.rec"
+    RECORDING.save(path)
+    monkeypatch.setattr(recording_file, "_MOST_BYTES", 100)
+    with pytest.raises(OSError, match=r"more than the limit of 100.*a\.rec"):
+        RECORDING.save(path)
+    with pytest.raises(RecordingError, match="longer than any"):
+        load(path)
+    monkeypatch.undo()
+    assert load(path) == RECORDING
+
+
+def test_a_saver_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "a.rec"
+    RECORDING.save(path)
+
+    program = (
+        "import os, signal, sys\nfrom prefault.recordings.recording_file import load\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "load(sys.argv[1]).save(sys.argv[1])\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, path], check=False).returncode == -signal.SIGKILL
+    assert load(path) == RECORDING
+    assert os.listdir(tmp_path) == ["a.rec"]
+
+
+def test_a_recording_is_saved_where_files_have_a_name_from_the_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS and FUSE, which refuse O_TMPFILE."""
+    open_file = os.open
+
+    def refuse(path: str, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return open_file(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    RECORDING.save(tmp_path / "a.rec")
+    monkeypatch.undo()
+    assert load(tmp_path / "a.rec") == RECORDING
+    assert os.listdir(tmp_path) == ["a.rec"]
+
+
 def _sealed(body: bytes) -> bytes:
     content = b"prefault recording 1\n" + body
     return content + zlib.crc32(content).to_bytes(4, "little")
@@ -109,7 +158,7 @@ def _with_area(**fields: object) -> bytes:
     [
         (b"", "no recording"),
         (b"\x7fELF", "no recording"),
-        (b"prefault recording 2\nxxxx", "version 2"),
+        (b"prefault recording 2\nxxxx", "version '2'"),
         (b"prefault recording 1\n", "cut off"),
         (b"prefault recording 1\nabcdefgh", "checksum"),
         (_sealed(b"\xc1"), "damaged"),

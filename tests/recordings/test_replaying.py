@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +216,57 @@ def test_roots_find_the_files_of_another_host(file: Path, tmp_path: Path) -> Non
     assert cached(file) == set()
 
 
+def test_below_a_root_no_link_leads_out_of_it(file: Path, tmp_path: Path) -> None:
+    """A recording of somebody else makes replay open no other files."""
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    inside = file_beds.make(root / "sub" / "inside", 512 * PAGE)
+    os.utime(inside, ns=(0, file.stat().st_mtime_ns))
+    file_beds.evict(inside)
+    (root / "out").symlink_to(file)
+    (root / "up").symlink_to("..")
+    (root / "in").symlink_to("sub/inside")
+    outside = recorded(file, *PAGES, root="model")
+    found = [
+        RecordedFile(os.fsencode(name), "model", 0, 0, outside.size, outside.modified_ns, outside.edges)
+        for name in ("out", f"up/{file.name}", "in")
+    ]
+    result = replay(recording_of(*found), roots={"model": root})
+    assert cached(file) == set()
+    assert cached(inside) == set(PAGES)
+    assert result.files == 1
+    assert [failure.path for failure in result.failures] == ["model:out", f"model:up/{file.name}"]
+    assert all("out of its root" in failure.reason for failure in result.failures)
+
+
+def test_devices_and_files_that_the_kernel_makes_are_not_opened(file: Path, tmp_path: Path) -> None:
+    needs.root("make a device")
+    device = tmp_path / "device"
+    os.mknod(device, stat.S_IFBLK | 0o600, os.makedev(240, 200))  # without a driver: to open it were ENXIO
+    made = RecordedFile(b"/sys/kernel/mm/transparent_hugepage/enabled", "", 0, 0, PAGE, 0, [0, PAGE])
+    result = replay(recording_of(recorded(device, 1), made, recorded(file, 1)), check_time=False)
+    assert cached(file) == {1}
+    reasons = {failure.path: failure.reason for failure in result.failures}
+    assert "is a block device" in reasons[str(device)]
+    assert "sysfs" in reasons[os.fsdecode(made.path)]
+
+
+def test_two_names_of_one_file_are_brought_in_once(file: Path) -> None:
+    other = file.parent / "other name"
+    os.link(file, other)
+    result = replay(recording_of(recorded(file, *PAGES), recorded(other, *PAGES)), threads=1)
+    assert cached(file) == set(PAGES)
+    assert (result.bytes, result.present_bytes, result.files) == (4 * PAGE, 4 * PAGE, 2)
+
+
+def test_a_recording_of_many_files(file: Path) -> None:
+    gone = [RecordedFile(b"/no/such/file %d" % number, "", 0, 0, PAGE, 0, [0, PAGE]) for number in range(50_000)]
+    result = replay(recording_of(*gone, recorded(file, 1)))
+    assert len(result.missing) == len(gone)
+    assert (result.bytes, result.skipped_bytes) == (PAGE, len(gone) * PAGE)
+    assert cached(file) == {1}
+
+
 @pytest.mark.parametrize("budget", [0, 1, PAGE, 3 * PAGE + 5, 8 * PAGE])
 def test_the_budget_is_not_exceeded(budget: int, file: Path, tmp_path: Path) -> None:
     other = file_beds.make(tmp_path / "other", 16 * PAGE)
@@ -279,6 +331,8 @@ def test_arguments_that_are_none(file: Path, tmp_path: Path) -> None:
         replay(file)
     with pytest.raises(FileNotFoundError):
         replay(tmp_path / "nothing.rec")
+    with pytest.raises(ValueError, match="UTF-8"):
+        replay(recording_of(), roots={"\udcff": tmp_path})
 
 
 def test_files_that_shrink_and_vanish_meanwhile(tmp_path: Path) -> None:

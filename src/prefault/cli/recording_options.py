@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from prefault.cli.messages import printable
 from prefault.cli.option_types import CountType, SizeType
 from prefault.sizes import format_size
 
@@ -84,7 +85,7 @@ def check_writable(output: str) -> None:
 
 def some_of(names: tuple[str, ...]) -> str:
     """Return the first few names, for people."""
-    shown = ", ".join(name.encode(errors="backslashreplace").decode() for name in names[:_SHOWN])
+    shown = ", ".join(map(printable, names[:_SHOWN]))
     return f"{shown}, ... {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
 from prefault.cli.json_output import json_option, print_json
+from prefault.cli.messages import complain
 from prefault.cli.recording_options import replay_options, size, some_of, told_as_usage
 from prefault.sizes import format_count
 
@@ -68,7 +68,7 @@ def wanted(progress: bool | None) -> bool:
 def show(result: ReplayResult, as_json: bool, kind: str, recording: str) -> int:
     """Print the result of a replay, and return the exit status."""
     for failure in result.failures:
-        click.echo(f"prefault: {os.fsencode(str(failure)).decode(errors='backslashreplace')}", err=True)
+        complain(str(failure))
     if as_json:
         print_json(
             kind, 1,

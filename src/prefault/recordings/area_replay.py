@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from prefault.recordings.recording_file import RecordedArea, Recording
+from prefault.recordings.recording_file import RecordedArea, Recording, plain
 
 if TYPE_CHECKING:
     from prefault.device.access_log import AccessLog
@@ -20,7 +20,7 @@ def recorded_areas(logs: Iterable[AccessLog]) -> list[RecordedArea]:
     """Return logs as a recording has them: one for each content, in the order of the first touch."""
     runs: dict[tuple[str, str, int, str], dict[tuple[int, int], None]] = {}
     for log in logs:
-        key = (log.device, log.content.source, log.length, log.content.version)
+        key = (plain(log.device), plain(log.content.source), log.length, plain(log.content.version))
         runs.setdefault(key, {}).update(dict.fromkeys((run.offset, run.length) for run in log.runs))
     return [RecordedArea(*key, [number for run in found for number in run]) for key, found in sorted(runs.items()) if found]
 

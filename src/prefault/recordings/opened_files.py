@@ -27,6 +27,8 @@ _SEVERAL_DEVICES = frozenset({"overlay", "btrfs", "bcachefs", "ecryptfs", "fuse"
 """File systems whose files have another device in stat(2) than in events."""
 
 _POLL_MS = 50
+_MOST_STOP_S = 10.0
+"""Seconds to wait at the end for names that are still to be read."""
 _EVENTS_BYTES = 1 << 16
 _DELETED = " (deleted)"
 
@@ -115,7 +117,9 @@ class OpenedFiles:
         """Read the events that are left, and end the watch. Idempotent."""
         self._stopping.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_MOST_STOP_S)
+            if self._thread.is_alive():  # the kernel opens a file for an event, and its server (FUSE, NFS) does not answer
+                self.overflowed, self._fd = True, -1  # the thread has the descriptor
             self._thread = None
         if self._fd >= 0:
             os.close(self._fd)

@@ -16,7 +16,7 @@ from prefault.files.selection import SelectedFile, select
 from prefault.ranges import RangeSet
 from prefault.recordings.held_command import HeldCommand
 from prefault.recordings.opened_files import OpenedFiles, descendants
-from prefault.recordings.recording_file import RecordedArea, RecordedFile, Recording, Way, clip
+from prefault.recordings.recording_file import RecordedArea, RecordedFile, Recording, Way, clip, plain
 from prefault.recordings.roots import Roots
 from prefault.recordings.trace_instance import Touched, TraceInstance, TraceRefusedError
 from prefault.sizes import format_size
@@ -108,13 +108,17 @@ class Recorder:
         if evict:
             for path in _selected(files):
                 _evict(path)
-        if way != "residency":
-            self._start_trace(tids, required=way == "trace")
-        if self._trace is None:
-            for path in _selected(files):
-                self._look_before(path)
-            for file in self._opened.files():
-                self._before[file.device, file.inode] = _cached(file.path)
+        try:
+            if way != "residency":
+                self._start_trace(tids, required=way == "trace")
+            if self._trace is None:
+                for path in _selected(files):
+                    self._look_before(path)
+                for file in self._opened.files():
+                    self._before[file.device, file.inode] = _cached(file.path)
+        except BaseException:
+            self.stop()
+            raise
 
     def _start_trace(self, tids: Iterable[int], *, required: bool) -> None:
         try:
@@ -136,7 +140,7 @@ class Recorder:
 
     def _lack(self, note: str) -> None:
         self._complete = False
-        self._notes.append(note)
+        self._notes.append(plain(note))
 
     def look_at(self, pids: Iterable[int]) -> None:
         """Look at the files that processes have open or mapped now; to be called again and again."""

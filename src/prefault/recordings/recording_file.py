@@ -5,10 +5,11 @@ A line of magic, a MessagePack object and a CRC-32: see ``docs/design/recordings
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import os
 import stat
-import tempfile
 import zlib
 from typing import Annotated, Literal, TypeAlias
 
@@ -25,8 +26,9 @@ from prefault.sizes import MAX_SIZE, PAGE_SIZE
 _MAGIC = b"prefault recording 1\n"
 _ANY_VERSION = b"prefault recording "
 _CHECKSUM_BYTES = 4
-_MOST_BYTES = 1 << 30
-"""Length of the longest file that is read, bytes: some 50 million ranges."""
+_MOST_BYTES = 256 << 20
+"""Length of the longest file that is written and read, bytes: some 12 million ranges, which take 1 GB of memory."""
+_MOST_TEXTS = 1 << 16
 _PAGE_SLACK = 2 << 20
 """Bytes by which the last range may reach beyond the end of a file: its last page, which may be a huge one."""
 
@@ -117,9 +119,9 @@ class Recording(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     way: Way
     made_ns: _Time
-    command: list[bytes]
+    command: Annotated[list[bytes], msgspec.Meta(max_length=_MOST_TEXTS)]
     complete: bool
-    notes: list[str]
+    notes: Annotated[list[str], msgspec.Meta(max_length=_MOST_TEXTS)]
     files: list[RecordedFile]
     areas: list[RecordedArea]
 
@@ -147,11 +149,14 @@ class Recording(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Write the recording to a file, which is replaced at once or not at all; to a device or a FIFO, in place.
 
         Raises:
-            OSError: the file cannot be written; the one that was there stays.
+            OSError: the file cannot be written; the one that was there stays. EFBIG: the recording has too many ranges.
         """
         content = _MAGIC + msgspec.msgpack.encode(self)
         content += zlib.crc32(content).to_bytes(_CHECKSUM_BYTES, "little")
         name = os.path.abspath(os.fsdecode(path))
+        if len(content) > _MOST_BYTES:
+            reason = f"the recording has {len(content)} bytes, more than the limit of {_MOST_BYTES}: record fewer files"
+            raise OSError(errno.EFBIG, reason, name)
         try:
             if can_be_replaced(name):
                 _replace(os.path.realpath(name), content)
@@ -171,17 +176,28 @@ def can_be_replaced(path: str) -> bool:
 
 
 def _replace(name: str, content: bytes) -> None:
-    fd, temporary = tempfile.mkstemp(prefix=".prefault-", dir=os.path.dirname(name))
+    directory = os.path.dirname(name)
+    temporary = os.path.join(directory, f".prefault-{os.urandom(8).hex()}")
+    unnamed = True
+    try:
+        # Without a name until it is whole: a process that is killed leaves nothing behind.
+        fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):  # NFS and FUSE have none
+            raise
+        fd, unnamed = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666), False
     try:
         with os.fdopen(fd, "wb") as file:
-            # As any new file: mkstemp makes one that only its owner may read.
-            os.fchmod(fd, 0o666 & ~_umask())
             file.write(content)
             file.flush()
             os.fsync(fd)
+            if unnamed:
+                # With a directory, which an absolute path ignores: else Python calls link(2), which follows no link.
+                os.link(f"/proc/self/fd/{fd}", temporary, src_dir_fd=fd, follow_symlinks=True)
         os.replace(temporary, name)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
 
 
@@ -211,12 +227,11 @@ def _decode(content: bytes) -> Recording:
         raise RecordingError("it is no recording of prefault")
     if not content.startswith(_MAGIC):
         version = content[len(_ANY_VERSION) :].split(b"\n", 1)[0][:20].decode(errors="replace")
-        raise RecordingError(f"it is a recording of version {version}, and this prefault reads version 1")
-    body, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
+        raise RecordingError(f"it is a recording of version {version!r}, and this prefault reads version 1")
+    body, checksum = memoryview(content)[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
     if len(body) < len(_MAGIC) or zlib.crc32(body).to_bytes(_CHECKSUM_BYTES, "little") != checksum:
         raise RecordingError("the recording is damaged or cut off: its checksum is wrong")
     try:
-        # Copies, and no views of the content: names and texts outlive it.
         recording = msgspec.msgpack.decode(body[len(_MAGIC) :], type=Recording)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise RecordingError(f"the recording is damaged: {error}") from None
@@ -252,15 +267,11 @@ def _check_area(area: RecordedArea) -> None:
         raise RecordingError(f"the recording is damaged: parts of {area.device!r} lie outside its {area.length} bytes")
 
 
+def plain(text: str) -> str:
+    """Return a text without surrogates, which MessagePack cannot have."""
+    return os.fsencode(text).decode(errors="backslashreplace")
+
+
 def clip(ranges: RangeSet, size: int) -> list[int]:
     """Return the edges of the ranges inside a file of ``size`` bytes, its last page whole."""
     return ranges.clipped(0, PageRange.outward(0, size).stop).edges.tolist()
-
-
-def _umask() -> int:
-    """Return the process's umask, which only Linux 4.7's /proc tells without changing it for other threads."""
-    with open("/proc/self/status", "rb") as file:
-        for line in file:
-            if line.startswith(b"Umask:"):
-                return int(line.split()[1], 8)
-    return 0o077

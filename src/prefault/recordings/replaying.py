@@ -157,12 +157,24 @@ class _Replay:
         )  # fmt: skip
 
     def _in_threads(
-        self, count: int, work: Callable[[RecordedFile], None], files: Iterable[RecordedFile], tell: Callable[[], None]
+        self, count: int, work: Callable[[RecordedFile], None], files: Sequence[RecordedFile], tell: Callable[[], None]
     ) -> None:
-        pool = ThreadPoolExecutor(count, "prefault-replay", self._be_idle if self._idle else None)
+        # Each thread takes the next file: a future for each would be looked at again at every one that is done.
+        left = iter(files)
+
+        def take() -> None:
+            while not self._stopping.is_set():
+                with self._lock:
+                    file = next(left, None)
+                if file is None:
+                    return
+                work(file)
+
+        count = min(count, len(files))
+        pool = ThreadPoolExecutor(max(1, count), "prefault-replay", self._be_idle if self._idle else None)
         try:
             try:
-                waiting: set[Future[None]] = {pool.submit(work, file) for file in files}
+                waiting: set[Future[None]] = {pool.submit(take) for _ in range(count)}
             except RuntimeError as error:
                 raise OSError(errno.EAGAIN, no_process()) from error
             while waiting:
@@ -202,12 +214,12 @@ class _Replay:
 
     def _with_file(self, recorded: RecordedFile, work: Callable[[OpenFile], None]) -> None:
         """Open a recorded file and work on it; skip it where it is gone or changed."""
-        path = self._roots.path_of(recorded)
-        if path is None:
-            self._skip(self._missing, recorded)
-            return
         try:
-            with OpenFile(path) as file:
+            opened = self._roots.open(recorded)
+            if opened is None:
+                self._skip(self._missing, recorded)
+                return
+            with opened as file:
                 if self._is_as_recorded(file, recorded):
                     work(file)
                 else:

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import stat
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
+
+import msgspec
 
 from prefault.files.cached_pages import cached_ranges
 from prefault.files.failures import CannotTellError
 from prefault.files.open_file import OpenFile
 from prefault.files.selection import SelectedFile, select
-from prefault.recordings.recording_file import RecordedFile, Recording, RecordingError, clip, load
+from prefault.recordings.recording_file import (
+    RecordedFile,
+    Recording,
+    RecordingError,
+    can_be_replaced,
+    clip,
+    load,
+    plain,
+)
 from prefault.recordings.roots import Roots
 
 INTERVAL_S = 300.0
 """Seconds between two snapshots: the default of autoprewarm."""
+_LOCK_S = 10.0
+"""Seconds to wait for a process that saves a snapshot in the same directory."""
+_LOCK_PAUSE_S = 0.02
 
 
 class SavedSnapshot(NamedTuple):
@@ -48,7 +63,10 @@ def take_snapshot(
     for found in select(named):
         if not isinstance(found, SelectedFile):
             if found.errno != errno.ENOENT or found.path in named:  # others were removed since they were listed
-                notes.append(_plain(str(found)))
+                notes.append(plain(str(found)))
+            continue
+        if stat.S_ISBLK(found.stat.st_mode):
+            notes.append(plain(f"{found.path}: is a block device, which snapshots do not have: name files"))
             continue
         root, below = known.split(found.path)
         try:
@@ -58,7 +76,7 @@ def take_snapshot(
         except FileNotFoundError:  # removed since it was listed, as temporary files are: nothing of it can be lost
             continue
         except (CannotTellError, OSError) as error:
-            notes.append(_plain(f"{found.path}: {error.strerror}"))
+            notes.append(plain(f"{found.path}: {error.strerror}"))
     ordered = [files[key] for key in sorted(files)]
     return Recording("snapshot", time.time_ns(), [], not notes, notes, ordered, [])
 
@@ -77,10 +95,16 @@ def save_snapshot(
     Raises:
         OSError: the file cannot be written; the one that was there stays.
     """
-    taken = take_snapshot(paths, roots)
-    if not taken.complete and _is_full(target):
-        return SavedSnapshot(taken, written=False)
-    taken.save(target)
+    given = list(paths)
+    taken = take_snapshot(given, roots)
+    with _locked(target):
+        before = _full_one(target)
+        if before is not None:
+            taken.notes.extend(_lost_file_systems(before, taken, given, Roots(roots)))
+            taken = msgspec.structs.replace(taken, complete=not taken.notes)
+            if not taken.complete:
+                return SavedSnapshot(taken, written=False)
+        taken.save(target)
     return SavedSnapshot(taken, written=True)
 
 
@@ -98,13 +122,61 @@ def save_snapshots(save: Callable[[], None], wait: Callable[[float | None], bool
     save()
 
 
-def _is_full(path: str | os.PathLike[str]) -> bool:
+def _full_one(path: str | os.PathLike[str]) -> Recording | None:
+    """Return the snapshot that a file has, if it is full."""
     try:
-        return load(path).complete
+        if not can_be_replaced(os.fsdecode(path)):
+            return None
+        found = load(path)
     except (OSError, RecordingError):
+        return None
+    return found if found.complete else None
+
+
+def _lost_file_systems(
+    before: Recording, taken: Recording, paths: Iterable[str | os.PathLike[str]], roots: Roots
+) -> Iterator[str]:
+    """Yield a sentence for each file system all of whose files are gone that a snapshot had below the paths.
+
+    An empty directory where a file system is not mounted yet looks like one whose files were removed.
+    """
+    here = {(file.root, file.path) for file in taken.files}
+    tops = [os.fsencode(os.path.realpath(os.fsdecode(path))).rstrip(b"/") for path in paths]
+    by_device: dict[int, list[RecordedFile]] = {}
+    for file in before.files:
+        by_device.setdefault(file.device, []).append(file)
+    for files in by_device.values():
+        places = [place for file in files if (place := roots.place_of(file)) is not None]
+        below = [place for place in places if any(place == top or place.startswith(top + b"/") for top in tops)]
+        if below and not any((file.root, file.path) in here for file in files):
+            yield plain(
+                f"all {len(below)} files of a file system are gone, such as {os.fsdecode(below[0])}: is it not mounted?"
+            )
+
+
+@contextlib.contextmanager
+def _locked(target: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes that save snapshots in this directory out, where flock(2) works."""
+    directory = os.path.dirname(os.path.realpath(os.fsdecode(target)))
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:  # to be told by the save
+        yield
+        return
+    try:
+        until = time.monotonic() + _LOCK_S
+        while not _flocked(fd) and time.monotonic() < until:
+            time.sleep(_LOCK_PAUSE_S)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _flocked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
-
-
-def _plain(text: str) -> str:
-    """Return a text without surrogates, which MessagePack cannot have."""
-    return os.fsencode(text).decode(errors="backslashreplace")
+    except OSError:  # NFS has it for files that are open for writing only
+        return True
+    return True

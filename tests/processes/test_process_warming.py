@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
@@ -185,6 +186,32 @@ def test_swapped_pages_come_back(other: MappedProcess, swap: None, flags: int) -
     assert other.do(f"answer = [load({start} + page * {_PAGE}) for page in range(4096)]") == [
         page % 251 for page in range(4096)
     ]
+
+
+def test_swapped_pages_that_a_fork_shares_stay_one_copy(other: MappedProcess, swap: None) -> None:
+    length = 4 * _MIB
+    start = other.map(length)
+    other.do(f"for at in range({start}, {start} + {length}, {_PAGE}): store(at)")
+    _evict(other, start, length)
+    if oracle.present_bytes(start, length, other.pid):
+        needs.missing("the kernel swaps nothing out at our word")
+    child = other.do("r, w = os.pipe(); answer = os.fork()\nif answer == 0: os.close(w); os.read(r, 1); os._exit(0)")
+    for pid in (other.pid, child):
+        result = processes.warm(pid, "[anonymous]")
+        assert result.complete
+        assert oracle.present_bytes(start, length, pid) == length
+    shared = re.search(rb"%x-.*?^Pss: +(\d+) kB" % start, Path(f"/proc/{child}/smaps").read_bytes(), re.S | re.M)
+    assert shared is not None
+    assert int(shared[1]) * 1024 == length // 2  # the proportional share of one copy
+    other.do(f"os.close(w); os.waitpid({child}, 0)")
+
+
+def test_huge_pages_of_a_shared_file_are_not_guessed(other: MappedProcess, hugetlb_pool: Any) -> None:
+    hugetlb_pool(2)
+    start = other.map(2 << 21, flags=0x40021)  # MAP_HUGETLB | MAP_ANONYMOUS | MAP_SHARED
+    assert "which huge pages of a shared file exist" in _reason(processes.warm(other.pid), start).reason
+    other.do(f"store({start}); store({start} + (1 << 21))")
+    assert not [one for one in processes.warm(other.pid).skipped if one.mapping.start == start]
 
 
 def test_present_pages_are_not_read(other: MappedProcess) -> None:

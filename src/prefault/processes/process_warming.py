@@ -9,6 +9,7 @@ import os
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from time import perf_counter
 from typing import NamedTuple
 
@@ -111,7 +112,7 @@ def warm(
     Limits of the memory cgroups of that process, and the machine's, are checked before each chunk; where they leave too
     little, the result says so in ``stopped``.
 
-    Source: process_vm_readv(2), process_madvise(2).
+    Source: process_vm_readv(2), proc_pid_mem(5), process_madvise(2).
     """
     began = perf_counter()
     most = None if budget is None else parse_size(budget)
@@ -150,8 +151,11 @@ def _is_named(label: str, name: str) -> bool:
 
 
 class _Part(NamedTuple):
+    """Pages of a mapping to bring in; ``one_by_one`` where some of them may be shared with a fork, in swap space."""
+
     mapping: MappingStatus
     missing: Missing
+    one_by_one: bool
 
 
 class _Warming:
@@ -172,6 +176,7 @@ class _Warming:
         self._local = mman.IoVec(ctypes.addressof(self._sink), len(self._sink))
         self._may_advise = True
         self._maps: list[MapsLine] = []
+        self._memory = -1
 
     def plan(self, mappings: list[MappingStatus], *, untouched: bool) -> None:
         """Find the pages to bring in."""
@@ -179,11 +184,13 @@ class _Warming:
         look = MissingPages(self._process, untouched=untouched)
         for mapping in mappings:
             inside = mapping.start, mapping.stop
-            missing = look.of(mapping, swapped.clipped(*inside), guards.clipped(*inside))
+            in_swap = swapped.clipped(*inside)
+            missing = look.of(mapping, in_swap, guards.clipped(*inside))
             if missing.reason:
                 self._skipped.append(SkippedMapping(mapping, missing.reason, failed=False))
             if missing.pages:
-                self._parts.append(_Part(mapping, missing))
+                one_by_one = mapping.permissions[3] == "p" and bool(in_swap & missing.pages)
+                self._parts.append(_Part(mapping, missing, one_by_one))
                 self._wanted += missing.pages.length
 
     def _swapped_and_guards(self, mappings: list[MappingStatus]) -> tuple[RangeSet, RangeSet]:
@@ -194,12 +201,17 @@ class _Warming:
 
     def run(self) -> None:
         """Bring them in, until a limit or the budget stops it."""
-        for part in self._parts:
-            before = self._done
-            self._warm_part(part)
-            self._mappings += self._done > before
-            if self._stopped:
-                return
+        with ExitStack() as stack:
+            if any(part.one_by_one for part in self._parts):
+                with suppress(PermissionError):  # restricted more than process_vm_readv(2) by proc_mem.restrict_open_read
+                    self._memory = stack.enter_context(proc.opened_proc(f"/proc/{self._process.pid}/mem"))
+                self._process.ensure_running()
+            for part in self._parts:
+                before = self._done
+                self._warm_part(part)
+                self._mappings += self._done > before
+                if self._stopped:
+                    return
 
     def result(self, seconds: float) -> ProcessWarmResult:
         """Return what came of it."""
@@ -222,7 +234,7 @@ class _Warming:
                     self._rate.wait(len(pages) * step)
                 if "rr" in part.mapping.vm_flags and pages[-1] >= advised - _AHEAD // 2:
                     advised = self._advise(part.missing.pages, max(at, advised))
-                came = self._read(pages)
+                came = self._read(pages, one_by_one=part.one_by_one and self._memory >= 0)
                 self._done += came * step
                 at += came * step
                 if self._progress is not None:
@@ -257,15 +269,11 @@ class _Warming:
                 return 0
         return count
 
-    def _read(self, pages: Sequence[int]) -> int:
+    def _read(self, pages: Sequence[int], *, one_by_one: bool) -> int:
         """Read a byte of each page; return how many came in before one failed."""
-        remote = array("Q", [1]) * (2 * len(pages))  # struct iovec: base, length
-        remote[::2] = array("Q", pages)
         began = perf_counter()
         try:
-            came = uio.process_vm_readv(
-                self._process.pid, ctypes.addressof(self._local), 1, remote.buffer_info()[0], len(pages)
-            )
+            came = self._read_one_by_one(pages) if one_by_one else self._read_together(pages)
         except OSError as error:
             self._process.ensure_running()
             if error.errno in (errno.EPERM, errno.EACCES):
@@ -282,6 +290,23 @@ class _Warming:
         elif seconds < shortest:
             self._pages_a_call = min(mman.IOV_MAX, 2 * self._pages_a_call)
         return came
+
+    def _read_together(self, pages: Sequence[int]) -> int:
+        remote = array("Q", [1]) * (2 * len(pages))  # struct iovec: base, length
+        remote[::2] = array("Q", pages)
+        return uio.process_vm_readv(self._process.pid, ctypes.addressof(self._local), 1, remote.buffer_info()[0], len(pages))
+
+    def _read_one_by_one(self, pages: Sequence[int]) -> int:
+        """Read through /proc/PID/mem: process_vm_readv(2) pins pages, and copies those that a fork shares (Linux 5.19)."""
+        for count, address in enumerate(pages):
+            try:
+                if not os.pread(self._memory, 1, address):  # the process has ended, or called execve(2)
+                    return count
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                return count
+        return len(pages)
 
     def _advise(self, pages: RangeSet, start: int) -> int:
         """Start the input of the next pages from ``start`` on; return the address up to which that is done.

@@ -16,8 +16,9 @@ quickstart: $(VENV)/.installed
 
 ## Install what the tests need, and run all tests except the long ones, in four processes: many tests wait. When a process
 ## crashes, only worksteal ends the run: a replaced worker of loadfile waits for ever (pytest-xdist issues 1323 and 1327).
+## A test that hangs with the GIL, which no signal reaches, is ended as a crash.
 test: $(VENV)/.test-installed $(VENV)/uapi/.extracted
-	$(BIN)/python -m pytest -n 4 --dist worksteal
+	$(BIN)/python -m pytest -n 4 --dist worksteal -o faulthandler_exit_on_timeout=true -o faulthandler_timeout=240
 
 ## Install the Debian packages of requirements/debian.txt: tests that need one are skipped without it. As root.
 packages:

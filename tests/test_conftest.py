@@ -178,6 +178,7 @@ def test_wrong(tmp_path):
 
 
 _CRASHES = """
+import ctypes
 import os
 import pytest
 
@@ -189,17 +190,21 @@ def test_fine(number):
 def test_crash(number):
     os.abort()
 
+def test_hangs():
+    ctypes.PyDLL(None).sleep(600)  # with the GIL
+
 def test_after():
     pass
 """
 
 
-def test_a_run_with_tests_that_crash_ends_and_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_tests_that_crash_and_hang_ends_and_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the options of make test: other ways to distribute tests wait for ever, or run such a test again."""
     makefile = (_TESTS.parent / "Makefile").read_text()
-    (options,) = re.findall(r"^\t.*pytest (-n \d+ --dist \w+)", makefile, re.MULTILINE)
-    monkeypatch.setenv("PYTEST_ADDOPTS", options)
+    (options,) = re.findall(r"^\t.*pytest (-n .*timeout=)\d+$", makefile, re.MULTILINE)
+    monkeypatch.setenv("PYTEST_ADDOPTS", f"{options}3")
     shown = run_pytest(tmp_path, _CRASHES)
-    assert "2 failed, 13 passed" in shown, shown
-    assert shown.count("crashed while running 'test_it.py::test_crash") >= 2
+    assert "3 failed, 13 passed" in shown, shown
+    for name in ("test_crash[0]", "test_crash[1]", "test_hangs"):
+        assert f"crashed while running 'test_it.py::{name}'" in shown, shown
     assert "rerun" not in shown

@@ -11,7 +11,8 @@ from pathlib import Path
 def _fields(pid: int) -> list[str]:
     """Read the fields of /proc/pid/stat from the state on; empty where there is no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # Bytes: another test's process may have a name that is no UTF-8.
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
     except (FileNotFoundError, ProcessLookupError):
         return []
 
@@ -31,7 +32,7 @@ def parent(pid: int) -> int:
 def name(pid: int) -> str:
     """Return the name (comm) of a process; empty where there is no such process."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        return os.fsdecode(Path(f"/proc/{pid}/comm").read_bytes()).strip()
     except (FileNotFoundError, ProcessLookupError):
         return ""
 

@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -34,6 +36,8 @@ _KILL_EACH_S = 3.0
 """Seconds between two deaths of the server: a driver that dies more often is given up by its warden."""
 _SIZE = 2 * MIB + 4 * PAGE_SIZE
 _LIMIT = 120 * MIB
+_LONGER_S = 40.0
+"""Seconds that a busy machine may take longer."""
 
 
 class OneBuffer(BufferManager):
@@ -128,14 +132,14 @@ def write_in_threads(path: str, seed: int, parts: tuple[int, ...], stop: Event) 
         sys.exit(1)
 
 
-def _torment(path: str, pid: int, seconds: float, seed: int, kills: bool) -> dict[str, int]:
-    """Move, evict, swap out and reserve at random, and kill the server now and then."""
+def _torment(path: str, pid: int, seconds: float, seed: int, kills: bool, is_enough: Callable[[], bool]) -> dict[str, int]:
+    """Move, evict, swap out and reserve at random, and kill the server now and then; longer while it is not enough."""
     chance, done = random.Random(seed), dict.fromkeys(("moves", "kills", "refused"), 0)
     until = time.monotonic() + seconds
     next_kill = time.monotonic() + 1
     with prefault.device.connect(path, timeout=30) as client:
         buffers = Buffers(client)
-        while time.monotonic() < until:
+        while (now := time.monotonic()) < until or (now < until + _LONGER_S and not is_enough()):
             name = f"object {chance.randrange(_OBJECTS)}"
             try:
                 match chance.randrange(8):
@@ -165,7 +169,9 @@ def _torment(path: str, pid: int, seconds: float, seed: int, kills: bool) -> dic
     return done
 
 
-def run(directory: Path, seconds: float, seed: int, *, kills: bool) -> dict[str, int]:
+def run(
+    directory: Path, seconds: float, seed: int, *, kills: bool, is_enough: Callable[[], bool] = lambda: True
+) -> dict[str, int]:
     """Run two processes with three threads in all against the torment."""
     path = str(directory / "device")
     # VRAM has room for two objects, SYSTEM for two, and the swap file for all: each move drives another one out.
@@ -183,7 +189,7 @@ def run(directory: Path, seconds: float, seed: int, *, kills: bool) -> dict[str,
         for child in children:
             child.start()
         try:
-            done = _torment(path, os.getpid(), seconds, seed, kills)
+            done = _torment(path, os.getpid(), seconds, seed, kills, is_enough)
         finally:
             stop.set()
             for child in children:
@@ -209,12 +215,16 @@ def test_d5_no_write_is_lost_in_a_tight_memory_cgroup(tmp_path: Path) -> None:
         process.join(90)
         assert process.exitcode == 0
         assert group.killed == 0
-        assert int((group.directory / "memory.max_usage_in_bytes").read_text()) > 0.7 * _LIMIT
+        assert _was_tight(group)
+
+
+def _was_tight(group: Group) -> bool:
+    return int((group.directory / "memory.max_usage_in_bytes").read_text()) > 0.7 * _LIMIT
 
 
 def _run_inside(group: Group, directory: Path) -> None:
     group.enter()
-    done = run(directory, 3, 2, kills=True)
+    done = run(directory, 3, 2, kills=True, is_enough=partial(_was_tight, group))
     sys.exit(done["moves"] < 5)
 
 

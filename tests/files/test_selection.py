@@ -67,7 +67,9 @@ def test_directories_are_counted(tree: Path) -> None:
 
 
 def test_sizes_are_those_of_stat(tree: Path) -> None:
-    for found in select(tree):
+    every = list(select(tree))
+    assert len(every) == len(_find(tree, "-type", "f")) > 0
+    for found in every:
         assert isinstance(found, SelectedFile)
         assert found.size == os.stat(found.path).st_size
 

@@ -265,9 +265,12 @@ def test_wrong_arguments(tmp_path: Path, no_leaks: None, arguments: dict[str, An
 def test_a_budget_and_a_rate(tmp_path: Path) -> None:
     path = _numbered(tmp_path / "file", 20 * MIB)
     with prefault.stream(path, budget="6 MiB", chunk="1 MiB", rate="200 MiB/s") as file:
+        read = 0
         for view in file:
             assert view == content(file.position - len(view), len(view))
             assert _cached(path).length <= 6 * MIB
+            read += len(view)
+    assert read == 20 * MIB
 
 
 def test_nothing_is_left_behind(tmp_path: Path, no_leaks: None) -> None:

@@ -89,7 +89,9 @@ def test_kinds_of_gguf(order: str, version: int, alignment: int, tmp_path: Path)
     path = tmp_path / "file"  # the format is seen by the content
     path.write_bytes(gguf(_TENSORS, order, version, alignment))
     content = path.read_bytes()
-    for name, place in tensor_ranges(path).items():
+    found = tensor_ranges(path)
+    assert found.keys() == _TENSORS.keys()
+    for name, place in found.items():
         assert content[place.start :].startswith(_TENSORS[name].tobytes())
 
 

@@ -8,7 +8,8 @@ import stat
 from collections.abc import Mapping
 
 from prefault.files.failures import FileError
-from prefault.files.open_file import MADE_BY_KERNEL, OpenFile
+from prefault.files.file_systems import MADE_BY_KERNEL
+from prefault.files.open_file import OpenFile
 from prefault.recordings.recording_file import RecordedFile
 
 

@@ -147,6 +147,14 @@ def test_an_error_has_the_name_the_reason_and_the_remedy(
     assert _call(*words.split())[::2] == (status, f"prefault: {error}\n")
 
 
+def test_a_recording_without_a_name_is_refused_before_the_command_runs(tmp_path: Path) -> None:
+    for words in (["record", "-o", ""], ["snapshot", "auto", ""]):
+        status, _, err = _call(*words, "--", "touch", str(tmp_path / "ran"))
+        error = "'': the path of the recording is empty: name a file; a variable in the command may be unset"
+        assert (status, err) == (2, f"prefault: {error}\n")
+    assert not (tmp_path / "ran").exists()
+
+
 _HOSTILE = [
     "", " ", "-", "--", "=", ":", "-1", "1e999", "nan", "٣", "0x", "99999999999999999999", "%s{0}", "x" * 5000,
     "a\nb\x1b[31m", "\udcff\udc80", "/dev/null/x", "/proc/self/mem/x", "a:b:c", "../" * 2000, "\u202e",

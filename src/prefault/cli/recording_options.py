@@ -76,6 +76,8 @@ def check_writable(output: str) -> None:
     """
     from prefault.recordings.recording_file import can_be_replaced
 
+    if not output:
+        raise click.UsageError("'': the path of the recording is empty: name a file; a variable in the command may be unset")
     if not can_be_replaced(output):
         return
     directory = os.path.dirname(os.path.realpath(output))

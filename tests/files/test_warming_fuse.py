@@ -79,8 +79,10 @@ def test_a_slow_server_is_asked_for_more_at_once(
     assert prefault.warm(bed / "small").method == "pread"  # one more request would take a while
 
 
-def test_measuring_reads_nothing_twice(mount: Mount, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large enough for methods to be measured on it, in the middle of other ranges."""
+@pytest.mark.parametrize("slow", [60.0, 0.0])
+def test_measuring_reads_nothing_twice(mount: Mount, monkeypatch: pytest.MonkeyPatch, slow: float) -> None:
+    """Large enough for methods to be measured on it, in the middle of other ranges; each method in front of the others."""
+    monkeypatch.setattr(method_choice, "_SLOW_SECONDS", slow)
     monkeypatch.setattr(method_choice, "_WORTH_BYTES", {False: 200 * MIB})
     monkeypatch.setattr(method_choice, "_ROOM_BYTES", 200 * MIB)
     monkeypatch.setattr(method_choice, "_PROBE_BYTES", 8 * MIB)

@@ -26,6 +26,8 @@ _WORTH_BYTES = {True: 4096 * MIB, False: 1024 * MIB}
 """Missing bytes of a device from which on measuring pays, by whether its disk is local: what slower methods lose on their
 pieces is then some hundredths at most. Below: the first candidate."""
 
+_HUGE = 2 * MIB
+
 _ROOM_BYTES = 512 * MIB
 """Missing bytes in one run that measuring needs, so that a method finds nothing that another one has read ahead."""
 
@@ -108,6 +110,8 @@ class MethodChoice:
     def place_to_measure(self, file: OpenFile, missing: RangeSet) -> PageRange | None:
         """Return the missing run of a file to measure methods on, for :meth:`measure`; None: measuring does not pay.
 
+        It begins at a huge page, which populating would read from its start.
+
         To be asked once for each file: its bytes count as missing on its device.
         """
         key = _key(file)
@@ -115,7 +119,9 @@ class MethodChoice:
         if self._missing[key] < _WORTH_BYTES[file.file_system in _LOCAL] or key in self._best:
             return None
         longest = max(missing, key=lambda pages: pages.length)
-        return longest if longest.length >= _ROOM_BYTES and len(self._candidates(file)) > 1 else None
+        if longest.length < _ROOM_BYTES or len(self._candidates(file)) == 1:
+            return None
+        return PageRange(longest.start + -longest.start % _HUGE, longest.stop)
 
     def measure(
         self, file: OpenFile, place: PageRange, bring_in: Callable[[PageRange, WarmMethod], int]

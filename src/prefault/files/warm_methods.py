@@ -2,7 +2,7 @@
 
 =============  =====================================================================================================
 ``populate``   MADV_POPULATE_READ through a mapping of our own: no copy. MADV_HUGEPAGE on it has the kernel read 2 MiB
-               at once (Linux 5.18), whatever ``read_ahead_kb`` is.
+               at once (Linux 5.18) where ``read_ahead_kb`` is small.
 ``readahead``  POSIX_FADV_WILLNEED in steps that the kernel does not cut short, then one pass of pread that waits for
                them. Reads exactly the bytes that it is given.
 ``pread``      preadv into a small buffer that is used again.
@@ -74,7 +74,11 @@ class PieceReader:
 
     def __init__(self, file: OpenFile, method: MethodName) -> None:
         self._method = method
-        self._read_ahead = min(_window(file), _LONGEST_READ_AHEAD)
+        window = _window(file)
+        self._read_ahead = min(window, _LONGEST_READ_AHEAD)
+        # Two huge pages are under way at first. Where the kernel reads as much ahead anyway, they gain nothing. Without
+        # MADV_SEQUENTIAL it would read behind the range as well.
+        self._advice = mman.MADV_HUGEPAGE if window < 2 * _HUGE else mman.MADV_SEQUENTIAL
         self._buffer: memoryview | None = None
         # The kernel doubles the read-ahead of a sequential reader, and reads for a random one what it asks for alone.
         self._fd = reopened(file.fd, os.POSIX_FADV_SEQUENTIAL if _is_doubled(file) else os.POSIX_FADV_NORMAL)
@@ -96,7 +100,7 @@ class PieceReader:
             return self._read_exactly(start, stop)
         if self._method == "populate":
             try:
-                _populate(self._fd, start, stop, mman.MADV_HUGEPAGE)
+                _populate(self._fd, start, stop, self._advice)
             except OSError as error:
                 if error.errno not in _PREAD_TELLS:
                     raise
@@ -222,8 +226,9 @@ def _window(file: OpenFile) -> int:
 def _read_ahead_window(file: OpenFile) -> int:
     """Return the device's ``read_ahead_kb`` in bytes."""
     device = os.fstat(file.fd).st_rdev if file.is_block_device else file.identity.device
-    try:
-        with open(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb") as setting:
+    number = f"{os.major(device)}:{os.minor(device)}"
+    # A partition has that of its disk.
+    for name in (f"/sys/class/bdi/{number}/read_ahead_kb", f"/sys/dev/block/{number}/../queue/read_ahead_kb"):
+        with contextlib.suppress(OSError, ValueError), open(name) as setting:
             return int(setting.read()) * KIB
-    except (OSError, ValueError):  # a partition or an overlay has none of its own
-        return _UNKNOWN_READ_AHEAD
+    return _UNKNOWN_READ_AHEAD  # that of an overlay is its disk's

@@ -137,6 +137,45 @@ def test_many_small_parts_take_few_calls(monkeypatch: pytest.MonkeyPatch) -> Non
     assert prefault.populate(parts).bytes + prefault.populate(parts).present_bytes >= 20_000 * 1000
 
 
+def test_discard_gives_back_what_lies_inside(arrays: list[numpy.ndarray[Any, Any]]) -> None:
+    prefault.populate(arrays)
+    for array in arrays:
+        array[:] = 7
+    halves = [arrays[2][:100], arrays[2][100 : 2 * PAGE_SIZE + 5]]
+    result = prefault.discard({"a": arrays[0], "b": [arrays[1][5:], *halves]})
+    assert result.bytes == result.freed_bytes == MIB + MIB - PAGE_SIZE + 2 * PAGE_SIZE
+    assert [_present(array) for array in arrays[:4]] == [0, PAGE_SIZE, MIB - 2 * PAGE_SIZE, MIB]
+    assert arrays[1][:5].tolist() == [7] * 5
+    assert arrays[2][2 * PAGE_SIZE :].min() == 7
+    assert not arrays[0].any()
+    rows = arrays[3].reshape(-1, PAGE_SIZE)
+    assert prefault.discard(list(rows[::2])).bytes == MIB // 2 == MIB - _present(arrays[3])  # more than are borrowed singly
+
+
+def test_discard_checks_all_before_anything_is_lost(arrays: list[numpy.ndarray[Any, Any]]) -> None:
+    prefault.populate(arrays)
+    readonly = arrays[5][:]
+    readonly.flags.writeable = False
+    with pytest.raises(ValueError, match=r"^\['r'\]: the buffer is read-only"):
+        prefault.discard({"a": arrays[0], "r": readonly})
+    with pytest.raises(ValueError, match=r"^\[1\]: the array is not contiguous"):
+        prefault.discard([arrays[0], arrays[1][::3]])
+    with pytest.raises(ValueError, match="offset and length are those of one buffer"):
+        prefault.discard(arrays, length=PAGE_SIZE)
+    with pytest.raises(TypeError, match=r"^\[1\]: '/etc/passwd' is a path"):
+        prefault.discard([arrays[0], "/etc/passwd"])
+    assert [_present(array) for array in arrays] == [MIB] * 8
+
+
+def test_headroom_has_the_limits_of_all_kinds_of_memory(arrays: list[numpy.ndarray[Any, Any]]) -> None:
+    with prefault.Mapping(MIB, backing="tmpfs") as shared:
+        both = {limit.name for limit in prefault.headroom([arrays[0], {"x": shared}]).limits}
+        assert both == {limit.name for one in (arrays[0], shared) for limit in prefault.headroom(one).limits}
+        assert both > {limit.name for limit in prefault.headroom(arrays[:3]).limits}
+    with pytest.raises(TypeError, match="no memory to work on"):
+        prefault.headroom(object())
+
+
 # --- what fails, and where
 
 

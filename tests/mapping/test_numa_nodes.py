@@ -15,6 +15,7 @@ import prefault
 from prefault._kernel import mempolicy, mman
 from prefault._kernel.mempolicy import MPOL_DEFAULT, MPOL_PREFERRED
 from prefault._system import numa
+from prefault.limits import memory_limits
 from prefault.sizes import MIB, PAGE_SIZE
 from prefault.testing import without
 from support import needs, nodes
@@ -96,10 +97,6 @@ def test_the_pages_of_a_collection_are_counted_by_node(mapping: prefault.Mapping
     found = prefault.residency([array[: 6 * MIB], array[9 * MIB :]], nodes=True)
     assert found.nodes is None
     assert found.node_bytes == {0: 2 * MIB}
-    with pytest.raises(ValueError, match="node or interleave is for one buffer"):
-        prefault.populate([array, array], node=0)
-    with pytest.raises(ValueError, match="node or interleave is for one buffer"):
-        prefault.plan([array, array], interleave=True)
 
 
 def test_the_zero_page_is_on_no_node() -> None:
@@ -151,6 +148,50 @@ def test_more_than_the_node_has_is_refused_before_anything_is_touched() -> None:
             with pytest.raises(prefault.HeadroomError, match="nothing was populated"):
                 prefault.populate(mapping, node=0)
             assert _on(mapping) == {}
+
+
+@pytest.mark.parametrize("arguments", [{"node": 0}, {"interleave": True}])
+def test_the_policy_of_a_collection_ends_with_the_call(mapping: prefault.Mapping, arguments: dict[str, Any]) -> None:
+    array = mapping.ndarray("uint8")
+    parts = {"a": array[: 4 * MIB], "b": [array[6 * MIB : 8 * MIB], array[12 * MIB :].reshape(-1, 4 * PAGE_SIZE)[:, :9]]}
+    wanted = 4 * MIB + 2 * MIB + MIB
+    seen = set()
+
+    def look(done: int, total: int) -> None:
+        seen.update(nodes.policies(*mapping.range))
+
+    assert "memory comes" in str(prefault.plan(parts, **arguments))
+    assert prefault.populate(parts, progress=look, **arguments).bytes == wanted == sum(_on(mapping).values())
+    assert seen - {"default"} == ({"bind:0"} if "node" in arguments else seen - {"default"})
+    assert len(seen) == 2
+    assert nodes.policies(*mapping.range) == {"default"}
+
+
+def test_more_ranges_than_there_can_be_mappings(mapping: prefault.Mapping) -> None:
+    with prefault.Mapping(2 * 20_000 * PAGE_SIZE, huge="never") as many:
+        rows = many.ndarray("uint8").reshape(-1, 2 * PAGE_SIZE)
+        with pytest.raises(ValueError, match="a mapping of each separate range, and these are 20000"):
+            prefault.populate(rows[:, :5], node=0)
+        assert _on(many) == {}
+        del rows
+
+
+def test_a_node_that_fills_meanwhile_ends_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reading of one number is replaced: `make numa` fills a node."""
+    read = numa.read_node_meminfo
+
+    def full(done: int, total: int) -> None:
+        monkeypatch.setattr(memory_limits, "read_node_meminfo", lambda node, *names: [read(node, names[0])[0], 0, 0, 0, 0])
+
+    with prefault.Mapping(64 * MIB, huge="never") as mapping:
+        with pytest.raises(
+            prefault.HeadroomError, match=r"stopped at offset \d+ .* MemFree of node 0 leaves 0 bytes"
+        ) as caught:
+            prefault.populate(mapping, node=0, threads=1, rate="1 GiB/s", progress=full)
+        assert 0 < caught.value.populated_bytes < 64 * MIB
+        assert _on(mapping) == {0: caught.value.populated_bytes}
+        monkeypatch.undo()
+        assert prefault.populate(mapping, node=0).bytes == 64 * MIB - caught.value.populated_bytes
 
 
 # --- with two nodes
@@ -237,6 +278,30 @@ def test_a_full_node_is_refused_though_the_machine_has_memory() -> None:
         pytest.raises(prefault.HeadroomError, match="MemFree of node 1 leaves"),
     ):
         prefault.populate(mapping)
+
+
+@pytest.mark.usefixtures("two")
+def test_a_node_that_is_filled_meanwhile_ends_the_call() -> None:
+    (free,) = numa.read_node_meminfo(1, "MemFree")
+    with prefault.Mapping(free // 2, huge="never") as mapping, prefault.Mapping(free, huge="never") as other:
+
+        def fill(done: int, total: int) -> None:
+            if not prefault.residency(other).present_bytes:
+                prefault.populate(other, length=free - free // 8, node=1, headroom="ignore")
+
+        with pytest.raises(prefault.HeadroomError, match=r"stopped at offset .* MemFree of node 1 leaves"):
+            prefault.populate(mapping, node=1, threads=1, progress=fill)
+        assert set(_on(mapping)) == {1}
+
+
+@pytest.mark.usefixtures("two")
+def test_the_buffers_of_a_collection_come_from_the_node() -> None:
+    with prefault.Mapping(SIZE, huge="never") as one, prefault.Mapping(SIZE, backing="memfd") as other:
+        rows = other.ndarray("uint8").reshape(-1, 4 * PAGE_SIZE)
+        prefault.populate({"one": one, "rows": rows[:, :5]}, node=1)
+        assert _on(one) == {1: SIZE}
+        assert _on(other) == {1: SIZE // 2}
+        del rows
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import errno
 from collections.abc import Iterator
 from time import perf_counter
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from prefault._kernel import mman
 from prefault._kernel.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
@@ -11,10 +11,13 @@ from prefault._system import capabilities
 from prefault.errors import DiscardError
 from prefault.inspection.result import PageState
 from prefault.inspection.scan import residency_of
-from prefault.memory.borrowing import Borrowed, Span, borrow, other_spans, provided_spans
+from prefault.memory.borrowing import Borrowed, ProvidedSpan, Span, borrow, other_spans, provided_spans
 from prefault.memory.vma import Backing, Vma, vm_flags, vmas_by_kind
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size
+
+if TYPE_CHECKING:
+    from prefault.memory.borrowed_members import Members
 
 _STEP = 64 * MIB
 """One system call gives back at most this much, some 10 ms of work, so that Ctrl-C is answered."""
@@ -55,7 +58,8 @@ def discard(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> Dis
     that maps them: that is what frees the memory. A file on disk is never changed.
 
     Args:
-        buffer: any writable memory, as for :func:`~prefault.populate`. Rounded **inward**: no neighbour's byte is lost.
+        buffer: any writable memory, or a collection of it, as for :func:`~prefault.populate`. Rounded **inward**: no
+            neighbour's byte is lost. Of a collection all is checked before the first page is discarded.
         offset: where to start, in bytes from the start of the buffer.
         length: how far; None: to its end.
 
@@ -66,26 +70,75 @@ def discard(buffer: Any, *, offset: Size = 0, length: Size | None = None) -> Dis
     Source: madvise(2), MADV_DONTNEED and MADV_REMOVE; fallocate(2), FALLOC_FL_PUNCH_HOLE.
     """
     began = perf_counter()
-    with borrow(buffer) as memory:
+    try:
+        borrowed = borrow(buffer)
+    except TypeError as error:
+        # Imported here: a part of the import time that most programs need not spend.
+        from prefault.memory.borrowed_members import borrowed_collection
+
+        with borrowed_collection(buffer, offset, length, error) as members:
+            return _discard_members(members, began)
+    with borrowed as memory:
         span = memory.select(offset, length)
         if not memory.contiguous:
-            raise ValueError("the array is not contiguous: discarding the pages it spans would lose bytes between its items")
+            raise ValueError(_GAPS)
         if memory.access_guard is None:
             return _discard(memory, span, began)
         with memory.access_guard.discarding(span) as whole_blocks:
             return _discard(memory, whole_blocks, began)
 
 
+_GAPS = "the array is not contiguous: discarding the pages it spans would lose bytes between its items"
+
+
 def _discard(memory: Borrowed, span: Span, began: float) -> DiscardResult:
+    return _discard_looked([_look(memory, span)], began)
+
+
+def _discard_members(members: "Members", began: float) -> DiscardResult:
+    """Discard the pages all of whose bytes are those of members."""
+    name = members.with_gaps
+    if name is not None:
+        raise ValueError(f"{name}: {_GAPS}")
+    looks = []
+    for readonly, spans in members.bytes_by_kind():
+        for start, stop in spans:
+            try:
+                looks.append(_look(Borrowed(start, stop - start, readonly=readonly), Span(start, stop)))
+            except ValueError as error:
+                member = members.member_at(start)
+                raise ValueError(f"{member.name if member else 'a part'}: {error}") from error
+    return _discard_looked(looks, began)
+
+
+_Part: TypeAlias = tuple[PageRange, Vma]
+"""Whole pages of one mapping, and its kind."""
+
+
+class _Look(NamedTuple):
+    """Memory that may be discarded: the spans that page providers supply, and the kernel's parts, each with its holes."""
+
+    provided: tuple[ProvidedSpan, ...]
+    others: list[tuple[list[_Part], bool]]
+    fd: int | None
+
+
+def _look(memory: Borrowed, span: Span) -> _Look:
     provided = provided_spans(*span)
-    if not provided:
-        return _discard_parts(*_parts(memory, span), memory.fd, began)
-    others = [_parts(memory, part) for part in other_spans(*span, provided)]
+    spans = other_spans(*span, provided) if provided else [span]
+    return _Look(provided, [_parts(memory, part) for part in spans], memory.fd)
+
+
+def _discard_looked(looks: list[_Look], began: float) -> DiscardResult:
     # First the devices: they may refuse, and then nothing of the kernel's memory is lost.
     results = [
-        DiscardResult(*page_provider.discard(Span(start, stop)), 0.0, "device") for start, stop, page_provider in provided
+        DiscardResult(*page_provider.discard(Span(start, stop)), 0.0, "device")
+        for look in looks
+        for start, stop, page_provider in look.provided
     ]
-    results += (_discard_parts(parts, holes, memory.fd, began) for parts, holes in others)
+    results += (_discard_parts(parts, holes, look.fd, began) for look in looks for parts, holes in look.others)
+    if len(results) == 1:
+        return results[0]
     freed = [result.freed_bytes for result in results]
     return DiscardResult(
         sum(result.bytes for result in results),
@@ -108,10 +161,6 @@ def _discard_parts(parts: "list[_Part]", holes: bool, fd: int | None, began: flo
         notes["the file's pages stay in the page cache until the kernel wants the memory"] = None
     total = sum(part.length for part, _ in parts)
     return DiscardResult(total, freed, perf_counter() - began, ", ".join(used), tuple(notes))
-
-
-_Part: TypeAlias = tuple[PageRange, Vma]
-"""Whole pages of one mapping, and its kind."""
 
 
 def _allocated(parts: list[_Part]) -> int | None:

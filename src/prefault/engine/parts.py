@@ -24,6 +24,9 @@ from prefault.sizes import MIB, format_size
 _NONE = Intervals()
 
 
+FOREIGN_NODES = "the server of a device decides where its memory comes from: leave node and interleave out"
+
+
 class PopulateOptions(NamedTuple):
     """Arguments of :func:`prefault.populate`, and when it began, by :func:`time.perf_counter_ns`."""
 

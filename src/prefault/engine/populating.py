@@ -14,6 +14,7 @@ from prefault.engine.execution import Execution
 from prefault.engine.methods import Access
 from prefault.engine.outcomes import NO_MEMORY, PopulateResult
 from prefault.engine.parts import (
+    FOREIGN_NODES,
     KernelPart,
     Part,
     PopulateOptions,
@@ -179,7 +180,7 @@ def populate_borrowed(
 ) -> PopulateResult:  # fmt: skip
     """Populate borrowed memory; the caller releases it."""
     if not isinstance(memory, Borrowed):
-        _check_one_buffer(options.huge, options.node_policy)
+        _check_not_huge(options.huge)
         from prefault.engine.scattered.populating_many import populate_members
 
         return populate_members(memory, options)
@@ -187,7 +188,7 @@ def populate_borrowed(
         memory.has_policy = memory.has_policy or options.node_policy is not None
         span = memory.select(offset, length)
         if memory.strides is not None:
-            _check_one_buffer(options.huge, options.node_policy)
+            _check_not_huge(options.huge)
             return _populate_pages(memory, Intervals([span]), options)
         if memory.access_guard is None:
             return _populate(memory, span, None, options)
@@ -233,36 +234,45 @@ def plan(
                 interleave=interleave,
             )  # fmt: skip
             return of_files
-        _check_one_buffer(wants_huge(huge), policy)
+        _check_not_huge(wants_huge(huge))
         # Imported here, and below: a part of the import time that most programs need not spend.
         from prefault.memory.borrowed_members import borrowed_collection
 
         with borrowed_collection(buffer, offset, length, error) as members:
-            return _plan_members(members, access, method, threads)
+            return _plan_members(members, access, method, threads, policy)
     with memory:
         memory.has_policy = memory.has_policy or policy is not None
         if memory.strides is None:
             made = make_plan(memory, access, offset, length, method, threads)
             notes = [huge_note(made, memory)] if wants_huge(huge) and made.segments else []
             if policy is not None:
-                notes.append(f"memory comes {policy.words}")
+                notes.append(_policy_note(policy))
             if made.segments and memory.access_guard is None:  # whose owner charges a pool before its limit has room
                 notes += _admission(made.segments, populated_pages(made.segments), memory, None, policy).outlook()
             return made._replace(notes=(*made.notes, *notes))
-        _check_one_buffer(wants_huge(huge), policy)
+        _check_not_huge(wants_huge(huge))
         from prefault.memory.borrowed_members import Members, member_of
 
         member = member_of("", memory, Intervals([memory.select(offset, length)]))
-        return _plan_members(Members.of_one(member), access, method, threads)
+        return _plan_members(Members.of_one(member), access, method, threads, policy)
 
 
-def _plan_members(members: Members, access: Access | None, method: str | None, threads: Threads) -> Plan:
+def _plan_members(
+    members: Members, access: Access | None, method: str | None, threads: Threads, policy: NodePolicy | None
+) -> Plan:  # fmt: skip
     from prefault.engine.scattered.planning_pages import joined, plan_members
     from prefault.engine.scattered.populating_many import outlook_of
 
     plans, provided = plan_members(members, access, method, threads)
     made = joined(plans, sum(stop - start for start, stop, _ in provided))
-    return made._replace(notes=(*made.notes, *outlook_of(plans)))
+    notes = [*made.notes, *outlook_of(plans, () if policy is None else policy.bound)]
+    if policy is not None:
+        notes.append(_policy_note(policy))
+    return made._replace(notes=tuple(notes))
+
+
+def _policy_note(policy: NodePolicy) -> str:
+    return f"memory comes {policy.words}"
 
 
 def _check_choices(access: object, headroom: object, progress: object) -> None:
@@ -273,10 +283,9 @@ def _check_choices(access: object, headroom: object, progress: object) -> None:
         raise ValueError(f"access is 'read', 'write' or None, not {access!r}")
 
 
-def _check_one_buffer(huge: bool, policy: NodePolicy | None) -> None:
-    name = "huge='auto'" if huge else "node or interleave" if policy is not None else None
-    if name is not None:
-        raise ValueError(f"{name} is for one buffer without gaps: give the buffers one by one, or leave {name} out")
+def _check_not_huge(huge: bool) -> None:
+    if huge:
+        raise ValueError("huge='auto' is for one buffer without gaps: give the buffers one by one, or leave it out")
 
 
 def populate_many(
@@ -390,7 +399,7 @@ def _populate_parts(
     """Populate memory that page providers supply, in whole or in part."""
     access, method, threads, rollback, progress, rate, headroom, began, _, policy = options
     if policy is not None:
-        raise ValueError("the server of a device decides where its memory comes from: leave node and interleave out")
+        raise ValueError(FOREIGN_NODES)
     origin = memory.address
     plans = [plan_span(memory, part, access, method, threads) for part in other_spans(*span, provided)]
     segments = [segment for plan in plans for segment in plan.segments]

@@ -12,6 +12,7 @@ from prefault.limits.allowance import allowance
 from prefault.limits.demand import Demand, length_of_all, missing_in_all, uncached_in_all
 from prefault.limits.evicted_meanwhile import EvictedPages, evicted_meanwhile
 from prefault.limits.limit import Shortfall
+from prefault.limits.memory_limits import node_limits
 from prefault.limits.table import ask_for_memory, has_free_memory, refusal_ahead
 from prefault.sizes import MIB, format_size
 
@@ -45,6 +46,7 @@ class AdmissionControl:
         self._scattered = [demand for demand in demands if len(demand.stretches) > 1]
         self._single = sorted((demand for demand in demands if len(demand.stretches) == 1), key=lambda one: one.use.start)
         self._starts = [demand.use.start for demand in self._single]
+        self._nodes = {demand.use.nodes for demand in demands if demand.use.nodes and demand.use.takes_memory}
         self._origin = origin
         self._lock = threading.Lock()
         self._admitted: dict[int, int] = {}  # bytes by thread
@@ -124,7 +126,7 @@ class AdmissionControl:
             with self._lock:
                 others = sum(list(self._admitted.values()))
                 # Half of the reserve: the estimates of the start may have been a little too small.
-                shortfall = self._ask(bound, spans, 0.5, others)
+                shortfall = self._ask(bound, spans, 0.5, others) or self._ask_nodes(spans, others)
                 if shortfall is None:
                     self._admitted[threading.get_ident()] = bound
                     return None
@@ -164,6 +166,17 @@ class AdmissionControl:
         if not lately:
             allowance.fill(answer.left_bytes - needed - others, now_ns)
         self.largest_chunk = min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, (answer.left_bytes - others) // 8 & -MIB))
+        return None
+
+    def _ask_nodes(self, spans: list[tuple[Demand, int, int]], others: int) -> Shortfall | None:
+        """Return a NUMA node that has too little left for a chunk, whatever other nodes have."""
+        for nodes in self._nodes:
+            needed = sum(demand.missing_bytes(start, stop) for demand, start, stop in spans if demand.use.nodes == nodes)
+            for limit in node_limits(nodes) if needed else ():
+                # Half of the reserve, as above.
+                left = limit.limit_bytes - limit.used_bytes + limit.reclaimable_bytes - limit.reserve_bytes // 2 - others
+                if needed > left:
+                    return Shortfall(limit, needed, max(0, left))
         return None
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from prefault._system import hugetlb
 from prefault._system.proc import read_mounts
-from prefault.limits.limit import Headroom
+from prefault.limits.limit import Headroom, Limit
 from prefault.limits.memory_use import MemoryUse, use_of_vma
 from prefault.limits.table import limits_on
 from prefault.memory.backings import (
@@ -17,13 +17,17 @@ from prefault.memory.backings import (
 )
 from prefault.memory.borrowing import borrow
 from prefault.memory.vma import Backing, Vma, file_descriptor, vmas
+from prefault.sizes import MIB
+
+_NEAR = 64 * MIB
+"""A gap between buffers over which one walk over the mappings goes on."""
 
 
 def headroom(target: Any = None) -> Headroom:
     """Read the limits that could stop or kill a populate call.
 
     Args:
-        target: any buffer, as for :func:`~prefault.populate`; or a backing or its name (``"memfd"``,
+        target: any buffer or collection, as for :func:`~prefault.populate`; or a backing or its name (``"memfd"``,
             ``prefault.File(path)``): the limits that a new mapping of it would meet, at mmap as well; None: this process in
             general.
 
@@ -39,16 +43,35 @@ def headroom(target: Any = None) -> Headroom:
     elif isinstance(target, str | BackingSource):
         found = [limits_on(use) for use in _of_backing(parse_backing(target))]
     else:
-        with borrow(target) as memory:
-            # One of many mappings of a kind stands for all, of which sparse memory can have thousands.
-            pages = vmas(memory.address, memory.address + memory.length) if memory.length else ()
-            uses = [_of_vma(vma, memory.fd) for vma in {_kind(vma): vma for vma in pages}.values()]
-            # Private mappings of files are populated readable unless asked otherwise: their pages stay the file's.
-            uses += [use._replace(access="read") for use in uses if use.backing is Backing.FILE and use.copies]
-            found = [limits_on(use) for use in uses]
+        found = _on_memory(target)
     # Memory of several kinds meets the same limits, which may have been read twice; the first reading counts.
     limits = [limit for several in found for limit in several]
     return Headroom(tuple({(limit.name, limit.bounds, limit.source): limit for limit in reversed(limits)}.values())[::-1])
+
+
+def _on_memory(target: Any) -> list[list[Limit]]:
+    try:
+        borrowed = borrow(target)
+    except TypeError as error:
+        # Imported here: a part of the import time that most programs need not spend.
+        from prefault.memory.borrowed_members import borrowed_collection
+
+        with borrowed_collection(target, 0, None, error) as members:
+            pages = members.pages
+            clusters = pages.bridged(_NEAR) if len(pages) > 1 else pages
+            touched = (vma for span in clusters for vma in vmas(*span) if pages.clipped(vma.start, vma.stop))
+            return _limits_on(touched, None)
+    with borrowed as memory:
+        found = vmas(memory.address, memory.address + memory.length) if memory.length else ()
+        return _limits_on(found, memory.fd)
+
+
+def _limits_on(mappings: Iterable[Vma], fd: int | None) -> list[list[Limit]]:
+    # One of many mappings of a kind stands for all, of which sparse memory can have thousands.
+    uses = [_of_vma(vma, fd) for vma in {_kind(vma): vma for vma in mappings}.values()]
+    # Private mappings of files are populated readable unless asked otherwise: their pages stay the file's.
+    uses += [use._replace(access="read") for use in uses if use.backing is Backing.FILE and use.copies]
+    return [limits_on(use) for use in uses]
 
 
 def _kind(vma: Vma) -> tuple[object, ...]:

@@ -126,6 +126,24 @@ class Members:
         for (readonly, huge), each in kinds.items():
             yield readonly, huge, Intervals.union_of(each)
 
+    @property
+    def with_gaps(self) -> str | None:
+        """The name of the first member whose items have gaps between them; None where there is none."""
+        return next((member.name for member in self._singles if not member.memory.contiguous), None)
+
+    def bytes_by_kind(self) -> Iterator[tuple[bool, Intervals]]:
+        """Yield the bytes of the members that are read-only, and of the others, as addresses; none twice."""
+        seen = Intervals()
+        for readonly in (False, True):
+            some = [memory for _, memory, _ in self._singles if memory.readonly == readonly]
+            found = Intervals((memory.address, memory.address + memory.length) for memory in some)
+            if self._many is not None:
+                index = (self._many.exported & (self._many.lengths > 0) & (self._many.readonly == readonly)).nonzero()[0]
+                starts = self._many.starts[index]
+                found |= Intervals.from_arrays(starts, starts + self._many.lengths[index])
+            yield readonly, found - seen
+            seen |= found
+
     def within(self, start: int, stop: int) -> Iterator[Member]:
         """Yield the members that have a byte in the pages from ``start`` to ``stop``."""
         for member in self._singles:

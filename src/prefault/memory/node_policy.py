@@ -20,6 +20,9 @@ from prefault.memory.vma import vmas
 Interleave: TypeAlias = bool | Sequence[int]
 """True: pages alternate among all nodes that this process may use; numbers: among these; False: no policy."""
 
+_MOST_RANGES = 16384
+"""Separate ranges that may get a policy: each becomes a mapping, of which a process has 65 530 (vm.max_map_count)."""
+
 _WORDS = {
     MPOL_BIND: "only from {nodes} (MPOL_BIND)",
     MPOL_PREFERRED: "from {nodes} as long as it has some (MPOL_PREFERRED)",
@@ -105,8 +108,14 @@ def under_policy(wanted: NodePolicy, pages: Intervals) -> Iterator[None]:
     """Set a policy for pages, given by addresses, while a block runs; each mapping gets its own policy back afterwards.
 
     Raises:
+        ValueError: so many separate ranges that the process could have no mapping for each.
         OSError: the kernel refuses it; policies are as before.
     """
+    if len(pages) > _MOST_RANGES:
+        raise ValueError(
+            f"node and interleave make a mapping of each separate range, and these are {len(pages)}, more than"
+            f" {_MOST_RANGES}: leave them out, or map the memory with Mapping(node=...)"
+        )
     before = [
         (max(start, vma.start), min(stop, vma.stop), *get_mempolicy(max(start, vma.start)))
         for start, stop in pages

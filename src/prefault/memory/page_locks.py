@@ -1,7 +1,5 @@
 """Locks of pages by mlock(2), of which the kernel has one a page: who needs it, and when it ends."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import weakref

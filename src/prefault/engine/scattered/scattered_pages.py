@@ -80,11 +80,13 @@ def _resident_pages(segment: Segment, pages: Intervals) -> Intervals:
     return resident_in([PageRange(*span) for span in pages.bridged(NEAR)])
 
 
-def scattered_demand(segment: Segment, look: ScatteredLook, fd: int | None, *, guarded: bool = False) -> Demand:
+def scattered_demand(
+    segment: Segment, look: ScatteredLook, fd: int | None, *, guarded: bool = False, nodes: tuple[int, ...] = ()
+) -> Demand:  # fmt: skip
     """Return the demand of the pages of a segment that are missing."""
     pages = pages_of(segment)
     missing = pages - look.before - look.resident if segment.target.shared else pages - look.before
-    return _ScatteredDemand(segment.use._replace(guarded=guarded), pages, missing, fd)
+    return _ScatteredDemand(segment.use._replace(guarded=guarded, nodes=nodes), pages, missing, fd)
 
 
 class _ScatteredDemand(Demand):

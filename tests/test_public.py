@@ -86,8 +86,10 @@ _PUBLIC = [
     "SparseMemory",
     "SpecialMappingError",
     "TemporaryFile",
+    "WarmCancelled",
     "WarmInterrupted",
     "WarmResult",
+    "WarmTask",
     "__version__",
     "collapse",
     "discard",
@@ -113,6 +115,7 @@ _PUBLIC = [
     "stream",
     "unlock",
     "warm",
+    "warm_async",
     "zeros",
 ]
 

@@ -88,7 +88,8 @@ if _typing.TYPE_CHECKING:
     from prefault.files.file_status import FilesStatus, FileStatus, status
     from prefault.files.selection import SelectedFile, Selection, SkippedFile, select
     from prefault.files.streaming import FileStream, stream
-    from prefault.files.warm_result import WarmInterrupted, WarmResult
+    from prefault.files.warm_result import WarmCancelled, WarmInterrupted, WarmResult
+    from prefault.files.warm_task import WarmTask, warm_async
     from prefault.files.warming import warm
     from prefault.pool import Pool, PoolStatistics
     from prefault.recordings.own_recording import recording
@@ -167,8 +168,10 @@ __all__ = [
     "SparseMemory",
     "SpecialMappingError",
     "TemporaryFile",
+    "WarmCancelled",
     "WarmInterrupted",
     "WarmResult",
+    "WarmTask",
     "__version__",
     "collapse",
     "discard",
@@ -194,6 +197,7 @@ __all__ = [
     "stream",
     "unlock",
     "warm",
+    "warm_async",
     "zeros",
 ]
 
@@ -224,8 +228,10 @@ _LATER = {
     "SharedMemoryProtection": "prefault.shared_memory",
     "SkippedFile": "prefault.files.selection",
     "SparseMemory": "prefault.sparse",
+    "WarmCancelled": "prefault.files.warm_result",
     "WarmInterrupted": "prefault.files.warm_result",
     "WarmResult": "prefault.files.warm_result",
+    "WarmTask": "prefault.files.warm_task",
     "collapse": "prefault.engine.collapsing",
     "empty": "prefault.arrays",
     "evict": "prefault.files.evicting",
@@ -240,6 +246,7 @@ _LATER = {
     "status": "prefault.files.file_status",
     "stream": "prefault.files.streaming",
     "warm": "prefault.files.warming",
+    "warm_async": "prefault.files.warm_task",
     "zeros": "prefault.arrays",
 }
 

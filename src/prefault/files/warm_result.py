@@ -84,6 +84,21 @@ class WarmInterrupted(KeyboardInterrupt):
         self.result = result
 
 
+class WarmCancelled(OSError):
+    """:meth:`prefault.WarmTask.cancel` stopped a call in the background (ECANCELED); the pages that came in stay.
+
+    Attributes:
+        result: the result until then, checked as that of a call that came to its end.
+    """
+
+    def __init__(self, number: int, message: str, result: WarmResult) -> None:
+        super().__init__(number, message)
+        self.result = result
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 class FileState:
     """Facts about one file while it is warmed.
 

@@ -48,7 +48,7 @@ except engines.HeadroomError as error:
 def test_46949_as_reported() -> None:
     """vllm#46949: a region larger than /dev/shm fails by "[Errno 14] Bad address", which names neither size nor remedy.
 
-    The thread itself is not in the stored issues; its fixes #47073 and #50358 quote it.
+    So quoted by its fixes, #47073 and #50358.
     """
     assert own_dev_shm.output(_MADVISE, size="2m") == "[Errno 14] Bad address\n"
 

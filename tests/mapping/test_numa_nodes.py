@@ -300,7 +300,7 @@ def test_the_buffers_of_a_collection_come_from_the_node() -> None:
         rows = other.ndarray("uint8").reshape(-1, 4 * PAGE_SIZE)
         prefault.populate({"one": one, "rows": rows[:, :5]}, node=1)
         assert _on(one) == {1: SIZE}
-        assert _on(other) == {1: SIZE // 2}
+        assert _on(other) == {1: SIZE // 4}
         del rows
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 
@@ -105,6 +106,28 @@ def test_advice_23_with_another_meaning(monkeypatch: pytest.MonkeyPatch) -> None
 def _off(*names: str) -> set[str]:
     """Which of these are not available now."""
     return {what.name for what in capabilities.ALL if what.name in names and not what.available}
+
+
+def test_a_refusal_that_is_kept_keeps_nothing_alive() -> None:
+    """Asked inside of an ``except``, its context would be an exception, with the frames of all that the caller works on."""
+
+    class Held:
+        pass
+
+    def refused() -> None:
+        raise OSError(errno.EPERM, "no")
+
+    def ask(what: Capability) -> weakref.ref[Held]:
+        held = Held()
+        try:
+            raise TypeError
+        except TypeError:
+            assert not what.available
+        return weakref.ref(held)
+
+    what = Capability("some_name", "6.0", "a question", refused)
+    assert ask(what)() is None
+    assert what.refusal
 
 
 def test_without() -> None:

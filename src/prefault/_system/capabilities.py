@@ -101,6 +101,8 @@ class Capability:
             except OSError as error:
                 if error.errno not in _REFUSALS:
                     raise
+                # It is kept: asked inside of an `except`, it would keep alive what the caller works on.
+                error.__context__ = None
                 if error.errno != errno.ENOMEM:  # which may pass
                     self._answer = error.with_traceback(None)
                 return error.with_traceback(None)

@@ -172,11 +172,10 @@ class AdmissionControl:
         """Return a NUMA node that has too little left for a chunk, whatever other nodes have."""
         for nodes in self._nodes:
             needed = sum(demand.missing_bytes(start, stop) for demand, start, stop in spans if demand.use.nodes == nodes)
-            for limit in node_limits(nodes) if needed else ():
-                # Half of the reserve, as above.
-                left = limit.limit_bytes - limit.used_bytes + limit.reclaimable_bytes - limit.reserve_bytes // 2 - others
+            for limit in node_limits(nodes, 0.5) if needed else ():  # half of the reserve, as above
+                left = max(0, limit.available_bytes - others)
                 if needed > left:
-                    return Shortfall(limit, needed, max(0, left))
+                    return Shortfall(limit, needed, left)
         return None
 
 

@@ -22,6 +22,7 @@ _RESERVE_SHARE = 32
 _STATISTICS_LAG = 64 * PAGE_SIZE * (os.cpu_count() or 1)
 
 _own_cgroups_file = KeptFile("/proc/self/cgroup")
+_min_free_file = KeptFile("/proc/sys/vm/min_free_kbytes")
 
 
 class _OwnCgroups(NamedTuple):
@@ -98,18 +99,27 @@ def machine_limits(*, swap: bool = True) -> list[Limit]:
     ]  # fmt: skip
 
 
-def node_limits(nodes: Sequence[int]) -> Iterator[Limit]:
-    """Read what NUMA nodes have left, together: free memory and clean page cache. Nothing without /sys."""
+def node_limits(nodes: Sequence[int], reserve: float = 1.0) -> Iterator[Limit]:
+    """Read what NUMA nodes have left, together: free memory and clean page cache. Nothing without /sys.
+
+    Args:
+        nodes: their numbers.
+        reserve: share of the reserve that must be left, from 0 to 1, beside the kernel's own (``vm.min_free_kbytes``): when
+            memory that is bound to the nodes would go below that, the OOM killer comes.
+    """
     try:
+        (machine,) = read_meminfo("MemTotal")
+        kept = int(_min_free_file.read()) * 1024
         numbers = [
             read_node_meminfo(node, "MemTotal", "MemFree", "Active(file)", "Inactive(file)", "Dirty") for node in nodes
         ]
-    except OSError:
+    except (OSError, KeyError):
         return
     total, free, active, inactive, dirty = map(sum, zip(*numbers, strict=True))
+    room = int(_reserve(total) * reserve) + kept * total // machine
     yield Limit(
         f"MemFree of {format_list(tuple(nodes))}", "memory", total, total - free, max(0, active + inactive - dirty),
-        _reserve(total), "the OOM killer ends a process, though other nodes may have memory",
+        room, "the OOM killer ends a process, though other nodes may have memory",
         "/sys/devices/system/node", "free memory there, or take another node (or interleave=True)",
     )  # fmt: skip
 

@@ -69,7 +69,7 @@ def lock(
 ) -> LockResult | HeldFiles:
     """Make every page of a buffer or of files present, and lock it: it is neither swapped out nor dropped.
 
-    Locks of a buffer do not add up: one :func:`unlock` ends them all, also those of a neighbour in the same page, but for
+    Locks of a buffer do not add up: one :func:`unlock` ends them all, also those of a neighbour in the same page, except
     pages that a block of :func:`prefault.ready` needs, until that ends.
     ``discard`` works on locked memory. The driver of device memory may take its pages back all the same; they are locked
     when they return. Locks of files last until the :class:`FileLock` is closed.

@@ -14,7 +14,7 @@ class PageLocks:
     """Locks of this process's pages: lasting ones, and those that end with the last of the blocks that need them.
 
     The kernel counts no locks: one munlock(2) ends all, that of another thread as well. So the pages of blocks are noted
-    here, and unlocked by nobody while a block needs them. Locks that were there before a block, and lasting ones that come
+    here, and stay locked while a block needs them. Locks that were there before a block, and lasting ones that come
     inside of it, outlive it.
     """
 
@@ -22,7 +22,7 @@ class PageLocks:
         self._mutex = threading.RLock()
         self._needed: weakref.WeakKeyDictionary[object, Intervals] = weakref.WeakKeyDictionary()
         self._end_with_blocks = Intervals()
-        """Pages that nobody but blocks has locked; some block needs each of them."""
+        """Pages that only blocks have locked; some block needs each of them."""
 
     def begin(self, block: object, pages: Intervals) -> Intervals:
         """Note the pages that a block is about to lock; return those that were not locked, nor noted, before."""
@@ -52,8 +52,8 @@ class PageLocks:
             lasting: until they are unlocked; else for the blocks that need them.
 
         Returns:
-            The address at which the kernel refused, and its error; the pages before it are unlocked then, but for those that
-            a block needs. None if all are locked.
+            The address at which the kernel refused, and its error; the pages before it are unlocked then, except those
+            that a block needs. None if all are locked.
         """
         # On fault: what is present is locked. Without, the kernel populates once more, and hides failures.
         flags = mman.MLOCK_ONFAULT if MLOCK_ONFAULT.available else 0

@@ -51,7 +51,7 @@ class BackgroundCall(Generic[Result]):
         total_bytes: bytes to bring in, as far as they are known at the start.
         cancelled_error: makes the exception of a call that is cancelled before it has done anything.
         held: borrowed memory, which the end of the call releases. The thread borrows nothing: in a forked child, which does
-            not have it, nobody else could release that.
+            not have it, nothing else could release that.
     """
 
     def __init__(

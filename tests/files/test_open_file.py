@@ -59,7 +59,7 @@ def test_what_is_no_file_is_refused_without_being_opened(tmp_path: Path) -> None
 
 def test_missing_and_unreadable_files_and_loops_name_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for name, word in (("none", "does not exist"), ("loop", "loop")):
+    for name, word in (("none", "check the path"), ("loop", "loop")):
         with pytest.raises(OSError) as caught:  # noqa: PT011  the remedy is checked
             OpenFile(tmp_path / name)
         failure = FileFailure.of(name, caught.value)

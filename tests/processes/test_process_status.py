@@ -65,17 +65,16 @@ def test_present_pages_are_those_of_pagemap(other: MappedProcess, lacking: tuple
 
 
 def test_every_row_agrees_with_smaps(other: MappedProcess) -> None:
-    expected = _smaps(other.pid)
+    before = _smaps(other.pid)
     found = processes.status(other.pid)
-    assert {one.start for one in found.mappings} == {start for start in expected if start < 1 << 63}
+    after = _smaps(other.pid)  # the kernel may reclaim pages of shared libraries at any time
+    assert {one.start for one in found.mappings} == {start for start in before if start < 1 << 63}
     for one in found.mappings:
-        counters = expected[one.start]
-        assert (one.size_bytes, one.allocated_bytes, one.swapped_bytes) == (
-            counters["Size"],
-            counters["Rss"],
-            counters["Swap"],
-        )
-    assert found.allocated_bytes == sum(counters["Rss"] for start, counters in expected.items() if start < 1 << 63)
+        sides = before[one.start], after[one.start]
+        assert one.size_bytes == sides[0]["Size"]
+        for value, counter in ((one.allocated_bytes, "Rss"), (one.swapped_bytes, "Swap")):
+            assert min(side[counter] for side in sides) <= value <= max(side[counter] for side in sides)
+    assert found.allocated_bytes == sum(one.allocated_bytes for one in found.mappings)
     assert found.size_bytes == sum(one.size_bytes for one in found.mappings)
     assert "mapped" in str(found)
 

@@ -19,7 +19,16 @@ from prefault._system.kept_files import KeptFile
 from prefault._system.memory_cgroups import MemoryCgroup
 from prefault.errors import HeadroomError
 from prefault.limits.limit import Headroom, Limit
-from prefault.limits.memory_limits import check_cgroups, check_machine, machine_limits, memory_limits
+from prefault.limits.memory_limits import (
+    cgroup_cache_limits,
+    cgroups_have_free,
+    check_cgroups,
+    check_machine,
+    machine_cache_limits,
+    machine_has_free,
+    machine_limits,
+    memory_limits,
+)
 from prefault.limits.refusing_limits import commit_limits, resource_limit, space_limit
 from prefault.limits.table import ask_for_memory
 from prefault.limits.target import headroom
@@ -140,6 +149,35 @@ def test_v1(tmp_path: Path, meminfo: Callable[..., None]) -> None:
     assert memory_limits([level])[0].reclaimable_bytes == 150 * MIB
     (directory / "memory.limit_in_bytes").write_text("9223372036854771712\n")
     assert len(memory_limits([level])) == 2
+
+
+def test_page_cache_that_fits_at_best(tmp_path: Path, meminfo: Callable[..., None]) -> None:
+    """All but anonymous, shared and locked memory may go; dirty pages, too, and what cannot be swapped may not."""
+    meminfo(
+        MemTotal=64 * GIB, MemFree=GIB, SwapFree=0, AnonPages=8 * GIB, Shmem=2 * GIB, PageTables=GIB, KernelStack=0,
+        Hugetlb=4 * GIB,
+    )  # fmt: skip
+    stat = STAT | {"unevictable": 16 * MIB}
+    level = group(tmp_path / "a", stat, memory__max=GIB, memory__high=960 * MIB, memory__current=512 * MIB)
+    found = {limit.name: limit for limit in cgroup_cache_limits([level])}
+    assert {limit.bounds for limit in found.values()} == {"page cache"}
+    assert found[f"memory.max of {tmp_path}/a"].available_bytes == GIB - 306 * MIB
+    assert found[f"memory.high of {tmp_path}/a"].available_bytes == (960 - 306) * MIB
+    (machine,) = machine_cache_limits()
+    assert (machine.name, machine.available_bytes) == ("MemTotal", 49 * GIB)
+    v1 = {f"total_{key.removeprefix('file_')}": value for key, value in stat.items()}
+    group(
+        tmp_path / "b", v1, memory__limit_in_bytes=GIB, memory__usage_in_bytes=512 * MIB, memory__swappiness=60,
+        memory__memsw__limit_in_bytes=2 * GIB, memory__memsw__usage_in_bytes=GIB,
+    )  # fmt: skip
+    meminfo(MemTotal=64 * GIB, MemFree=GIB, SwapFree=100 * MIB)
+    found = {limit.name: limit for limit in cgroup_cache_limits([MemoryCgroup(str(tmp_path / "b"), 1)])}
+    assert found[f"memory.limit_in_bytes of {tmp_path}/b"].available_bytes == GIB - 206 * MIB  # 100 MiB go to swap
+    assert found[f"memory.memsw.limit_in_bytes of {tmp_path}/b"].available_bytes == 2 * GIB - 306 * MIB
+    assert machine_cache_limits() == []  # a sandbox that does not show all of it
+    assert not cgroups_have_free(513 * MIB, [level])
+    assert cgroups_have_free(448 * MIB, [level])
+    assert not machine_has_free(GIB)
 
 
 @pytest.mark.usefixtures("meminfo")

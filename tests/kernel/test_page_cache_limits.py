@@ -172,6 +172,33 @@ def test_pages_that_push_each_other_out_are_told_at_the_end(
     assert group.killed == 0
 
 
+def test_pages_that_are_locked_are_memory_that_kills(cgroups: Make, tmp_path: Path) -> None:
+    """The half that is cached looks reclaimable, and is not once it is locked."""
+    group = cgroups(LIMIT)
+    path = cold(tmp_path / "file", 3 * LIMIT // 2)
+
+    def after_reading_half() -> Outcome:
+        read(path, 3 * LIMIT // 4)
+        return populated(path, access=None, method="mlock")
+
+    found = in_child(group.inside(after_reading_half))
+    assert "of memory are needed" in found.refused
+    assert found.present == 0
+
+    def part_of_it() -> list[str]:
+        with prefault.Mapping(backing=prefault.File(path), writable=False) as mapping:
+            prefault.populate(mapping, headroom="ignore")
+            found = [populate(mapping, method="mlock").refused]
+            group.enter()
+            # What is locked already takes nothing more.
+            return [*found, *(populate(mapping, method="mlock", length=5 * LIMIT // 8).refused for _ in range(2))]
+
+    refused, *fits = in_child(group.inside(part_of_it))
+    assert "of memory are needed" in refused
+    assert fits == ["", ""]
+    assert group.killed == 0
+
+
 def test_ignored_headroom_goes_on(cgroups: Make, tmp_path: Path) -> None:
     group = cgroups(LIMIT)
     path = cold(tmp_path / "file", 2 * LIMIT)

@@ -65,7 +65,9 @@ class Demand:
         if not use.takes_memory:
             return missing if use.backing is Backing.HUGETLB and counts_hugetlb() else 0
         # Pages that are present may still be shared with the other side of a fork, and are copied then.
-        pages = (self.stretches.clipped(start, stop).length if use.copies else 0) + (missing if use.fills_shmem else 0)
+        # And locked page cache counts as reclaimable until it is locked.
+        whole = use.copies or use.pins_page_cache
+        pages = (self.stretches.clipped(start, stop).length if whole else 0) + (missing if use.fills_shmem else 0)
         if not use.copies and not use.shared:
             pages += missing  # in swap
         if not missing and not pages:
@@ -108,6 +110,9 @@ class Demand:
         if not self._is_permitted(start):
             return 0
         needed = self._not_in_memory(start, stop) if use.fills_shmem else 0
+        if use.pins_page_cache:
+            parts = (vma for vma in vmas(start, stop) if "lo" not in vm_flags(vma.start))
+            needed += sum(min(vma.stop, stop) - max(vma.start, start) for vma in parts)
         if use.copies:
             needed += self._not_ours(start, stop)
         elif not use.shared:

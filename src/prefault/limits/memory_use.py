@@ -88,6 +88,11 @@ class MemoryUse(NamedTuple):
         return self.backing is Backing.FILE and not self.copies and not self.is_hint
 
     @property
+    def pins_page_cache(self) -> bool:
+        """True if pages of a file are locked, so that the kernel cannot evict them, and kills where they are too many."""
+        return self.locks and self.fills_page_cache
+
+    @property
     def fills_shmem(self) -> bool:
         """True if holes are filled with memory of the kernel's shmem, through private mappings, too."""
         return self.backing is not None and self.backing.is_shmem

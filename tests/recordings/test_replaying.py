@@ -153,10 +153,12 @@ def test_files_that_are_gone_or_cannot_be_read_are_no_error_of_the_others(file: 
     assert [failure.path for failure in result.failures] == [str(tmp_path / "directory"), str(tmp_path / "fifo")]
 
 
-@pytest.mark.parametrize(("size", "failing"), [(4, (2.5, 2.75)), (48, (32, 33))])
-def test_pages_that_cannot_be_read_are_a_failure(size: int, failing: tuple[float, float], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "failing", "latency"), [(4, (2.5, 2.75), 0), (48, (32, 33), 0), (48, (32, 33), 0.02)])
+def test_pages_that_cannot_be_read_are_a_failure(
+    size: int, failing: tuple[float, float], latency: float, tmp_path: Path
+) -> None:
     needs.fuse()
-    with fuse_files.mounted(tmp_path / "mount", {"file": size * MIB}) as bed:
+    with fuse_files.mounted(tmp_path / "mount", {"file": size * MIB}, latency_s=latency) as bed:
         bed.fail(*(int(edge * MIB) for edge in failing))
         path = bed / "file"
         found = path.stat()

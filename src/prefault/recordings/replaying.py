@@ -266,17 +266,22 @@ class _Replay:
 
     def _read_granted(self, file: OpenFile, granted: RangeSet) -> tuple[int, Sequence[FileFailure]]:
         """Read pages of a file; return the bytes of those that came, and what failed."""
+        failures: Sequence[FileFailure]
         if granted.length > _LARGE:
             result = warm_file(file, granted, missing_only=False)
-            left = length_in_file(file, granted) - result.read_bytes - result.hole_bytes  # holes have nothing to read
-            return granted.length - max(0, left), result.failures
-        try:
-            return self._read_pages(file, granted), ()
-        except OSError as error:
-            came = 0
-            with contextlib.suppress(OSError):  # the kernel does not tell: as if none had come
-                came = (cached_ranges(file) & granted).length
-            return came, (FileFailure.of(file.path, error),)
+            failures = result.failures
+            if not failures:
+                left = length_in_file(file, granted) - result.read_bytes - result.hole_bytes  # holes have nothing to read
+                return granted.length - max(0, left), ()
+        else:
+            try:
+                return self._read_pages(file, granted), ()
+            except OSError as error:
+                failures = (FileFailure.of(file.path, error),)
+        came = 0  # also in steps that failed
+        with contextlib.suppress(OSError):  # the kernel does not tell: as if none had come
+            came = (cached_ranges(file) & granted).length
+        return came, failures
 
     def _read_pages(self, file: OpenFile, pages: RangeSet) -> int:
         """Read pages of a file: where each request is slow, several at a time."""

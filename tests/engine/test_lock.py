@@ -143,6 +143,31 @@ def test_the_kernel_refuses_what_was_not_looked_at() -> None:
     assert present == 4 * MIB
 
 
+@pytest.mark.parametrize("by_block", [False, True])
+def test_a_refused_lock_ends_no_lock_that_was_there(by_block: bool) -> None:
+    def attempt() -> tuple[list[int], list[int], list[int]]:
+        _as_nobody(5 * PAGE_SIZE)
+        memory = np.frombuffer(mmap.mmap(-1, 64 * PAGE_SIZE), np.uint8)
+        pages = memory.reshape(8, 8 * PAGE_SIZE)[:, :1]  # of each eight pages the first
+
+        def locked() -> list[int]:
+            return [row for row in range(8) if "lo" in oracle.vma_flags(pages[row].ctypes.data)]
+
+        prefault.lock(pages[:4])
+        before = locked()
+        with pytest.raises(prefault.OutOfMemoryError):
+            if by_block:
+                with prefault.ready(pages, headroom="ignore"):
+                    pass
+            else:
+                prefault.lock(pages, headroom="ignore")
+        after = locked()
+        prefault.unlock(pages)
+        return before, after, locked()
+
+    assert in_child(attempt) == ([0, 1, 2, 3], [0, 1, 2, 3], [])
+
+
 def test_huge_pages(hugetlb_pool: Callable[[int], None]) -> None:
     hugetlb_pool(2)
     with prefault.Mapping(2 * MIB, backing="hugetlb") as mapping:

@@ -53,16 +53,18 @@ class PageLocks:
 
         Returns:
             The address at which the kernel refused, and its error; the pages before it are unlocked then, except those
-            that a block needs. None if all are locked.
+            that were locked before, or that a block needs. None if all are locked.
         """
         # On fault: what is present is locked. Without, the kernel populates once more, and hides failures.
         flags = mman.MLOCK_ONFAULT if MLOCK_ONFAULT.available else 0
         with self._mutex:
+            # Of a single range the kernel refuses all, so that there is nothing to undo.
+            locked_before = Intervals(proc.mappings_with_flag("lo")) if len(pages) > 1 else Intervals()
             for start, stop in pages:
                 try:
                     mman.mlock2(start, stop - start, flags)
                 except OSError as error:
-                    self.unlock(pages.clipped(0, start))
+                    self.unlock(pages.clipped(0, start) - locked_before)
                     return start, error
             if lasting:
                 self._end_with_blocks -= pages

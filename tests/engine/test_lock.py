@@ -155,12 +155,13 @@ def test_a_refused_lock_ends_no_lock_that_was_there(by_block: bool) -> None:
 
         prefault.lock(pages[:4])
         before = locked()
+        lock_all = (
+            prefault.ready(pages, headroom="ignore").__enter__
+            if by_block
+            else lambda: prefault.lock(pages, headroom="ignore")
+        )
         with pytest.raises(prefault.OutOfMemoryError):
-            if by_block:
-                with prefault.ready(pages, headroom="ignore"):
-                    pass
-            else:
-                prefault.lock(pages, headroom="ignore")
+            lock_all()
         after = locked()
         prefault.unlock(pages)
         return before, after, locked()

@@ -83,9 +83,10 @@ def show(result: ReplayResult, as_json: bool, kind: str, recording: str) -> int:
             },
         )  # fmt: skip
         return 0 if result.complete else 1
+    left_out = f", {size(result.skipped_bytes)} left out" if result.skipped_bytes else ""
     lines = [
-        f"{size(result.bytes)} brought in, {size(result.present_bytes)} were there, of"
-        f" {format_count(result.files, 'file')}, in {result.seconds:.2f} s"
+        f"{size(result.bytes)} brought in, {size(result.present_bytes)} were there{left_out};"
+        f" {format_count(result.files, 'file')} whole, in {result.seconds:.2f} s"
     ]
     if result.evicted_bytes:
         lines.append(f"{size(result.evicted_bytes)} evicted")
@@ -102,6 +103,7 @@ def show(result: ReplayResult, as_json: bool, kind: str, recording: str) -> int:
         count = format_count(len(result.missing), "file")
         lines.append(f"{count} gone, or below a root that was not given: {some_of(result.missing)}")
     if result.over_budget:
-        lines.append(f"{format_count(result.over_budget, 'file')} did not fit into the budget, whole or in part")
+        count = format_count(result.over_budget, "file")
+        lines.append(f"{count} did not fit into the budget, or into what memory limits leave, whole or in part")
     click.echo("\n".join(lines))
     return 0 if result.complete else 1

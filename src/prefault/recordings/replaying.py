@@ -255,33 +255,36 @@ class _Replay:
         with self._lock:
             self._present += wanted.length - missing.length
             self._skipped += missing.length - granted.length
-        done, failures = self._read_granted(file, granted)
+        done, failures, stopped = self._read_granted(file, granted)
         with self._lock:
             self._done += done
             self._skipped += granted.length - done
             self._failures += (failure._replace(path=recorded.shown_path) for failure in failures)
-            if not failures and done < granted.length:
+            self._over_budget += stopped and granted == missing  # else it was counted when less was granted
+            if not (failures or stopped) and done < granted.length:
                 self._changed.append(recorded.shown_path)  # it shrinks meanwhile
             self._count += granted == missing and done == granted.length
 
-    def _read_granted(self, file: OpenFile, granted: RangeSet) -> tuple[int, Sequence[FileFailure]]:
-        """Read pages of a file; return the bytes of those that came, and what failed."""
+    def _read_granted(self, file: OpenFile, granted: RangeSet) -> tuple[int, Sequence[FileFailure], bool]:
+        """Read pages of a file; return the bytes of those that came, what failed, and whether a limit stopped it."""
         failures: Sequence[FileFailure]
+        stopped = False
         if granted.length > _LARGE:
             result = warm_file(file, granted, missing_only=False)
-            failures = result.failures
-            if not failures:
+            stopped = bool(result.stopped)  # less is left than was granted: told as any file that does not fit
+            failures = tuple(one for one in result.failures if not stopped or one.remedy != result.stopped)
+            if not failures and not stopped:
                 left = length_in_file(file, granted) - result.read_bytes - result.hole_bytes  # holes have nothing to read
-                return granted.length - max(0, left), ()
+                return granted.length - max(0, left), (), False
         else:
             try:
-                return self._read_pages(file, granted), ()
+                return self._read_pages(file, granted), (), False
             except OSError as error:
                 failures = (FileFailure.of(file.path, error),)
-        came = 0  # also in steps that failed
+        came = 0  # also those of steps that failed
         with contextlib.suppress(OSError):  # the kernel does not tell: as if none had come
             came = (cached_ranges(file) & granted).length
-        return came, failures
+        return came, failures, stopped
 
     def _read_pages(self, file: OpenFile, pages: RangeSet) -> int:
         """Read pages of a file: where each request is slow, several at a time."""

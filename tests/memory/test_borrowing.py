@@ -457,7 +457,7 @@ def test_no_memory(wrong: Any) -> None:
 def test_a_path_is_no_memory(path: str | Path) -> None:
     takes_memory: tuple[Callable[[Any], object], ...] = (borrow, prefault.discard, prefault.unlock)
     for call in takes_memory:
-        with pytest.raises(TypeError, match=r"is a path, not memory: prefault.warm takes paths, and prefault.Mapping"):
+        with pytest.raises(TypeError, match=r"is a path, not memory: prefault.warm takes paths .*, and prefault.Mapping"):
             call(path)
     takes_collections: tuple[Callable[[Any], object], ...]
     takes_collections = (prefault.populate, prefault.residency, prefault.plan, prefault.lock)

@@ -61,6 +61,9 @@ class FileLock(HeldFiles):
         self.seconds = 0.0
         self._parts: list[_Part] = []
 
+    def __repr__(self) -> str:
+        return f"<FileLock of {format_count(self.files, 'file')}, {format_size(self.bytes)}>"
+
     def close(self) -> None:
         """End the locks; idempotent. The pages stay cached until the kernel wants the memory."""
         while self._parts:

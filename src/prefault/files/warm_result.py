@@ -68,7 +68,7 @@ class WarmResult(NamedTuple):
         if details:
             text += f" ({', '.join(details)})"
         if self.failures:
-            text += f"; {len(self.failures)} failed"
+            text += f"; {format_count(len({failure.path for failure in self.failures}), 'file')} failed"
         return f"{text}; stopped: {self.stopped}" if self.stopped else text
 
 

@@ -433,8 +433,8 @@ def _borrow_otherwise(buffer: Any) -> Borrowed:
         return _borrow_tensor(buffer)
     if isinstance(buffer, str | os.PathLike):
         raise TypeError(
-            f"{buffer!r} is a path, not memory: prefault.warm takes paths, and prefault.Mapping(backing=prefault.File(path))"
-            " maps one"
+            f"{buffer!r} is a path, not memory: prefault.warm takes paths (prefault.warm_async in the background), and"
+            " prefault.Mapping(backing=prefault.File(path)) maps one"
         )
     if hasattr(buffer, "buf") and inner is None:
         raise ValueError(f"the {type(buffer).__name__} is closed")

@@ -116,7 +116,7 @@ def _parsed(line: str, name: str, number: int) -> dict[str, Any] | None:
         if number > 1 and not line.endswith("\n"):
             return None
         raise DamagedFramesError(
-            f"{name}: line {number} is not JSON, so that it is no recording, or a damaged one"
+            f"{name}: line {number} is not JSON, so that it is none of 'prefault watch --record', or a damaged one"
         ) from error
     if not isinstance(document, dict):
         raise DamagedFramesError(f"{name}: line {number} is not an object")

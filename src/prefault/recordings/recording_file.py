@@ -223,6 +223,8 @@ def load(path: str | os.PathLike[str]) -> Recording:
 def _decode(content: bytes) -> Recording:
     if len(content) > _MOST_BYTES:
         raise RecordingError(f"it is longer than any recording, {_MOST_BYTES} bytes")
+    if content.startswith(b"{"):
+        raise RecordingError("it may be one of 'prefault watch', for 'prefault report --watch', but none of a page cache")
     if not content.startswith(_ANY_VERSION):
         raise RecordingError("it is no recording of prefault")
     if not content.startswith(_MAGIC):

@@ -232,7 +232,7 @@ class BackgroundTask(Generic[Result]):
             TimeoutError: the call goes on.
         """
         if not self._call.finished.wait(timeout):
-            done = f"{self.done_bytes} of {self.total_bytes} bytes are done"
+            done = f"{format_size(self.done_bytes)} of {format_size(self.total_bytes)} are done"
             raise TimeoutError(f"{self._call.title}_async goes on after {timeout} s: {done}")
         outcome = self._call.outcome
         self._call.was_delivered = True

@@ -22,7 +22,10 @@ from prefault import PAGE_SIZE, Mapping, PageRange, PageState, RangeSet
 from prefault._kernel import mman
 from prefault._kernel.pagemap import PageCategory
 from prefault._system import capabilities, thp
+from prefault._system.proc import Mount
+from prefault.inspection import page_cache
 from prefault.inspection.scan import populated_before, residency_of
+from prefault.memory.vma import vma_at
 from prefault.testing import without
 from support import file_beds, needs, oracle
 from support.children import in_child
@@ -536,3 +539,18 @@ def test_a_signal_handler_may_ask_in_the_middle_of_a_scan(monkeypatch: pytest.Mo
         monkeypatch.setattr(module, "_pagemap_file", Interrupted())
         assert module.scan(span, present, 0, 0, present) == expected
         assert asked == [4 * PAGE_SIZE]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [("rw", True), ("rw,dax=never", True), ("rw,dax=inode", True), ("rw,dax", False), ("rw,dax=always,x", False)],
+)
+def test_files_of_dax_mounts_take_no_page_cache(
+    options: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = file_beds.make(tmp_path / "file", PAGE_SIZE)
+    with Mapping(backing=prefault.File(path), writable=False) as mapping:
+        vma = vma_at(mapping.range.start)
+        assert vma is not None
+        monkeypatch.setattr(page_cache, "read_mounts", lambda: [Mount(vma.device, "/", "/", "xfs", options)])
+        assert page_cache.takes_page_cache(vma) is expected

@@ -85,7 +85,12 @@ def takes_page_cache(vma: Vma) -> bool:
         with contextlib.suppress(OSError), open(f"/sys/dev/block/{major}:{minor}/{queue}/dax", "rb") as file:
             if file.read(1) == b"1":
                 return False
-    return not any(mount.filesystem in MADE_UP or "dax" in mount.options for mount in _mounts_of(vma.device))
+    return not any(mount.filesystem in MADE_UP or _is_dax(mount) for mount in _mounts_of(vma.device))
+
+
+def _is_dax(mount: Mount) -> bool:
+    """Return whether all files of a mount are DAX: ``dax=inode`` leaves it to each file, and ``dax=never`` has none."""
+    return not {"dax", "dax=always"}.isdisjoint(mount.options.split(","))
 
 
 def _counts_own_pages(device: int) -> bool:

@@ -31,8 +31,9 @@ from support.children import in_child
 from support.regions import Region
 
 # The module, not the function of the same name that the package exports.
-PLANNING, TABLE, MEMORY = (
-    sys.modules[f"prefault.{name}"] for name in ("engine.planning", "limits.table", "limits.memory_limits")
+PLANNING, TABLE, MEMORY, EVICTED = (
+    sys.modules[f"prefault.{name}"]
+    for name in ("engine.planning", "limits.table", "limits.memory_limits", "limits.evicted_meanwhile")
 )
 PAGES = 64
 LENGTH = PAGES * PAGE_SIZE
@@ -397,6 +398,37 @@ def test_a_few_pages_that_went_are_no_proof(
             assert found.pages.span == (start + 100 * PAGE_SIZE, start + (100 + gone) * PAGE_SIZE)
             assert found.shortfall.needed_bytes == 16 * MIB
             assert found.shortfall.available_bytes == 16 * MIB - gone * PAGE_SIZE
+
+
+def test_pages_of_which_the_kernel_does_not_tell_are_populated_once_more(
+    cached_file: prefault.Mapping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file without a name, as that of another user: mincore says of it that all is there."""
+    monkeypatch.setattr(admission, "has_free_memory", lambda _: False)
+    control = AdmissionControl([demand_of(cached_file, "read")])
+    control.start()
+    assert cached_file.fd is not None
+    os.unlink(os.readlink(f"/proc/self/fd/{cached_file.fd}"))
+    start = cached_file.range.start
+    prefault.populate(cached_file, headroom="ignore")
+    mman.madvise(start, 8 * MIB, mman.MADV_DONTNEED)
+    assert control.look_again() is None
+    assert all(mman.mincore(start, 8 * MIB))
+
+    def populate_and_evict(pages: Intervals) -> bool:
+        assert pages == Intervals([(start + 100 * PAGE_SIZE, start + 164 * PAGE_SIZE)])
+        populated = bool(populate(pages))
+        _drop(cached_file, 200, 70)
+        return populated
+
+    populate = EVICTED._populated
+    monkeypatch.setattr(EVICTED, "_populated", populate_and_evict)
+    _drop(cached_file, 100, 64)
+    found = control.look_again()
+    assert found is not None
+    assert found.pages == found.unmapped == Intervals([(start + 200 * PAGE_SIZE, start + 270 * PAGE_SIZE)])
+    monkeypatch.setattr(EVICTED, "_populated", lambda _: False)
+    assert control.look_again() is None
 
 
 def test_without_pagemap_the_page_cache_tells(cached_file: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:

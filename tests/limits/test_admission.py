@@ -6,7 +6,9 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from prefault._kernel import mman
 from prefault._system.memory_cgroups import Bound
 from prefault.engine.methods import Access
 from prefault.errors import HeadroomError
+from prefault.inspection import page_cache
 from prefault.inspection.scan import populated_before
 from prefault.intervals import Intervals
 from prefault.limits import admission
@@ -24,6 +27,8 @@ from prefault.limits.allowance import _Allowance, allowance
 from prefault.limits.demand import Demand, uncached_in_all
 from prefault.limits.limit import Limit, Shortfall
 from prefault.limits.memory_limits import MemoryAnswer
+from prefault.limits.memory_use import MemoryUse
+from prefault.memory.vma import Backing, Vma, vma_at
 from prefault.sizes import GIB, MIB, PAGE_SIZE
 from prefault.testing import without
 from support import file_beds
@@ -448,3 +453,54 @@ def test_what_the_page_cache_lacks(cached_file: prefault.Mapping) -> None:
     with without("cachestat"):
         assert uncached_in_all([demand]) == 500 * PAGE_SIZE
     assert uncached_in_all([demand_of(cached_file, "write")]) == 0  # not writable: the kernel's error says more
+
+
+def test_facts_on_a_file_that_is_mapped_many_times_are_found_out_once(
+    cached_file: prefault.Mapping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Counter[str] = Counter()
+
+    def counted(name: str) -> Callable[[Vma], object]:
+        real: Callable[[Vma], object] = getattr(page_cache, name)
+
+        def ask(vma: Vma) -> object:
+            asked[name] += 1
+            return real(vma)
+
+        return ask
+
+    for name in ("any_descriptor", "file_size", "takes_page_cache"):
+        monkeypatch.setattr(page_cache, name, counted(name))
+    path = os.readlink(f"/proc/self/fd/{cached_file.fd}")
+    with ExitStack() as stack:
+        mappings = [stack.enter_context(prefault.Mapping(backing=prefault.File(path), writable=False)) for _ in range(20)]
+        starts = [mapping.range.start for mapping in mappings]
+        demands = [
+            Demand(
+                MemoryUse(start, start + PAGE_SIZE, Backing.FILE, shared=True, access="read"),
+                Intervals([(start, start + PAGE_SIZE)]),
+            )
+            for start in starts
+        ]
+        assert uncached_in_all(demands) == 0
+    assert asked == {"any_descriptor": 1, "file_size": 1, "takes_page_cache": 1}
+
+
+def test_a_descriptor_that_is_another_file_by_now_is_not_asked(cached_file: prefault.Mapping, tmp_path: Path) -> None:
+    vma = vma_at(cached_file.range.start)
+    assert vma is not None
+    files = page_cache.KnownFiles()
+    first = files.descriptor(vma)
+    assert first is not None
+    spare = os.dup(first)
+    other = os.open(file_beds.make(tmp_path / "other", PAGE_SIZE), os.O_RDONLY)
+    try:
+        os.dup2(other, first)
+        second = files.descriptor(vma)
+        assert second != first
+        assert second is not None
+        assert os.path.samestat(os.fstat(second), os.fstat(spare))
+    finally:
+        os.dup2(spare, first)
+        os.close(spare)
+        os.close(other)

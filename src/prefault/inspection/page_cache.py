@@ -13,7 +13,7 @@ from prefault.inspection.mincore import resident, resident_in
 from prefault.intervals import Intervals
 from prefault.memory.backings import MADE_UP
 from prefault.memory.borrowing import Borrowed
-from prefault.memory.vma import Backing, Vma, any_descriptor, shmem_device, vmas
+from prefault.memory.vma import Backing, Vma, any_descriptor, file_size, shmem_device, vmas
 from prefault.ranges import PageRange
 from prefault.sizes import PAGE_SIZE
 
@@ -48,19 +48,67 @@ def cached_bytes(pages: PageRange) -> int | None:
     return sum(told) if told else None
 
 
-def cached_in(vma: Vma, pages: PageRange, *, unmapped: bool = False) -> int | None:
+class KnownFiles:
+    """Facts on the files of one call, each found out once: thousands of mappings may be of one file.
+
+    Finding a descriptor looks at every one of this process, and the mounts are those of the whole machine.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: dict[tuple[int, int], int | None] = {}
+        self._sizes: dict[tuple[int, int], int | None] = {}
+        self._takes_page_cache: dict[int, bool] = {}
+        self._counts_own_pages: dict[int, bool] = {}
+
+    def descriptor(self, vma: Vma) -> int | None:
+        """Return any descriptor of this process on the file of a mapping, or None. Borrowed: never to be closed."""
+        file = vma.device, vma.inode
+        if file in self._descriptors:
+            fd = self._descriptors[file]
+            if fd is None:
+                return None
+            with contextlib.suppress(OSError):
+                status = os.fstat(fd)  # another thread may have closed it, and opened another file by this number
+                if (status.st_dev, status.st_ino) == file:
+                    return fd
+        fd = self._descriptors[file] = any_descriptor(vma)
+        return fd
+
+    def size(self, vma: Vma) -> int | None:
+        """Return the size in bytes that the file of a mapping had at the first question; None where none tells."""
+        file = vma.device, vma.inode
+        if file not in self._sizes:
+            self._sizes[file] = file_size(vma)
+        return self._sizes[file]
+
+    def takes_page_cache(self, vma: Vma) -> bool:
+        """Return whether pages of a mapping lie in the page cache of a file, as :func:`takes_page_cache` does."""
+        if vma.device not in self._takes_page_cache:
+            self._takes_page_cache[vma.device] = takes_page_cache(vma)
+        return self._takes_page_cache[vma.device]
+
+    def counts_own_pages(self, device: int) -> bool:
+        """Return whether a zero of cachestat(2) is true for the files of a device."""
+        if device not in self._counts_own_pages:
+            self._counts_own_pages[device] = _counts_own_pages(device)
+        return self._counts_own_pages[device]
+
+
+def cached_in(vma: Vma, pages: PageRange, *, unmapped: bool = False, files: KnownFiles | None = None) -> int | None:
     """Count the bytes of the file behind some pages of a mapping that are in the page cache; None where none tells.
 
     Args:
         vma: the mapping.
         pages: addresses in it.
         unmapped: none of the pages is in the page tables of this process, so that none is a private copy.
+        files: facts on files that are known already; None: they are found out for this mapping alone.
     """
-    fd = any_descriptor(vma) if capabilities.CACHESTAT.available else None
+    files = KnownFiles() if files is None else files
+    fd = files.descriptor(vma) if capabilities.CACHESTAT.available else None
     if fd is not None:
         with contextlib.suppress(OSError):  # EPERM: the file is another user's; EBADF: closed by another thread
             cached = cachestat(fd, vma.file_offset + pages.start - vma.start, pages.length).cached
-            if cached or vma.backing is not Backing.FILE or _counts_own_pages(vma.device):
+            if cached or vma.backing is not Backing.FILE or files.counts_own_pages(vma.device):
                 return cached * PAGE_SIZE
     # mincore counts private copies as well. Of a file that is another user's it says that all pages are there (since 5.2).
     if (unmapped or vma.shared or not vma.writable) and _is_ours(vma):

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from prefault._kernel import fiemap, mman, pagemap
 from prefault._kernel.cachestat import cachestat
 from prefault._system import capabilities, proc
-from prefault.inspection.page_cache import cached_in, takes_page_cache
+from prefault.inspection.page_cache import KnownFiles, cached_in
 from prefault.inspection.scan import occupied
 from prefault.intervals import Intervals
 from prefault.limits.memory_limits import NO_LIMIT, cgroup_cache_limits, counts_hugetlb, machine_cache_limits
 from prefault.limits.memory_use import MemoryUse
-from prefault.memory.vma import Backing, Vma, file_descriptor, file_size, vm_flags, vma_at, vmas
+from prefault.memory.vma import Backing, Vma, file_descriptor, vm_flags, vma_at, vmas
 from prefault.ranges import PageRange
 from prefault.sizes import MIB, PAGE_SIZE
 
@@ -222,12 +222,13 @@ def uncached_in_all(demands: Sequence[Demand]) -> int:
     enough = min((limit.available_bytes for limit in (*cgroup_cache_limits(), *machine_cache_limits())), default=NO_LIMIT)
     needed = 0
     seen: dict[tuple[int, int], Intervals] = {}
+    files = KnownFiles()
     for demand in demands:
         for vma in vmas(demand.use.start, demand.use.stop):
             missing = demand.missing_in(vma)
-            if not missing or not takes_page_cache(vma):
+            if not missing or not files.takes_page_cache(vma):
                 continue
-            file, base, size = (vma.device, vma.inode), vma.file_offset - vma.start, file_size(vma)
+            file, base, size = (vma.device, vma.inode), vma.file_offset - vma.start, files.size(vma)
             before = seen.get(file, Intervals())
             offsets = missing.shifted(base) - before
             seen[file] = before | offsets
@@ -235,7 +236,7 @@ def uncached_in_all(demands: Sequence[Demand]) -> int:
                 offsets = offsets.clipped(0, size + -size % PAGE_SIZE)
             for pages in (PageRange(*span) for span in offsets.shifted(-base)):
                 for part in pages.chunks(_STEP):
-                    cached = None if needed > enough else cached_in(vma, part, unmapped=True)
+                    cached = None if needed > enough else cached_in(vma, part, unmapped=True, files=files)
                     if needed > enough or cached is not None:
                         needed += part.length - (cached or 0)
     return needed

@@ -371,6 +371,27 @@ def test_nothing_is_looked_at_where_memory_is_free(cached_file: prefault.Mapping
     assert prefault.populate(cached_file).bytes == 16 * MIB
 
 
+def test_what_is_free_is_asked_once_for_a_short_call(cached_file: prefault.Mapping, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def has_free(needed: int) -> bool:
+        asked.append(needed)
+        return True
+
+    rows = [row if row.has_free is None else row._replace(has_free=has_free) for row in TABLE.TABLE]
+    monkeypatch.setattr(TABLE, "TABLE", rows)
+    count = sum(row.has_free is not None for row in rows)
+    control = AdmissionControl([demand_of(cached_file, "read")])
+    asked.clear()
+    assert control.whole() is None
+    assert len(asked) == count
+    assert control.look_again() is None
+    assert len(asked) == count
+    monkeypatch.setattr(admission, "_SHORT", 16 * MIB - 1)  # a long one
+    assert control.look_again() is None
+    assert len(asked) == 2 * count
+
+
 def test_little_is_not_even_compared(monkeypatch: pytest.MonkeyPatch, cached_file: prefault.Mapping) -> None:
     monkeypatch.setattr(MEMORY, "_bounds", lambda _: [(0, Bound("file", "memory", MIB, MIB))])
     assert not MEMORY.cgroups_have_free(5 * MIB)

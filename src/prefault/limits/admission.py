@@ -81,7 +81,7 @@ class AdmissionControl:
             self._is_free = has_free_memory(self._page_cache_bytes + bound)
         if bound and not (bound <= _SMALL and allowance.spend(bound, perf_counter_ns())):
             shortfall = self._ask(bound, spans, 1.0)
-        return shortfall or refusal_ahead(self._demands)
+        return shortfall or refusal_ahead(self._demands, is_free=self._is_free)
 
     def outlook(self) -> list[str]:
         """Return sentences for a plan: what the page cache lacks, and the limit that leaves too little, if there is one."""
@@ -97,9 +97,12 @@ class AdmissionControl:
         """Return the pages of files that were evicted while others came in; to be called when all are populated.
 
         Whether they fit cannot be told before: pages that are cached already may be charged to any cgroup, and the kernel
-        counts those of this call as reclaimable. Nothing is looked at where memory was free for all from start to end.
+        counts those of this call as reclaimable. Nothing is looked at where memory was free for all from start to end; to
+        a short call the start tells enough.
         """
-        if not self._page_cache_bytes or (self._is_free and has_free_memory(_FREE_AT_THE_END)):
+        if not self._page_cache_bytes:
+            return None
+        if self._is_free and (self._page_cache_bytes <= _SHORT or has_free_memory(_FREE_AT_THE_END)):
             return None
         return evicted_meanwhile(self._demands)
 
@@ -200,6 +203,8 @@ _RESERVE = 64 * MIB
 """More than the reserve of any limit."""
 _SMALL = 8 * MIB
 """Calls beyond this, milliseconds of work, read the limits themselves."""
+_SHORT = 32 * MIB
+"""Page cache that comes in so soon that memory which was free for it is hardly gone meanwhile."""
 _FREE_AT_THE_END = 16 * MIB
 """Free memory that is found at the end of a call where nothing was reclaimed for it meanwhile."""
 _PAUSE_S = 0.0005

@@ -224,7 +224,7 @@ def shortfall_of(use: MemoryUse, needed: int, name: str | None = None) -> Shortf
     return None
 
 
-def refusal_ahead(demands: Sequence[Demand], name: str | None = None) -> Shortfall | None:
+def refusal_ahead(demands: Sequence[Demand], name: str | None = None, *, is_free: bool = False) -> Shortfall | None:
     """Return the first limit at which the kernel would refuse these demands; None if there is none.
 
     Demands that draw on the same limit are added up. Pages and blocks are counted only where an upper bound does not fit.
@@ -232,9 +232,10 @@ def refusal_ahead(demands: Sequence[Demand], name: str | None = None) -> Shortfa
     Args:
         demands: in order of address.
         name: check only the row of this name.
+        is_free: True if :func:`has_free_memory` has just said so of all of them: such limits are not asked again.
     """
     for row in TABLE:
-        if row.check is not None or name not in (None, row.name):
+        if row.check is not None or name not in (None, row.name) or (is_free and row.has_free is not None):
             continue
         groups: dict[object, list[Demand]] = {}
         for demand in demands:

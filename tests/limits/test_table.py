@@ -15,7 +15,7 @@ import prefault
 from prefault._kernel import mman
 from prefault.device.pages.frame_headroom import FrameHeadroom
 from prefault.intervals import Intervals
-from prefault.limits import table
+from prefault.limits import admission, table
 from prefault.limits.allowance import allowance
 from prefault.limits.demand import Demand
 from prefault.limits.limit import Limit
@@ -25,7 +25,7 @@ from prefault.limits.process_limits import PROCESS_LIMITS, explain_limit
 from prefault.limits.table import limits_on, refusal_ahead, shortfall_of
 from prefault.memory.vma import Backing
 from prefault.sizes import MIB, PAGE_SIZE
-from support import needs
+from support import file_beds, needs
 from support.regions import Region
 
 SPACE = 4 * MIB
@@ -184,6 +184,40 @@ def test_a_new_row_that_kills_is_seen_by_all(monkeypatch: pytest.MonkeyPatch) ->
 
         with pytest.raises(prefault.HeadroomError, match=r"stopped at offset .* a node's memory leaves 0 bytes"):
             prefault.populate(mapping, threads=1, progress=report)
+
+
+def test_a_node_is_asked_only_for_what_is_taken_from_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Pages that a memfd or the page cache has, and the zero page, come from nowhere."""
+    node = Limit("a node's memory", "memory", 64 * MIB, 24 * MIB, 0, 0, "the OOM killer", "source", "use another node")
+    asked: list[tuple[object, ...]] = []
+
+    def limits(*about: object) -> list[Limit]:
+        asked.append(about)
+        return [node]
+
+    for module in (table, admission):
+        monkeypatch.setattr(module, "node_limits", limits)
+    with prefault.Mapping(64 * MIB, backing="memfd", huge="never") as first:
+        assert first.fd is not None
+        with pytest.raises(prefault.HeadroomError, match=r"a node's memory leaves 40\.0 MiB"):
+            prefault.populate(first, node=0)
+        prefault.populate(first)
+        with Region(64 * MIB // PAGE_SIZE, fd=first.fd, shared=True) as second:
+            assert prefault.populate(second, node=0).bytes == 64 * MIB
+    with prefault.Mapping(64 * MIB, huge="never") as mapping:
+        assert prefault.populate(mapping, access="read", node=0).bytes == 64 * MIB
+        with pytest.raises(prefault.HeadroomError, match=r"a node's memory leaves 40\.0 MiB"):
+            prefault.populate(mapping, node=0)
+    assert {len(about) for about in asked} == {1, 2}  # before the start and between the chunks
+    asked.clear()
+    path = file_beds.make(tmp_path / "file", 64 * MIB)
+    with prefault.Mapping(backing=prefault.File(path), writable=False, shared=False) as mapping:
+        assert prefault.populate(mapping, node=0).bytes == 64 * MIB
+    assert asked
+    asked.clear()
+    with prefault.Mapping(backing=prefault.File(path)) as mapping:
+        assert prefault.populate(mapping, node=0).bytes == 64 * MIB
+    assert not asked
 
 
 def test_every_limit_without_bytes_has_a_sentence() -> None:

@@ -13,7 +13,7 @@ from prefault.limits.demand import Demand, length_of_all, missing_in_all, uncach
 from prefault.limits.evicted_meanwhile import EvictedPages, evicted_meanwhile
 from prefault.limits.limit import Shortfall
 from prefault.limits.memory_limits import node_limits
-from prefault.limits.table import ask_for_memory, has_free_memory, refusal_ahead
+from prefault.limits.table import ask_for_memory, has_free_memory, refusal_ahead, takes_node_memory
 from prefault.sizes import MIB, format_size
 
 HeadroomChoice: TypeAlias = Literal["check", "ignore"]
@@ -46,7 +46,7 @@ class AdmissionControl:
         self._scattered = [demand for demand in demands if len(demand.stretches) > 1]
         self._single = sorted((demand for demand in demands if len(demand.stretches) == 1), key=lambda one: one.use.start)
         self._starts = [demand.use.start for demand in self._single]
-        self._nodes = {demand.use.nodes for demand in demands if demand.use.nodes and demand.use.takes_memory}
+        self._nodes = {demand.use.nodes for demand in demands if takes_node_memory(demand.use)}
         self._origin = origin
         self._lock = threading.Lock()
         self._admitted: dict[int, int] = {}  # bytes by thread
@@ -174,11 +174,12 @@ class AdmissionControl:
     def _ask_nodes(self, spans: list[tuple[Demand, int, int]], others: int) -> Shortfall | None:
         """Return a NUMA node that has too little left for a chunk, whatever other nodes have."""
         for nodes in self._nodes:
-            needed = sum(demand.missing_bytes(start, stop) for demand, start, stop in spans if demand.use.nodes == nodes)
+            mine = [span for span in spans if span[0].use.nodes == nodes and takes_node_memory(span[0].use)]
+            needed = sum(demand.missing_bytes(start, stop) for demand, start, stop in mine)
             for limit in node_limits(nodes, 0.5) if needed else ():  # half of the reserve, as above
                 left = max(0, limit.available_bytes - others)
-                if needed > left:
-                    return Shortfall(limit, needed, left)
+                if needed > left and (memory := _counted(mine, left)[0]) > left:
+                    return Shortfall(limit, memory, left)
         return None
 
 

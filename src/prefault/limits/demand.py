@@ -188,6 +188,11 @@ def missing_in_all(demands: Sequence[Demand]) -> int:
     return sum(demand.missing_bytes(demand.use.start, demand.use.stop) for demand in demands)
 
 
+def memory_of_all(demands: Sequence[Demand]) -> int:
+    """Return the bytes of memory that populating takes, page tables not counted: reads every page."""
+    return sum(demand.memory(demand.use.start, demand.use.stop) for demand in demands)
+
+
 def length_of_all(demands: Sequence[Demand]) -> int:
     """Return the bytes of all of the memory."""
     return sum(demand.stretches.length for demand in demands)

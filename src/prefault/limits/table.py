@@ -11,6 +11,7 @@ from prefault.limits.demand import (
     Demand,
     holes_on_disk,
     length_of_all,
+    memory_of_all,
     missing_in_all,
     unallocated_in_all,
     uncached_in_all,
@@ -81,6 +82,11 @@ def _takes_memory(use: MemoryUse) -> bool:
     return use.takes_memory and not (use.backing is Backing.FILE and use.shared)
 
 
+def takes_node_memory(use: MemoryUse) -> bool:
+    """Return whether populating takes memory of the NUMA nodes that were asked for, which cannot be reclaimed."""
+    return bool(use.nodes) and _takes_memory(use)
+
+
 def _fills_page_cache(use: MemoryUse) -> bool:
     return use.fills_page_cache
 
@@ -115,8 +121,8 @@ TABLE = (
     ),
     LimitRow(
         "node memory", "the machine: memory of the NUMA nodes that were asked for",
-        lambda use: bool(use.nodes) and _takes_memory(use), lambda use: node_limits(use.nodes),
-        missing_in_all, missing_in_all, lambda use: use.nodes,
+        takes_node_memory, lambda use: node_limits(use.nodes),
+        missing_in_all, memory_of_all, lambda use: use.nodes,
     ),
     LimitRow(
         "node hugetlb pool", "the administrator: nr_hugepages of the NUMA nodes that were asked for",

@@ -82,19 +82,40 @@ def test_a_partial_snapshot_replaces_no_full_one(tree: Path, tmp_path: Path) -> 
 
 def test_a_file_system_that_is_not_mounted_makes_a_snapshot_partial(tree: Path, tmp_path: Path) -> None:
     """Its directory is there, and empty."""
-    target = tmp_path / "cache.snap"
-    full = save_snapshot(target, [tree]).recording
-    (tree / "sub").rename(tmp_path / "sub")
-    (tree / "one").rename(tmp_path / "one")
+    target, below = tmp_path / "cache.snap", tree / "mounted"
+    with file_beds.mounted(below, "-t", "tmpfs", "-o", "size=1M", "prefault-test"):
+        (below / "sub").mkdir()
+        for name in ("four", "sub/five"):
+            file_beds.make(below / name, PAGE)
+        full = save_snapshot(target, [tree])
+        assert full.written
     partial = save_snapshot(target, [tree])
     assert not partial.written
-    assert "all 3 files of a file system are gone" in partial.recording.notes[0]
-    assert load(target) == full
-    assert save_snapshot(target, [tmp_path / "one"]).written  # other paths: nothing is known to be lost
-    assert save_snapshot(tmp_path / "other.snap", [tree]).written
-    full.save(target)
-    (tmp_path / "one").rename(tree / "one")
-    assert save_snapshot(target, [tree]).written  # files were removed
+    assert "all 2 files of a file system are gone" in partial.recording.notes[0]
+    assert load(target) == full.recording
+    assert save_snapshot(target, [tree / "one"]).written  # other paths: nothing is known to be lost
+    full.recording.save(target)
+    below.rmdir()
+    assert not save_snapshot(target, [tree]).written
+    below.mkdir()
+    file_beds.make(below / "four", PAGE)  # the file system may have got another device number
+    assert save_snapshot(target, [tree]).written
+
+
+def test_a_snapshot_is_renewed_though_all_files_have_new_names(tree: Path, tmp_path: Path) -> None:
+    """As after VACUUM FULL, or when checkpoints are rotated."""
+    target = tmp_path / "cache.snap"
+    assert save_snapshot(target, [tree]).written
+    for name in ("one", "sub/two", "sub/three"):
+        (tree / name).rename(tree / f"{name} of tomorrow")
+    assert save_snapshot(target, [tree]).written
+    assert {os.path.basename(file.path) for file in load(target).files} == {
+        b"one of tomorrow", b"two of tomorrow", b"three of tomorrow",
+    }  # fmt: skip
+    (tree / "sub").rename(tmp_path / "sub")
+    (tree / "one of tomorrow").unlink()
+    assert save_snapshot(target, [tree]).written  # all were removed, and their file system is there
+    assert load(target).files == []
 
 
 def test_a_partial_snapshot_does_not_replace_a_full_one_that_is_saved_meanwhile(

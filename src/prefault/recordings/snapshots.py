@@ -136,22 +136,41 @@ def _full_one(path: str | os.PathLike[str]) -> Recording | None:
 def _lost_file_systems(
     before: Recording, taken: Recording, paths: Iterable[str | os.PathLike[str]], roots: Roots
 ) -> Iterator[str]:
-    """Yield a sentence for each file system all of whose files are gone that a snapshot had below the paths.
+    """Yield a sentence for each file system that a snapshot had files of below the paths, and that is not there any more.
 
-    An empty directory where a file system is not mounted yet looks like one whose files were removed.
+    An empty directory where a file system is not mounted yet looks like one whose files were removed. Its device number
+    tells them apart, and so does a file that still has its name: numbers of network file systems differ from mount to mount.
     """
     here = {(file.root, file.path) for file in taken.files}
+    devices = {file.device for file in taken.files}
     tops = [os.fsencode(os.path.realpath(os.fsdecode(path))).rstrip(b"/") for path in paths]
     by_device: dict[int, list[RecordedFile]] = {}
     for file in before.files:
         by_device.setdefault(file.device, []).append(file)
-    for files in by_device.values():
+    for device, files in by_device.items():
+        if device in devices:
+            continue
         places = [place for file in files if (place := roots.place_of(file)) is not None]
         below = [place for place in places if any(place == top or place.startswith(top + b"/") for top in tops)]
-        if below and not any((file.root, file.path) in here for file in files):
+        if not below or any((file.root, file.path) in here for file in files):
+            continue
+        if device not in {_device_of(directory) for directory in {os.path.dirname(place) for place in below}}:
             yield plain(
                 f"all {len(below)} files of a file system are gone, such as {os.fsdecode(below[0])}: is it not mounted?"
             )
+
+
+def _device_of(directory: bytes) -> int | None:
+    """Return the device number of a directory, or of the nearest one above that is there; None: it cannot be looked at."""
+    while True:
+        try:
+            return os.stat(directory).st_dev
+        except (FileNotFoundError, NotADirectoryError):
+            if directory == os.path.dirname(directory):
+                return None
+            directory = os.path.dirname(directory)
+        except OSError:
+            return None
 
 
 @contextlib.contextmanager

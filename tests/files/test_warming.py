@@ -447,6 +447,50 @@ def test_a_second_call_does_not_evict_what_the_first_one_brought_in(
     assert _cached(path) == RangeSet([PageRange(0, first + second)])
 
 
+def _full_of_others(path: Path) -> None:
+    """Fill the page cache of a group with a file that nobody wants any more."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(MIB):
+            pass
+
+
+def test_pages_that_another_cgroup_is_charged_for_take_no_room(tmp_path: Path, make_group: Callable[..., Group]) -> None:
+    group = make_group(96 * MIB)
+    other, path = _cold(tmp_path / "other", 85 * MIB), _cold(tmp_path / "large", 200 * MIB)
+    with path.open("rb") as file:
+        for at in range(0, 160 * MIB, MIB):
+            os.pread(file.fileno(), MIB, at)
+    before = _cached(path).length
+    assert before >= 160 * MIB
+
+    def run() -> tuple[int, int, int, str]:
+        _full_of_others(other)
+        result = prefault.warm(path)
+        return result.present_bytes, result.bytes, result.evicted_bytes, result.stopped
+
+    with Child(group.inside(run)) as child:
+        assert child.result() == (before, 200 * MIB - before, 0, "")
+    assert _cached(path).length == 200 * MIB
+
+
+def test_pages_of_tmpfs_take_no_room_of_the_page_cache(
+    tmp_path: Path, make_group: Callable[..., Group], small_tmpfs: Callable[[str], Path]
+) -> None:
+    group = make_group(96 * MIB)
+    other, path = _cold(tmp_path / "other", 85 * MIB), _cold(tmp_path / "file", 40 * MIB)
+    memory = [file_beds.make(small_tmpfs("64M") / "large", 40 * MIB)]
+    memory += [file_beds.make(memory[0].with_name(f"small {index}"), MIB) for index in range(20)]
+
+    def run() -> tuple[int, int, str]:
+        _full_of_others(other)
+        result = prefault.warm([*memory, path])
+        return result.present_bytes, result.bytes, result.stopped
+
+    with Child(group.inside(run)) as child:
+        assert child.result() == (60 * MIB, 40 * MIB, "")
+    assert _cached(path).length == 40 * MIB
+
+
 def test_passing_through_keeps_a_window_only(tmp_path: Path, make_group: Callable[..., Group]) -> None:
     group = make_group(96 * MIB)
     path = _cold(tmp_path / "large", 256 * MIB)

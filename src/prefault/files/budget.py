@@ -19,7 +19,7 @@ class MemoryBudget:
 
     A page cache that is full evicts its own pages: to bring in more than fits undoes the beginning of the work. What memory
     cgroups and the machine leave are free memory and the clean page cache of others; pages counted by :meth:`take` and
-    :meth:`keep` are not among them.
+    :meth:`keep` are not among them, but that a cgroup leaves kept pages out which may be charged to another one.
 
     Args:
         asked: bytes that may be brought in altogether; None: as many as fit.
@@ -46,7 +46,7 @@ class MemoryBudget:
         self.taken_bytes += count
 
     def keep(self, count: int) -> None:
-        """Count bytes that were in the page cache before, and are wanted there."""
+        """Count bytes that were in the page cache before, are wanted there, and could be evicted."""
         self._kept_bytes += count
         self._valid_until = 0.0
 
@@ -63,21 +63,29 @@ class MemoryBudget:
         return max(0, left)
 
     def _read(self) -> None:
-        ours = self.taken_bytes + self._kept_bytes
         left = NO_LIMIT
         for limit in cgroup_limits(swap=False) if self._check_headroom else ():
             free = limit.limit_bytes - limit.used_bytes - limit.reserve_bytes
-            room = free + max(0, limit.reclaimable_bytes - ours)
+            room = free + max(0, limit.reclaimable_bytes - self._ours_in(limit.used_bytes))
             if room < left:
                 left, self.tightest = room, f"{limit.name} is {format_size(limit.limit_bytes)}: {limit.remedy}"
                 self.limit = limit.name
-        machine = self._machine(ours) if self._check_headroom else NO_LIMIT
+        machine = self._machine(self.taken_bytes + self._kept_bytes) if self._check_headroom else NO_LIMIT
         if machine < left:
             self.limit = "MemAvailable"
             left, self.tightest = machine, f"the machine has {format_size(max(0, machine))} of memory left: free some"
         self._memory_left = left
         self._taken_at_reading = self.taken_bytes
         self._valid_until = monotonic() + _HOLDS_SECONDS
+
+    def _ours_in(self, used_bytes: int) -> int:
+        """Return how much of what a cgroup is charged for counts as ours.
+
+        The kernel does not tell which cgroup a cached page is charged to. Where not all kept pages can be charged to this
+        one, as it uses less, others had them brought in, and none counts: to subtract them would refuse what fits.
+        """
+        ours = self.taken_bytes + self._kept_bytes
+        return ours if ours <= used_bytes else self.taken_bytes
 
     def _machine(self, ours: int) -> int:
         try:

@@ -37,6 +37,9 @@ _NAMES = {
 }
 """Names of file systems by their magic number (linux/magic.h, and for out-of-tree ones their own source)."""
 
+IN_MEMORY = frozenset({"tmpfs", "ramfs", "hugetlbfs"})
+"""File systems whose pages are nowhere but in memory, or in swap: none of them is page cache that could be evicted."""
+
 _MADE_BY_KERNEL = {
     0x9FA0: "proc",
     0x62656572: "sysfs",

@@ -7,6 +7,7 @@ from time import monotonic
 from typing import NamedTuple
 
 from prefault._system.cpus import usable_cpus
+from prefault.files.file_systems import IN_MEMORY
 from prefault.files.open_file import OpenFile
 from prefault.files.warm_methods import MethodName, WarmMethod, can_populate, over_read_bytes
 from prefault.ranges import PageRange, RangeSet
@@ -15,9 +16,6 @@ from prefault.sizes import MIB
 _LOCAL = frozenset({"ext4", "xfs", "btrfs", "f2fs", "bcachefs", "zfs", "overlay", "squashfs", "erofs", "iso9660", "vfat",
                     "exfat", "ntfs3", "block device"})  # fmt: skip
 """File systems of local disks: one populating thread keeps such a disk busy."""
-
-_IN_MEMORY = frozenset({"tmpfs", "ramfs"})
-"""File systems whose pages are nowhere but in memory, or in swap."""
 
 _PROBE_BYTES = 32 * MIB
 """Bytes of one measurement. They are part of the work, and are not read again."""
@@ -61,7 +59,7 @@ def candidates(file: OpenFile, threads: int | None = None, name: MethodName | No
         name: a fixed method; None: any.
     """
     cpus = usable_cpus()
-    if file.file_system in _IN_MEMORY:  # to populate a hole of tmpfs would allocate it
+    if file.file_system in IN_MEMORY:  # to populate a hole of tmpfs would allocate it
         found = [WarmMethod("pread", min(cpus, 4))]
     elif file.file_system in _LOCAL:
         found = [WarmMethod("populate", 1), WarmMethod("populate", min(cpus, 4))]
@@ -185,7 +183,7 @@ def small_file_threads(path: str) -> int:
             kind = file.file_system
     except OSError:
         return 1
-    return 1 if kind in _IN_MEMORY else 2 * usable_cpus() if kind in _LOCAL else 16
+    return 1 if kind in IN_MEMORY else 2 * usable_cpus() if kind in _LOCAL else 16
 
 
 def _key(file: OpenFile) -> tuple[int, str]:

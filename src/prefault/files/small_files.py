@@ -87,9 +87,7 @@ class _SmallFileReader:
 
     def _warm(self, file: OpenFile, tally: Tally) -> None:
         plan = FilePlan.of(file, None, missing_only=self._missing_only)
-        tally.files += 1
-        tally.present_bytes += plan.present.length
-        tally.hole_bytes += plan.hole_bytes
+        tally.begin(file, plan)
         if not plan.missing:
             return
         state = FileState(file)

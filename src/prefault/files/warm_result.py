@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from prefault.files.cached_pages import cached_count, cached_ranges
 from prefault.files.failures import FileFailure, LostPages
+from prefault.files.file_plan import FilePlan
+from prefault.files.file_systems import IN_MEMORY
 from prefault.files.open_file import OpenFile
 from prefault.files.step_workers import StepFailure, StepWorkers
 from prefault.files.warm_methods import WarmMethod
@@ -131,13 +133,25 @@ class FileState:
 
 
 class Tally:
-    """Sums over files, in bytes, and their failures; :class:`WarmResult` explains them."""
+    """Sums over files, in bytes, and their failures; :class:`WarmResult` explains them.
+
+    Attributes:
+        kept_bytes: bytes of ``present_bytes`` that the kernel may evict.
+    """
 
     def __init__(self) -> None:
         self.files = self.bytes = self.present_bytes = self.read_bytes = self.evicted_bytes = 0
-        self.hole_bytes = self.unchecked_bytes = 0
+        self.hole_bytes = self.unchecked_bytes = self.kept_bytes = 0
         self.failures: list[FileFailure] = []
         self._by_method: dict[WarmMethod, int] = {}
+
+    def begin(self, file: OpenFile, plan: FilePlan) -> None:
+        """Count a file, and what of it needs no reading."""
+        self.files += 1
+        self.hole_bytes += plan.hole_bytes
+        self.present_bytes += plan.present.length
+        if file.file_system not in IN_MEMORY:
+            self.kept_bytes += plan.present.length
 
     def count(self, method: WarmMethod, count: int) -> None:
         """Count bytes that were read by a method."""
@@ -177,6 +191,7 @@ class Tally:
         """Add the sums and failures of other files."""
         for name in (
             "files", "bytes", "present_bytes", "read_bytes", "evicted_bytes", "hole_bytes", "unchecked_bytes",
+            "kept_bytes",
         ):  # fmt: skip
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.failures += other.failures

@@ -199,11 +199,10 @@ class Warming:
             OSError: the file cannot be looked at. An error in reading it is a failure of the result.
         """
         plan = FilePlan.of(file, ranges, missing_only=self._missing_only)
-        self._tally.files += 1
-        self._tally.hole_bytes += plan.hole_bytes
-        self._tally.present_bytes += plan.present.length
+        kept = self._tally.kept_bytes
+        self._tally.begin(file, plan)
+        self._budget.keep(self._tally.kept_bytes - kept)
         self._total_bytes += length_in_file(file, plan.missing)
-        self._budget.keep(plan.present.length)
         if not plan.missing:
             return
         if self._window is None:
@@ -368,7 +367,7 @@ class Warming:
                 self._tally.add(tally)
                 self._done_bytes += workers.done_bytes
                 self._budget.take(tally.bytes)
-                self._budget.keep(tally.present_bytes)
+                self._budget.keep(tally.kept_bytes)
         for path in batch.grown:
             if not self.is_stopped:
                 self.open_and_warm(path)

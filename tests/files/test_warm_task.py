@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import prefault
-from prefault.sizes import MIB
+from prefault.sizes import MIB, PAGE_SIZE
 from support.children import in_child
 
 _LIMIT_S = 60
@@ -66,6 +67,30 @@ def test_the_result_is_that_of_warm(file: Path) -> None:
     assert result.bytes == 16 * MIB == _cached(file) == task.done_bytes == task.total_bytes
     assert [failure.errno for failure in result.failures] == [2]
     assert "WarmTask finished, 16.0 MiB" in repr(task)
+
+
+@pytest.mark.parametrize("size", [2 * MIB, PAGE_SIZE])
+def test_cancelling_ends_the_walk_through_files_that_are_cached_already(tmp_path: Path, size: int) -> None:
+    path, looked = tmp_path / "file", 0
+    path.write_bytes(bytes(size))
+    under_way, cancelled = threading.Event(), threading.Event()
+
+    def paths() -> Iterator[Path]:
+        nonlocal looked
+        for looked in range(1, 3001):
+            if looked == 1000:
+                under_way.set()
+                assert cancelled.wait(_LIMIT_S)
+            yield path
+
+    task = prefault.warm_async(prefault.select(paths(), each_link=True))
+    assert under_way.wait(_LIMIT_S)
+    task.cancel()
+    cancelled.set()
+    with pytest.raises(prefault.WarmCancelled, match=r"cancelled: 0 bytes of \d+ files brought in") as caught:
+        task.result(_LIMIT_S)
+    assert looked == 1000
+    assert caught.value.result.files <= 999
 
 
 def test_cancelling_stops_it_and_says_how_far_it_came(file: Path) -> None:

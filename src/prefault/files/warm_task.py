@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypedDict, Unpack
 
 from prefault.engine.background.background_task import BackgroundCall, BackgroundTask
 from prefault.engine.progress import Progress, check_progress
 from prefault.engine.rate import RateLimit, rate_limit
+from prefault.files.failures import FileFailure
 from prefault.files.file_status import RangesOfFile
-from prefault.files.selection import Path, Selection
+from prefault.files.selection import Path, SelectedFile, Selection, as_selection
 from prefault.files.warm_methods import MethodName
 from prefault.files.warm_result import WarmCancelled, WarmInterrupted, WarmResult
 from prefault.files.warming import warm
@@ -70,13 +71,28 @@ def warm_async(paths: Path | Iterable[Path] | Selection, **options: Unpack[WarmO
     def warming(report: Progress) -> WarmResult:
         arguments: dict[str, Any] = {**options, "progress": report, "rate": call.rate(limit)}
         try:
-            return warm(paths, **arguments)
+            return warm(_until_cancelled(as_selection(paths), call), **arguments)
         except WarmInterrupted as interruption:
             text = f"cancelled: {str(interruption).removeprefix('interrupted: ')}"
             raise _cancelled(text, interruption.result) from None
 
     call.start(warming, progress)
     return WarmTask(call)
+
+
+def _until_cancelled(selection: Selection, call: BackgroundCall[WarmResult]) -> Selection:
+    """Return a selection that ends by KeyboardInterrupt once the call is cancelled.
+
+    Progress is told only while bytes are brought in, so that a tree that is cached already would be walked to its end.
+    """
+
+    def files(_: Selection) -> Iterator[SelectedFile | FileFailure]:
+        for found in selection:
+            if call.cancelled:
+                raise KeyboardInterrupt
+            yield found
+
+    return Selection(files)
 
 
 def _cancelled(text: str, result: WarmResult | None = None) -> WarmCancelled:

@@ -248,8 +248,10 @@ def test_two_hundred_runs_in_a_memory_cgroup(tmp_path: Path, make_group: Callabl
         ({"chunk": 0}, "at least 1 byte"),
         ({"start": 11}, "behind its end"),
         ({"budget": -1}, "negative"),
-        ({"budget": 0}, r"takes 4.0 MiB of page cache at least: raise budget='0 bytes'"),
-        ({"window": "1 MiB"}, r"raise window='1.0 MiB'"),
+        ({"budget": 0}, r"takes 4\.0 MiB of page cache at least, and budget= is 0 bytes: raise it"),
+        ({"window": "1 MiB"}, r"window= is 1\.0 MiB: raise it"),
+        ({"threads": 0}, "threads is a number from 1 to 1024, not 0"),
+        ({"method": "foo"}, "method is one of populate, readahead, pread, not 'foo'"),
         ({"rate": 0}, "rate of 0"),
     ],
 )

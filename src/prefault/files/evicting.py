@@ -11,6 +11,7 @@ from prefault.engine.progress import Progress, check_progress, reporting
 from prefault.files.cached_pages import CachedCount, cached_count
 from prefault.files.failures import FileFailure
 from prefault.files.file_status import Ranges, checked_ranges
+from prefault.files.file_systems import IN_MEMORY
 from prefault.files.open_file import OpenFile
 from prefault.files.selection import Path, Selection, as_selection
 from prefault.ranges import PageRange, RangeSet
@@ -18,9 +19,6 @@ from prefault.sizes import MIB, PAGE_SIZE, format_count, format_size
 
 _CHUNK = 256 * MIB
 """Bytes of one posix_fadvise call: some tens of milliseconds, so that Ctrl-C is answered."""
-
-_IN_MEMORY = frozenset({"tmpfs", "ramfs", "hugetlbfs"})
-"""File systems whose files have no other place than memory."""
 
 
 class EvictedFile(NamedTuple):
@@ -166,7 +164,7 @@ def evict_ranges(file: OpenFile, ranges: Ranges | None = None, *, sync: bool = F
     given = [(0, None)] if ranges is None else ranges(file) if callable(ranges) else ranges
     parts = [(start, size if stop is None else min(stop, size)) for start, stop in given]
     pages = RangeSet(_whole_pages(start, stop, size) for start, stop in parts if start < stop)
-    if file.file_system in _IN_MEMORY:
+    if file.file_system in IN_MEMORY:
         left = cached_count(file).pages
         reason = f"the files of {file.file_system} are in memory alone: remove the file to free it" if left else ""
         return EvictedFile(file.path, size, pages.pages, 0, left, 0, reason)

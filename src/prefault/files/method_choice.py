@@ -9,7 +9,7 @@ from typing import NamedTuple
 from prefault._system.cpus import usable_cpus
 from prefault.files.file_systems import IN_MEMORY
 from prefault.files.open_file import OpenFile
-from prefault.files.warm_methods import MethodName, WarmMethod, can_populate, over_read_bytes
+from prefault.files.warm_methods import METHOD_NAMES, MethodName, WarmMethod, can_populate, over_read_bytes
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB
 
@@ -76,9 +76,21 @@ def candidates(file: OpenFile, threads: int | None = None, name: MethodName | No
 
 
 class MethodChoice:
-    """Memory of which method was fastest on which device, for all files of one call."""
+    """Memory of which method was fastest on which device, for all files of one call.
+
+    Args:
+        threads: a fixed number of threads; None: as many as pay.
+        name: a fixed method; None: any.
+
+    Raises:
+        ValueError: a method that is none, or a wrong number of threads.
+    """
 
     def __init__(self, threads: int | None = None, name: MethodName | None = None) -> None:
+        if name is not None and name not in METHOD_NAMES:
+            raise ValueError(f"method is one of {', '.join(METHOD_NAMES)}, not {name!r}")
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
+            raise ValueError(f"threads is a number from 1 to 1024, not {threads!r}")
         self._threads = threads
         self._name = name
         self._best: dict[tuple[int, str], WarmMethod] = {}

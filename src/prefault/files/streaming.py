@@ -65,9 +65,10 @@ def stream(
 
     Sources: posix_fadvise(2), POSIX_FADV_DONTNEED; llama.cpp#28055, TensorRT-LLM#17430, tokenspeed#833.
     """
+    choice = MethodChoice(threads, method)
     return FileStream(
         OpenFile(path), parse_size(window), chunk=parse_size(chunk), start=parse_size(start),
-        stop=None if stop is None else parse_size(stop), choice=MethodChoice(threads, method),
+        stop=None if stop is None else parse_size(stop), choice=choice,
         budget=MemoryBudget(budget), rate=rate_limit(rate),
     )  # fmt: skip
 
@@ -98,7 +99,8 @@ class FileStream(io.RawIOBase):
             for name, given in (("window", window), ("budget", budget.asked_bytes)):
                 if given is not None and given < _SMALLEST_WINDOW:
                     least = format_size(_SMALLEST_WINDOW)
-                    raise ValueError(f"a stream takes {least} of page cache at least: raise {name}={format_size(given)!r}")
+                    given_size = format_size(given)
+                    raise ValueError(f"a stream takes {least} of page cache at least, and {name}= is {given_size}: raise it")
             if start > self.stop:
                 raise ValueError(f"the stream begins at byte {start}, behind its end at {self.stop}")
             memory = budget.left_bytes() // _SHARE_OF_MEMORY if budget.asked_bytes is None else budget.asked_bytes

@@ -18,7 +18,7 @@ from prefault.files.open_file import OpenFile
 from prefault.files.selection import Path, SelectedFile, Selection, as_selection
 from prefault.files.small_files import SmallFiles
 from prefault.files.step_workers import StepWorkers
-from prefault.files.warm_methods import METHOD_NAMES, MethodName, PieceReader, WarmMethod, steps_of
+from prefault.files.warm_methods import MethodName, PieceReader, WarmMethod, steps_of
 from prefault.files.warm_result import FileState, Tally, WarmInterrupted, WarmResult, length_in_file
 from prefault.ranges import PageRange, RangeSet
 from prefault.sizes import MIB, PAGE_SIZE, Size, format_size, parse_size
@@ -136,10 +136,6 @@ class Warming:
         budget: MemoryBudget | Size | None = None, window: Size | None = None, rate: RateLimit | Size | None = None,
         progress: Progress | bool = False, missing_only: bool = True,
     ) -> None:  # fmt: skip
-        if method is not None and method not in METHOD_NAMES:
-            raise ValueError(f"method is one of {', '.join(METHOD_NAMES)}, not {method!r}")
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024):
-            raise ValueError(f"threads is a number from 1 to 1024, not {threads!r}")
         check_progress(progress)
         self._threads = threads
         self._budget = budget if isinstance(budget, MemoryBudget) else MemoryBudget(budget)

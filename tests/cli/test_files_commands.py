@@ -342,6 +342,20 @@ def test_charts(ranges: list[tuple[int, int]], pages: int, chart: str) -> None:
     assert draw_chart(cached, pages * PAGE) == chart
 
 
+def test_parts_that_were_not_asked_for_are_not_missing(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file_beds.evict(tree / "one")
+    file_beds.touch(tree / "one", 1, 3)
+    asked = ("-p", "4096-12288", tree / "one")
+    _, out, _ = _call(capsys, "status", "-v", *asked)
+    assert "[.O ..]" in out
+    _, out, _ = _call(capsys, "status", "--missing", *asked)
+    assert out == f"{tree}/one\t8192-12288\n"
+    _, out, _ = _call(capsys, "status", "--cached", *asked)
+    assert out == f"{tree}/one\t4096-8192\n"
+    _, out, _ = _call(capsys, "status", "--json", *asked)
+    assert "looked_at" not in check_output(out, "prefault-status")["files"][0]
+
+
 def test_status_of_a_process(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = _call(capsys, "status", "--json", "--pid", os.getpid())
     assert status == 0

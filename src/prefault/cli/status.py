@@ -108,19 +108,21 @@ def _tensors(found: FileStatus, files: FileArguments) -> list[TensorStatus]:
 def _describe(found: FileStatus) -> str:
     if found.cached_pages is None:
         return f"cannot tell: {found.reason}"
-    chart = "" if found.ranges is None or not found.pages else f" [{draw_chart(found.ranges, found.size)}]"
+    chart = "" if found.ranges is None or not found.pages else f" [{draw_chart(found.ranges, found.size, found.looked_at)}]"
     return f"{share(found.cached_pages, found.pages)}{chart}"
 
 
-def draw_chart(cached: RangeSet, size: int, width: int = _CHART) -> str:
-    """Draw which parts of a file are cached: ``O`` whole, ``o`` in part, a blank not at all."""
+def draw_chart(cached: RangeSet, size: int, looked_at: RangeSet | None = None, width: int = _CHART) -> str:
+    """Draw which parts of a file are cached: ``O`` whole, ``o`` in part, a blank not at all, ``.`` was not looked at."""
     total = -(-size // PAGE_SIZE)
     cells = min(width, total)
     cuts = [PAGE_SIZE * (total * cell // max(1, cells)) for cell in range(cells + 1)]
     chart = []
     for start, stop in itertools.pairwise(cuts):
-        length = (cached & RangeSet([PageRange(start, stop)])).length
-        chart.append("O" if length == stop - start else "o" if length else " ")
+        cell = RangeSet([PageRange(start, stop)])
+        looked = cell if looked_at is None else cell & looked_at
+        length = (cached & looked).length
+        chart.append("." if not looked else "O" if length == looked.length else "o" if length else " ")
     return "".join(chart)
 
 
@@ -136,7 +138,7 @@ def _print_json(found: FilesStatus, files: FileArguments) -> None:
         {
             "page_size": PAGE_SIZE,
             "files": (
-                {**one._asdict(), "ranges": _plain(one.ranges), "tensors": _tensors(one, files)} for one in found.files
+                {**_facts(one), "ranges": _plain(one.ranges), "tensors": _tensors(one, files)} for one in found.files
             ),
             "failures": failures_to_json(found.failures),
             "totals": {
@@ -146,6 +148,11 @@ def _print_json(found: FilesStatus, files: FileArguments) -> None:
             "seconds": found.seconds,
         },
     )  # fmt: skip
+
+
+def _facts(one: FileStatus) -> dict[str, object]:
+    """Return the fields but what the command line itself asked for."""
+    return {name: value for name, value in one._asdict().items() if name != "looked_at"}
 
 
 def _plain(ranges: RangeSet | None) -> list[list[int]] | None:

@@ -48,6 +48,7 @@ class FileStatus(NamedTuple):
         dirty_pages: those that wait to be written to the disk; None where the kernel does not say.
         reason: the reason why the kernel does not say; empty where it does.
         ranges: the cached ranges as byte offsets, where they were asked for and the kernel says.
+        looked_at: the whole pages of the ranges that were asked for, as byte offsets; None: the whole file.
     """
 
     path: str
@@ -57,6 +58,7 @@ class FileStatus(NamedTuple):
     dirty_pages: int | None
     reason: str = ""
     ranges: RangeSet | None = None
+    looked_at: RangeSet | None = None
 
     @property
     def cached_bytes(self) -> int | None:
@@ -64,10 +66,11 @@ class FileStatus(NamedTuple):
         return None if self.cached_pages is None else self.cached_pages * PAGE_SIZE
 
     def missing(self) -> RangeSet | None:
-        """Return the ranges that are not cached, as byte offsets of whole pages; None where the ranges are not known."""
+        """Return the ranges that were looked at and are not cached, as byte offsets of whole pages; None: not known."""
         if self.ranges is None:
             return None
-        return RangeSet([PageRange.outward(0, self.size)]) - self.ranges
+        whole = RangeSet([PageRange.outward(0, self.size)]) if self.looked_at is None else self.looked_at
+        return whole - self.ranges
 
 
 class FilesStatus(NamedTuple):
@@ -206,7 +209,8 @@ def _status_of(file: OpenFile, ranges: CheckedRanges, with_ranges: bool) -> File
                 found |= cached_ranges(file, part.start, part.stop)
         except CannotTellError as error:
             found, reason = None, reason or error.reason
-    return FileStatus(file.path, file.size, parts.pages, cached, dirty, reason, found)
+    looked_at = None if ranges is None else parts
+    return FileStatus(file.path, file.size, parts.pages, cached, dirty, reason, found, looked_at)
 
 
 class _QuickCounts:
@@ -258,7 +262,7 @@ class _QuickCounts:
                 known = False
             finally:
                 os.close(fd)
-            yield make(FileStatus, (path, size, -(-size // PAGE_SIZE), cached, dirty, "", None)) if known else entry
+            yield make(FileStatus, (path, size, -(-size // PAGE_SIZE), cached, dirty, "", None, None)) if known else entry
 
     def count(self, found: SelectedFile) -> FileStatus | None:
         """Return the status of a file; None where the careful way must tell."""

@@ -554,3 +554,19 @@ def test_files_of_dax_mounts_take_no_page_cache(
         assert vma is not None
         monkeypatch.setattr(page_cache, "read_mounts", lambda: [Mount(vma.device, "/", "/", "xfs", options)])
         assert page_cache.takes_page_cache(vma) is expected
+
+
+@pytest.mark.parametrize("mapped_by_us", [False, True])
+def test_a_file_that_shrank_has_no_page_cache_beyond_its_end(tmp_path: Path, mapped_by_us: bool) -> None:
+    """The kernel may keep a large folio whole, whose first page alone is left in the file."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * (1 << 20))
+    with ExitStack() as stack:
+        if mapped_by_us:
+            memory: Any = stack.enter_context(prefault.Mapping("1 MiB", backing=prefault.File(path)))
+        else:
+            file = stack.enter_context(path.open("r+b"))
+            memory = stack.enter_context(mmap.mmap(file.fileno(), 0))
+            memory[5]
+        os.truncate(path, PAGE_SIZE)
+        assert prefault.residency(memory).cached_bytes == PAGE_SIZE

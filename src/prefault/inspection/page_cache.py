@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from typing import Any
 
 from prefault._kernel.cachestat import PageCache, cachestat
@@ -31,7 +32,9 @@ def page_cache_of(memory: Borrowed, buffer: Any, pages: PageRange) -> PageCache 
     if memory.fd is None or not pages or not capabilities.CACHESTAT.available:
         return None
     try:
-        found = cachestat(memory.fd, buffer.file_offset + pages.start - memory.address, pages.length)
+        offset = buffer.file_offset + pages.start - memory.address
+        length = _within_file(memory.fd, offset, pages.length)
+        found = cachestat(memory.fd, offset, length) if length else PageCache(0, 0, 0, 0, 0)
         return found if found.cached or _counts_own_pages(os.fstat(memory.fd).st_dev) else None
     except OSError:  # hugetlbfs has none, and a file that we may not write tells nothing
         return None
@@ -46,6 +49,17 @@ def cached_bytes(pages: PageRange) -> int | None:
     ]
     told = [count for count in known if count is not None]
     return sum(told) if told else None
+
+
+def _within_file(fd: int, offset: int, length: int) -> int:
+    """Return how many bytes of a range lie before the end of a file's last page.
+
+    A file that shrank may keep pages beyond it, where the kernel could not split their large folio: cachestat counts them.
+    """
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):  # a block device has no size here
+        return length
+    return max(0, min(length, status.st_size + -status.st_size % PAGE_SIZE - offset))
 
 
 class KnownFiles:
@@ -107,7 +121,9 @@ def cached_in(vma: Vma, pages: PageRange, *, unmapped: bool = False, files: Know
     fd = files.descriptor(vma) if capabilities.CACHESTAT.available else None
     if fd is not None:
         with contextlib.suppress(OSError):  # EPERM: the file is another user's; EBADF: closed by another thread
-            cached = cachestat(fd, vma.file_offset + pages.start - vma.start, pages.length).cached
+            offset = vma.file_offset + pages.start - vma.start
+            length = _within_file(fd, offset, pages.length)
+            cached = cachestat(fd, offset, length).cached if length else 0
             if cached or vma.backing is not Backing.FILE or files.counts_own_pages(vma.device):
                 return cached * PAGE_SIZE
     # mincore counts private copies as well. Of a file that is another user's it says that all pages are there (since 5.2).

@@ -13,6 +13,9 @@ import pytest
 
 import prefault
 from prefault import PageRange, PageState, RangeSet
+from prefault.files import in_place_of_memory
+from prefault.files.failures import FileFailure
+from prefault.files.warm_result import Tally, WarmResult
 from support import file_beds
 from support.file_beds import PAGE
 
@@ -135,3 +138,48 @@ def test_files_are_imported_for_the_first_path_only(tree: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", program, str(tree / "a")], check=True, timeout=60)
     assert file_beds.cached_pages(tree / "a") == 64
+
+
+def _warm_and_then(monkeypatch: pytest.MonkeyPatch, lose: Callable[[], None]) -> None:
+    """Let pages go before warming counts what is in the page cache."""
+    check = Tally.check
+
+    def lose_and_check(*arguments: Any, **options: Any) -> None:
+        lose()
+        check(*arguments, **options)
+
+    monkeypatch.setattr(Tally, "check", lose_and_check)
+
+
+@pytest.mark.parametrize(("lost", "is_few"), [(15, True), (16, False)])
+def test_a_few_pages_that_went_fail_no_file(
+    lost: int, is_few: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 256 pages: fewer than 64 KiB may be those of a kernel that reclaims cold pages all the time."""
+    path = file_beds.make(tmp_path / "file", 256 * PAGE)
+    file_beds.evict(path)
+
+    def lose() -> None:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file_beds.touch(path, *range(lost, 256))
+        assert file_beds.cached_pages(path) == 256 - lost
+
+    _warm_and_then(monkeypatch, lose)
+    if is_few:
+        result = prefault.populate(path)
+        assert result.bytes == (256 - lost) * PAGE
+        assert "60.0 KiB evicted again, a few, as the kernel takes cold pages at any time" in str(result)
+    else:
+        with pytest.raises(OSError, match=r"64.0 KiB of the 1.0 MiB that were read are not in the page cache"):
+            prefault.populate(path)
+        file_beds.evict(path)
+        assert "64.0 KiB evicted again, as memory is short" in str(prefault.populate(path, headroom="ignore"))
+
+
+def test_the_limit_that_ended_a_call_is_told_whatever_failed_after_it(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = FileFailure("a", "stopped after 4 KiB", "the limit of a test leaves 4 KiB: raise it")
+    ended = WarmResult(failures=(limit, FileFailure("b", "gone", "check the path")), stopped=limit.remedy)
+    monkeypatch.setattr(in_place_of_memory, "warm", lambda *_, **__: ended)
+    with pytest.raises(prefault.HeadroomError, match=r"a: stopped after 4 KiB: the limit of a test leaves 4 KiB: raise it"):
+        prefault.populate(tree / "a")

@@ -45,6 +45,12 @@ class LostPages(FileFailure):
     __slots__ = ()
 
 
+class FewLostPages(LostPages):
+    """Lost pages that are too few to tell of short memory: the kernel may take cold pages at any time."""
+
+    __slots__ = ()
+
+
 _REMEDIES = {
     errno.EACCES: "run as its owner or as root, or give read permission (chmod)",
     errno.EPERM: "run as its owner or as root",

@@ -14,7 +14,7 @@ from prefault.engine.planning import Plan
 from prefault.errors import HeadroomError
 from prefault.files.budget import MemoryBudget
 from prefault.files.cached_pages import cached_ranges
-from prefault.files.failures import FileError, FileFailure, LostPages
+from prefault.files.failures import FewLostPages, FileError, FileFailure, LostPages
 from prefault.files.file_locks import FileLock, lock_files
 from prefault.files.file_plan import FilePlan
 from prefault.files.file_status import pages_of
@@ -58,14 +58,16 @@ class PagesOfFiles(FileVerbs):
         result = warm(
             select(), ranges=ranges, method=method, threads=_number(threads), budget=budget, rate=rate, progress=progress
         )
-        failures = [failure for failure in result.failures if checked or not isinstance(failure, LostPages)]
+        forgiven = FewLostPages if checked else LostPages
+        failures = [failure for failure in result.failures if not isinstance(failure, forgiven)]
         if result.stopped:
             raise _stopped(result, budget, total)
         if failures:
             raise _error_of(failures, result.bytes)
         notes = [f"into the page cache, {_files(result.files)}"]
         if result.evicted_bytes:
-            notes.append(f"{format_size(result.evicted_bytes)} evicted again, as memory is short")
+            why = "a few, as the kernel takes cold pages at any time" if checked else "as memory is short"
+            notes.append(f"{format_size(result.evicted_bytes)} evicted again, {why}")
         if result.hole_bytes:
             notes.append(f"{format_size(result.hole_bytes)} are holes, which have nothing to read")
         if result.unchecked_bytes:
@@ -196,9 +198,11 @@ def _length_within(size: int, ranges: list[tuple[int, int | None]] | None) -> in
 
 def _stopped(result: WarmResult, budget: MemoryBudget, total: int) -> HeadroomError:
     """Return the exception for a call that ended before it would have evicted what it had brought in."""
+    # Files that were at work beside it may have failed after it.
+    ended = next((failure for failure in result.failures if failure.remedy == result.stopped), result.stopped)
     return HeadroomError(
         errno.ENOMEM,
-        f"{result.failures[-1]}, take fewer files (prefault.stream reads any), or go on regardless with headroom='ignore';"
+        f"{ended}, take fewer files (prefault.stream reads any), or go on regardless with headroom='ignore';"
         f" {format_size(result.bytes)} were brought in",
         limit=budget.limit, needed_bytes=max(total - result.present_bytes, result.bytes), available_bytes=result.bytes,
     )  # fmt: skip

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from prefault.files.cached_pages import cached_count, cached_ranges
-from prefault.files.failures import FileFailure, LostPages
+from prefault.files.failures import FewLostPages, FileFailure, LostPages
 from prefault.files.file_plan import FilePlan
 from prefault.files.file_systems import IN_MEMORY
 from prefault.files.open_file import OpenFile
 from prefault.files.step_workers import StepFailure, StepWorkers
 from prefault.files.warm_methods import WarmMethod
+from prefault.limits.evicted_meanwhile import enough_to_tell
 from prefault.ranges import RangeSet
 from prefault.sizes import format_count, format_size
 
@@ -185,7 +186,8 @@ class Tally:
             lost, read = format_size(state.lost_bytes), format_size(state.read_bytes)
             reason = f"{lost} of the {read} that were read are not in the page cache"
             remedy = "memory is short, or the file system keeps no page cache (direct I/O)"
-            self.failures.append(LostPages(path, reason, remedy))
+            few = state.lost_bytes < enough_to_tell(state.read_bytes)
+            self.failures.append((FewLostPages if few else LostPages)(path, reason, remedy))
 
     def add(self, other: Tally) -> None:
         """Add the sums and failures of other files."""

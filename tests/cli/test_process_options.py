@@ -12,8 +12,8 @@ import click
 import pytest
 
 from prefault import processes
-from prefault.cli import process_options
-from prefault.cli.process_options import run_status, run_warm
+from prefault.cli.options import process_options
+from prefault.cli.options.process_options import run_status, run_warm
 from prefault.processes import SkippedMapping
 from support import needs, oracle
 from support.children import in_child

@@ -14,7 +14,7 @@ from prefault.bench.kinds import KINDS, Places
 from prefault.bench.stopping import StopRequest
 from prefault.cli.benchmarks.bench_device import device
 from prefault.cli.benchmarks.bench_options import check_json_path, exit_if_stopped, json_option, mapping_sizes
-from prefault.cli.option_types import CountType
+from prefault.cli.options.option_types import CountType
 
 _QUICK_REPEATS = 3
 _FULL_REPEATS = 10

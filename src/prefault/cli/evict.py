@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from prefault.cli.file_options import FileArguments, failures_to_json, file_options, need_paths
 from prefault.cli.json_output import print_json
 from prefault.cli.messages import complain
+from prefault.cli.options.file_options import FileArguments, failures_to_json, file_options, need_paths
 from prefault.files.evicting import EvictedFile, each_evicted
 from prefault.files.evicting import evict as evict_all
 from prefault.sizes import PAGE_SIZE, format_count, format_size

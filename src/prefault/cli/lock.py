@@ -15,10 +15,10 @@ from typing import Literal, NoReturn, TypeAlias
 
 import click
 
-from prefault.cli.file_options import FileArguments, failures_to_json, file_options, flush, need_paths
 from prefault.cli.json_output import print_json
 from prefault.cli.messages import complain, complain_of
-from prefault.cli.option_types import rate_option
+from prefault.cli.options.file_options import FileArguments, failures_to_json, file_options, flush, need_paths
+from prefault.cli.options.option_types import rate_option
 from prefault.files.failures import FileError
 from prefault.files.file_locks import FileLock, lock_files
 from prefault.sizes import PAGE_SIZE, format_count, format_size

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from prefault.cli.recording_options import check_writable, root_option, size, tell_notes, told_as_usage
+from prefault.cli.options.recording_options import check_writable, root_option, size, tell_notes, told_as_usage
 from prefault.sizes import format_count
 
 

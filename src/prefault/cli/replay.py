@@ -9,7 +9,7 @@ import click
 
 from prefault.cli.json_output import json_option, print_json
 from prefault.cli.messages import complain
-from prefault.cli.recording_options import replay_options, size, some_of, told_as_usage
+from prefault.cli.options.recording_options import replay_options, size, some_of, told_as_usage
 from prefault.sizes import format_count
 
 if TYPE_CHECKING:

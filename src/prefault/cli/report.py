@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prefault.cli.messages import printable
-from prefault.cli.option_types import pid_option
+from prefault.cli.options.option_types import pid_option
 from prefault.sizes import format_count
 
 if TYPE_CHECKING:

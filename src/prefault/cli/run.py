@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from prefault.cli.messages import complain
-from prefault.cli.recording_options import size, told_as_usage
+from prefault.cli.options.recording_options import size, told_as_usage
 from prefault.sizes import format_count
 
 

@@ -13,8 +13,15 @@ import click
 
 from prefault.cli.json_output import json_option, print_json
 from prefault.cli.messages import complain
-from prefault.cli.option_types import SecondsType
-from prefault.cli.recording_options import check_writable, replay_options, root_option, size, tell_notes, told_as_usage
+from prefault.cli.options.option_types import SecondsType
+from prefault.cli.options.recording_options import (
+    check_writable,
+    replay_options,
+    root_option,
+    size,
+    tell_notes,
+    told_as_usage,
+)
 from prefault.cli.replay import show, wanted
 from prefault.sizes import format_count
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from prefault.cli.file_options import FileArguments, failures_to_json, file_options, need_paths, share
 from prefault.cli.json_output import print_json
 from prefault.cli.messages import printable
-from prefault.cli.option_types import pid_option
+from prefault.cli.options.file_options import FileArguments, failures_to_json, file_options, need_paths, share
+from prefault.cli.options.option_types import pid_option
 from prefault.files.failures import FileFailure
 from prefault.files.file_status import FilesStatus, FileStatus, each_status
 from prefault.files.file_status import status as status_of
@@ -50,7 +50,7 @@ def status(files: FileArguments, show: str | None, pid: int | None) -> int:
     if pid is not None:
         if files.named or files.ranges:
             raise click.UsageError("--pid shows a process, and takes neither paths nor ranges of files")
-        from prefault.cli.process_options import run_status
+        from prefault.cli.options.process_options import run_status
 
         return run_status(pid, as_json=files.output == "json", ranges=show is not None or files.verbose)
     need_paths(files)

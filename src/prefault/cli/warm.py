@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from prefault.cli.file_options import FileArguments, failures_to_json, file_options, need_paths
 from prefault.cli.json_output import print_json
-from prefault.cli.option_types import CountType, SizeType, pid_option, rate_option
+from prefault.cli.options.file_options import FileArguments, failures_to_json, file_options, need_paths
+from prefault.cli.options.option_types import CountType, SizeType, pid_option, rate_option
 from prefault.files.selection import select
 from prefault.files.warm_methods import METHOD_NAMES
 from prefault.files.warm_result import WarmResult
@@ -54,7 +54,7 @@ def warm(
     if pid is not None:
         if files.named or files.ranges or python_env is not None:
             raise click.UsageError("--pid warms a process, and takes neither paths nor ranges of files")
-        from prefault.cli.process_options import run_warm
+        from prefault.cli.options.process_options import run_warm
 
         return run_warm(
             pid, mappings, as_json=files.output == "json", untouched=untouched, budget=options["budget"], rate=rate,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 import click
 
 from prefault.cli.messages import printable
-from prefault.cli.option_types import CountType, SecondsType, pid_option
+from prefault.cli.options.option_types import CountType, SecondsType, pid_option
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -11,7 +11,7 @@ from prefault.bench.routes.device_results import FRAMES, PAGE_SIZES, PATTERN, Fr
 from prefault.bench.routes.shipped_results import Shipped, ShippedCell, ShippedResult, shipped_cells
 from prefault.bench.stopping import StopRequest
 from prefault.cli.benchmarks.bench_options import check_json_path, exit_if_stopped, json_option, mapping_sizes, sizes
-from prefault.cli.option_types import CountType
+from prefault.cli.options.option_types import CountType
 from prefault.sizes import GIB, MIB
 
 _REPEATS = 3

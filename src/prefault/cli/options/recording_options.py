@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from prefault.cli.messages import printable
-from prefault.cli.option_types import CountType, SizeType
+from prefault.cli.options.option_types import CountType, SizeType
 from prefault.sizes import format_size
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])

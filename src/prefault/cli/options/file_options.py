@@ -13,7 +13,7 @@ import click
 
 from prefault.cli.json_output import json_option
 from prefault.cli.messages import complain, printable
-from prefault.cli.option_types import SizeType
+from prefault.cli.options.option_types import SizeType
 from prefault.files.failures import FileFailure
 from prefault.files.file_status import ByteRange, Ranges
 from prefault.files.selection import SelectedFile, Selection, SkippedFile, read_list, select

@@ -125,7 +125,8 @@ def test_an_unknown_command_is_one_line(path: str) -> None:
          " /nowhere: make it, or name another"),
         ("report -o page.html --bench list", 1, "list: not a file that prefault bench --json wrote, as it is no JSON:"
          " Expecting value: line 1 column 1 (char 0)"),
-        ("report -o page.html --watch list", 1, "list: line 1 is not JSON, so that it is no recording, or a damaged one"),
+        ("report -o page.html --watch list", 1, "list: line 1 is not JSON, so that it is none of"
+             " 'prefault watch --record', or a damaged one"),
         ("warm --threads two list", 2, "Invalid value for '--threads': 'two' is not a valid whole number."),
         ("snapshot auto --interval nan s list", 2, "Invalid value for '--interval': 'nan' is not a valid number of"
          " seconds."),

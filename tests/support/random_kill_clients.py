@@ -285,8 +285,9 @@ def _be_grandchild(board: Board, source: _Source, view: memoryview, index: int, 
     status = 1
     try:
         limit_s = START_S if anew and source.starts else ALARM_S
+        # Not dump_traceback_later: in a fork it waits for ever for the thread of pytest's own.
+        faulthandler.register(signal.SIGALRM, file=board.writer, chain=True)
         signal.alarm(limit_s)
-        faulthandler.dump_traceback_later(limit_s - 1, file=board.writer)
         if anew:
             try:
                 name = object_name(0) if source.objects else None

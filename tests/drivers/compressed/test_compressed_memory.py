@@ -84,9 +84,6 @@ def _kill(frames: int, role: str) -> None:
 
 
 def _kill_at_random(frames: int, seed: int) -> None:
-    import faulthandler
-
-    faulthandler.dump_traceback_later(25, repeat=True)
     chance = random.Random(seed)
     for role in ("server", "server", "warden", "server", "server"):
         time.sleep(chance.random() * 0.2)

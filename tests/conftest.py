@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 from prefault._system import hugetlb, thp
 from support import needs, oracle, run_again, signals
+from support.cgroups import Group, groups
 from support.machine_lock import MachineLock, put_first, runs_alone
 from support.reclaim_trace import ReclaimTrace, TakenAwayError
 from support.run_again import pytest_report_teststatus, pytest_runtest_protocol
@@ -118,6 +119,13 @@ def thp_setting(machine_lock: MachineLock) -> Iterator[Callable[[str, str], None
 
 def _write_thp_setting(name: str, word: str) -> None:
     Path("/sys/kernel/mm/transparent_hugepage", name).write_text(word)
+
+
+@pytest.fixture
+def make_group() -> Iterator[Callable[..., Group]]:
+    """A function that makes a memory cgroup with a limit; removed afterwards."""
+    with groups() as make:
+        yield make
 
 
 @pytest.fixture

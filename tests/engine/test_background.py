@@ -18,9 +18,8 @@ import prefault
 from prefault.sizes import MIB, PAGE_SIZE
 from support import oracle
 from support.children import in_child
+from support.gates import LIMIT_S, Gate
 from support.regions import Region
-
-_LIMIT_S = 60
 
 
 def _memory(size: int = 16 * MIB) -> mmap.mmap:
@@ -33,32 +32,18 @@ def _present(memory: mmap.mmap) -> int:
     return oracle.present_bytes(numpy.frombuffer(memory, numpy.uint8).ctypes.data, len(memory))
 
 
-class _Gate:
-    """A progress function that holds the call after its first chunk, until it is opened."""
-
-    def __init__(self) -> None:
-        self.reached, self._open = threading.Event(), threading.Event()
-
-    def __call__(self, done: int, total: int) -> None:
-        self.reached.set()
-        assert self._open.wait(_LIMIT_S)
-
-    def open(self) -> None:
-        self._open.set()
-
-
-def _held(memory: Any, **options: Any) -> tuple[prefault.PopulateTask, _Gate]:
+def _held(memory: Any, **options: Any) -> tuple[prefault.PopulateTask, Gate]:
     """Start a call in chunks of 1 MiB and return it after the first."""
-    gate = _Gate()
+    gate = Gate()
     task = prefault.populate_async(memory, progress=gate, threads=1, rate="20 MiB/s", **options)
-    assert gate.reached.wait(_LIMIT_S)
+    assert gate.reached.wait(LIMIT_S)
     return task, gate
 
 
 def test_the_result_is_that_of_populate() -> None:
     memory = _memory()
     task = prefault.populate_async(memory)
-    result = task.result(_LIMIT_S)
+    result = task.result(LIMIT_S)
     assert (result.bytes, result.present_bytes) == (16 * MIB, 0)
     assert _present(memory) == 16 * MIB == task.done_bytes == task.total_bytes
     assert task.done()
@@ -74,7 +59,7 @@ def test_progress_shows_while_it_runs_and_a_timeout_leaves_it_running() -> None:
     with pytest.raises(TimeoutError, match=r"of 16\.0 MiB are done"):
         task.result(0.01)
     gate.open()
-    assert task.result(_LIMIT_S).bytes == 16 * MIB
+    assert task.result(LIMIT_S).bytes == 16 * MIB
 
 
 @pytest.mark.parametrize("rollback", [False, True])
@@ -84,7 +69,7 @@ def test_cancelling_stops_it_and_says_how_far_it_came(rollback: bool) -> None:
     task.cancel()
     gate.open()
     with pytest.raises(prefault.PopulateCancelled, match=r"cancelled: [0-9.]+ MiB of 16.0 MiB populated") as caught:
-        task.result(_LIMIT_S)
+        task.result(LIMIT_S)
     there = _present(memory)
     assert caught.value.populated_bytes == there
     assert (there == 0) if rollback else (0 < there < 16 * MIB)
@@ -99,7 +84,7 @@ def test_the_buffer_is_pinned_until_the_end() -> None:
     task.cancel()
     gate.open()
     with pytest.raises(prefault.PopulateCancelled):
-        task.result(_LIMIT_S)
+        task.result(LIMIT_S)
     owner.append(1)
 
 
@@ -109,7 +94,7 @@ def test_errors_arrive_and_leaving_the_block_does_not_repeat_them() -> None:
         with pytest.raises(prefault.ProtectionError), prefault.populate_async(region):
             pass
         with prefault.populate_async(region) as task, pytest.raises(prefault.ProtectionError):
-            task.result(_LIMIT_S)
+            task.result(LIMIT_S)
 
 
 def test_wrong_arguments_fail_at_once_or_in_the_task() -> None:
@@ -118,7 +103,7 @@ def test_wrong_arguments_fail_at_once_or_in_the_task() -> None:
     with pytest.raises(TypeError, match="progress is"):
         prefault.populate_async(bytearray(5), progress=7)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="access is"):
-        prefault.populate_async(bytearray(5), access="x").result(_LIMIT_S)  # type: ignore[arg-type]
+        prefault.populate_async(bytearray(5), access="x").result(LIMIT_S)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -133,10 +118,10 @@ def test_cancelling_ends_the_wait_of_a_low_rate(threads: int) -> None:
 
     with _memory() as memory:
         task = prefault.populate_async(memory, rate=rate, threads=threads, progress=progress)
-        assert started.wait(_LIMIT_S)
+        assert started.wait(LIMIT_S)
         task.cancel()  # the next page is due in more than an hour
         with pytest.raises(prefault.PopulateCancelled, match="populated"):
-            task.result(_LIMIT_S)
+            task.result(LIMIT_S)
 
 
 def test_leaving_the_block_waits_and_an_exception_cancels() -> None:
@@ -200,12 +185,12 @@ def test_cancelling_the_waiting_task_cancels_the_call() -> None:
 
     task = asyncio.run(main())
     with pytest.raises(prefault.PopulateCancelled):
-        task.result(_LIMIT_S)
+        task.result(LIMIT_S)
 
 
 def test_collections_and_generators() -> None:
     memories = [_memory(MIB) for _ in range(3)]
-    assert prefault.populate_async(one for one in memories).result(_LIMIT_S).bytes == 3 * MIB
+    assert prefault.populate_async(one for one in memories).result(LIMIT_S).bytes == 3 * MIB
 
 
 def test_a_forgotten_task_goes_on_and_its_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -215,16 +200,16 @@ def test_a_forgotten_task_goes_on_and_its_error_is_logged(caplog: pytest.LogCapt
     del task
     gc.collect()
     gate.open()
-    assert call.finished.wait(_LIMIT_S)
+    assert call.finished.wait(LIMIT_S)
     assert _present(memory) == 16 * MIB
     assert not caplog.records
     with Region(64) as region, caplog.at_level(logging.WARNING, "prefault"):
         region.protect(30, 1, 0)
         call = prefault.populate_async(region)._call
-        assert call.finished.wait(_LIMIT_S)
+        assert call.finished.wait(LIMIT_S)
         for thread in threading.enumerate():
             if thread.name == "prefault-populate":
-                thread.join(_LIMIT_S)
+                thread.join(LIMIT_S)
     assert "nobody asked for the result" in caplog.text
 
 
@@ -243,7 +228,7 @@ def test_a_forked_child_does_not_wait_for_the_parents_thread() -> None:
 
     in_child(child)
     gate.open()
-    assert task.result(_LIMIT_S).bytes == 16 * MIB
+    assert task.result(LIMIT_S).bytes == 16 * MIB
 
 
 def _resize(memory: Any) -> None:
@@ -272,7 +257,7 @@ def test_a_forked_child_has_its_buffers_to_itself(kind: str) -> None:
         with pytest.raises(BufferError):
             _resize(buffer)
     gate.open()
-    task.result(_LIMIT_S)
+    task.result(LIMIT_S)
     for buffer in buffers:
         _resize(buffer)
 
@@ -282,17 +267,17 @@ def test_the_interpreter_exits_in_the_middle() -> None:
         "import mmap, prefault; m = mmap.mmap(-1, 1 << 30);"
         " t = prefault.populate_async(m, rate='1 MiB/s', threads=1); u = prefault.populate_async(m, rate='1 MiB/s')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_LIMIT_S, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_importing_prefault_does_not_load_it() -> None:
     code = "import sys, prefault; print('prefault.engine.background.task' in sys.modules, 'logging' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=_LIMIT_S, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S, check=True)
     assert done.stdout.split()[0] == "False"
 
 
 def test_pages_are_counted_in_whole() -> None:
     memory = _memory()
     with prefault.populate_async(memory, offset=5, length=10) as task:
-        assert task.result(_LIMIT_S).bytes == PAGE_SIZE
+        assert task.result(LIMIT_S).bytes == PAGE_SIZE

@@ -22,7 +22,7 @@ from prefault.files.cached_pages import cached_ranges
 from prefault.files.failures import FileError
 from prefault.files.open_file import OpenFile
 from support import file_beds, fuse_files, needs
-from support.cgroups import Group, groups
+from support.cgroups import Group
 from support.children import Child
 from support.file_beds import PAGE
 from support.fuse_files import FuseFiles, content
@@ -35,12 +35,6 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., FuseFiles]]:
     needs.fuse()
     with ExitStack() as stack:
         yield lambda files, **options: stack.enter_context(fuse_files.mounted(tmp_path / "fuse", files, **options))
-
-
-@pytest.fixture
-def make_group() -> Iterator[Callable[..., Group]]:
-    with groups() as make:
-        yield make
 
 
 def _numbered(path: Path, size: int) -> Path:

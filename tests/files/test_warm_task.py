@@ -13,9 +13,9 @@ import pytest
 
 import prefault
 from prefault.sizes import MIB, PAGE_SIZE
+from support import file_beds
 from support.children import in_child
-
-_LIMIT_S = 60
+from support.gates import LIMIT_S, Gate
 
 
 @pytest.fixture
@@ -23,14 +23,8 @@ def file(tmp_path: Path) -> Path:
     """A file on a disk of which nothing is in the page cache."""
     path = tmp_path / "file"
     path.write_bytes(os.urandom(16 * MIB))
-    _evict(path)
+    file_beds.evict(path)
     return path
-
-
-def _evict(path: Path) -> None:
-    with path.open("rb") as opened:
-        os.fsync(opened.fileno())
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _cached(path: Path) -> int:
@@ -39,24 +33,10 @@ def _cached(path: Path) -> int:
     return found.cached_pages * prefault.PAGE_SIZE
 
 
-class _Gate:
-    """A progress function that holds the call until it is opened."""
-
-    def __init__(self) -> None:
-        self.reached, self._open = threading.Event(), threading.Event()
-
-    def __call__(self, done: int, total: int) -> None:
-        self.reached.set()
-        assert self._open.wait(_LIMIT_S)
-
-    def open(self) -> None:
-        self._open.set()
-
-
-def _held(path: Path, **options: Any) -> tuple[prefault.WarmTask, _Gate]:
-    gate = _Gate()
+def _held(path: Path, **options: Any) -> tuple[prefault.WarmTask, Gate]:
+    gate = Gate()
     task = prefault.warm_async(path, progress=gate, rate="4 MiB/s", **options)
-    assert gate.reached.wait(_LIMIT_S)
+    assert gate.reached.wait(LIMIT_S)
     return task, gate
 
 
@@ -80,15 +60,15 @@ def test_cancelling_ends_the_walk_through_files_that_are_cached_already(tmp_path
         for looked in range(1, 3001):
             if looked == 1000:
                 under_way.set()
-                assert cancelled.wait(_LIMIT_S)
+                assert cancelled.wait(LIMIT_S)
             yield path
 
     task = prefault.warm_async(prefault.select(paths(), each_link=True))
-    assert under_way.wait(_LIMIT_S)
+    assert under_way.wait(LIMIT_S)
     task.cancel()
     cancelled.set()
     with pytest.raises(prefault.WarmCancelled, match=r"cancelled: 0 bytes of \d+ files brought in") as caught:
-        task.result(_LIMIT_S)
+        task.result(LIMIT_S)
     assert looked == 1000
     assert caught.value.result.files <= 999
 
@@ -100,7 +80,7 @@ def test_cancelling_stops_it_and_says_how_far_it_came(file: Path) -> None:
     task.cancel()
     gate.open()
     with pytest.raises(prefault.WarmCancelled, match=r"cancelled: .* brought in") as caught:
-        task.result(_LIMIT_S)
+        task.result(LIMIT_S)
     assert caught.value.result.bytes == _cached(file) < 16 * MIB
     assert not isinstance(caught.value, KeyboardInterrupt)
 
@@ -112,12 +92,12 @@ def test_an_exception_in_the_block_cancels_and_wrong_arguments_fail(file: Path) 
     with pytest.raises(TypeError, match="progress is"):
         prefault.warm_async(file, progress=7)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="method is one of"):
-        prefault.warm_async(file, method="x").result(_LIMIT_S)  # type: ignore[arg-type]
+        prefault.warm_async(file, method="x").result(LIMIT_S)  # type: ignore[arg-type]
 
 
 def test_await_does_not_block_the_loop(file: Path) -> None:
     async def main() -> prefault.WarmResult:
-        gate = _Gate()
+        gate = Gate()
         task = prefault.warm_async(file, progress=gate)
 
         async def wait() -> prefault.WarmResult:
@@ -144,4 +124,4 @@ def test_a_forked_child_does_not_wait(file: Path) -> None:
     task.cancel()
     gate.open()
     with pytest.raises(prefault.WarmCancelled):
-        task.result(_LIMIT_S)
+        task.result(LIMIT_S)

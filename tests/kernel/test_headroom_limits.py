@@ -28,7 +28,7 @@ from prefault.limits.memory_limits import memory_limits
 from prefault.limits.target import headroom
 from prefault.sizes import MIB, PAGE_SIZE
 from support import needs, oracle
-from support.cgroups import Group, groups, leave
+from support.cgroups import Group, leave
 from support.children import Child, in_child
 from support.regions import Region, file_of
 
@@ -36,12 +36,6 @@ HUGE = needs.HUGE
 LIMIT = 64 * MIB
 
 Make = Callable[..., Group]
-
-
-@pytest.fixture
-def cgroups() -> Iterator[Make]:
-    with groups() as make:
-        yield make
 
 
 class Refusal(NamedTuple):
@@ -113,8 +107,8 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_naive_touch_is_killed_and_populate_raises(kind: dict[str, Any], cgroups: Make) -> None:
-    group = cgroups(LIMIT)
+def test_the_naive_touch_is_killed_and_populate_raises(kind: dict[str, Any], make_group: Make) -> None:
+    group = make_group(LIMIT)
     mapped = {key: value for key, value in kind.items() if key != "access"}
 
     def naive() -> None:
@@ -135,23 +129,23 @@ def test_the_naive_touch_is_killed_and_populate_raises(kind: dict[str, Any], cgr
     assert group.killed == 1
 
 
-def test_ignored_headroom_is_the_oom_killer_again(cgroups: Make) -> None:
-    group = cgroups(LIMIT)
+def test_ignored_headroom_is_the_oom_killer_again(make_group: Make) -> None:
+    group = make_group(LIMIT)
     assert is_killed(group.inside(lambda: populated(2 * LIMIT, headroom="ignore")))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_nearly_all_of_a_cgroup_can_be_populated(kind: dict[str, Any], threads: int, cgroups: Make) -> None:
+def test_nearly_all_of_a_cgroup_can_be_populated(kind: dict[str, Any], threads: int, make_group: Make) -> None:
     """No false refusal: the rest is the interpreter's share, page tables and the reserve."""
-    group = cgroups(LIMIT)
+    group = make_group(LIMIT)
     assert in_child(group.inside(lambda: populated(LIMIT - 10 * MIB, threads=threads, **kind))) is None
     assert group.killed == 0
 
 
-def test_small_calls_until_nothing_is_left(cgroups: Make) -> None:
+def test_small_calls_until_nothing_is_left(make_group: Make) -> None:
     """Page by page, 256 KiB, 4 MiB: refused in time, whatever a small call remembers of earlier answers."""
-    group = cgroups(LIMIT)
+    group = make_group(LIMIT)
 
     def fill(step: int) -> int:
         with prefault.Mapping(2 * LIMIT, huge="never") as mapping:
@@ -167,9 +161,9 @@ def test_small_calls_until_nothing_is_left(cgroups: Make) -> None:
     assert group.killed == 0
 
 
-def test_populated_memory_is_never_refused(cgroups: Make) -> None:
+def test_populated_memory_is_never_refused(make_group: Make) -> None:
     """Not private memory, not shared memory that is in its file, not a file in the page cache."""
-    group = cgroups(8 * LIMIT)
+    group = make_group(8 * LIMIT)
 
     def again() -> list[object]:
         with (
@@ -196,8 +190,8 @@ def test_populated_memory_is_never_refused(cgroups: Make) -> None:
     assert group.killed == 0
 
 
-def test_reading_empty_memory_needs_page_tables_only(cgroups: Make) -> None:
-    group = cgroups(8 * LIMIT)
+def test_reading_empty_memory_needs_page_tables_only(make_group: Make) -> None:
+    group = make_group(8 * LIMIT)
 
     def read() -> object:
         group.limit(group.usage + 8 * MIB)
@@ -210,9 +204,9 @@ def test_reading_empty_memory_needs_page_tables_only(cgroups: Make) -> None:
     assert group.killed == 0
 
 
-def test_page_tables_can_be_too_much_as_well(cgroups: Make) -> None:
+def test_page_tables_can_be_too_much_as_well(make_group: Make) -> None:
     """64 GiB of zero pages take 128 MiB of page tables: reading them is killed as well."""
-    group = cgroups(LIMIT)
+    group = make_group(LIMIT)
     length = 1024 * LIMIT
 
     def read() -> Refusal | None:
@@ -228,8 +222,8 @@ def test_page_tables_can_be_too_much_as_well(cgroups: Make) -> None:
     assert length // 512 <= found.needed < length // 512 + MIB
 
 
-def test_clean_page_cache_is_reclaimed_and_not_counted(cgroups: Make, tmp_path: Path) -> None:
-    group = cgroups(LIMIT)
+def test_clean_page_cache_is_reclaimed_and_not_counted(make_group: Make, tmp_path: Path) -> None:
+    group = make_group(LIMIT)
     path = tmp_path / "cache"
     path.write_bytes(bytes(2 * LIMIT))
     with path.open("rb") as file:
@@ -249,8 +243,8 @@ def test_clean_page_cache_is_reclaimed_and_not_counted(cgroups: Make, tmp_path: 
     assert group.killed == 0
 
 
-def test_shared_memory_of_others_is_not_reclaimable(cgroups: Make) -> None:
-    group = cgroups(LIMIT)
+def test_shared_memory_of_others_is_not_reclaimable(make_group: Make) -> None:
+    group = make_group(LIMIT)
 
     def fill_then_populate() -> tuple[int, Refusal | None]:
         fd = os.memfd_create("filler")
@@ -262,9 +256,9 @@ def test_shared_memory_of_others_is_not_reclaimable(cgroups: Make) -> None:
     assert found.available < LIMIT - filled
 
 
-def test_the_tighter_of_two_levels_counts(cgroups: Make) -> None:
-    outer = cgroups(LIMIT)
-    inner = cgroups(4 * LIMIT, outer)
+def test_the_tighter_of_two_levels_counts(make_group: Make) -> None:
+    outer = make_group(LIMIT)
+    inner = make_group(4 * LIMIT, outer)
 
     def ask() -> tuple[Refusal | None, list[str]]:
         names = [limit.name for limit in memory_limits() if limit.limit_bytes <= 4 * LIMIT]
@@ -283,8 +277,8 @@ def test_the_tighter_of_two_levels_counts(cgroups: Make) -> None:
 
 @pytest.mark.parametrize("rollback", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_limit_that_shrinks_meanwhile(rollback: bool, threads: int, cgroups: Make) -> None:
-    group = cgroups(8 * LIMIT)
+def test_a_limit_that_shrinks_meanwhile(rollback: bool, threads: int, make_group: Make) -> None:
+    group = make_group(8 * LIMIT)
     length = 4 * LIMIT
 
     def populate() -> tuple[Refusal | None, int, int]:
@@ -313,8 +307,8 @@ def test_a_limit_that_shrinks_meanwhile(rollback: bool, threads: int, cgroups: M
     assert group.killed == 0
 
 
-def test_a_neighbour_that_takes_the_memory_meanwhile(cgroups: Make) -> None:
-    group = cgroups(4 * LIMIT)
+def test_a_neighbour_that_takes_the_memory_meanwhile(make_group: Make) -> None:
+    group = make_group(4 * LIMIT)
     go, gone, taken, took = (*os.pipe(), *os.pipe())
 
     def neighbour() -> None:
@@ -348,9 +342,9 @@ def test_a_neighbour_that_takes_the_memory_meanwhile(cgroups: Make) -> None:
     assert group.killed == 0
 
 
-def test_pages_that_a_fork_shares_are_counted(cgroups: Make) -> None:
+def test_pages_that_a_fork_shares_are_counted(make_group: Make) -> None:
     """Shared pages are present in the child, and writing to them copies them."""
-    group = cgroups(LIMIT)
+    group = make_group(LIMIT)
     length = 2 * LIMIT
     with prefault.Mapping(length, huge="never") as mapping:
         prefault.populate(mapping)
@@ -363,8 +357,8 @@ def test_pages_that_a_fork_shares_are_counted(cgroups: Make) -> None:
         assert prefault.populate(mapping).bytes == 0
 
 
-def test_a_process_that_is_moved_sees_its_new_limit(cgroups: Make) -> None:
-    large, small = cgroups(8 * LIMIT), cgroups(LIMIT)
+def test_a_process_that_is_moved_sees_its_new_limit(make_group: Make) -> None:
+    large, small = make_group(8 * LIMIT), make_group(LIMIT)
 
     def move() -> tuple[object, Refusal | None]:
         first = populated(2 * LIMIT)
@@ -377,8 +371,8 @@ def test_a_process_that_is_moved_sees_its_new_limit(cgroups: Make) -> None:
     assert second.limit == f"memory.limit_in_bytes of {small.directory}"
 
 
-def test_memory_that_the_kernel_refuses_anyway_is_not_counted(cgroups: Make) -> None:
-    group = cgroups(LIMIT)
+def test_memory_that_the_kernel_refuses_anyway_is_not_counted(make_group: Make) -> None:
+    group = make_group(LIMIT)
 
     def populate() -> str:
         with Region(2 * LIMIT // PAGE_SIZE, mman.PROT_NONE) as region:
@@ -589,13 +583,13 @@ def test_rlimits_bear_on_new_mappings() -> None:
     assert not bears
 
 
-def test_rollback_of_many_ranges_at_the_limit_is_no_kill(cgroups: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rollback_of_many_ranges_at_the_limit_is_no_kill(make_group: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rollback takes memory itself, when none is left."""
     ranges = 60_000
     with prefault.SparseMemory(PAGE_SIZE) as memory:
         memory.populate_many([(0, PAGE_SIZE)])  # modules are loaded outside of the group
     advise = AdviceVector.advise
-    group = cgroups(512 * MIB)
+    group = make_group(512 * MIB)
 
     def scattered() -> bool:
         with prefault.SparseMemory(ranges * 2 * PAGE_SIZE, unpopulated="zeros") as memory:

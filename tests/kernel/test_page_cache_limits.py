@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from prefault.errors import HeadroomError
 from prefault.limits.target import headroom
 from prefault.sizes import MIB, PAGE_SIZE
 from support import file_beds, needs, oracle
-from support.cgroups import Group, groups, leave
+from support.cgroups import Group, leave
 from support.children import in_child
 from support.regions import file_of
 
@@ -28,18 +28,6 @@ LITTLE = 3 * MIB
 """Bytes that a full cgroup may lose between the end of a call and the look of the test."""
 
 Make = Callable[..., Group]
-
-
-@pytest.fixture
-def cgroups() -> Iterator[Make]:
-    with groups() as make:
-        yield make
-
-
-def cold(path: Path, size: int) -> Path:
-    file_beds.make(path, size)
-    file_beds.evict(path)
-    return path
 
 
 def read(path: Path, size: int) -> None:
@@ -96,9 +84,9 @@ ACCESSES = [
 
 
 @pytest.mark.parametrize("how", ACCESSES)
-def test_a_file_of_twice_the_limit_is_refused_and_not_read(how: dict[str, Any], cgroups: Make, tmp_path: Path) -> None:
-    group = cgroups(LIMIT)
-    path = cold(tmp_path / "file", 2 * LIMIT)
+def test_a_file_of_twice_the_limit_is_refused_and_not_read(how: dict[str, Any], make_group: Make, tmp_path: Path) -> None:
+    group = make_group(LIMIT)
+    path = file_beds.make_cold(tmp_path / "file", 2 * LIMIT)
     found = in_child(group.inside(lambda: populated(path, **how)))
     assert found.limit == f"{group.limit_file.name} of {group.directory}"
     assert found.needed == 2 * LIMIT
@@ -112,10 +100,10 @@ def test_a_file_of_twice_the_limit_is_refused_and_not_read(how: dict[str, Any], 
 
 
 @pytest.mark.parametrize("how", ACCESSES)
-def test_a_file_that_fits_is_populated(how: dict[str, Any], cgroups: Make, tmp_path: Path) -> None:
+def test_a_file_that_fits_is_populated(how: dict[str, Any], make_group: Make, tmp_path: Path) -> None:
     """Also where the page cache of other files has to go for it."""
-    group = cgroups(LIMIT)
-    other, path = cold(tmp_path / "other", LIMIT), cold(tmp_path / "file", LIMIT // 2)
+    group = make_group(LIMIT)
+    other, path = file_beds.make_cold(tmp_path / "other", LIMIT), file_beds.make_cold(tmp_path / "file", LIMIT // 2)
 
     def beside_another() -> Outcome:
         read(other, LIMIT)
@@ -128,9 +116,9 @@ def test_a_file_that_fits_is_populated(how: dict[str, Any], cgroups: Make, tmp_p
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_pages_that_another_cgroup_has_paid_for_are_no_demand(shared: bool, cgroups: Make, tmp_path: Path) -> None:
-    group = cgroups(LIMIT)
-    path = cold(tmp_path / "file", 2 * LIMIT)
+def test_pages_that_another_cgroup_has_paid_for_are_no_demand(shared: bool, make_group: Make, tmp_path: Path) -> None:
+    group = make_group(LIMIT)
+    path = file_beds.make_cold(tmp_path / "file", 2 * LIMIT)
     read(path, 2 * LIMIT)
     found = in_child(group.inside(lambda: populated(path, shared=shared)))
     assert found.refused == ""
@@ -145,12 +133,12 @@ def test_pages_that_another_cgroup_has_paid_for_are_no_demand(shared: bool, cgro
 @pytest.mark.parametrize("how", ACCESSES)
 @pytest.mark.parametrize("rollback", [False, True])
 def test_pages_that_push_each_other_out_are_told_at_the_end(
-    how: dict[str, Any], rollback: bool, cgroups: Make, tmp_path: Path
+    how: dict[str, Any], rollback: bool, make_group: Make, tmp_path: Path
 ) -> None:
     """The missing half would fit if the other half, which this cgroup has paid for, were not wanted as well."""
-    group = cgroups(LIMIT)
+    group = make_group(LIMIT)
     size = 3 * LIMIT // 2
-    path = cold(tmp_path / "file", size)
+    path = file_beds.make_cold(tmp_path / "file", size)
 
     def after_reading_half() -> Outcome:
         read(path, size // 2)
@@ -172,10 +160,10 @@ def test_pages_that_push_each_other_out_are_told_at_the_end(
     assert group.killed == 0
 
 
-def test_pages_that_are_locked_are_memory_that_kills(cgroups: Make, tmp_path: Path) -> None:
+def test_pages_that_are_locked_are_memory_that_kills(make_group: Make, tmp_path: Path) -> None:
     """The half that is cached looks reclaimable, and is not once it is locked."""
-    group = cgroups(LIMIT)
-    path = cold(tmp_path / "file", 3 * LIMIT // 2)
+    group = make_group(LIMIT)
+    path = file_beds.make_cold(tmp_path / "file", 3 * LIMIT // 2)
 
     def after_reading_half() -> Outcome:
         read(path, 3 * LIMIT // 4)
@@ -199,19 +187,19 @@ def test_pages_that_are_locked_are_memory_that_kills(cgroups: Make, tmp_path: Pa
     assert group.killed == 0
 
 
-def test_ignored_headroom_goes_on(cgroups: Make, tmp_path: Path) -> None:
-    group = cgroups(LIMIT)
-    path = cold(tmp_path / "file", 2 * LIMIT)
+def test_ignored_headroom_goes_on(make_group: Make, tmp_path: Path) -> None:
+    group = make_group(LIMIT)
+    path = file_beds.make_cold(tmp_path / "file", 2 * LIMIT)
     found = in_child(group.inside(lambda: populated(path, headroom="ignore")))
     assert (found.refused, found.populated) == ("", 2 * LIMIT)
     assert found.present < LIMIT
     assert group.killed == 0
 
 
-def test_a_limit_that_shrinks_meanwhile_is_told(cgroups: Make, tmp_path: Path) -> None:
+def test_a_limit_that_shrinks_meanwhile_is_told(make_group: Make, tmp_path: Path) -> None:
     """Memory was free for all of it at the start."""
-    group = cgroups(4 * LIMIT)
-    path = cold(tmp_path / "file", LIMIT)
+    group = make_group(4 * LIMIT)
+    path = file_beds.make_cold(tmp_path / "file", LIMIT)
 
     def shrink() -> Outcome:
         calls: list[int] = []
@@ -228,18 +216,18 @@ def test_a_limit_that_shrinks_meanwhile_is_told(cgroups: Make, tmp_path: Path) -
     assert found.stayed
 
 
-def test_holes_take_page_cache_when_they_are_read(cgroups: Make, tmp_path: Path) -> None:
-    group = cgroups(LIMIT)
+def test_holes_take_page_cache_when_they_are_read(make_group: Make, tmp_path: Path) -> None:
+    group = make_group(LIMIT)
     with file_of(tmp_path, 2 * LIMIT) as (fd, path):
         found = in_child(group.inside(lambda: populated(path, access="read")))
         assert found.needed == 2 * LIMIT
         assert (found.present, os.fstat(fd).st_blocks) == (0, 0)
 
 
-def test_plan_and_headroom_say_what_does_not_fit(cgroups: Make, tmp_path: Path) -> None:
-    group = cgroups(LIMIT)
-    path = cold(tmp_path / "file", 2 * LIMIT)
-    small = cold(tmp_path / "small", LIMIT // 4)
+def test_plan_and_headroom_say_what_does_not_fit(make_group: Make, tmp_path: Path) -> None:
+    group = make_group(LIMIT)
+    path = file_beds.make_cold(tmp_path / "file", 2 * LIMIT)
+    small = file_beds.make_cold(tmp_path / "small", LIMIT // 4)
 
     def ask() -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
         with (
@@ -267,9 +255,9 @@ def test_plan_and_headroom_say_what_does_not_fit(cgroups: Make, tmp_path: Path) 
     assert file_beds.cached_pages(path) == file_beds.cached_pages(small) == 0
 
 
-def test_files_that_fit_one_by_one_and_not_together(cgroups: Make, tmp_path: Path) -> None:
-    group = cgroups(LIMIT)
-    paths = [cold(tmp_path / name, 3 * LIMIT // 4) for name in ("a", "b")]
+def test_files_that_fit_one_by_one_and_not_together(make_group: Make, tmp_path: Path) -> None:
+    group = make_group(LIMIT)
+    paths = [file_beds.make_cold(tmp_path / name, 3 * LIMIT // 4) for name in ("a", "b")]
 
     def together() -> tuple[str, int, int, list[int]]:
         with contextlib.ExitStack() as stack:
@@ -294,10 +282,10 @@ def _place(mapping: prefault.Mapping) -> tuple[int, int]:
     return mapping.range.start, mapping.range.length
 
 
-def test_a_collection_whose_parts_push_each_other_out(cgroups: Make, tmp_path: Path) -> None:
+def test_a_collection_whose_parts_push_each_other_out(make_group: Make, tmp_path: Path) -> None:
     """The file that is cached before is evicted for the other one; the error names the member."""
-    group = cgroups(LIMIT)
-    paths = [cold(tmp_path / name, 3 * LIMIT // 4) for name in ("a", "b")]
+    group = make_group(LIMIT)
+    paths = [file_beds.make_cold(tmp_path / name, 3 * LIMIT // 4) for name in ("a", "b")]
 
     def together() -> tuple[str, int, int]:
         read(paths[0], 3 * LIMIT // 4)
@@ -317,9 +305,9 @@ def test_a_collection_whose_parts_push_each_other_out(cgroups: Make, tmp_path: P
     assert told < LIMIT
 
 
-def test_only_the_ranges_that_are_asked_for_count(cgroups: Make, tmp_path: Path) -> None:
-    group = cgroups(LIMIT)
-    path = cold(tmp_path / "file", 4 * LIMIT)
+def test_only_the_ranges_that_are_asked_for_count(make_group: Make, tmp_path: Path) -> None:
+    group = make_group(LIMIT)
+    path = file_beds.make_cold(tmp_path / "file", 4 * LIMIT)
 
     def ranges(size: int) -> int:
         with prefault.Mapping(backing=prefault.File(path), writable=False) as mapping:
@@ -335,14 +323,12 @@ def test_only_the_ranges_that_are_asked_for_count(cgroups: Make, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["path", "list", "directory", "selection"])
-def test_a_path_is_refused_before_anything_is_read(kind: str, cgroups: Make, tmp_path: Path) -> None:
-    group = cgroups(LIMIT)
+def test_a_path_is_refused_before_anything_is_read(kind: str, make_group: Make, tmp_path: Path) -> None:
+    group = make_group(LIMIT)
     directory = tmp_path / "files"
     directory.mkdir()
-    paths = [cold(directory / "a", LIMIT)] + ([] if kind == "path" else [cold(directory / "b", LIMIT)])
-    if kind == "path":
-        paths[0] = cold(directory / "a", 2 * LIMIT)
-
+    sizes = {"a": 2 * LIMIT} if kind == "path" else {"a": LIMIT, "b": LIMIT}
+    paths = [file_beds.make_cold(directory / name, size) for name, size in sizes.items()]
     targets: dict[str, Callable[[], Any]] = {
         "path": lambda: paths[0], "list": lambda: paths, "directory": lambda: directory,
         "selection": lambda: prefault.select(directory),
@@ -364,9 +350,9 @@ def test_a_path_is_refused_before_anything_is_read(kind: str, cgroups: Make, tmp
     assert group.killed == 0
 
 
-def test_a_path_that_is_cached_elsewhere_or_in_part(cgroups: Make, tmp_path: Path) -> None:
-    group = cgroups(LIMIT)
-    path = cold(tmp_path / "file", 2 * LIMIT)
+def test_a_path_that_is_cached_elsewhere_or_in_part(make_group: Make, tmp_path: Path) -> None:
+    group = make_group(LIMIT)
+    path = file_beds.make_cold(tmp_path / "file", 2 * LIMIT)
     read(path, 2 * LIMIT)
     assert in_child(group.inside(lambda: prefault.populate(path).bytes)) < LIMIT // 64
     file_beds.evict(path)
@@ -386,11 +372,11 @@ def test_a_path_that_is_cached_elsewhere_or_in_part(cgroups: Make, tmp_path: Pat
 _PR_SET_DUMPABLE = 4
 
 
-def test_a_file_of_which_the_kernel_does_not_tell(cgroups: Make, tmp_path: Path) -> None:
+def test_a_file_of_which_the_kernel_does_not_tell(make_group: Make, tmp_path: Path) -> None:
     """To mincore another user's file is cached whole (Linux 5.2): it is not refused, and told at the end."""
     needs.root("become another user")
-    group = cgroups(LIMIT)
-    path = cold(tmp_path / "file", 2 * LIMIT)
+    group = make_group(LIMIT)
+    path = file_beds.make_cold(tmp_path / "file", 2 * LIMIT)
 
     def as_another() -> Outcome:
         with prefault.Mapping(backing=prefault.File(path), writable=False) as mapping:

@@ -41,6 +41,13 @@ def evict(path: Path) -> None:
             time.sleep(0.005)
 
 
+def make_cold(path: Path, size: int) -> Path:
+    """Make a file as :func:`make` does, none of whose pages is cached."""
+    make(path, size)
+    evict(path)
+    return path
+
+
 def touch(path: Path, *pages: int) -> None:
     """Read some pages of a file, and no others."""
     with path.open("rb", buffering=0) as file:

@@ -50,10 +50,7 @@ class FileLock(HeldFiles):
         seconds: time that locking took.
     """
 
-    files: int
-    bytes: int
     failures: list[FileFailure]
-    seconds: float
 
     def __init__(self) -> None:
         self.files = self.bytes = 0

@@ -20,14 +20,7 @@ class FileNames:
 
 
 class HeldFiles(abc.ABC):
-    """Lock of files, which lasts until it is closed; a context manager.
-
-    Attributes:
-        files: number of files that have locked pages.
-        bytes: bytes of the locked pages, the last page of a file counted whole.
-        failures: files that could not be locked; the others are.
-        seconds: time that locking took.
-    """
+    """Lock of files, which lasts until it is closed; a context manager. :class:`prefault.FileLock` explains the numbers."""
 
     files: int
     bytes: int
